@@ -1,0 +1,80 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/.done ## Make .venv with everything, pinned by constraints.txt
+
+.PHONY: run
+run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
+	$(BIN)/imagen run configs/local.yaml
+
+.PHONY: test
+test: setup ## All tests
+	$(BIN)/python -m pytest tests
+
+.PHONY: test-unit
+test-unit: setup ## Only the tests without Ray and torch (seconds)
+	$(BIN)/python -m pytest tests/unit
+
+.PHONY: lint
+lint: setup ## Check style, types and layers; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: fix
+fix: setup ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: setup ## Latency of each task on a 512x512 photo, on this machine
+	$(BIN)/python -m benchmarks.latency
+
+.PHONY: quality
+quality: setup ## Measure the starter models on photos kept out of training
+	$(BIN)/python -m starter_models.quality
+
+.PHONY: contact-sheet
+contact-sheet: setup ## Redraw docs/contact-sheet.jpg from the starter models
+	$(BIN)/python -m starter_models.quality --contact-sheet docs/contact-sheet.jpg
+
+.PHONY: train-vae
+train-vae: setup ## Retrain the shared autoencoder (20 minutes on one core)
+	$(BIN)/python -m starter_models.training.autoencoder
+
+.PHONY: train-enhance train-comic train-aged
+train-enhance: setup ## Retrain enhance; needs train-vae
+	$(BIN)/python -m starter_models.training.diffusion enhance
+train-comic: setup ## Retrain comic; needs train-vae and enhance
+	$(BIN)/python -m starter_models.training.diffusion comic --seed 4 --start-from starter_models/enhance
+train-aged: setup ## Retrain aged; needs train-vae and enhance
+	$(BIN)/python -m starter_models.training.diffusion aged --seed 5 --start-from starter_models/enhance
+
+.PHONY: train-background
+train-background: setup ## Retrain background removal (55 minutes on one core)
+	$(BIN)/python -m starter_models.training.matting
+
+.PHONY: train-upscale
+train-upscale: setup ## Retrain upscale
+	$(BIN)/python -m starter_models.training.upscaler
+
+.PHONY: constraints
+constraints: ## Rewrite constraints.txt from what .venv holds
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//; s/+cpu / /' > constraints.txt
+
+.PHONY: clean
+clean: ## Remove what make and the tests made
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

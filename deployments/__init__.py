@@ -1,0 +1,1 @@
+"""Images: what a model does. Knows nothing of HTTP."""

@@ -1,0 +1,338 @@
+"""Requests and results: one request per task. The typed request *is* the validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from deployments.errors import InvalidParameter, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic_core import ErrorDetails
+
+OutputFormat = Literal["png", "webp", "jpeg"]
+
+
+class Task(StrEnum):
+    """What can be done to a picture; the value names the model that does it."""
+
+    UPSCALE = "upscale"
+    ENHANCE = "enhance"
+    COMIC = "comic"
+    AGED = "aged"
+    BACKGROUND = "background"
+
+
+def _encodable(text: str) -> str:
+    """Refuse lone surrogates and control characters, which no tokenizer or header can carry."""
+    for position, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise ValueError(f"character {position + 1} is a lone surrogate, not text")
+        if ord(character) < 32 and character not in "\t\n\r":
+            raise ValueError(f"character {position + 1} is a control character")
+    return text
+
+
+Prompt = Annotated[str, AfterValidator(_encodable)]
+
+
+class ImageRequest(BaseModel):
+    """What every task accepts beside the image."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    task: ClassVar[Task]
+
+    output_format: OutputFormat | None = Field(
+        None, description="File format of the result. Unset: by the Accept header, else PNG."
+    )
+    metadata: Literal["full", "none"] = Field(
+        "full",
+        description="full: seed, parameters and model are written into the result. "
+        "none: nothing is.",
+    )
+
+
+class DiffusionRequest(ImageRequest):
+    """What the diffusion models accept."""
+
+    prompt: Prompt = Field(
+        "",
+        max_length=2000,
+        description="What the picture should become. Models read about 75 tokens.",
+        json_schema_extra={"unit": "characters"},
+    )
+    negative_prompt: Prompt = Field(
+        "",
+        max_length=2000,
+        description="What to avoid. Has an effect when guidance_scale is above 1.",
+        json_schema_extra={"unit": "characters"},
+    )
+    guidance_scale: float = Field(
+        5.0,
+        ge=1.0,
+        le=20.0,
+        description="How strongly the prompt steers. 1 turns guidance off and halves the work.",
+        json_schema_extra={"unit": "factor"},
+    )
+    steps: int = Field(
+        30,
+        ge=1,
+        le=150,
+        description="Length of the denoising schedule.",
+        json_schema_extra={"unit": "steps"},
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**32 - 1,
+        description="Same request and seed, same image. Unset: chosen at random and returned.",
+    )
+
+
+class Img2ImgRequest(DiffusionRequest):
+    """Diffusion that starts from the picture."""
+
+    strength: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="How far the result may leave the picture. int(steps * strength) steps run.",
+        json_schema_extra={"unit": "fraction of the schedule"},
+    )
+    output_size: Literal["input", "working"] = Field(
+        "input",
+        description="input: the size that was sent. working: the size the model worked at.",
+        json_schema_extra={"unit": "px"},
+    )
+
+    @model_validator(mode="after")
+    def _at_least_one_step(self) -> Self:
+        # Judged only once both are known: a model's own defaults may replace the ones above.
+        both_given = {"steps", "strength"} <= self.model_fields_set
+        if both_given and int(self.steps * self.strength) < 1:
+            raise ValueError(
+                f"int(steps * strength) must be at least 1, "
+                f"but int({self.steps} * {self.strength}) is 0"
+            )
+        return self
+
+
+class UpscaleRequest(DiffusionRequest):
+    """Enlarge exactly 4 times in each direction. A GAN upscaler takes no diffusion parameter."""
+
+    task = Task.UPSCALE
+    noise_level: int = Field(
+        20,
+        ge=0,
+        le=350,
+        description="How much noise the model assumes in the picture, and smooths away.",
+        json_schema_extra={"unit": "training timesteps"},
+    )
+
+
+class EnhanceRequest(Img2ImgRequest):
+    """Clean and sharpen."""
+
+    task = Task.ENHANCE
+    strength: float = Field(
+        0.25,
+        gt=0.0,
+        le=1.0,
+        description="How far the result may leave the picture. int(steps * strength) steps run.",
+        json_schema_extra={"unit": "fraction of the schedule"},
+    )
+
+
+class ComicRequest(Img2ImgRequest):
+    """Redraw as a comic."""
+
+    task = Task.COMIC
+
+
+class AgedRequest(Img2ImgRequest):
+    """Make old."""
+
+    task = Task.AGED
+
+
+class BackgroundRequest(ImageRequest):
+    """Cut out the foreground."""
+
+    task = Task.BACKGROUND
+    output: Literal["rgba", "mask", "color"] = Field(
+        "rgba",
+        description="rgba: the picture with a transparent background. mask: the alpha alone, as "
+        "a grey picture. color: the foreground on `color`.",
+    )
+    color: str = Field(
+        "#ffffff",
+        pattern=r"^#[0-9a-fA-F]{6}$",
+        description="Background with output=color, as #rrggbb in sRGB.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if "color" in self.model_fields_set and self.output != "color":
+            raise ValueError(f"color needs output=color, but output is {self.output}")
+        if self.output == "rgba" and self.output_format == "jpeg":
+            raise ValueError("jpeg has no transparency; use png or webp, or output=color")
+        return self
+
+
+TaskRequest = (
+    UpscaleRequest | EnhanceRequest | ComicRequest | AgedRequest | BackgroundRequest
+)
+REQUESTS: dict[Task, type[TaskRequest]] = {
+    Task.UPSCALE: UpscaleRequest,
+    Task.ENHANCE: EnhanceRequest,
+    Task.COMIC: ComicRequest,
+    Task.AGED: AgedRequest,
+    Task.BACKGROUND: BackgroundRequest,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageJob:
+    """What travels to a model replica: one positional argument, bytes rather than pixels.
+
+    Attributes:
+        request: validated; fields the client did not set still await the model's defaults.
+        image: the uploaded file.
+        output_format: what the client will get.
+        timeout_s: how long the replica may take from now on.
+    """
+
+    request: TaskRequest
+    image: bytes
+    output_format: OutputFormat
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """What travels back.
+
+    Attributes:
+        image: the encoded file.
+        media_type: as in `image/png`.
+        width_px, height_px: of the result.
+        model: name@digest.
+        seed: None where the model uses no chance.
+        batch_size: rows in the forward pass that carried this one.
+        gpu_seconds: share of the pass, times the share of the GPU; 0 without a GPU.
+        timings_s: seconds by stage: decode, queue, denoise, encode.
+        notes: what the client should know, such as "first of 12 frames".
+    """
+
+    image: bytes
+    media_type: str
+    width_px: int
+    height_px: int
+    model: str
+    seed: int | None
+    batch_size: int
+    gpu_seconds: float
+    timings_s: dict[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
+
+
+_JOINT = ("steps", "strength")
+
+
+def parse(task: Task, fields: Mapping[str, str]) -> TaskRequest:
+    """The request of `task` from form fields.
+
+    Raises:
+        InvalidParameter: naming every unknown, malformed or out-of-range field.
+    """
+    return _validated(REQUESTS[task], dict(fields))
+
+
+def complete(
+    request: TaskRequest, defaults: Mapping[str, Any], parameters: frozenset[str]
+) -> TaskRequest:
+    """The request with the model's own defaults in the fields the client left out.
+
+    Args:
+        request: as the client sent it.
+        defaults: the model's.
+        parameters: the fields this model reads.
+
+    Raises:
+        InvalidParameter: the client set a field this model does not read, or the result is
+            inconsistent, such as `int(steps * strength) == 0`.
+    """
+    given = request.model_dump(exclude_unset=True)
+    unused = [name for name in given if name not in parameters]
+    if unused:
+        raise InvalidParameter(
+            f"The model behind {request.task} does not read {', '.join(unused)}.",
+            value=", ".join(f"{name}={given[name]}" for name in unused),
+            remedy=f"Leave it out. This model reads: {', '.join(sorted(parameters))}.",
+        )
+    # Named even where nobody gave them, because they are judged together once both are known.
+    joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
+    return _validated(type(request), {**joint, **defaults, **given})
+
+
+def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = tuple(_problem(kind, detail) for detail in error.errors())
+    first = problems[0]
+    raise InvalidParameter(
+        "; ".join(p["fact"] for p in problems),
+        value=first["value"],
+        remedy=first["remedy"],
+        problems=problems,
+    )
+
+
+def _problem(kind: type[TaskRequest], detail: ErrorDetails) -> Problem:
+    name = str(detail["loc"][0]) if detail["loc"] else "request"
+    name = name.encode("utf-8", "backslashreplace").decode()[:100]
+    if detail["type"] == "extra_forbidden":
+        fact = f"{name} is not a parameter of {kind.task}"
+        remedy = f"This route takes: image, {', '.join(kind.model_fields)}."
+    elif name == "request":
+        fact, remedy = str(detail.get("ctx", {}).get("error", detail["msg"])), "Change one of them."
+    else:
+        fact = f"{name}: {detail['msg'].removeprefix('Value error, ')}"
+        remedy = f"Send {name} as {describe(kind, name)}."
+    shown = detail["input"] if name != "request" else ""
+    text = str(shown).encode("utf-8", "backslashreplace").decode()
+    return Problem(parameter=name, fact=fact, value=text[:80], remedy=remedy)
+
+
+def describe(kind: type[BaseModel], name: str) -> str:
+    """A parameter's type and range in words, such as "integer from 1 to 150"."""
+    schema = kind.model_json_schema()["properties"][name]
+    options = [o for o in schema.get("anyOf", [schema]) if o.get("type") != "null"]
+    option = options[0]
+    if "enum" in option:
+        return "one of " + ", ".join(option["enum"])
+    words = [str(option["type"])]
+    if "minimum" in option:
+        words.append(f"from {option['minimum']}")
+    if "exclusiveMinimum" in option:
+        words.append(f"above {option['exclusiveMinimum']}")
+    if "maximum" in option:
+        words.append(f"up to {option['maximum']}")
+    if "maxLength" in option:
+        words.append(f"of at most {option['maxLength']} characters")
+    if "pattern" in option:
+        words.append(f"matching {option['pattern']}")
+    return " ".join(words)

@@ -1,0 +1,210 @@
+"""Every error Imagen raises on purpose.
+
+    ImagenError
+      + RequestError           the client can mend it
+        x MalformedRequest     400  the request cannot be read
+        x DamagedImage         400  an image that breaks while it is decoded
+        x NotFound             404
+        x MethodNotAllowed     405
+        x NotAcceptable        406  no output format fits the Accept header
+        x TooLarge             413  bytes or pixels
+        x UnsupportedMedia     415  not an image, or not multipart
+        x InvalidParameter     422  out of range, unknown, or contradictory
+      + ServiceError           the client may try again
+        x Full                 429  queues are full
+        x ModelFailed          503  the model gave no picture for this request
+        x NotReady             503  starting, failed to start, or lost
+        x TooLate              504  not finished by the deadline
+      + SetupError             stops a replica or a command; no client ever sees it
+        x ConfigError
+        x ModelNotCached
+        x ModelCorrupt
+        x AttentionUnavailable
+
+An error carries three things a reader needs: the fact (`message`), the offending `value`, and the
+`remedy`. All three reach the client as they are, so none may name a path of the server or quote
+another exception.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar, TypedDict
+
+
+class Problem(TypedDict):
+    """One invalid parameter among several."""
+
+    parameter: str
+    fact: str
+    value: str
+    remedy: str
+
+
+class ImagenError(Exception):
+    """Base of the tree.
+
+    One positional argument and keyword-only extras with defaults, because an exception crosses
+    processes by `cls(*args)` plus its `__dict__`.
+
+    Args:
+        message: what is wrong, one sentence.
+        value: what was found, shortened to 200 characters.
+        remedy: what to do about it, one sentence.
+        retry_after_s: when a new try makes sense.
+        problems: the single findings, where there are several.
+    """
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.SERVICE_UNAVAILABLE
+    code: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        value: object = "",
+        remedy: str = "",
+        retry_after_s: float | None = None,
+        problems: tuple[Problem, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.value = str(value)[:200]
+        self.remedy = remedy
+        self.retry_after_s = retry_after_s
+        self.problems = problems
+
+    def __str__(self) -> str:
+        got = f" (got {self.value})" if self.value else ""
+        return f"{self.message}{got} {self.remedy}".strip()
+
+
+class RequestError(ImagenError):
+    """The request is at fault; sending it again unchanged fails again."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "bad_request"
+
+
+class MalformedRequest(RequestError):
+    """The body or a header cannot be read."""
+
+    code = "malformed_request"
+
+
+class DamagedImage(RequestError):
+    """The image starts well but cannot be decoded to the end."""
+
+    code = "damaged_image"
+
+
+class NotFound(RequestError):
+    """No such route."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, with another method."""
+
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    code = "method_not_allowed"
+
+
+class NotAcceptable(RequestError):
+    """Nothing we can produce fits the Accept header."""
+
+    status = HTTPStatus.NOT_ACCEPTABLE
+    code = "not_acceptable"
+
+
+class TooLarge(RequestError):
+    """Too many bytes, or too many pixels in or out."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "too_large"
+
+
+class UnsupportedMedia(RequestError):
+    """Not an image format we read, or a body that is not multipart."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_media"
+
+
+class InvalidParameter(RequestError):
+    """A parameter is unknown, out of range, or contradicts another."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid_parameter"
+
+
+class ServiceError(ImagenError):
+    """The service is at fault or busy; the same request may succeed later."""
+
+    code = "unavailable"
+
+
+class Full(ServiceError):
+    """Every queue slot is taken."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "full"
+
+
+class ModelFailed(ServiceError):
+    """The model ran and gave no usable picture for this one request."""
+
+    code = "model_failed"
+
+
+class NotReady(ServiceError):
+    """The model is starting, failed to start, or was lost."""
+
+    code = "not_ready"
+
+
+class TooLate(ServiceError):
+    """The deadline passed first."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "too_late"
+
+
+class SetupError(ImagenError):
+    """Something an operator must mend before serving."""
+
+    code = "setup"
+
+
+class ConfigError(SetupError):
+    """A configuration file is wrong."""
+
+    code = "config"
+
+
+class ModelNotCached(SetupError):
+    """A model's folder or one of its files is not on this node."""
+
+    code = "model_not_cached"
+
+
+class ModelCorrupt(SetupError):
+    """A model's files are there and wrong."""
+
+    code = "model_corrupt"
+
+
+class AttentionUnavailable(SetupError):
+    """The configured attention implementation cannot run here."""
+
+    code = "attention_unavailable"
+
+
+def too_late() -> TooLate:
+    """The error of a request whose deadline has passed."""
+    return TooLate(
+        "The picture was not finished by its deadline.",
+        remedy="Try again, with a smaller picture or fewer steps if it happens again.",
+    )

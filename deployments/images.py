@@ -1,0 +1,385 @@
+"""Files to pixels and back, and pixels to the sizes a model was made for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import warnings
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import AvifImagePlugin as Avif
+from PIL import BmpImagePlugin as Bmp
+from PIL import ExifTags, Image
+from PIL import GifImagePlugin as Gif
+from PIL import JpegImagePlugin as Jpeg
+from PIL import PngImagePlugin as Png
+from PIL import TiffImagePlugin as Tiff
+from PIL import WebPImagePlugin as WebP
+
+from deployments import colour
+from deployments.errors import (
+    DamagedImage,
+    InvalidParameter,
+    MalformedRequest,
+    TooLarge,
+    UnsupportedMedia,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+
+    from PIL.ImageFile import ImageFile
+
+    from deployments.contract import OutputFormat
+
+Array = NDArray[np.uint8]
+"""`H x W x 3` sRGB, or `H x W` grey; uint8."""
+
+# Pillow warns of odd uploads, never of our code. Said once for the process, because
+# `warnings.catch_warnings` is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Pillow's readers are called directly: `Image.open` imports forty more, and refuses a large picture
+# before telling its size. An MPO is a JPEG with others behind it; the JPEG reader gives the first.
+_READERS: Final[dict[str, tuple[bytes, Callable[[io.BytesIO], ImageFile]]]] = {
+    "JPEG": (rb"\xff\xd8\xff", Jpeg.JpegImageFile),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", Png.PngImageFile),
+    "WEBP": (rb"RIFF....WEBP", WebP.WebPImageFile),
+    "AVIF": (rb"....ftyp(....)*?avi[fs]", Avif.AvifImageFile),
+    "TIFF": (rb"II[*+]\0|MM\0[*+]", Tiff.TiffImageFile),
+    "BMP": (rb"BM.{13}\0\0\0", Bmp.BmpImageFile),
+    "GIF": (rb"GIF8[79]a", Gif.GifImageFile),
+}
+_HEIC: Final = rb"....ftyp(....)*?(hei[cxms]|hev[cxms]|mif1|msf1)"
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MAX_SIDE_PX: Final[Mapping[str, int]] = {"webp": 16383, "jpeg": 65500}
+_ASCII: Final = b"ASCII\0\0\0"
+_ASPECT_TOLERANCE: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a picture may be.
+
+    Attributes:
+        max_body_bytes: of the uploaded file, bytes.
+        max_input_px: width times height of the uploaded picture, pixels.
+        max_output_px: width times height of the result, pixels.
+    """
+
+    max_body_bytes: int = 32 * 2**20
+    max_input_px: int = 50_000_000
+    max_output_px: int = 16_777_216
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its picture.
+
+    Attributes:
+        format: as in `JPEG`. An MPO is a JPEG.
+        width_px, height_px: as the picture is to be seen, turned as its EXIF says.
+        frames: 1 unless animated or of several pages. A TIFF does not tell; 2 stands for several.
+        has_alpha: whether it may be transparent somewhere.
+    """
+
+    format: str
+    width_px: int
+    height_px: int
+    frames: int
+    has_alpha: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A decoded picture.
+
+    Attributes:
+        rgb: `H x W x 3`, uint8, sRGB, laid over white where transparent; or `H x W` grey.
+        alpha: `H x W`, uint8, 255 is opaque; None where all of it is.
+        notes: what the client should know, such as "first of 12 frames".
+    """
+
+    rgb: Array
+    alpha: Array | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def width_px(self) -> int:
+        return self.rgb.shape[1]
+
+    @property
+    def height_px(self) -> int:
+        return self.rgb.shape[0]
+
+
+def read_header(data: bytes, limits: Limits) -> Header:
+    """What a file says of its picture, without decoding it.
+
+    Raises:
+        MalformedRequest: no bytes.
+        UnsupportedMedia: not an image, or of a format that is not read.
+        TooLarge: too many bytes or pixels.
+        DamagedImage: the header breaks off or contradicts itself.
+    """
+    image, kind = _open(data, limits)
+    with _reading(kind, data):
+        width, height = image.size
+        # Not `image.getexif()`: a PNG would decode all its pixels to look behind them. A TIFF
+        # reports its size already turned.
+        if kind != "TIFF" and _orientation(partial(Image.Image.getexif, image)) >= 5:
+            width, height = height, width
+        return Header(kind, width, height, _frames(image, kind), image.has_transparency_data)
+
+
+def decode(data: bytes, limits: Limits) -> Picture:
+    """The picture in a file: its first frame, upright, in sRGB.
+
+    Raises:
+        MalformedRequest, UnsupportedMedia, TooLarge: as from `read_header`.
+        DamagedImage: the file breaks off, or cannot be decoded.
+    """
+    image, kind = _open(data, limits)
+    with _reading(kind, data):
+        frames = _frames(image, kind)
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image.getexif))
+        rgb, alpha = colour.to_srgb(image)
+        if turn is not None:
+            rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
+    many = "several" if kind == "TIFF" else frames
+    notes = (f"first of {many} frames",) if frames > 1 else ()
+    # Copied by np.array: Pillow's own memory is read-only, and torch warns of that.
+    return Picture(np.array(rgb), np.array(alpha) if alpha else None, notes)
+
+
+def _open(data: bytes, limits: Limits) -> tuple[ImageFile, str]:
+    """The file's header read, its limits checked, nothing decoded."""
+    if not data:
+        raise MalformedRequest("The image is empty.", value="0 bytes", remedy="Send a file.")
+    if len(data) > limits.max_body_bytes:
+        raise TooLarge(
+            "The file has too many bytes.",
+            value=f"{len(data)} bytes",
+            remedy=f"Send at most {limits.max_body_bytes} bytes.",
+        )
+    kind = _kind(data)
+    with _reading(kind, data):
+        image = _READERS[kind][1](io.BytesIO(data))
+    width, height = image.size
+    if width * height > limits.max_input_px:
+        raise TooLarge(
+            "The picture has too many pixels.",
+            value=f"{width} x {height} = {width * height / 1e6:.1f} MP",
+            remedy=f"Scale it down to at most {limits.max_input_px / 1e6:.1f} MP.",
+        )
+    return image, kind
+
+
+def _kind(data: bytes) -> str:
+    for kind, (magic, _) in _READERS.items():
+        if re.match(magic, data[:64], re.DOTALL):
+            return kind
+    known = ", ".join(_READERS)
+    if re.match(_HEIC, data[:64], re.DOTALL):
+        raise UnsupportedMedia(
+            "HEIC pictures are not read.",
+            value="HEIC",
+            remedy="Save it as JPEG first. An iPhone set to Formats: Most Compatible takes JPEGs.",
+        )
+    raise UnsupportedMedia(
+        f"The file is not an image of a format that is read: {known}.",
+        value=f"a file that starts with {data[:12]!r}",
+        remedy=f"Send one of: {known}.",
+    )
+
+
+@contextmanager
+def _reading(kind: str, data: bytes) -> Generator[None]:
+    """Turn whatever Pillow raises on a hostile file into the client's error."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        # Raised where a reader allocates the canvas as it opens the file, before we see its size.
+        raise TooLarge(
+            f"The {kind} picture declares too many pixels.",
+            value="more than 178 MP",
+            remedy="Scale it down, or crop it.",
+        ) from error
+    except Exception as error:  # Pillow's readers raise some fifteen unrelated types.
+        raise DamagedImage(
+            f"The {kind} file is damaged or cut off, or of a variant that cannot be read.",
+            value=f"{kind} of {len(data)} bytes",
+            remedy="Compare the size with your file's; if equal, save the picture anew as PNG.",
+        ) from error
+
+
+def _frames(image: ImageFile, kind: str) -> int:
+    # Counting the pages of a TIFF takes the square of their number: hours for a hostile file.
+    if kind == "TIFF":
+        return 2 if getattr(image, "is_animated", False) else 1
+    return int(getattr(image, "n_frames", 1))
+
+
+def _orientation(read_exif: Callable[[], Image.Exif]) -> int:
+    """EXIF orientation, 1 to 8; 1 where the EXIF data is absent or broken."""
+    try:
+        found: object = read_exif().get(ExifTags.Base.Orientation)
+    except Exception:  # A picture is no worse for broken EXIF, and it breaks in as many ways.
+        return 1
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
+
+
+def media_type(output_format: OutputFormat) -> str:
+    """As in `image/png`."""
+    return f"image/{output_format}"
+
+
+def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) -> None:
+    """Whether the format can hold a picture of this size; cheap, for use before any work.
+
+    Raises:
+        InvalidParameter: a side is longer than the format allows.
+    """
+    longest = _MAX_SIDE_PX.get(output_format)
+    if longest is not None and max(width_px, height_px) > longest:
+        raise InvalidParameter(
+            f"output_format: {output_format} holds at most {longest} px a side.",
+            value=f"{width_px} x {height_px}",
+            remedy="Send output_format=png, or a smaller picture.",
+        )
+
+
+def encode(
+    picture: Picture, output_format: OutputFormat, metadata: Mapping[str, object] | None
+) -> bytes:
+    """The picture as a file that holds nothing of the uploaded one but pixels.
+
+    Args:
+        picture: of three channels, or of one, which is written as grey.
+        output_format: png and webp keep alpha; jpeg drops it, leaving the white below.
+        metadata: written as JSON, at most 60 kB of it: in a PNG as the text chunk `imagen`, else
+            as the EXIF UserComment. None writes nothing.
+
+    Raises:
+        InvalidParameter: too large for the format.
+    """
+    check_encodable(output_format, picture.width_px, picture.height_px)
+    image = Image.fromarray(picture.rgb)
+    if picture.alpha is not None and output_format != "jpeg":
+        image.putalpha(Image.fromarray(picture.alpha))
+    text = "" if metadata is None else json.dumps(metadata, default=str)
+    file = io.BytesIO()
+    match output_format:
+        case "png":
+            # On photographs as small as level 6 of the default strategy, in a third of the time.
+            options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+            image.save(file, "PNG", pnginfo=_text_chunk(text), **options)
+        case "webp":
+            # From method 3 on it takes twice as long for 2 % fewer bytes.
+            image.save(file, "WEBP", quality=90, method=2, exif=_user_comment(text))
+        case "jpeg":
+            image.save(file, "JPEG", quality=92, subsampling="4:4:4", exif=_user_comment(text))
+    return file.getvalue()
+
+
+def read_metadata(data: bytes) -> dict[str, object]:
+    """What `encode` wrote into a file beside the picture; empty if nothing.
+
+    Raises:
+        RequestError: as from `read_header`.
+    """
+    image, kind = _open(data, Limits())
+    with _reading(kind, data):
+        text = image.info.get("imagen", "")
+        if kind != "PNG":
+            exif = Image.Image.getexif(image).get_ifd(ExifTags.IFD.Exif)
+            comment: object = exif.get(ExifTags.Base.UserComment)
+            text = comment.removeprefix(_ASCII) if isinstance(comment, bytes) else ""
+    try:
+        found: object = json.loads(text)
+    except ValueError:
+        return {}
+    return cast("dict[str, object]", found) if isinstance(found, dict) else {}
+
+
+def _text_chunk(text: str) -> Png.PngInfo | None:
+    chunks = Png.PngInfo()
+    chunks.add_text("imagen", text)
+    return chunks if text else None
+
+
+def _user_comment(text: str) -> bytes:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + text.encode("ascii")
+    return exif.tobytes() if text else b""
+
+
+def choose_bucket(
+    width_px: int, height_px: int, buckets: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The bucket (width, height) that suits a picture.
+
+    Among those of about the picture's aspect ratio: the smallest that holds it unshrunk, else the
+    largest.
+    """
+
+    def misfit(bucket: tuple[int, int]) -> float:
+        return abs(math.log(width_px / height_px * bucket[1] / bucket[0]))
+
+    best = min(map(misfit, buckets))
+    near = [bucket for bucket in buckets if misfit(bucket) <= best + _ASPECT_TOLERANCE]
+    roomy = [bucket for bucket in near if bucket[0] >= width_px and bucket[1] >= height_px]
+    return min(roomy, key=math.prod) if roomy else max(near, key=math.prod)
+
+
+def content_box(width_px: int, height_px: int, bucket: tuple[int, int]) -> tuple[int, int]:
+    """Width and height a picture gets in a bucket: as large as fits, its aspect kept."""
+    scale = min(bucket[0] / width_px, bucket[1] / height_px)
+    return max(1, round(width_px * scale)), max(1, round(height_px * scale))
+
+
+def fit_to_bucket(rgb: Array, bucket: tuple[int, int]) -> Array:
+    """`rgb` scaled to the bucket's `content_box` and mirrored into the rest, right and below."""
+    width, height = content_box(rgb.shape[1], rgb.shape[0], bucket)
+    scaled = resize(rgb, width, height)
+    columns = np.pad(np.arange(width), (0, bucket[0] - width), mode="reflect")
+    rows = np.pad(np.arange(height), (0, bucket[1] - height), mode="reflect")
+    return scaled[rows][:, columns]
+
+
+def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working: bool) -> Array:
+    """Undo `fit_to_bucket`.
+
+    Args:
+        pixels: of the bucket's size; colour or grey.
+        width_px, height_px: of the picture that was fitted.
+        working: keep the size the model worked at, rather than go back to the picture's.
+    """
+    width, height = content_box(width_px, height_px, (pixels.shape[1], pixels.shape[0]))
+    content = pixels[:height, :width]
+    return content.copy() if working else resize(content, width_px, height_px)
+
+
+def resize(pixels: Array, width_px: int, height_px: int) -> Array:
+    """A copy of `pixels`, `H x W x 3` or `H x W`, of another size; Lanczos."""
+    if pixels.shape[:2] == (height_px, width_px):
+        return pixels.copy()
+    image = Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.LANCZOS)
+    return np.array(image)

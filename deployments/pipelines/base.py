@@ -1,0 +1,99 @@
+"""What the engine expects of a model family, and the row that passes between them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from deployments.contract import TaskRequest
+    from deployments.images import Picture
+
+Pixels = NDArray[np.uint8]
+"""`H x W x 3` sRGB, or `H x W` grey; uint8."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One request inside the engine.
+
+    Attributes:
+        request: complete: every field has its final value.
+        pixels: what the model sees, `H x W x 3`; from `Pipeline.fit`.
+        seed: of this row's own random generator.
+        deadline_s: on the clock of `time.monotonic`; past it the row is dropped.
+        key: rows of equal key may share a step; from `Pipeline.key`.
+        future: gets the output of `Pipeline.finish`, or the row's error.
+        done: set by `Pipeline.step` when no step is left.
+        state: whatever the pipeline keeps for the row.
+        batch_size: the largest group the row was stepped in.
+        queue_s, run_s: seconds waiting and being stepped, so far.
+        compute_s: the row's share of the seconds its groups ran.
+    """
+
+    request: TaskRequest
+    pixels: Pixels
+    seed: int
+    deadline_s: float
+    key: Hashable = None
+    future: Future[Pixels] = field(default_factory=Future[Pixels])
+    done: bool = False
+    state: object = None
+    batch_size: int = 0
+    arrived_s: float = 0.0
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    compute_s: float = 0.0
+
+    def cancel(self) -> None:
+        """Give the row up; the engine drops it before its next step. Safe to call twice."""
+        self.future.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        return self.future.cancelled()
+
+
+class Pipeline(Protocol):
+    """One model, loaded.
+
+    Guarantees asked of an implementation:
+        - `fit` and `restore` are pure and may run on any thread, several at a time;
+        - `begin`, `step` and `finish` run on the engine's thread only;
+        - if `step` raises, no row it was given has changed, so that the engine may try again with
+          fewer rows.
+    """
+
+    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+        """What the model will see of `picture`: scaled and padded to a size it was made for."""
+        ...
+
+    def key(self, row: Row) -> Hashable:
+        """Rows with equal keys may share a step."""
+        ...
+
+    def begin(self, row: Row) -> None:
+        """Prepare `row.state`."""
+        ...
+
+    def step(self, rows: Sequence[Row]) -> None:
+        """Advance rows of one key together; set `done` on those that are finished."""
+        ...
+
+    def finish(self, row: Row) -> Pixels:
+        """The finished row's pixels.
+
+        Raises:
+            ModelFailed: the result holds NaN.
+        """
+        ...
+
+    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+        """The result for the client, from the model's output and the original picture."""
+        ...

@@ -1,0 +1,81 @@
+"""Background removal with IS-Net: RMBG-1.4 and smaller networks of its kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from deployments.contract import BackgroundRequest
+from deployments.errors import ModelFailed
+from deployments.images import Picture, resize
+from deployments.pipelines import networks
+from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+    from pathlib import Path
+
+    from deployments.contract import TaskRequest
+    from deployments.pipelines.base import Pixels, Row
+    from deployments.registry import ModelSpec
+
+
+class Matting:
+    """One forward pass a row at the network's own square size, whatever the picture's size.
+
+    `config.json` may say `input_px` (1024), `widths` (RMBG-1.4's) and `stretch` (true): RMBG-1.4
+    stretches each mask to the full range; a calibrated network does without.
+    """
+
+    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+        config = networks.read_config(spec, folder)
+        self._input_px = int(config.get("input_px", 1024))
+        self._stretch = bool(config.get("stretch", True))
+        self._device = device
+        self._dtype = getattr(torch, spec.dtype)
+        self._net = ISNet(ISNetWidths(**config.get("widths", {})))
+        networks.load_weights(self._net, spec, folder, device)
+
+    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+        return resize(picture.rgb, self._input_px, self._input_px)
+
+    def key(self, row: Row) -> Hashable:
+        return "one size"
+
+    def begin(self, row: Row) -> None:
+        """Nothing: the network has a single step."""
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> None:
+        stacked = torch.from_numpy(np.stack([row.pixels for row in rows]))
+        x = stacked.to(self._device).permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
+        # Half precision is fine for the network and too coarse for a soft edge.
+        alpha = self._net(x)[0].float().sigmoid()[:, 0]
+        if self._stretch:
+            low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
+            alpha = (alpha - low) / (high - low).clamp(min=1e-6)
+        for row, mask in zip(rows, alpha.cpu().numpy(), strict=True):
+            row.state = mask
+            row.done = True
+
+    def finish(self, row: Row) -> Pixels:
+        mask = cast("Any", row.state)
+        if not np.isfinite(mask).all():
+            raise ModelFailed("The model gave no valid mask for this picture (NaN).")
+        return (mask * 255).round().astype(np.uint8)
+
+    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+        request = cast("BackgroundRequest", request)
+        alpha = resize(output, picture.width_px, picture.height_px)
+        if picture.alpha is not None:
+            alpha = (alpha.astype(np.uint16) * picture.alpha // 255).astype(np.uint8)
+        if request.output == "mask":
+            return Picture(alpha, None, picture.notes)
+        if request.output == "rgba":
+            return Picture(picture.rgb, alpha, picture.notes)
+        colour = np.array(list(bytes.fromhex(request.color[1:])), np.float32)
+        share = alpha[..., None].astype(np.float32) / 255
+        mixed = picture.rgb * share + colour * (1 - share)
+        return Picture(mixed.round().astype(np.uint8), None, picture.notes)

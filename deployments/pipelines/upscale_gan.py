@@ -1,0 +1,159 @@
+"""4x upscaling with Real-ESRGAN's networks, in overlapping tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from deployments.errors import ModelCorrupt, ModelFailed
+from deployments.images import Picture, resize
+from deployments.pipelines import networks
+from deployments.pipelines.nets.rrdb import RRDBNet
+from deployments.pipelines.nets.srvgg import SRVGGNetCompact
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from deployments.contract import TaskRequest
+    from deployments.pipelines.base import Pixels, Row
+    from deployments.registry import ModelSpec
+
+SCALE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A piece of the input: what the network sees, and the part of it that is kept.
+
+    Attributes:
+        top, left, height, width: of the kept part, in input px.
+        outer: the same with its overlap, as (top, left, bottom, right).
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    outer: tuple[int, int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        top, left, bottom, right = self.outer
+        return bottom - top, right - left
+
+
+@dataclass(slots=True)
+class _Progress:
+    canvas: Pixels
+    tiles: list[Tile]
+    next: int = 0
+    finite: bool = True
+
+
+class UpscaleGan:
+    """A step is one tile of each row, so that a large picture neither blocks small ones nor
+    outlives its client.
+    """
+
+    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+        config = networks.read_config(spec, folder)
+        self._tile_px = spec.tile_px
+        self._device = device
+        self._dtype = getattr(torch, spec.dtype)
+        self._net, self._overlap_px = build(spec, config)
+        networks.load_weights(self._net, spec, folder, device)
+
+    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+        return picture.rgb
+
+    def key(self, row: Row) -> Hashable:
+        progress = cast("_Progress", row.state)
+        return progress.tiles[progress.next].shape
+
+    def begin(self, row: Row) -> None:
+        height, width = row.pixels.shape[:2]
+        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
+        row.state = _Progress(canvas, plan_tiles(height, width, self._tile_px, self._overlap_px))
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> None:
+        progresses = [cast("_Progress", row.state) for row in rows]
+        tiles = [p.tiles[p.next] for p in progresses]
+        cuts = [_cut(row.pixels, tile) for row, tile in zip(rows, tiles, strict=True)]
+        x = torch.from_numpy(np.stack(cuts)).to(self._device)
+        y = self._net(x.permute(0, 3, 1, 2).to(self._dtype) / 255).float()
+        finite = y.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
+        pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        for row, progress, tile, out, ok in zip(
+            rows, progresses, tiles, pixels, finite, strict=True
+        ):
+            _paste(progress.canvas, out, tile)
+            progress.next += 1
+            progress.finite = progress.finite and bool(ok)
+            row.done = progress.next == len(progress.tiles)
+
+    def finish(self, row: Row) -> Pixels:
+        progress = cast("_Progress", row.state)
+        if not progress.finite:
+            raise ModelFailed("The model gave no valid picture for this request (NaN).")
+        return progress.canvas
+
+    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+        alpha = picture.alpha
+        if alpha is not None:
+            alpha = resize(alpha, output.shape[1], output.shape[0])
+        return Picture(output, alpha, picture.notes)
+
+
+def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
+    """The network that `config.json` names, and the tile overlap it needs, in px.
+
+    Raises:
+        ModelCorrupt: an unknown architecture.
+    """
+    name = config.get("architecture")
+    if name == "srvgg":
+        net = SRVGGNetCompact(int(config["num_feat"]), int(config["num_conv"]))
+        return net, net.receptive_field_px
+    if name == "rrdb":
+        return RRDBNet(num_block=int(config.get("num_block", 23))), RRDBNet.tile_overlap_px
+    raise ModelCorrupt(
+        f"The config.json of {spec.name} names an unknown architecture.",
+        value=name,
+        remedy="Known: srvgg, rrdb.",
+    )
+
+
+def plan_tiles(height: int, width: int, tile_px: int, overlap_px: int) -> list[Tile]:
+    """Tiles of at most `tile_px` that cover a picture once, each with `overlap_px` around it."""
+    tiles: list[Tile] = []
+    for top in range(0, height, tile_px):
+        for left in range(0, width, tile_px):
+            inner_height = min(tile_px, height - top)
+            inner_width = min(tile_px, width - left)
+            outer = (
+                max(top - overlap_px, 0),
+                max(left - overlap_px, 0),
+                min(top + inner_height + overlap_px, height),
+                min(left + inner_width + overlap_px, width),
+            )
+            tiles.append(Tile(top, left, inner_height, inner_width, outer))
+    return tiles
+
+
+def _cut(pixels: Pixels, tile: Tile) -> Pixels:
+    top, left, bottom, right = tile.outer
+    return pixels[top:bottom, left:right]
+
+
+def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
+    y, x = (tile.top - tile.outer[0]) * SCALE, (tile.left - tile.outer[1]) * SCALE
+    height, width = tile.height * SCALE, tile.width * SCALE
+    top, left = tile.top * SCALE, tile.left * SCALE
+    canvas[top : top + height, left : left + width] = out[y : y + height, x : x + width]

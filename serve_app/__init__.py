@@ -1,0 +1,1 @@
+"""HTTP: what a client sees. Imports `deployments`, never the reverse."""

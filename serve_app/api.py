@@ -1,0 +1,234 @@
+"""The HTTP API: image routes, models, health, and one handler for every error."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, Response
+
+from deployments import images
+from deployments.contract import REQUESTS, BackgroundRequest, ImageJob, Task, parse
+from deployments.errors import (
+    ImagenError,
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    TooLarge,
+    too_late,
+)
+from serve_app import openapi, wire
+from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, RequestId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Literal
+
+    from deployments.contract import ImageResult, OutputFormat, TaskRequest
+    from deployments.registry import ModelSpec, Registry
+    from deployments.settings import Settings
+
+    State = Literal["ready", "idle", "starting", "failed"]
+
+ROUTES: dict[Task, str] = {
+    Task.UPSCALE: "/api/v1/images/upscale",
+    Task.ENHANCE: "/api/v1/images/enhance",
+    Task.COMIC: "/api/v1/images/style/comic",
+    Task.AGED: "/api/v1/images/style/aged",
+    Task.BACKGROUND: "/api/v1/images/background/remove",
+}
+
+
+class Backend(Protocol):
+    """Whatever runs one model.
+
+    Raises only errors of our own tree.
+    """
+
+    async def __call__(self, job: ImageJob) -> ImageResult: ...
+
+
+class Backends(Protocol):
+    """The five models, and how they are."""
+
+    def __getitem__(self, task: Task) -> Backend: ...
+
+    async def states(self) -> Mapping[Task, State]:
+        """ready, idle (no replica, wakes on demand), starting or failed."""
+        ...
+
+
+def create_app(backends: Backends, registry: Registry, settings: Settings) -> FastAPI:
+    """The whole HTTP API around five backends. Knows neither Ray nor torch."""
+    limit = settings.limits.max_body_bytes
+    app = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        static_url="/docs/static",
+        title="Imagen",
+        version="1.0.0",
+        description=openapi.DESCRIPTION,
+        middleware=[
+            Middleware(RequestId),
+            Middleware(AccessLog),
+            Middleware(ErrorBoundary),
+            Middleware(BodyLimit, max_body_bytes=limit),
+        ],
+    )
+    app.add_exception_handler(ImagenError, _on_imagen_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    for task, path in ROUTES.items():
+        _add_image_route(app, path, _Processor(task, backends, registry[task], settings))
+    _add_service_routes(app, backends, registry)
+    return app
+
+
+class _Processor:
+    """One image route: parse, call, respond."""
+
+    def __init__(
+        self, task: Task, backends: Backends, spec: ModelSpec, settings: Settings
+    ) -> None:
+        self.task = task
+        self._backends = backends
+        self._spec = spec
+        self._timeout_s = settings.request_timeout_s
+        self._retry_after_s = settings.retry_after_s
+        self._limits = images.Limits(**settings.limits.model_dump())
+
+    async def __call__(self, request: Request) -> Response:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._timeout_s
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                job = await self._job(request, lambda: deadline_s - loop.time())
+                return wire.image_response(await self._backends[self.task](job))
+        except TimeoutError as error:
+            raise await self._why_late() from error
+
+    async def _job(self, request: Request, left_s: Callable[[], float]) -> ImageJob:
+        form = await wire.read_form(request)
+        typed = parse(self.task, form.fields)
+        header = await run_in_threadpool(images.read_header, form.image, self._limits)
+        width_px, height_px = header.width_px * self._spec.scale, header.height_px * self._spec.scale
+        if self._spec.scale > 1:
+            self._check_output(width_px, height_px)
+        accept = request.headers.get("accept", "")
+        transparent = has_alpha(typed) or header.has_alpha
+        chosen = self._format(typed, accept, transparent=transparent)
+        images.check_encodable(chosen, width_px, height_px)
+        return ImageJob(typed, form.image, chosen, left_s())
+
+    def _format(self, typed: TaskRequest, accept: str, *, transparent: bool) -> OutputFormat:
+        # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
+        required = transparent and has_alpha(typed)
+        return wire.choose_format(typed.output_format, accept, transparent=required)
+
+    def _check_output(self, width_px: int, height_px: int) -> None:
+        limit = self._limits.max_output_px
+        if width_px * height_px > limit:
+            factor = self._spec.scale**2
+            raise TooLarge(
+                f"The result may have at most {limit} px.",
+                value=f"{width_px} x {height_px} = {width_px * height_px} px",
+                remedy=f"Send a picture of at most {limit // factor} px.",
+            )
+
+    async def _why_late(self) -> ImagenError:
+        state = (await self._backends.states()).get(self.task, "starting")
+        return too_late() if state == "ready" else not_ready(self.task, state)
+
+
+def has_alpha(request: TaskRequest) -> bool:
+    """Whether the result is transparent by the request's own wish."""
+    return isinstance(request, BackgroundRequest) and request.output == "rgba"
+
+
+def not_ready(task: Task, state: State) -> NotReady:
+    """The error for a model that cannot answer now."""
+    remedy = "Try again shortly." if state != "failed" else "Ask the operator; /readyz says more."
+    return NotReady(f"The model {task} is {state}.", remedy=remedy, retry_after_s=10)
+
+
+def _add_image_route(app: FastAPI, path: str, processor: _Processor) -> None:
+    kind = REQUESTS[processor.task]
+
+    async def endpoint(request: Request) -> Response:
+        return await processor(request)
+
+    app.post(
+        path,
+        name=str(processor.task),
+        operation_id=str(processor.task),
+        summary=kind.__doc__,
+        tags=["images"],
+        response_class=Response,
+        responses=openapi.RESPONSES,
+        openapi_extra=openapi.request_body(kind),
+    )(endpoint)
+
+
+def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) -> None:
+    @app.get("/api/v1/models", tags=["service"], summary="What serves each route, and its state")
+    async def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+        states = await backends.states()
+        return {
+            "models": [
+                openapi.describe_model(registry[task], ROUTES[task], states.get(task, "starting"))
+                for task in Task
+            ]
+        }
+
+    @app.get("/healthz", tags=["service"], summary="The process lives")
+    async def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
+        return {"status": "alive"}
+
+    @app.get(
+        "/readyz",
+        tags=["service"],
+        summary="200 when every model is ready or idle",
+        responses={503: {"description": "A model is starting or has failed"}},
+    )
+    async def readyz() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        states = await backends.states()
+        models = {str(task): states.get(task, "starting") for task in Task}
+        ready = all(state in ("ready", "idle") for state in models.values())
+        body = {"status": "ready" if ready else "not ready", "models": models}
+        headers = {} if ready else {"Retry-After": "5"}
+        return JSONResponse(body, 200 if ready else 503, headers)
+
+
+def _request_id(request: Request) -> str:
+    return request.scope["state"]["request_id"]
+
+
+async def _on_imagen_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ImagenError)  # noqa: S101 - Starlette dispatches by class
+    return wire.error_response(error, _request_id(request))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - Starlette dispatches by class
+    routes = ", ".join(ROUTES.values())
+    known: dict[int, Callable[[], ImagenError]] = {
+        404: lambda: NotFound(
+            "There is no such route.", value=request.url.path, remedy=f"Image routes: {routes}."
+        ),
+        405: lambda: MethodNotAllowed(
+            "This route does not take that method.",
+            value=request.method,
+            remedy=f"Use {Headers(error.headers or {}).get('allow', 'another one')}.",
+        ),
+    }
+    fallback: Callable[[], ImagenError] = lambda: MalformedRequest(str(error.detail))  # noqa: E731
+    ours = known.get(error.status_code, fallback)()
+    return wire.error_response(ours, _request_id(request), error.headers)
+
+

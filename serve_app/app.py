@@ -1,0 +1,63 @@
+"""The application: the table of contents, no logic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from deployments.model import ModelDeployment
+from deployments.registry import load_registry
+from deployments.settings import Settings
+from serve_app.ingress import NAMES, Ingress
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from deployments.registry import ModelSpec
+
+
+def build(args: Settings) -> Application:
+    """The Serve application: one Ingress, and one ModelDeployment for each of the five tasks.
+
+    Args:
+        args: the `args` of a Serve config file; its `deployments` section overrides the options
+            below by deployment name.
+
+    Raises:
+        ConfigError: the model registry is wrong.
+    """
+    registry = load_registry(args.models)
+    models = {task: _model(NAMES[task], spec, args) for task, spec in registry.items()}
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        max_ongoing_requests=200,
+        max_queued_requests=400,
+        backpressure_config=_backpressure(args),
+        ray_actor_options={"num_cpus": 0.5},
+    )
+    return ingress.bind(models, registry, args)
+
+
+def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
+    return (
+        serve.deployment(ModelDeployment)
+        .options(
+            name=name,
+            autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 4},
+            max_ongoing_requests=16,
+            max_queued_requests=64,
+            backpressure_config=_backpressure(settings),
+            graceful_shutdown_timeout_s=60,
+            health_check_period_s=10,
+            health_check_timeout_s=30,
+            ray_actor_options={"num_cpus": 1, "num_gpus": spec.num_gpus},
+            user_config={},
+        )
+        .bind(spec, settings)
+    )
+
+
+def _backpressure(settings: Settings) -> BackpressureConfig:
+    return BackpressureConfig(status_code=429, retry_after_s=settings.retry_after_s)

@@ -1,0 +1,111 @@
+"""The `imagen` command: the top layer."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+
+from deployments.errors import ConfigError
+from deployments.settings import ROOT, resolve
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+_POLL_S = 0.5
+
+
+@app.callback()
+def main() -> None:
+    """Imagen: five image models behind one HTTP API on Ray Serve."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path("configs/local.yaml"),
+    timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
+) -> None:
+    """Serve on this machine until Ctrl-C; says when it is ready, and where."""
+    try:
+        address = address_of(config)
+    except ConfigError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    if _answers(address):
+        console.print(f"[red]Something already serves on {address}. Stop it, or change http_options.")
+        raise typer.Exit(2)
+    start_s = time.monotonic()
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
+    server = subprocess.Popen(command, cwd=ROOT)  # noqa: S603 - our own command line
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    try:
+        if _wait_ready(server, address, timeout_s):
+            _announce(address, time.monotonic() - start_s)
+            server.wait()
+    except KeyboardInterrupt:
+        console.print("Stopping.")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    raise typer.Exit(max(server.returncode or 0, 0))
+
+
+def address_of(config: Path) -> str:
+    """The URL that a Serve config file makes the API listen on.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML.
+    """
+    try:
+        values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+        options = values.get("http_options") or {}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(
+            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
+        ) from error
+    host = options.get("host", "127.0.0.1")
+    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
+    return f"http://{host}:{options.get('port', 8000)}"
+
+
+def _answers(address: str) -> bool:
+    try:
+        httpx.get(f"{address}/-/healthz", timeout=1)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s and server.poll() is None:
+        try:
+            if httpx.get(f"{address}/readyz", timeout=5).status_code == httpx.codes.OK:
+                return True
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(_POLL_S)
+    console.print("[red]Imagen did not become ready; the lines above say why.")
+    return False
+
+
+def _announce(address: str, seconds: float) -> None:
+    console.rule("[green]Imagen is ready")
+    console.print(f"API        {address}          (ready after {seconds:.0f} s)")
+    console.print(f"Reference  {address}/docs")
+    console.print("Dashboard  http://127.0.0.1:8265   (Ray)")
+    console.print(
+        f"\nTry:  curl -F image=@photo.jpg {address}/api/v1/images/style/comic -o comic.png\n"
+        "Stop with Ctrl-C."
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,154 @@
+"""The Ingress deployment: holds the model handles, and turns Ray's errors into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.contract import ImageJob, ImageResult, Task
+from deployments.errors import Full, ImagenError, ModelFailed, NotReady
+from serve_app.api import create_app, not_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+    from deployments.registry import Registry
+    from deployments.settings import Settings
+    from serve_app.api import State
+
+NAMES: dict[Task, str] = {
+    Task.UPSCALE: "Upscale",
+    Task.ENHANCE: "Enhance",
+    Task.COMIC: "Comic",
+    Task.AGED: "Aged",
+    Task.BACKGROUND: "BackgroundRemove",
+}
+_STATES_TTL_S = 1.0
+
+
+class HandleBackend:
+    """A model deployment behind its Serve handle."""
+
+    def __init__(self, task: Task, handle: DeploymentHandle, retry_after_s: float) -> None:
+        self._task = task
+        self._handle = handle
+        self._retry_after_s = retry_after_s
+
+    async def __call__(self, job: ImageJob) -> ImageResult:
+        response = self._handle.remote(job)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except (BackPressureError, DeploymentUnavailableError, RayActorError, RayTaskError) as error:
+            raise self._translate(error) from None
+
+    def _translate(self, error: Exception) -> ImagenError:
+        if isinstance(error, BackPressureError):
+            return Full(
+                f"The queue of {self._task} is full.",
+                value=f"{error.num_queued_requests} waiting",
+                remedy="Try again after Retry-After seconds.",
+                retry_after_s=self._retry_after_s,
+            )
+        if isinstance(error, DeploymentUnavailableError):
+            return not_ready(self._task, "failed")
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            return cause if isinstance(cause, ImagenError) else _unforeseen(cause)
+        return NotReady(
+            f"The replica of {self._task} was lost.",
+            remedy="Try again; another one is being started.",
+            retry_after_s=self._retry_after_s,
+        )
+
+
+def _unforeseen(cause: BaseException | None) -> ModelFailed:
+    logger_message = type(cause).__name__
+    return ModelFailed(
+        "The model failed on this picture.",
+        value=logger_message,
+        remedy="Try again; if it keeps failing, report the request id.",
+    )
+
+
+class ServeBackends:
+    """The five models of a Serve application."""
+
+    def __init__(self, handles: Mapping[Task, DeploymentHandle], retry_after_s: float) -> None:
+        self._backends = {t: HandleBackend(t, h, retry_after_s) for t, h in handles.items()}
+        self._application = serve.get_replica_context().app_name
+        self._states: Mapping[Task, State] = {}
+        self._stale_s = 0.0
+        self._lock = asyncio.Lock()
+
+    def __getitem__(self, task: Task) -> HandleBackend:
+        return self._backends[task]
+
+    async def states(self) -> Mapping[Task, State]:
+        """As the Serve controller sees them, at most a second old."""
+        async with self._lock:
+            if time.monotonic() >= self._stale_s:
+                status = await asyncio.to_thread(serve.status)
+                deployments = status.applications[self._application].deployments
+                self._states = {t: _state(deployments.get(n)) for t, n in NAMES.items()}
+                self._stale_s = time.monotonic() + _STATES_TTL_S
+        return self._states
+
+
+def _state(deployment: Any) -> State:
+    """One deployment's state from its Serve status."""
+    if deployment is None:
+        return "starting"
+    if deployment.replica_states.get("RUNNING", 0) > 0:
+        return "ready"
+    if deployment.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+        return "failed"
+    idle = deployment.status == "HEALTHY" and not any(deployment.replica_states.values())
+    return "idle" if idle else "starting"
+
+
+class _ReplicaApp:
+    """The ASGI app of whichever Ingress this process holds; built only once that has handles."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await _lifespan(receive, send)
+        ingress: Any = serve.get_replica_context().servable_object
+        await ingress.api(scope, receive, send)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (await receive())["type"] == "lifespan.startup":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+@serve.ingress(_ReplicaApp())
+class Ingress:
+    """Speaks HTTP for the five models. Replicas share no state, so that any number behave as one.
+
+    Args:
+        handles: one per task.
+        registry: what each task's model is.
+        settings: limits and deadlines.
+    """
+
+    def __init__(
+        self,
+        handles: dict[Task, DeploymentHandle],
+        registry: Registry,
+        settings: Settings,
+    ) -> None:
+        self.api = create_app(
+            ServeBackends(handles, settings.retry_after_s), registry, settings
+        )

@@ -1,0 +1,161 @@
+"""Pure ASGI middleware, in one visible list: see `api.create_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from deployments.errors import ImagenError, NotReady, TooLarge
+from serve_app import wire
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("imagen.access")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_DRAIN_S = 10.0
+
+
+class RequestId:
+    """Every request has an id, its client's if that is well-formed; the response repeats it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class AccessLog:
+    """One line a request: method, path, status, seconds, request id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start_s, status = time.monotonic(), 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        finally:
+            logger.info(
+                "%s %s %s %.3f s %s",
+                scope["method"],
+                scope["path"],
+                status or "gone",
+                time.monotonic() - start_s,
+                scope["state"]["request_id"],
+            )
+
+
+class ErrorBoundary:
+    """The last seam: whatever a route did not foresee becomes a problem, never a traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        # Nothing may leave as a 500; the log keeps the traceback.
+        except Exception as error:
+            if started:
+                raise
+            request_id = scope["state"]["request_id"]
+            if not isinstance(error, ImagenError):
+                logger.exception("Unforeseen error, request %s", request_id)
+                error = NotReady(
+                    "The service could not handle the request.",
+                    remedy="Try again; if it keeps failing, report the request id.",
+                    retry_after_s=5,
+                )
+            await wire.error_response(error, request_id)(scope, receive, send)
+
+
+class BodyLimit:
+    """Bodies are limited while they stream in, and a body nobody reads is thrown away.
+
+    A proxy in front hands a body on as it arrives; left unread, it would pile up in this process.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        seen, ended = 0, False
+
+        async def limited() -> Message:
+            nonlocal seen, ended
+            message = await receive()
+            seen += len(message.get("body", b""))
+            ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            if seen > self.max_body_bytes:
+                raise self._too_large(f"more than {self.max_body_bytes} bytes")
+            return message
+
+        try:
+            declared = Headers(scope=scope).get("content-length", "0")
+            if declared.isdecimal() and int(declared) > self.max_body_bytes:
+                raise self._too_large(f"{declared} bytes")
+            await self.app(scope, limited, send)
+        except TooLarge as error:
+            request_id = scope["state"]["request_id"]
+            await wire.error_response(error, request_id)(scope, receive, send)
+        if not ended:
+            await _discard(receive)
+
+    def _too_large(self, size: str) -> TooLarge:
+        return TooLarge(
+            f"The body may have at most {self.max_body_bytes} bytes.",
+            value=size,
+            remedy="Send a smaller picture, or one in a compressed format.",
+        )
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body into nothing, for a bounded time."""
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
