@@ -55,10 +55,11 @@ class ImageRequest(BaseModel):
     task: ClassVar[Task]
 
     output_format: OutputFormat | None = Field(
-        None, description="File format of the result. Unset: by the Accept header, else PNG."
+        default=None,
+        description="File format of the result. Unset: by the Accept header, else PNG.",
     )
     metadata: Literal["full", "none"] = Field(
-        "full",
+        default="full",
         description="full: seed, parameters and model are written into the result. "
         "none: nothing is.",
     )
@@ -68,33 +69,33 @@ class DiffusionRequest(ImageRequest):
     """What the diffusion models accept."""
 
     prompt: Prompt = Field(
-        "",
+        default="",
         max_length=2000,
         description="What the picture should become. Models read about 75 tokens.",
         json_schema_extra={"unit": "characters"},
     )
     negative_prompt: Prompt = Field(
-        "",
+        default="",
         max_length=2000,
         description="What to avoid. Has an effect when guidance_scale is above 1.",
         json_schema_extra={"unit": "characters"},
     )
     guidance_scale: float = Field(
-        5.0,
+        default=5.0,
         ge=1.0,
         le=20.0,
         description="How strongly the prompt steers. 1 turns guidance off and halves the work.",
         json_schema_extra={"unit": "factor"},
     )
     steps: int = Field(
-        30,
+        default=30,
         ge=1,
         le=150,
         description="Length of the denoising schedule.",
         json_schema_extra={"unit": "steps"},
     )
     seed: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=2**32 - 1,
         description="Same request and seed, same image. Unset: chosen at random and returned.",
@@ -105,14 +106,14 @@ class Img2ImgRequest(DiffusionRequest):
     """Diffusion that starts from the picture."""
 
     strength: float = Field(
-        0.5,
+        default=0.5,
         gt=0.0,
         le=1.0,
         description="How far the result may leave the picture. int(steps * strength) steps run.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
     output_size: Literal["input", "working"] = Field(
-        "input",
+        default="input",
         description="input: the size that was sent. working: the size the model worked at.",
         json_schema_extra={"unit": "px"},
     )
@@ -134,7 +135,7 @@ class UpscaleRequest(DiffusionRequest):
 
     task = Task.UPSCALE
     noise_level: int = Field(
-        20,
+        default=20,
         ge=0,
         le=350,
         description="How much noise the model assumes in the picture, and smooths away.",
@@ -147,7 +148,7 @@ class EnhanceRequest(Img2ImgRequest):
 
     task = Task.ENHANCE
     strength: float = Field(
-        0.25,
+        default=0.25,
         gt=0.0,
         le=1.0,
         description="How far the result may leave the picture. int(steps * strength) steps run.",
@@ -172,12 +173,12 @@ class BackgroundRequest(ImageRequest):
 
     task = Task.BACKGROUND
     output: Literal["rgba", "mask", "color"] = Field(
-        "rgba",
+        default="rgba",
         description="rgba: the picture with a transparent background. mask: the alpha alone, as "
         "a grey picture. color: the foreground on `color`.",
     )
     color: str = Field(
-        "#ffffff",
+        default="#ffffff",
         pattern=r"^#[0-9a-fA-F]{6}$",
         description="Background with output=color, as #rrggbb in sRGB.",
     )
@@ -191,9 +192,7 @@ class BackgroundRequest(ImageRequest):
         return self
 
 
-TaskRequest = (
-    UpscaleRequest | EnhanceRequest | ComicRequest | AgedRequest | BackgroundRequest
-)
+TaskRequest = UpscaleRequest | EnhanceRequest | ComicRequest | AgedRequest | BackgroundRequest
 REQUESTS: dict[Task, type[TaskRequest]] = {
     Task.UPSCALE: UpscaleRequest,
     Task.ENHANCE: EnhanceRequest,

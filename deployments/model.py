@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deployments.images import Picture
-    from deployments.pipelines.base import Pixels
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,9 @@ class ModelDeployment:
         self._on_gpu = loaded.device != "cpu"
         self._engine = Engine(loaded.pipeline, max_batch_size=spec.max_batch_size)
         self._warm_up()
-        logger.info("%s ready on %s in %.1f s", self._model, loaded.device, time.monotonic() - start_s)
+        logger.info(
+            "%s ready on %s in %.1f s", self._model, loaded.device, time.monotonic() - start_s
+        )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a new batch window, batch size or defaults, without a restart.
@@ -78,8 +79,9 @@ class ModelDeployment:
         self._configured = True
         self._defaults = defaults
         self._engine.max_batch_size = tuning.max_batch_size or self._spec.max_batch_size
-        self._admit.set_max_batch_size(self._engine.max_batch_size)
-        self._admit.set_batch_wait_timeout_s(tuning.batch_window_s)
+        admit: Any = self._admit
+        admit.set_max_batch_size(self._engine.max_batch_size)
+        admit.set_batch_wait_timeout_s(tuning.batch_window_s)
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         """Process one picture.
@@ -188,4 +190,3 @@ class ModelDeployment:
 def _seed(request: TaskRequest) -> int:
     given = getattr(request, "seed", None)
     return secrets.randbits(32) if given is None else given
-

@@ -93,11 +93,11 @@ class ModelSpec(Strict):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     variant: Literal["fp16"] | None = None
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
-    tile_px: int = Field(256, ge=32, le=4096, multiple_of=8)
-    max_batch_size: int = Field(4, ge=1, le=256)
-    num_gpus: float = Field(0.0, ge=0, le=8)
+    tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
+    max_batch_size: int = Field(default=4, ge=1, le=256)
+    num_gpus: float = Field(default=0.0, ge=0, le=8)
 
     @property
     def parameters(self) -> frozenset[str]:

@@ -25,9 +25,13 @@ class Strict(BaseModel):
 class LimitSettings(Strict):
     """What the service takes in and gives out."""
 
-    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="whole request body, bytes")
-    max_input_px: int = Field(50_000_000, ge=1, description="width x height of an upload")
-    max_output_px: int = Field(16_777_216, ge=16, description="width x height of an upscaled image")
+    max_body_bytes: int = Field(
+        default=32 * 2**20, ge=1024, description="whole request body, bytes"
+    )
+    max_input_px: int = Field(default=50_000_000, ge=1, description="width x height of an upload")
+    max_output_px: int = Field(
+        default=16_777_216, ge=16, description="width x height of an upscaled image"
+    )
 
 
 class Settings(Strict):
@@ -46,10 +50,10 @@ class Settings(Strict):
 
     models: Path = Path("configs/models/starter.yaml")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    torch_threads: int = Field(1, ge=1, le=256)
-    pixel_threads: int = Field(2, ge=1, le=64)
-    request_timeout_s: float = Field(60, gt=0)
-    retry_after_s: int = Field(2, ge=1)
+    torch_threads: int = Field(default=1, ge=1, le=256)
+    pixel_threads: int = Field(default=2, ge=1, le=64)
+    request_timeout_s: float = Field(default=60, gt=0)
+    retry_after_s: int = Field(default=2, ge=1)
     limits: LimitSettings = LimitSettings()
 
 
@@ -62,9 +66,9 @@ class Tuning(Strict):
         defaults: parameter values for fields a request leaves out, over the model's own.
     """
 
-    batch_window_s: float = Field(0.0, ge=0, le=10)
-    max_batch_size: int | None = Field(None, ge=1, le=256)
-    defaults: dict[str, Any] = {}
+    batch_window_s: float = Field(default=0.0, ge=0, le=10)
+    max_batch_size: int | None = Field(default=None, ge=1, le=256)
+    defaults: dict[str, Any] = Field(default={})
 
 
 def resolve(path: Path) -> Path:

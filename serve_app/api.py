@@ -93,9 +93,7 @@ def create_app(backends: Backends, registry: Registry, settings: Settings) -> Fa
 class _Processor:
     """One image route: parse, call, respond."""
 
-    def __init__(
-        self, task: Task, backends: Backends, spec: ModelSpec, settings: Settings
-    ) -> None:
+    def __init__(self, task: Task, backends: Backends, spec: ModelSpec, settings: Settings) -> None:
         self.task = task
         self._backends = backends
         self._spec = spec
@@ -117,7 +115,10 @@ class _Processor:
         form = await wire.read_form(request)
         typed = parse(self.task, form.fields)
         header = await run_in_threadpool(images.read_header, form.image, self._limits)
-        width_px, height_px = header.width_px * self._spec.scale, header.height_px * self._spec.scale
+        width_px, height_px = (
+            header.width_px * self._spec.scale,
+            header.height_px * self._spec.scale,
+        )
         if self._spec.scale > 1:
             self._check_output(width_px, height_px)
         accept = request.headers.get("accept", "")
@@ -230,5 +231,3 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     fallback: Callable[[], ImagenError] = lambda: MalformedRequest(str(error.detail))  # noqa: E731
     ours = known.get(error.status_code, fallback)()
     return wire.error_response(ours, _request_id(request), error.headers)
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import BackpressureConfig
@@ -30,7 +30,8 @@ def build(args: Settings) -> Application:
     """
     registry = load_registry(args.models)
     models = {task: _model(NAMES[task], spec, args) for task, spec in registry.items()}
-    ingress = serve.deployment(Ingress).options(
+    ingress: Any = serve.deployment(Ingress)
+    ingress = ingress.options(
         name="Ingress",
         max_ongoing_requests=200,
         max_queued_requests=400,
@@ -41,22 +42,19 @@ def build(args: Settings) -> Application:
 
 
 def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
-    return (
-        serve.deployment(ModelDeployment)
-        .options(
-            name=name,
-            autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 4},
-            max_ongoing_requests=16,
-            max_queued_requests=64,
-            backpressure_config=_backpressure(settings),
-            graceful_shutdown_timeout_s=60,
-            health_check_period_s=10,
-            health_check_timeout_s=30,
-            ray_actor_options={"num_cpus": 1, "num_gpus": spec.num_gpus},
-            user_config={},
-        )
-        .bind(spec, settings)
-    )
+    deployment: Any = serve.deployment(ModelDeployment)
+    return deployment.options(
+        name=name,
+        autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 4},
+        max_ongoing_requests=16,
+        max_queued_requests=64,
+        backpressure_config=_backpressure(settings),
+        graceful_shutdown_timeout_s=60,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        ray_actor_options={"num_cpus": 1, "num_gpus": spec.num_gpus},
+        user_config={},
+    ).bind(spec, settings)
 
 
 def _backpressure(settings: Settings) -> BackpressureConfig:

@@ -14,11 +14,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, ImagenError
+from deployments.images import read_metadata
 from deployments.settings import ROOT, resolve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+DASHBOARD = "http://127.0.0.1:8265"
+LOCAL = Path("configs/local.yaml")
 _POLL_S = 0.5
 
 
@@ -29,7 +32,9 @@ def main() -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path("configs/local.yaml"),
+    config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path(
+        "configs/local.yaml"
+    ),
     timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
 ) -> None:
     """Serve on this machine until Ctrl-C; says when it is ready, and where."""
@@ -39,12 +44,14 @@ def run(
         console.print(f"[red]{error}")
         raise typer.Exit(2) from error
     if _answers(address):
-        console.print(f"[red]Something already serves on {address}. Stop it, or change http_options.")
+        console.print(
+            f"[red]Something already serves on {address}. Stop it, or change http_options."
+        )
         raise typer.Exit(2)
     start_s = time.monotonic()
     command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
     server = subprocess.Popen(command, cwd=ROOT)  # noqa: S603 - our own command line
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if _wait_ready(server, address, timeout_s):
             _announce(address, time.monotonic() - start_s)
@@ -55,6 +62,20 @@ def run(
         server.send_signal(signal.SIGINT)
         server.wait(60)
     raise typer.Exit(max(server.returncode or 0, 0))
+
+
+@app.command()
+def metadata(file: Annotated[Path, typer.Argument(help="A picture made by Imagen")]) -> None:
+    """Print the model, seed and parameters a picture carries, as JSON."""
+    try:
+        found = read_metadata(file.read_bytes())
+    except (OSError, ImagenError) as error:
+        console.print(f"[red]{file} cannot be read: {error}")
+        raise typer.Exit(2) from error
+    if not found:
+        console.print(f"[yellow]{file} carries no metadata of Imagen.")
+        raise typer.Exit(3)
+    console.print_json(data=found)
 
 
 def address_of(config: Path) -> str:
@@ -87,7 +108,7 @@ def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float)
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
-            if httpx.get(f"{address}/readyz", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(f"{address}/readyz", timeout=5).is_success:
                 return True
         except httpx.HTTPError:
             pass  # not listening yet
@@ -100,7 +121,7 @@ def _announce(address: str, seconds: float) -> None:
     console.rule("[green]Imagen is ready")
     console.print(f"API        {address}          (ready after {seconds:.0f} s)")
     console.print(f"Reference  {address}/docs")
-    console.print("Dashboard  http://127.0.0.1:8265   (Ray)")
+    console.print(f"Dashboard  {DASHBOARD}   (Ray)")
     console.print(
         f"\nTry:  curl -F image=@photo.jpg {address}/api/v1/images/style/comic -o comic.png\n"
         "Stop with Ctrl-C."

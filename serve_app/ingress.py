@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
+from starlette.datastructures import Headers, MutableHeaders
 
 from deployments.contract import ImageJob, ImageResult, Task
 from deployments.errors import Full, ImagenError, ModelFailed, NotReady
@@ -18,11 +23,14 @@ from serve_app.api import create_app, not_ready
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from starlette.types import Receive, Scope, Send
+    from ray.serve.handle import DeploymentHandle
+    from starlette.types import Message, Receive, Scope, Send
 
     from deployments.registry import Registry
     from deployments.settings import Settings
     from serve_app.api import State
+
+    Handle = DeploymentHandle[Any]
 
 NAMES: dict[Task, str] = {
     Task.UPSCALE: "Upscale",
@@ -32,12 +40,13 @@ NAMES: dict[Task, str] = {
     Task.BACKGROUND: "BackgroundRemove",
 }
 _STATES_TTL_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 class HandleBackend:
     """A model deployment behind its Serve handle."""
 
-    def __init__(self, task: Task, handle: DeploymentHandle, retry_after_s: float) -> None:
+    def __init__(self, task: Task, handle: Handle, retry_after_s: float) -> None:
         self._task = task
         self._handle = handle
         self._retry_after_s = retry_after_s
@@ -49,22 +58,20 @@ class HandleBackend:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except (BackPressureError, DeploymentUnavailableError, RayActorError, RayTaskError) as error:
+        except (RayServeException, RayError) as error:
             raise self._translate(error) from None
 
     def _translate(self, error: Exception) -> ImagenError:
         if isinstance(error, BackPressureError):
             return Full(
                 f"The queue of {self._task} is full.",
-                value=f"{error.num_queued_requests} waiting",
                 remedy="Try again after Retry-After seconds.",
                 retry_after_s=self._retry_after_s,
             )
         if isinstance(error, DeploymentUnavailableError):
             return not_ready(self._task, "failed")
         if isinstance(error, RayTaskError):
-            cause = error.cause
-            return cause if isinstance(cause, ImagenError) else _unforeseen(cause)
+            return error.cause if isinstance(error.cause, ImagenError) else _unforeseen(error)
         return NotReady(
             f"The replica of {self._task} was lost.",
             remedy="Try again; another one is being started.",
@@ -72,11 +79,10 @@ class HandleBackend:
         )
 
 
-def _unforeseen(cause: BaseException | None) -> ModelFailed:
-    logger_message = type(cause).__name__
+def _unforeseen(error: RayTaskError) -> ModelFailed:
+    logger.error("A replica raised an error of no known kind", exc_info=error)
     return ModelFailed(
         "The model failed on this picture.",
-        value=logger_message,
         remedy="Try again; if it keeps failing, report the request id.",
     )
 
@@ -84,7 +90,7 @@ def _unforeseen(cause: BaseException | None) -> ModelFailed:
 class ServeBackends:
     """The five models of a Serve application."""
 
-    def __init__(self, handles: Mapping[Task, DeploymentHandle], retry_after_s: float) -> None:
+    def __init__(self, handles: Mapping[Task, Handle], retry_after_s: float) -> None:
         self._backends = {t: HandleBackend(t, h, retry_after_s) for t, h in handles.items()}
         self._application = serve.get_replica_context().app_name
         self._states: Mapping[Task, State] = {}
@@ -124,7 +130,21 @@ class _ReplicaApp:
         if scope["type"] == "lifespan":
             return await _lifespan(receive, send)
         ingress: Any = serve.get_replica_context().servable_object
-        await ingress.api(scope, receive, send)
+        await ingress.api(scope, receive, _without_repeated_id(scope, send))
+
+
+def _without_repeated_id(scope: Scope, send: Send) -> Send:
+    """Serve's proxy puts the request id of the request's header into the response too."""
+    serves = Headers(scope=scope).get("x-request-id")
+
+    async def send_once(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("x-request-id") == serves:
+                del headers["x-request-id"]
+        await send(message)
+
+    return send_once
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
@@ -133,7 +153,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
     await send({"type": "lifespan.shutdown.complete"})
 
 
-@serve.ingress(_ReplicaApp())
+@serve.ingress(_ReplicaApp())  # pyright: ignore[reportUntypedClassDecorator]
 class Ingress:
     """Speaks HTTP for the five models. Replicas share no state, so that any number behave as one.
 
@@ -145,10 +165,8 @@ class Ingress:
 
     def __init__(
         self,
-        handles: dict[Task, DeploymentHandle],
+        handles: dict[Task, Handle],
         registry: Registry,
         settings: Settings,
     ) -> None:
-        self.api = create_app(
-            ServeBackends(handles, settings.retry_after_s), registry, settings
-        )
+        self.api = create_app(ServeBackends(handles, settings.retry_after_s), registry, settings)

@@ -77,9 +77,7 @@ def request_body(kind: type[ImageRequest]) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {"image": image, **schema["properties"]},
     }
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}
-    }
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
 
 
 def describe_model(spec: ModelSpec, route: str, state: str) -> dict[str, Any]:

@@ -71,9 +71,7 @@ async def read_form(request: Request) -> Form:
             parser.write(chunk)
         parser.finalize()
     except MultipartParseError as error:
-        raise MalformedRequest(
-            "The multipart body cannot be read.", remedy=_FORM_REMEDY
-        ) from error
+        raise MalformedRequest("The multipart body cannot be read.", remedy=_FORM_REMEDY) from error
     return reader.form()
 
 
@@ -90,8 +88,8 @@ class _FormReader:
     def callbacks(self) -> Any:
         return {
             "on_part_begin": self._on_part_begin,
-            "on_header_field": lambda data, a, b: self._header.extend(data[a:b]),
-            "on_header_value": lambda data, a, b: self._value.extend(data[a:b]),
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
             "on_header_end": self._on_header_end,
             "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data,
@@ -127,6 +125,12 @@ class _FormReader:
         if len(self._parts) == MAX_PARTS:
             raise MalformedRequest(f"The form has more than {MAX_PARTS} parts.")
         self._headers, self._data = {}, bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header.extend(data[start:end])
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value.extend(data[start:end])
 
     def _on_header_end(self) -> None:
         self._headers[self._header.decode("latin-1").lower()] = self._value.decode("latin-1")
@@ -177,7 +181,7 @@ def choose_format(wanted: OutputFormat | None, accept: str, *, transparent: bool
     """
     if wanted is not None:
         return wanted
-    offered = [f for f in _FORMATS if not (transparent and f == "jpeg")]
+    offered: list[OutputFormat] = [f for f in _FORMATS if not (transparent and f == "jpeg")]
     ranked = sorted(offered, key=lambda f: -_quality(accept, f))
     if _quality(accept, ranked[0]) == 0:
         raise NotAcceptable(

@@ -7,19 +7,19 @@ the mean over the photos; the exit code is 1 if one is missed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003 - typer reads the annotation
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
 import typer
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 
 from starter_models import running
+from starter_models.contact_sheet import draw_sheet
 from starter_models.measures import (
-    SCALE,
     centre,
     decibel,
     ellipse,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     Values = tuple[float, ...]
 
-CELL_PX = (240, 180)
 SEPIA = (0.393, 0.769, 0.189, 0, 0.349, 0.686, 0.168, 0, 0.272, 0.534, 0.131, 0)
 
 
@@ -72,7 +71,9 @@ class Scores:
         table = Table("", *self.columns, "target", title=self.title, title_justify="left")
         for name, values in self.rows.items():
             verdict = "[green]pass" if self.judge(values) else "[red]FAIL"
-            table.add_row(name, *(f"{v:.2f}" if abs(v) >= 10 else f"{v:.3f}" for v in values), verdict)
+            table.add_row(
+                name, *(f"{v:.2f}" if abs(v) >= 10 else f"{v:.3f}" for v in values), verdict
+            )
         return table
 
 
@@ -184,7 +185,7 @@ def main(
 ) -> None:
     """Print every table; exit with 1 if a target is missed."""
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=100)
     missed: list[str] = []
     for task, measure in MEASURES.items():
         if not running.available(task):
@@ -217,44 +218,6 @@ def per_photo(measure: Callable[[str], Values]) -> dict[str, Values]:
 
 def cut_out(picture: Picture) -> Picture:
     return running.run_background(picture)[..., 3]
-
-
-def draw_sheet() -> Image.Image:
-    """A row a photo, a column a result."""
-    width, height = CELL_PX
-    rows = [sheet_cells(centre(photo(name))) for name in KEPT_OUT]
-    canvas = Image.new("RGB", (width * len(rows[0]), (height + 14) * len(rows)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(rows):
-        for j, (title, picture) in enumerate(row.items()):
-            x, y = j * width, i * (height + 14)
-            draw.text((x + 3, y + 1), title, fill="black")
-            cell = ImageOps.contain(to_image(picture), (width - 4, height - 2))
-            canvas.paste(cell, (x + 2, y + 14))
-    return canvas
-
-
-def sheet_cells(picture: Picture) -> dict[str, Picture]:
-    """Title and picture of each cell; a missing model's is blank."""
-
-    def attempt(task: str, run: Callable[[Picture], Picture], source: Picture) -> Picture:
-        return run(source) if running.available(task) else np.ones_like(source)
-
-    _, small = shrunk(picture)
-    bad = spoiled(picture)
-    cut = attempt("background", running.run_background, picture)
-    small = centre(small, 64)[: CELL_PX[1] // SCALE, : CELL_PX[0] // SCALE]
-    plain = to_image(small).resize((small.shape[1] * SCALE, small.shape[0] * SCALE))
-    return {
-        "input": picture,
-        "background": cut[..., :3] * cut[..., 3:] + (1 - cut[..., 3:]) * 0.85,
-        "upscale: bicubic": from_image(plain),
-        "upscale: ours": attempt("upscale", running.run_upscale, small),
-        "enhance: input": bad,
-        "enhance: ours": attempt("enhance", running.run_enhance, bad),
-        "comic": attempt("comic", running.run_comic, picture),
-        "aged": attempt("aged", running.run_aged, picture),
-    }
 
 
 if __name__ == "__main__":

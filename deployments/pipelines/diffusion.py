@@ -73,7 +73,9 @@ def load_pipeline(
             **options,
         )
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ModelCorrupt(f"The files of {spec.name} do not load: {error}", value=folder) from error
+        raise ModelCorrupt(
+            f"The files of {spec.name} do not load: {error}", value=folder
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelNotCached(
             f"Model {spec.name} is incomplete: {error}", value=folder, remedy="Fetch it again."

@@ -75,10 +75,12 @@ def _linear(first: float, last: float) -> tuple[float, ...]:
 
 
 RECIPES = {
+    # Little noise: a refiner works at the clean end of the schedule, and every bit of noise added
+    # to a degraded picture has to be taken out again.
     "enhance": Recipe(
         prompts=("", "high quality, sharp, detailed photo", "a photo"),
-        betas=_linear(1e-6, 1e-4),
-        start=(150, 450),
+        betas=_linear(1e-7, 1.25e-5),
+        start=(200, 400),
         target=None,
     ),
     "comic": Recipe(
@@ -275,7 +277,7 @@ class Pairs:
         rng = self.rng
         if rng.random() < 0.1:
             return picture
-        sigma, quality = rng.uniform(0, 15), int(rng.integers(12, 60))
+        sigma, quality = rng.uniform(4, 14), int(rng.integers(14, 36))
         return styles.degraded(picture, rng, sigma=sigma, quality=quality)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +44,7 @@ def build() -> SRVGGNetCompact:
 def main(
     out: Path = Path("starter_models/upscale"),
     minutes: float = 20,
+    start_from: Annotated[Path | None, typer.Option(help="folder to continue from")] = None,
     seed: int = 4,
     threads: int = 1,
     batch: Annotated[int, typer.Option(help="patches a step")] = 8,
@@ -53,6 +54,8 @@ def main(
     seed_everything(seed, threads)
     patches = training_patches(seed)
     net = build().to(memory_format=torch.channels_last)
+    if start_from is not None:
+        net.load_state_dict(load_file(start_from / "model.safetensors"))
     optimiser = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.99))
     clock = Clock(minutes, peak_lr=2e-3)
     total = 0.0

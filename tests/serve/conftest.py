@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
-import time
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 import ray
 import yaml
@@ -29,11 +27,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def local_config() -> ServeDeploySchema:
-    return ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "configs/local.yaml").read_text()))
+    return ServeDeploySchema.model_validate(
+        yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    )
 
 
 @pytest.fixture(scope="session")
-def address(local_config: ServeDeploySchema, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(
+    local_config: ServeDeploySchema, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The URL of the running application: configs/local.yaml, on a free port."""
     temp: Path = tmp_path_factory.mktemp("ray")
     ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(temp), log_to_driver=True)

@@ -1,0 +1,91 @@
+"""Latency of each task on one photo at its defaults, with the cost of the picture file apart.
+
+Runs the model path of a replica in this process (decode, fit, engine, restore, encode), so that
+it needs no server: `make bench`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deployments import images
+from deployments.contract import REQUESTS, complete
+from deployments.engine import Engine
+from deployments.loader import load
+from deployments.pipelines.base import Row
+from deployments.registry import ModelSpec, load_registry
+from deployments.settings import Settings
+from starter_models.training.data import photo_bytes
+
+if TYPE_CHECKING:
+    from deployments.pipelines.base import Pipeline
+
+TARGET_S = 1.5
+STAGES = ("decode", "model", "encode", "total")
+
+
+def measure(spec: ModelSpec, pipeline: Pipeline, engine: Engine, image: bytes) -> dict[str, float]:
+    """Seconds of each stage for one request."""
+    request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
+    start_s = time.perf_counter()
+    picture = images.decode(image, images.Limits())
+    pixels = pipeline.fit(picture, request)
+    decoded_s = time.perf_counter()
+    row = Row(request, pixels, seed=0, deadline_s=time.monotonic() + 600)
+    engine.put([row])
+    output = row.future.result()
+    done_s = time.perf_counter()
+    images.encode(pipeline.restore(output, picture, request), "png", {"seed": 0})
+    end_s = time.perf_counter()
+    stages = (decoded_s - start_s, done_s - decoded_s, end_s - done_s, end_s - start_s)
+    return dict(zip(STAGES, stages, strict=True))
+
+
+def main(
+    models: Annotated[Path, typer.Option(help="model registry")] = Path(
+        "configs/models/starter.yaml"
+    ),
+    image: Annotated[Path | None, typer.Option(help="a photo; unset: 512x512 astronaut")] = None,
+    runs: Annotated[int, typer.Option(help="timed runs of each task")] = 7,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
+) -> None:
+    """Print seconds by task and stage: median, and the range of the total."""
+    data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
+    header = images.read_header(data, images.Limits())
+    settings = Settings(torch_threads=threads)
+    table = Table(title=f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads")
+    for name in ("task", "model", *(f"{s} s" for s in STAGES), "min", "max"):
+        table.add_column(name, justify="left" if name in ("task", "model") else "right")
+    late: list[str] = []
+    for spec in load_registry(models).values():
+        loaded = load(spec, settings)
+        engine = Engine(loaded.pipeline, max_batch_size=1)
+        measure(spec, loaded.pipeline, engine, data)
+        samples = [measure(spec, loaded.pipeline, engine, data) for _ in range(runs)]
+        engine.close()
+        medians = [statistics.median(s[stage] for s in samples) for stage in STAGES]
+        totals = [s["total"] for s in samples]
+        cells = [f"{v:.3f}" for v in (*medians, min(totals), max(totals))]
+        table.add_row(str(spec.task), spec.name, *cells)
+        if medians[-1] > TARGET_S:
+            late.append(str(spec.task))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+        f"float32 on {settings.device}; {runs} runs after one warm-up; target {TARGET_S} s: "
+        + (f"missed by {', '.join(late)}" if late else "met")
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,271 @@
+"""Through the engine and our pipelines comes what the stock diffusers call gives: issue 2."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
+from deployments.pipelines.base import Row
+from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from deployments.contract import DiffusionRequest
+    from deployments.images import Picture
+    from deployments.pipelines.base import Pipeline
+
+TOLERANCE = 1e-5
+IMG2IMG = ["sd_ddim", "sd_pndm", "sd_v", "refiner"]
+PROMPTS = [
+    ("comic book drawing", "blurry"),
+    ("", ""),
+    ("old photograph of a cat", "colour"),
+    ("red", "blue"),
+]
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The stock pipeline, loaded as its documentation says."""
+    loaded: dict[str, Any] = {}
+
+    def pipeline(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = tiny.STOCK[name].from_pretrained(tiny_folder(name))
+            loaded[name].set_progress_bar_config(disable=True)
+        return loaded[name]
+
+    return pipeline
+
+
+def requests(name: str, guidance_scale: float) -> list[DiffusionRequest]:
+    """Four requests that may share a batch and differ in all that a row may choose."""
+    kind = UpscaleRequest if name == "x4" else ComicRequest
+    extra = {} if name == "x4" else {"strength": 0.5}
+    return [
+        kind(
+            prompt=prompt,
+            negative_prompt=negative,
+            guidance_scale=guidance_scale,
+            steps=6,
+            seed=seed,
+            **extra,
+        )
+        for seed, (prompt, negative) in enumerate(PROMPTS)
+    ]
+
+
+def as_row(pipeline: Pipeline, request: Any, picture: Picture) -> Row:
+    seed = getattr(request, "seed", 0)
+    return Row(request, pipeline.fit(picture, request), seed, time.monotonic() + 120)
+
+
+def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np.ndarray:
+    """One picture by the stock pipeline, from a PIL image."""
+    wanted = {"strength", "noise_level"} & set(type(request).model_fields)
+    return pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        image=Image.fromarray(picture.rgb),
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+        **{name: getattr(request, name) for name in wanted},
+    ).images[0]
+
+
+def assert_alike(rows: list[Row], expected: list[np.ndarray], what: str) -> None:
+    apart = max(
+        float(np.abs(row.state - image).max()) for row, image in zip(rows, expected, strict=True)
+    )
+    print(f"parity of {what}: {apart:.1e}")
+    assert apart <= TOLERANCE
+    for row, image in zip(rows, expected, strict=True):
+        assert row.future.result().shape == image.shape
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("name", [*IMG2IMG, "x4"])
+def test_equals_the_stock_pipeline_alone_and_in_company(
+    name: str,
+    guidance_scale: float,
+    tiny_pipeline: Callable[..., Pipeline],
+    stock: Callable[[str], Any],
+    run_together: Callable[..., None],
+) -> None:
+    ours = tiny_pipeline(name)
+    side_px = 32 if name == "x4" else 64
+    pictures = [tiny.picture(i, side_px, side_px) for i in range(4)]
+    wanted = requests(name, guidance_scale)
+    expected = [call_stock(stock(name), r, p) for r, p in zip(wanted, pictures, strict=True)]
+
+    for i in range(4):
+        row = as_row(ours, wanted[i], pictures[i])
+        run_together(ours, [row])
+        assert row.batch_size == 1
+        assert_alike([row], [expected[i]], f"{name}, guidance {guidance_scale}, alone")
+
+    rows = [as_row(ours, r, p) for r, p in zip(wanted, pictures, strict=True)]
+    run_together(ours, rows)
+    assert [row.batch_size for row in rows] == [4] * 4
+    assert_alike(rows, expected, f"{name}, guidance {guidance_scale}, four together")
+
+
+@pytest.mark.parametrize("name", [*IMG2IMG, "x4"])
+def test_the_tiny_models_heed_prompt_seed_and_picture(
+    name: str, stock: Callable[[str], Any]
+) -> None:
+    """Else parity would hold for rows that were mixed up."""
+    side_px = 32 if name == "x4" else 64
+    first, *others = requests(name, 5.0)
+    here, there = tiny.picture(0, side_px, side_px), tiny.picture(1, side_px, side_px)
+    base = call_stock(stock(name), first, here)
+    changed = [
+        call_stock(stock(name), first.model_copy(update={"prompt": others[1].prompt}), here),
+        call_stock(stock(name), first.model_copy(update={"negative_prompt": "colour"}), here),
+        call_stock(stock(name), first.model_copy(update={"seed": 9}), here),
+        call_stock(stock(name), first, there),
+    ]
+    assert min(float(np.abs(image - base).max()) for image in changed) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd_pndm", "refiner"])
+def test_a_picture_of_its_buckets_size_comes_back_as_the_stock_pipelines(
+    name: str,
+    tiny_pipeline: Callable[..., Pipeline],
+    stock: Callable[[str], Any],
+    run_together: Callable[..., None],
+) -> None:
+    ours = tiny_pipeline(name, buckets=((64, 64), (128, 64), (64, 128)))
+    picture = tiny.picture(5, height_px=64, width_px=128)
+    request = requests(name, 5.0)[0]
+    row = as_row(ours, request, picture)
+    assert (row.pixels == picture.rgb).all()
+    run_together(ours, [row])
+    expected = call_stock(stock(name), request, picture)
+    assert_alike([row], [expected], f"{name}, 128x64 bucket")
+    rounded = (expected * 255).round().astype(int)
+    result = ours.restore(row.future.result(), picture, request)
+    assert np.abs(result.rgb - rounded).max() <= 1
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.99, 1.0])
+def test_every_strength_equals_the_stock_pipeline(
+    strength: float,
+    tiny_pipeline: Callable[..., Pipeline],
+    stock: Callable[[str], Any],
+    run_together: Callable[..., None],
+) -> None:
+    for name in IMG2IMG:
+        request = ComicRequest(prompt="red", steps=5, strength=strength, seed=3)
+        picture = tiny.picture(6)
+        row = as_row(tiny_pipeline(name), request, picture)
+        run_together(tiny_pipeline(name), [row])
+        expected = call_stock(stock(name), request, picture)
+        assert_alike([row], [expected], f"{name}, strength {strength}")
+
+
+def test_the_upscaler_decodes_in_the_stock_tiles(
+    tiny_pipeline: Callable[..., Pipeline],
+    tiny_folder: Callable[[str], Path],
+    run_together: Callable[..., None],
+) -> None:
+    stock = tiny.STOCK["x4"].from_pretrained(tiny_folder("x4"))
+    stock.set_progress_bar_config(disable=True)
+    picture = tiny.picture(7, height_px=64, width_px=96)
+    request = UpscaleRequest(steps=2, seed=1, noise_level=350)
+    row = as_row(tiny_pipeline("x4"), request, picture)
+    run_together(tiny_pipeline("x4"), [row])
+    whole = call_stock(stock, request, picture)
+    stock.vae.enable_tiling()
+    tiled = call_stock(stock, request, picture)
+    assert np.abs(whole - tiled).max() > TOLERANCE
+    assert_alike([row], [tiled], "x4 in tiles")
+
+
+@pytest.mark.parametrize("name", ["srvgg", "rrdb"])
+def test_a_tiled_upscale_equals_the_whole(
+    name: str, tiny_pipeline: Callable[..., Pipeline], run_together: Callable[..., None]
+) -> None:
+    tiled, whole = tiny_pipeline(name, tile_px=40), tiny_pipeline(name, tile_px=256)
+    picture = tiny.picture(8, height_px=87, width_px=110)
+    request = UpscaleRequest()
+    ours, expected = as_row(tiled, request, picture), as_row(whole, request, picture)
+    run_together(tiled, [ours])
+    run_together(whole, [expected])
+    # Equal but for the order of sums, which may tip a value at a half.
+    apart = np.abs(ours.future.result().astype(int) - expected.future.result())
+    print(f"parity of {name} in tiles: {apart.max()} of 255, in {(apart > 0).mean():.1e} of values")
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+
+
+def test_tiles_of_rows_of_different_sizes_share_a_step(
+    tiny_pipeline: Callable[..., Pipeline], run_together: Callable[..., None]
+) -> None:
+    pipeline = tiny_pipeline("srvgg", tile_px=32)
+    request = UpscaleRequest()
+    sizes = [(96, 96), (32, 32), (70, 100), (33, 31)]
+    pictures = [tiny.picture(i, *size) for i, size in enumerate(sizes)]
+    alone = [as_row(pipeline, request, p) for p in pictures]
+    for row in alone:
+        run_together(pipeline, [row])
+    together = [as_row(pipeline, request, p) for p in pictures]
+    run_together(pipeline, together)
+    assert max(row.batch_size for row in together) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.future.result().astype(int) - other.future.result()).max() <= 1
+
+
+@pytest.mark.parametrize("stretch", [True, False])
+def test_matting_equals_the_plain_network(
+    stretch: bool,
+    tiny_folder: Callable[[str], Path],
+    own_folder: Callable[[str], Path],
+    run_together: Callable[..., None],
+) -> None:
+    import json
+
+    from deployments.pipelines.matting import Matting
+
+    folder = own_folder("isnet")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"stretch": stretch}))
+    pipeline = Matting(tiny.spec("isnet", folder), folder, "cpu")
+    net = ISNet(ISNetWidths(**config["widths"]))
+    net.load_state_dict(load_file(tiny_folder("isnet") / "model.safetensors"))
+    net.eval()
+    pictures = [tiny.picture(i, tiny.ISNET_PX, tiny.ISNET_PX) for i in range(4)]
+    rows = [as_row(pipeline, BackgroundRequest(), p) for p in pictures]
+    run_together(pipeline, rows)
+    for row, picture in zip(rows, pictures, strict=True):
+        x = torch.from_numpy(picture.rgb.astype(np.float32) / 255 - 0.5).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            expected = net(x)[0][0, 0].sigmoid()
+        if stretch:
+            expected = (expected - expected.min()) / (expected.max() - expected.min())
+        assert row.batch_size == 4
+        assert_alike([row], [expected.numpy()], f"isnet, stretch {stretch}")
+
+
+def test_no_generator_is_shared_between_rows_of_one_seed(
+    tiny_pipeline: Callable[..., Pipeline], run_together: Callable[..., None]
+) -> None:
+    request = ComicRequest(prompt="red", steps=4, seed=7)
+    rows = [as_row(tiny_pipeline("sd_ddim"), request, tiny.picture(1)) for _ in range(4)]
+    run_together(tiny_pipeline("sd_ddim"), rows)
+    assert all(
+        math.isclose(0, np.abs(row.state - rows[0].state).max(), abs_tol=1e-5) for row in rows
+    )

@@ -1,0 +1,231 @@
+"""The running application over real HTTP: five tasks, headers, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import TYPE_CHECKING
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from deployments import images
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROUTES = {
+    "upscale": "upscale",
+    "enhance": "enhance",
+    "comic": "style/comic",
+    "aged": "style/aged",
+    "background": "background/remove",
+}
+
+
+def jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
+    """A smooth colourful picture that differs by seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def post(address: str, task: str, image: bytes, **fields: str) -> httpx.Response:
+    return httpx.post(
+        f"{address}/api/v1/images/{ROUTES[task]}",
+        files={"image": ("photo.jpg", image)},
+        data=fields,
+        timeout=120,
+    )
+
+
+def opened(response: httpx.Response) -> Image.Image:
+    assert response.status_code == 200, response.text
+    return Image.open(io.BytesIO(response.content))
+
+
+def is_problem(response: httpx.Response, status: int) -> bool:
+    body = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.status_code == status == body["status"], body
+    assert body["fact"], body
+    assert body["remedy"], body
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert "Traceback" not in response.text
+    return True
+
+
+def test_ready_and_models(address: str) -> None:
+    ready = httpx.get(f"{address}/readyz", timeout=30)
+    models = httpx.get(f"{address}/api/v1/models", timeout=30).json()["models"]
+    assert ready.status_code == 200
+    assert {m["state"] for m in models} == {"ready"}
+    assert [m["task"] for m in models] == list(ROUTES)
+
+
+@pytest.mark.parametrize("task", ROUTES)
+def test_every_task_gives_a_picture_of_the_right_size(address: str, task: str) -> None:
+    response = post(address, task, jpeg(96, 64))
+    scale = 4 if task == "upscale" else 1
+    picture = opened(response)
+    assert picture.format == "PNG"
+    assert picture.size == (96 * scale, 64 * scale)
+    assert picture.mode == ("RGBA" if task == "background" else "RGB")
+    assert response.headers["x-imagen-model"].startswith(f"{task}-starter@")
+    assert response.headers["x-imagen-batch-size"] == "1"
+    assert "denoise;dur=" in response.headers["server-timing"]
+    assert len(response.headers.get_list("x-request-id")) == 1
+
+
+def test_same_seed_same_picture_and_metadata_tells_it(address: str) -> None:
+    first = post(address, "comic", jpeg(), seed="7", prompt="comic style")
+    second = post(address, "comic", jpeg(), seed="7", prompt="comic style")
+    other = post(address, "comic", jpeg(), seed="8", prompt="comic style")
+    pixels = [np.asarray(opened(r)) for r in (first, second, other)]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+    written = images.read_metadata(first.content)
+    assert written["model"] == first.headers["x-imagen-model"]
+    parameters = written["parameters"]
+    assert isinstance(parameters, dict)
+    assert parameters["seed"] == 7 == int(first.headers["x-imagen-seed"])
+    assert images.read_metadata(post(address, "comic", jpeg(), metadata="none").content) == {}
+
+
+def test_a_random_seed_is_returned_and_reproduces(address: str) -> None:
+    first = post(address, "aged", jpeg())
+    again = post(address, "aged", jpeg(), seed=first.headers["x-imagen-seed"])
+    assert np.array_equal(np.asarray(opened(first)), np.asarray(opened(again)))
+
+
+@pytest.mark.parametrize("task", ["enhance", "comic", "aged", "background"])
+def test_a_phone_photo_comes_back_at_its_own_size(address: str, task: str) -> None:
+    response = post(
+        address, task, jpeg(4032, 3024), output_format="jpeg" if task != "background" else "png"
+    )
+    assert opened(response).size == (4032, 3024)
+
+
+def test_too_large_to_upscale(address: str) -> None:
+    assert is_problem(post(address, "upscale", jpeg(1200, 1000)), 413)
+
+
+def test_one_damaged_picture_of_four_fails_alone(address: str) -> None:
+    good = jpeg(512, 512)
+    damaged = good[: len(good) // 2]
+
+    async def four() -> list[httpx.Response]:
+        return await gather(
+            address,
+            [("comic", good, {"seed": str(i)}) for i in range(3)] + [("comic", damaged, {})],
+        )
+
+    responses = asyncio.run(four())
+    assert [r.status_code for r in responses] == [200, 200, 200, 400]
+    assert is_problem(responses[3], 400)
+
+
+def test_fifty_mixed_requests_are_never_mixed_up(address: str) -> None:
+    jobs = [
+        (
+            list(ROUTES)[i % 5],
+            jpeg(64 + 2 * i, 64, seed=i),
+            {"seed": str(i)} if i % 5 in (1, 2, 3) else {},
+        )
+        for i in range(50)
+    ]
+    responses = asyncio.run(gather(address, jobs))
+    assert [r.status_code for r in responses] == [200] * 50
+    for (task, image, _), response in zip(jobs, responses, strict=True):
+        assert looks_like(opened(response), Image.open(io.BytesIO(image))), task
+
+
+def looks_like(output: Image.Image, source: Image.Image) -> bool:
+    """Same shape, and a luminance that follows the input's: no other input has either."""
+    ratio = output.width / source.width
+    if (output.width, output.height) != (source.width * ratio, source.height * ratio):
+        return False
+    a = np.asarray(output.convert("RGB").resize((32, 32)).convert("L"), np.float64).ravel()
+    b = np.asarray(source.resize((32, 32)).convert("L"), np.float64).ravel()
+    return float(np.corrcoef(a, b)[0, 1]) > 0.8
+
+
+async def gather(
+    address: str, jobs: list[tuple[str, bytes, Mapping[str, str]]]
+) -> list[httpx.Response]:
+    async with httpx.AsyncClient(timeout=120) as client:
+        return await asyncio.gather(
+            *(
+                client.post(
+                    f"{address}/api/v1/images/{ROUTES[task]}",
+                    files={"image": image},
+                    data=dict(fields),
+                )
+                for task, image, fields in jobs
+            )
+        )
+
+
+def test_rows_share_a_batch(address: str) -> None:
+    jobs: list[tuple[str, bytes, Mapping[str, str]]] = [
+        ("enhance", jpeg(512, 512), {}) for _ in range(8)
+    ]
+    sizes = {int(r.headers["x-imagen-batch-size"]) for r in asyncio.run(gather(address, jobs))}
+    assert max(sizes) > 1
+    assert max(sizes) <= 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"steps": "0"}, 422),
+        ({"strength": "nan"}, 422),
+        ({"unknown": "1"}, 422),
+        ({"strength": "0.01"}, 422),
+    ],
+)
+def test_refusals_are_problems(address: str, fields: dict[str, str], status: int) -> None:
+    assert is_problem(post(address, "comic", jpeg(), **fields), status)
+
+
+def test_refusals_of_the_model_cross_the_process_boundary(address: str) -> None:
+    response = post(address, "upscale", jpeg(), prompt="a cat")
+    assert is_problem(response, 422)
+    assert "prompt" in response.json()["fact"]
+
+
+def test_oversized_bodies_are_refused(address: str) -> None:
+    def chunks() -> object:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        for _ in range(40):
+            yield b"\0" * 2**20
+
+    response = httpx.post(
+        f"{address}/api/v1/images/style/comic",
+        content=chunks(),  # type: ignore[arg-type]
+        headers={"content-type": "multipart/form-data; boundary=x"},
+        timeout=60,
+    )
+    assert is_problem(response, 413)
+
+
+def test_a_client_that_leaves_frees_its_row(address: str) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{address}/api/v1/images/style/comic",
+            files={"image": jpeg(512, 512)},
+            data={"steps": "150", "strength": "1.0"},
+            timeout=0.5,
+        )
+    assert post(address, "comic", jpeg()).status_code == 200
+
+
+def test_docs_need_no_network(address: str) -> None:
+    page = httpx.get(f"{address}/docs", timeout=30)
+    assert page.status_code == 200
+    assert "https://" not in page.text.replace("https://www.rfc-editor.org", "")
+    assert httpx.get(f"{address}/docs/static/swagger-ui-bundle.js", timeout=30).status_code == 200
