@@ -35,17 +35,15 @@ class Task(StrEnum):
     BACKGROUND = "background"
 
 
-def _encodable(text: str) -> str:
-    """Refuse lone surrogates and control characters, which no tokenizer or header can carry."""
+def _printable(text: str) -> str:
+    """Refuse control characters, which no tokenizer wants; pydantic refuses lone surrogates."""
     for position, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(f"character {position + 1} is a lone surrogate, not text")
         if ord(character) < 32 and character not in "\t\n\r":
             raise ValueError(f"character {position + 1} is a control character")
     return text
 
 
-Prompt = Annotated[str, AfterValidator(_encodable)]
+Prompt = Annotated[str, AfterValidator(_printable)]
 
 
 class ImageRequest(BaseModel):
@@ -283,7 +281,10 @@ def complete(
         )
     # Named even where nobody gave them, because they are judged together once both are known.
     joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
-    return _validated(type(request), {**joint, **defaults, **given})
+    # The model's color goes with the model's output=color; the client may have chosen another.
+    moot = {"color"} if given.get("output", "color") != "color" else set[str]()
+    fitting = {name: value for name, value in defaults.items() if name not in moot}
+    return _validated(type(request), {**joint, **fitting, **given})
 
 
 def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
@@ -317,7 +318,7 @@ def _problem(kind: type[TaskRequest], detail: ErrorDetails) -> Problem:
 
 
 def describe(kind: type[BaseModel], name: str) -> str:
-    """A parameter's type and range in words, such as "integer from 1 to 150"."""
+    """A parameter's type and range in words, such as "integer from 1 up to 150"."""
     schema = kind.model_json_schema()["properties"][name]
     options = [o for o in schema.get("anyOf", [schema]) if o.get("type") != "null"]
     option = options[0]

@@ -50,6 +50,7 @@ class Engine:
         self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._rows: list[Row] = []
         self._closed = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -58,7 +59,8 @@ class Engine:
         for row in rows:
             row.arrived_s = self._clock()
             self._arrivals.put(row)
-        if not self._thread.is_alive():
+        # Set before the thread's own last drain, so that a row that comes beside it is not left.
+        if self._ended:
             self._drain()
 
     def close(self, timeout_s: float = 30) -> None:
@@ -80,6 +82,7 @@ class Engine:
         except BaseException as error:
             logger.exception("The engine stopped")
             self.fatal = error
+        self._ended = True
         self._drain()
 
     def _admit(self) -> bool:
@@ -94,8 +97,9 @@ class Engine:
     def _take(self, row: Row | None) -> None:
         if row is None:
             self._closed = True
-        elif not row.cancelled and self._guarded(row, self._pipeline.begin):
+        elif not row.cancelled:
             self._rows.append(row)
+            self._guarded(row, self._pipeline.begin)
 
     def _drop_abandoned(self) -> None:
         now = self._clock()
@@ -131,11 +135,14 @@ class Engine:
                 _fail(rows[0], _row_error(error))
                 return
             logger.warning("A step of %d rows failed; trying halves: %r", len(rows), error)
-            middle = len(rows) // 2
-            self._step(rows[:middle])
-            self._step(rows[middle:])
+        else:
+            self._account(rows, start_s)
             return
-        self._account(rows, start_s)
+        # Outside the handler: the error's traceback holds the memory the halves need.
+        middle = len(rows) // 2
+        for half in (rows[:middle], rows[middle:]):
+            if waiting := [row for row in half if not row.future.done()]:
+                self._step(waiting)
 
     def _account(self, rows: Sequence[Row], start_s: float) -> None:
         seconds = self._clock() - start_s
@@ -149,7 +156,7 @@ class Engine:
     def _finish(self, row: Row) -> None:
         _resolve(row, self._pipeline.finish(row))
 
-    def _guarded(self, row: Row, work: Callable[[Row], None]) -> bool:
+    def _guarded(self, row: Row, work: Callable[[Row], None]) -> None:
         """Do `work` on one row; whatever it raises is that row's error alone."""
         try:
             work(row)
@@ -157,8 +164,6 @@ class Engine:
             if is_fatal(error):
                 raise
             _fail(row, _row_error(error))
-            return False
-        return True
 
     def _drain(self) -> None:
         """Fail every row that can no longer be served."""

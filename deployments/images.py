@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import warnings
 import zlib
@@ -34,7 +33,7 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping
 
     from PIL.ImageFile import ImageFile
 
@@ -70,7 +69,6 @@ _UPRIGHT: Final = {
 }
 _MAX_SIDE_PX: Final[Mapping[str, int]] = {"webp": 16383, "jpeg": 65500}
 _ASCII: Final = b"ASCII\0\0\0"
-_ASPECT_TOLERANCE: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,57 +327,3 @@ def _user_comment(text: str) -> bytes:
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + text.encode("ascii")
     return exif.tobytes() if text else b""
-
-
-def choose_bucket(
-    width_px: int, height_px: int, buckets: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """The bucket (width, height) that suits a picture.
-
-    Among those of about the picture's aspect ratio: the smallest that holds it unshrunk, else the
-    largest.
-    """
-
-    def misfit(bucket: tuple[int, int]) -> float:
-        return abs(math.log(width_px / height_px * bucket[1] / bucket[0]))
-
-    best = min(map(misfit, buckets))
-    near = [bucket for bucket in buckets if misfit(bucket) <= best + _ASPECT_TOLERANCE]
-    roomy = [bucket for bucket in near if bucket[0] >= width_px and bucket[1] >= height_px]
-    return min(roomy, key=math.prod) if roomy else max(near, key=math.prod)
-
-
-def content_box(width_px: int, height_px: int, bucket: tuple[int, int]) -> tuple[int, int]:
-    """Width and height a picture gets in a bucket: as large as fits, its aspect kept."""
-    scale = min(bucket[0] / width_px, bucket[1] / height_px)
-    return max(1, round(width_px * scale)), max(1, round(height_px * scale))
-
-
-def fit_to_bucket(rgb: Array, bucket: tuple[int, int]) -> Array:
-    """`rgb` scaled to the bucket's `content_box` and mirrored into the rest, right and below."""
-    width, height = content_box(rgb.shape[1], rgb.shape[0], bucket)
-    scaled = resize(rgb, width, height)
-    columns = np.pad(np.arange(width), (0, bucket[0] - width), mode="reflect")
-    rows = np.pad(np.arange(height), (0, bucket[1] - height), mode="reflect")
-    return scaled[rows][:, columns]
-
-
-def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working: bool) -> Array:
-    """Undo `fit_to_bucket`.
-
-    Args:
-        pixels: of the bucket's size; colour or grey.
-        width_px, height_px: of the picture that was fitted.
-        working: keep the size the model worked at, rather than go back to the picture's.
-    """
-    width, height = content_box(width_px, height_px, (pixels.shape[1], pixels.shape[0]))
-    content = pixels[:height, :width]
-    return content.copy() if working else resize(content, width_px, height_px)
-
-
-def resize(pixels: Array, width_px: int, height_px: int) -> Array:
-    """A copy of `pixels`, `H x W x 3` or `H x W`, of another size; Lanczos."""
-    if pixels.shape[:2] == (height_px, width_px):
-        return pixels.copy()
-    image = Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.LANCZOS)
-    return np.array(image)

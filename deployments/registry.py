@@ -138,7 +138,7 @@ def load_registry(path: Path) -> Registry:
     """
     try:
         values = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
         reason = str(error).splitlines()[0]
         raise ConfigError(f"The model registry cannot be read: {reason}.", value=path) from error
     specs = parse_settings(_RegistryFile, values, f"The model registry {path}").models

@@ -21,6 +21,7 @@ from deployments.errors import (
     MethodNotAllowed,
     NotFound,
     NotReady,
+    ServiceError,
     TooLarge,
     too_late,
 )
@@ -71,6 +72,7 @@ def create_app(backends: Backends, registry: Registry, settings: Settings) -> Fa
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
+        redirect_slashes=False,
         static_url="/docs/static",
         title="Imagen",
         version="1.0.0",
@@ -102,6 +104,14 @@ class _Processor:
         self._limits = images.Limits(**settings.limits.model_dump())
 
     async def __call__(self, request: Request) -> Response:
+        try:
+            return await self._answer(request)
+        except ServiceError as error:
+            if error.retry_after_s is None:
+                error.retry_after_s = self._retry_after_s
+            raise
+
+    async def _answer(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._timeout_s
         try:
@@ -121,7 +131,7 @@ class _Processor:
         )
         if self._spec.scale > 1:
             self._check_output(width_px, height_px)
-        accept = request.headers.get("accept", "")
+        accept = ", ".join(request.headers.getlist("accept"))
         transparent = has_alpha(typed) or header.has_alpha
         chosen = self._format(typed, accept, transparent=transparent)
         images.check_encodable(chosen, width_px, height_px)
@@ -220,7 +230,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     routes = ", ".join(ROUTES.values())
     known: dict[int, Callable[[], ImagenError]] = {
         404: lambda: NotFound(
-            "There is no such route.", value=request.url.path, remedy=f"Image routes: {routes}."
+            "There is no such route.",
+            value=request.scope["path"],
+            remedy=f"Image routes: {routes}.",
         ),
         405: lambda: MethodNotAllowed(
             "This route does not take that method.",

@@ -50,8 +50,10 @@ def run(
         raise typer.Exit(2)
     start_s = time.monotonic()
     command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
-    server = subprocess.Popen(command, cwd=ROOT)  # noqa: S603 - our own command line
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
+    server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603 - ours
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     try:
         if _wait_ready(server, address, timeout_s):
             _announce(address, time.monotonic() - start_s)
@@ -59,8 +61,9 @@ def run(
     except KeyboardInterrupt:
         console.print("Stopping.")
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+        server.wait(90)
     raise typer.Exit(max(server.returncode or 0, 0))
 
 
@@ -82,18 +85,19 @@ def address_of(config: Path) -> str:
     """The URL that a Serve config file makes the API listen on.
 
     Raises:
-        ConfigError: the file cannot be read as YAML.
+        ConfigError: the file cannot be read, or is no Serve config.
     """
     try:
         values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
         options = values.get("http_options") or {}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+    # ValueError: no UTF-8, or no date. AttributeError: no mapping.
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(
             "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
         ) from error
-    host = options.get("host", "127.0.0.1")
     host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
-    return f"http://{host}:{options.get('port', 8000)}"
+    return f"http://{host}:{port}"
 
 
 def _answers(address: str) -> bool:

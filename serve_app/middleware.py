@@ -8,8 +8,10 @@ import re
 import time
 import uuid
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 
 from deployments.errors import ImagenError, NotReady, TooLarge
 from serve_app import wire
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("imagen.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_DRAIN_S = 10.0
 
 
 class RequestId:
@@ -66,7 +67,7 @@ class AccessLog:
             logger.info(
                 "%s %s %s %.3f s %s",
                 scope["method"],
-                scope["path"],
+                quote(scope["path"], errors="replace"),
                 status or "gone",
                 time.monotonic() - start_s,
                 scope["state"]["request_id"],
@@ -91,6 +92,8 @@ class ErrorBoundary:
 
         try:
             await self.app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            logger.info("Client left, request %s", scope["state"]["request_id"])
         # Nothing may leave as a 500; the log keeps the traceback.
         except Exception as error:
             if started:
@@ -112,9 +115,10 @@ class BodyLimit:
     A proxy in front hands a body on as it arrives; left unread, it would pile up in this process.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, drain_s: float = 10.0) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.drain_s = drain_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,16 +134,15 @@ class BodyLimit:
                 raise self._too_large(f"more than {self.max_body_bytes} bytes")
             return message
 
-        try:
-            declared = Headers(scope=scope).get("content-length", "0")
-            if declared.isdecimal() and int(declared) > self.max_body_bytes:
-                raise self._too_large(f"{declared} bytes")
-            await self.app(scope, limited, send)
-        except TooLarge as error:
+        declared = Headers(scope=scope).get("content-length", "0")
+        if _exceeds(declared, self.max_body_bytes):
+            error = self._too_large(f"{declared} bytes")
             request_id = scope["state"]["request_id"]
             await wire.error_response(error, request_id)(scope, receive, send)
+        else:
+            await self.app(scope, limited, send)
         if not ended:
-            await _discard(receive)
+            await _discard(receive, self.drain_s)
 
     def _too_large(self, size: str) -> TooLarge:
         return TooLarge(
@@ -149,10 +152,16 @@ class BodyLimit:
         )
 
 
-async def _discard(receive: Receive) -> None:
+def _exceeds(declared: str, limit: int) -> bool:
+    # Compared by length first: Python refuses to read numbers of more than 4,300 digits.
+    digits = declared.lstrip("0") or "0"
+    return digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit)
+
+
+async def _discard(receive: Receive, limit_s: float) -> None:
     """Read what is left of a body into nothing, for a bounded time."""
     try:
-        async with asyncio.timeout(_DRAIN_S):
+        async with asyncio.timeout(limit_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):

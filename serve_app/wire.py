@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.responses import Response
 
@@ -70,7 +70,7 @@ async def read_form(request: Request) -> Form:
         async for chunk in request.stream():
             parser.write(chunk)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise MalformedRequest("The multipart body cannot be read.", remedy=_FORM_REMEDY) from error
     return reader.form()
 
@@ -102,23 +102,23 @@ class _FormReader:
             raise MalformedRequest(
                 "The multipart body ends before its closing boundary.", remedy=_FORM_REMEDY
             )
-        form, seen = Form(), set[str]()
+        names = [name for name, _ in self._parts]
+        if _IMAGE_FIELD not in names:
+            raise MalformedRequest(
+                "The form has no field named image.",
+                value=", ".join(sorted(names)),
+                remedy="Add the picture as a file: -F image=@photo.jpg.",
+            )
+        form = Form()
         for name, data in self._parts:
-            if name in seen:
+            if names.count(name) > 1:
                 raise InvalidParameter(
                     f"The field {name[:100]} comes more than once.", remedy="Send it once."
                 )
-            seen.add(name)
             if name == _IMAGE_FIELD:
                 form.image = data
             else:
                 form.fields[name] = _text(name, data)
-        if _IMAGE_FIELD not in seen:
-            raise MalformedRequest(
-                "The form has no field named image.",
-                value=", ".join(sorted(seen)),
-                remedy="Add the picture as a file: -F image=@photo.jpg.",
-            )
         return form
 
     def _on_part_begin(self) -> None:

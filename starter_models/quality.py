@@ -68,7 +68,7 @@ class Scores:
         return self.judge(list(self.rows.values())[-1])
 
     def table(self) -> Table:
-        table = Table("", *self.columns, "target", title=self.title, title_justify="left")
+        table = Table("", *self.columns, "target")
         for name, values in self.rows.items():
             verdict = "[green]pass" if self.judge(values) else "[red]FAIL"
             table.add_row(
@@ -192,6 +192,7 @@ def main(
             console.print(f"{task}: not trained yet\n")
             continue
         scores = measure()
+        console.print(scores.title)
         console.print(scores.table())
         missed += [] if scores.passed else [task]
     if contact_sheet is not None:

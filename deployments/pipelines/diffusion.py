@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from deployments.errors import AttentionUnavailable, ModelCorrupt, ModelFailed, ModelNotCached
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
@@ -30,8 +31,8 @@ NO_SAFETY_CHECKER: dict[str, Any] = {
 }
 
 
-def pipeline_class_name(spec: ModelSpec, folder: Path) -> str:
-    """The class named by `model_index.json`.
+def read_index(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """The folder's `model_index.json`: `_class_name`, and each component's library and class.
 
     Raises:
         ModelNotCached: the file is missing.
@@ -39,14 +40,14 @@ def pipeline_class_name(spec: ModelSpec, folder: Path) -> str:
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return str(index["_class_name"])
+        return {**index, "_class_name": str(index["_class_name"])}
     except FileNotFoundError as error:
         raise ModelNotCached(
             f"Model {spec.name} has no model_index.json.",
             value=folder,
             remedy="Point `folder` at a diffusers pipeline folder.",
         ) from error
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelCorrupt(
             f"The model_index.json of {spec.name} names no pipeline class.", value=folder
         ) from error
@@ -63,6 +64,7 @@ def load_pipeline(
         AttentionUnavailable: xformers was asked for and cannot run.
     """
     _quiet()
+    _check_files(spec, folder, replaced=options)
     try:
         pipeline: Any = kind.from_pretrained(
             str(folder),
@@ -72,14 +74,15 @@ def load_pipeline(
             local_files_only=True,
             **options,
         )
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ModelCorrupt(
-            f"The files of {spec.name} do not load: {error}", value=folder
-        ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ModelNotCached(
             f"Model {spec.name} is incomplete: {error}", value=folder, remedy="Fetch it again."
         ) from error
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise ModelCorrupt(
+            f"The files of {spec.name} do not load: {error}", value=folder
+        ) from error
+    _check_filled(pipeline, spec, folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     if spec.attention == "xformers":
@@ -92,6 +95,67 @@ def _quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def _check_files(spec: ModelSpec, folder: Path, replaced: Collection[str]) -> None:
+    """Refuse a folder before a library fills its gaps, or calls a truncated file a missing one.
+
+    Args:
+        replaced: components that need no files.
+    """
+    for name, entry in read_index(spec, folder).items():
+        needed = isinstance(entry, list) and entry != [None, None] and name not in replaced
+        if needed and not any((folder / name).glob("*")):
+            raise ModelNotCached(
+                f"Model {spec.name} lacks its {name}.", value=folder, remedy="Fetch it again."
+            )
+    if spec.variant and not any(folder.glob(f"*/*.{spec.variant}*.safetensors")):
+        raise ModelNotCached(
+            f"Model {spec.name} has no files of variant {spec.variant}.",
+            value=folder,
+            remedy="Leave out `variant` in the model registry, or fetch those files.",
+        )
+    for path in folder.glob("*/*.safetensors"):
+        _stored_shapes(spec, path)
+
+
+def _check_filled(pipeline: Any, spec: ModelSpec, folder: Path) -> None:
+    """Refuse files that lack a tensor, or a word: a library would make it up and go on.
+
+    By shape, as older files call their tensors by other names, which the libraries know.
+    """
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            stored = Counter[tuple[int, ...]]()
+            for path in (folder / name).glob("*.safetensors"):
+                stored.update(_stored_shapes(spec, path))
+            missing = Counter(tuple(p.shape) for p in part.parameters()) - stored
+            if missing:
+                raise ModelCorrupt(
+                    f"The {name} of {spec.name} lacks {missing.total()} of its tensors.",
+                    value=folder,
+                    remedy="Fetch it again.",
+                )
+        elif isinstance(part, transformers.PreTrainedTokenizerBase):
+            encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+            if len(part) != encoder.config.vocab_size:
+                raise ModelCorrupt(
+                    f"The {name} of {spec.name} is not that of its text encoder.",
+                    value=f"{len(part)} tokens for {encoder.config.vocab_size}",
+                    remedy="Fetch it again, with every file of the folder.",
+                )
+
+
+def _stored_shapes(spec: ModelSpec, path: Path) -> list[tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return [tuple(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelCorrupt(
+            f"A file of {spec.name} is damaged or cut off: {error}",
+            value=path,
+            remedy="Fetch it again.",
+        ) from error
 
 
 def _enable_xformers(pipeline: Any, spec: ModelSpec) -> None:
@@ -119,9 +183,12 @@ def generators(rows: Sequence[Row]) -> list[torch.Generator]:
 
 
 def to_tensor(rows: Sequence[Row]) -> torch.Tensor:
-    """The rows' pixels as `(B, 3, H, W)`, float32 in [0, 1]."""
-    stacked = torch.from_numpy(np.stack([row.pixels for row in rows]))
-    return stacked.permute(0, 3, 1, 2).contiguous().float() / 255
+    """The rows' pixels as `(B, 3, H, W)`, float32 in [0, 1].
+
+    Left channels last, as a stock pipeline makes its tensor of a PIL image, so that both sum alike.
+    """
+    stacked = torch.stack([torch.from_numpy(row.pixels) for row in rows])
+    return stacked.permute(0, 3, 1, 2).float() / 255
 
 
 def set_images(rows: Sequence[Row], images: Any) -> None:

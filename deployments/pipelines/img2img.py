@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
+from deployments.buckets import choose_bucket, fit_to_bucket, resize, restore_from_bucket
 from deployments.contract import Img2ImgRequest
-from deployments.images import Picture, choose_bucket, fit_to_bucket, resize, restore_from_bucket
+from deployments.images import Picture
 from deployments.pipelines import diffusion
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Img2Img:
 
     def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
         self._buckets = spec.buckets
-        is_xl = "XL" in diffusion.pipeline_class_name(spec, folder)
+        is_xl = "XL" in diffusion.read_index(spec, folder)["_class_name"]
         if is_xl:
             self._pipeline = diffusion.load_pipeline(
                 StableDiffusionXLImg2ImgPipeline, spec, folder, device, add_watermarker=False

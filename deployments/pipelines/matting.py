@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from deployments.buckets import resize
 from deployments.contract import BackgroundRequest
 from deployments.errors import ModelFailed
-from deployments.images import Picture, resize
+from deployments.images import Picture
 from deployments.pipelines import networks
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
@@ -31,11 +32,12 @@ class Matting:
 
     def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
         config = networks.read_config(spec, folder)
-        self._input_px = int(config.get("input_px", 1024))
         self._stretch = bool(config.get("stretch", True))
         self._device = device
         self._dtype = getattr(torch, spec.dtype)
-        self._net = ISNet(ISNetWidths(**config.get("widths", {})))
+        with networks.building(spec):
+            self._input_px = int(config.get("input_px", 1024))
+            self._net = ISNet(ISNetWidths(**config.get("widths", {})))
         networks.load_weights(self._net, spec, folder, device)
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:

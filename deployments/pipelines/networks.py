@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from deployments.errors import ModelCorrupt, ModelNotCached
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
 
     from torch import nn
@@ -37,6 +39,17 @@ def read_config(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelCorrupt(f"The config.json of {spec.name} is not an object.", value=folder)
     return config
+
+
+@contextmanager
+def building(spec: ModelSpec) -> Generator[None]:
+    """Turn the failure to build what `config.json` says into ModelCorrupt."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelCorrupt(
+            f"The config.json of {spec.name} describes no network: {error!r}"
+        ) from error
 
 
 def load_weights(net: nn.Module, spec: ModelSpec, folder: Path, device: str) -> None:

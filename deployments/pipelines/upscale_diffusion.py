@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionUpscalePipeline
 
+from deployments.buckets import resize
 from deployments.contract import UpscaleRequest
-from deployments.images import Picture, resize
+from deployments.images import Picture
 from deployments.pipelines import diffusion
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from deployments.buckets import resize
 from deployments.errors import ModelCorrupt, ModelFailed
-from deployments.images import Picture, resize
+from deployments.images import Picture
 from deployments.pipelines import networks
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -66,7 +67,8 @@ class UpscaleGan:
         self._tile_px = spec.tile_px
         self._device = device
         self._dtype = getattr(torch, spec.dtype)
-        self._net, self._overlap_px = build(spec, config)
+        with networks.building(spec):
+            self._net, self._overlap_px = build(spec, config)
         networks.load_weights(self._net, spec, folder, device)
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:

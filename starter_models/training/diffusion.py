@@ -14,6 +14,7 @@ as it is". An empty prompt means exactly that for comic and aged, so guidance sc
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,8 @@ class Trainee:
         self.recipe = RECIPES[name]
         self.refiner = name == "enhance"
         self.vae = vae.requires_grad_(False)
+        # Restoration is measured in fractions of a decibel, so its decoder learns along.
+        self.vae.decoder.requires_grad_(self.refiner)
         self.tokenizer = build_tokenizer()
         config = text_config(len(self.tokenizer))
         kind = CLIPTextModelWithProjection if self.refiner else CLIPTextModel
@@ -167,7 +170,8 @@ class Trainee:
         self.noise = (1 - self.scheduler.alphas_cumprod).sqrt()
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.unet.parameters(), *self.text_encoder.parameters()]
+        decoder = self.vae.decoder.parameters() if self.refiner else ()
+        return [*self.unet.parameters(), *self.text_encoder.parameters(), *decoder]
 
     def condition(self, prompts: list[str], size_px: int) -> dict[str, object]:
         """The UNet's conditioning, as the stock pipelines compute it."""
@@ -311,6 +315,7 @@ def main(
         total = 0.98 * total + 0.02 * loss.item()
         if clock.should_report():
             log(clock, loss=total / (1 - 0.98**clock.step), **evaluate(trainee))
+            save(trainee, out / name)
     save(trainee, out / name)
 
 
@@ -356,7 +361,8 @@ def save(trainee: Trainee, folder: Path) -> None:
     """Save fp16 safetensors, as the production folders have them."""
     if folder.exists():
         shutil.rmtree(folder)
-    trainee.pipeline().to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    halved = copy.deepcopy(trainee).pipeline().to(dtype=torch.float16)
+    halved.save_pretrained(folder, safe_serialization=True)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def save(net: ISNet, out: Path) -> None:
     }
     save_file(state, out / "model.safetensors")
     widths = {k: v if isinstance(v, int) else list(v) for k, v in vars(WIDTHS).items()}
-    config = {"architecture": "isnet", "input_px": INPUT_PX, "widths": widths}
+    config = {"architecture": "isnet", "input_px": INPUT_PX, "stretch": False, "widths": widths}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

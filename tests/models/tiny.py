@@ -125,7 +125,8 @@ def tokenizer() -> CLIPTokenizer:
     return build_tokenizer(600)
 
 
-def _text_config() -> CLIPTextConfig:
+def _text_config(initializer_factor: float = 20.0) -> CLIPTextConfig:
+    """Wide enough by default that different prompts are really different."""
     size = len(tokenizer())
     return CLIPTextConfig(
         vocab_size=size,
@@ -138,8 +139,7 @@ def _text_config() -> CLIPTextConfig:
         bos_token_id=size - 2,
         eos_token_id=size - 1,
         pad_token_id=size - 1,
-        # Wide enough that different prompts are really different.
-        initializer_factor=20.0,
+        initializer_factor=initializer_factor,
     )
 
 
@@ -191,7 +191,7 @@ def _save_refiner(folder: Path) -> None:
         vae=_vae((4, 4, 8, 8), force_upcast=True),
         text_encoder=None,
         tokenizer=None,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(3.0)),
         tokenizer_2=tokenizer(),
         unet=_unet(
             (8, 16),

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
 import yaml
 from ray import serve
+from ray.serve import RunTarget
+from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.contract import Task
+from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings
-from serve_app.app import build
+from serve_app.ingress import NAMES, Ingress
+from tests.serve.scripted import BrokenModel, ScriptedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def free_port() -> int:
@@ -25,25 +29,82 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def local_config() -> ServeDeploySchema:
-    return ServeDeploySchema.model_validate(
-        yaml.safe_load((ROOT / "configs/local.yaml").read_text())
-    )
+@pytest.fixture(scope="package")
+def local_config() -> dict[str, Any]:
+    """configs/local.yaml as plain values."""
+    return yaml.safe_load((ROOT / "configs/local.yaml").read_text())
 
 
-@pytest.fixture(scope="session")
-def address(
-    local_config: ServeDeploySchema, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The URL of the running application: configs/local.yaml, on a free port."""
-    temp: Path = tmp_path_factory.mktemp("ray")
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(temp), log_to_driver=True)
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray of our own with Serve listening; the URL. Its one GPU is a number, not a device."""
     port = free_port()
+    ray.init(
+        num_cpus=2,
+        num_gpus=1,
+        include_dashboard=False,
+        _temp_dir=str(tmp_path_factory.mktemp("ray")),
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90})
-    settings = Settings.model_validate(local_config.applications[0].args)
-    serve.run(build(settings), name="imagen", route_prefix="/", blocking=False)
-    url = f"http://127.0.0.1:{port}"
-    yield url
+    yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def address(cluster: str, local_config: dict[str, Any]) -> str:
+    """The URL of the whole application, as configs/local.yaml has it; models take 0.2 of a GPU."""
+    application = local_config["applications"][0]
+    for deployment in application["deployments"]:
+        if deployment["name"] != "Ingress":
+            deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.2}
+    deploy(application)
+    return cluster
+
+
+def deploy(application: dict[str, Any]) -> None:
+    """What `serve deploy` does with a config file's application."""
+    client: Any = serve.context._get_global_client()
+    config = ServeDeploySchema.model_validate({"applications": [application]})
+    client.deploy_apps(config, _blocking=True)
+
+
+@pytest.fixture(scope="package")
+def scripted(cluster: str) -> str:
+    """The URL of an application whose models follow the prompt; two Ingress replicas."""
+    run_models("scripted", dict.fromkeys(Task, ScriptedModel), replicas=2, wait=True)
+    return f"{cluster}/scripted"
+
+
+@pytest.fixture(scope="package")
+def broken(cluster: str) -> str:
+    """The URL of an application whose comic model never starts."""
+    kinds = {**dict.fromkeys(Task, ScriptedModel), Task.COMIC: BrokenModel}
+    run_models("broken", kinds, replicas=1, wait=False)
+    return f"{cluster}/broken"
+
+
+def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
+    """Run the real Ingress over scripted models; comic takes two requests and queues one."""
+    settings = Settings(request_timeout_s=4, retry_after_s=7)
+    models: dict[Task, Any] = {}
+    for task, kind in kinds.items():
+        narrow = task == Task.COMIC
+        model: Any = serve.deployment(kind)
+        models[task] = model.options(
+            name=NAMES[task],
+            max_ongoing_requests=2 if narrow else 20,
+            max_queued_requests=1 if narrow else 20,
+            max_constructor_retry_count=1,
+            backpressure_config=BackpressureConfig(status_code=429, retry_after_s=7),
+            ray_actor_options={"num_cpus": 0},
+        ).bind()
+    ingress: Any = serve.deployment(Ingress)
+    ingress = ingress.options(
+        name="Ingress", num_replicas=replicas, ray_actor_options={"num_cpus": 0}
+    )
+    target = RunTarget(
+        ingress.bind(models, load_registry(settings.models), settings), name, f"/{name}"
+    )
+    serve.run_many([target], wait_for_applications_running=wait)

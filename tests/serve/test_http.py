@@ -23,6 +23,8 @@ ROUTES = {
     "aged": "style/aged",
     "background": "background/remove",
 }
+SEEDED = ("enhance", "comic", "aged")
+Job = tuple[str, bytes, "Mapping[str, str]"]
 
 
 def jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:

@@ -1,0 +1,158 @@
+"""Stand-ins for what lies around the HTTP API: models, pictures, and a client."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from PIL import Image
+
+from deployments.contract import ImageJob, ImageResult, Task
+from deployments.registry import load_registry
+from deployments.settings import LimitSettings, Settings
+from serve_app.api import create_app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message
+
+    from serve_app.api import State
+
+REGISTRY = load_registry(Path("configs/models/starter.yaml"))
+
+
+def picture_file(width: int = 24, height: int = 16, kind: str = "PNG", mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((width, height), 60).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+@dataclass
+class FakeBackends:
+    """Five models that do as they are told, and remember what they were asked.
+
+    Attributes:
+        error: raised instead of answering.
+        delay_s: how long each answer takes.
+        result: what comes back; None: the job's own image, as the format it asks for.
+        state: of every model, but for those in `other_states`.
+        jobs: what was received, in order.
+    """
+
+    error: Exception | None = None
+    delay_s: float = 0.0
+    result: ImageResult | None = None
+    state: State = "ready"
+    other_states: dict[Task, State] = field(default_factory=dict)
+    states_error: Exception | None = None
+    jobs: list[ImageJob] = field(default_factory=list)
+
+    def __getitem__(self, task: Task) -> FakeBackend:
+        return FakeBackend(self, task)
+
+    async def states(self) -> Mapping[Task, State]:
+        if self.states_error is not None:
+            raise self.states_error
+        return dict.fromkeys(Task, self.state) | self.other_states
+
+
+@dataclass
+class FakeBackend:
+    backends: FakeBackends
+    task: Task
+
+    async def __call__(self, job: ImageJob) -> ImageResult:
+        self.backends.jobs.append(job)
+        await asyncio.sleep(self.backends.delay_s)
+        if self.backends.error is not None:
+            raise self.backends.error
+        return self.backends.result or result_of(job, self.task)
+
+
+def result_of(job: ImageJob, task: Task, **changes: Any) -> ImageResult:
+    values: dict[str, Any] = {
+        "image": job.image,
+        "media_type": f"image/{job.output_format}",
+        "width_px": 24,
+        "height_px": 16,
+        "model": f"{task}-starter@0123abcd",
+        "seed": 7,
+        "batch_size": 3,
+        "gpu_seconds": 0.25,
+        "timings_s": {"decode": 0.001, "denoise": 1.5},
+    }
+    return ImageResult(**values | changes)
+
+
+def app_of(backends: FakeBackends | None = None, timeout_s: float = 60, **limits: int) -> FastAPI:
+    settings = Settings(request_timeout_s=timeout_s, limits=LimitSettings(**limits))
+    return create_app(backends or FakeBackends(), REGISTRY, settings)
+
+
+async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request by way of a real HTTP client."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://imagen") as client:
+        return await client.request(method, path, **options)
+
+
+async def post(app: ASGIApp, path: str, image: bytes, **options: Any) -> httpx.Response:
+    """One upload, as curl -F image=@photo.png does it; `data` holds the other fields."""
+    return await send(app, "POST", path, files={"image": ("photo.png", image)}, **options)
+
+
+Headers = dict[str, str] | list[tuple[str, str]]
+
+
+async def raw(
+    app: ASGIApp,
+    path: str,
+    body: AsyncIterator[Message],
+    headers: Headers | None = None,
+    on_sent: Callable[[Message], None] = lambda message: None,
+    **scope: Any,
+) -> list[Message]:
+    """One request as a server hands it over: header lines and messages just as given.
+
+    `on_sent` sees each message of the answer at the moment it is sent.
+    """
+    lines = headers.items() if isinstance(headers, dict) else headers or ()
+    basis = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "server": ("imagen", 80),
+        "path": path,
+        "query_string": b"",
+        "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in lines],
+    }
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return await anext(body)
+
+    async def keep(message: Message) -> None:
+        sent.append(message)
+        on_sent(message)
+
+    await app(basis | scope, receive, keep)
+    return sent
+
+
+async def chunks(parts: Sequence[bytes]) -> AsyncIterator[Message]:
+    """A body in these parts; whoever reads on learns that the client has gone."""
+    for position, part in enumerate(parts):
+        await asyncio.sleep(0)
+        more = position + 1 < len(parts)
+        yield {"type": "http.request", "body": part, "more_body": more}
+    while True:
+        await asyncio.sleep(0)
+        yield {"type": "http.disconnect"}

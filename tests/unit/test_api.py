@@ -1,0 +1,661 @@
+"""The HTTP API as its clients see it, with models that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+import struct
+import zlib
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fastapi.openapi.models import OpenAPI
+from PIL import Image
+
+from deployments import errors
+from deployments.contract import REQUESTS, Task
+from deployments.errors import ImagenError, Problem, RequestError, ServiceError
+from serve_app.api import ROUTES
+from tests.unit.fakes import (
+    REGISTRY,
+    FakeBackends,
+    app_of,
+    chunks,
+    picture_file,
+    post,
+    raw,
+    result_of,
+    send,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import httpx
+    from starlette.types import Message
+
+    from serve_app.api import State
+
+# As `images` sets on import; pytest puts its own filters before it.
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
+
+COMIC = ROUTES[Task.COMIC]
+IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
+PHOTO = picture_file()
+MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
+OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
+LEAKS = ("Traceback", "/work", "/home", "/usr", ".py", "ZeroDivisionError", "0x")
+
+
+def refused(response: httpx.Response, status: int, backends: FakeBackends | None = None) -> Any:
+    """The problem in a response, held to what every problem promises."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert not any(leak in response.text for leak in LEAKS)
+    problem = response.json()
+    assert problem["status"] == status
+    assert problem["type"] == f"urn:imagen:problem:{problem['code']}"
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert problem["fact"]
+    assert problem["remedy"]
+    if backends is not None:
+        assert backends.jobs == []
+    return problem
+
+
+@cache
+def png_of(width: int, height: int) -> bytes:
+    """A black PNG of one bit a pixel, packed as tight as a bomb."""
+    packer = zlib.compressobj(9)
+    row = bytes((width + 7) // 8 + 1)
+    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("task", Task)
+async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) -> None:
+    response = await post(app_of(), ROUTES[task], PHOTO, headers={"X-Request-Id": "mine-1"})
+    assert response.status_code == 200
+    assert response.content == PHOTO
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers.get_list("x-request-id") == ["mine-1"]
+    assert response.headers["x-imagen-model"] == f"{task}-starter@0123abcd"
+    assert response.headers["x-imagen-seed"] == "7"
+    assert response.headers["x-imagen-batch-size"] == "3"
+    assert response.headers["x-imagen-gpu-seconds"] == "0.2500"
+    assert response.headers["x-imagen-size"] == "24x16"
+    assert response.headers["server-timing"] == "decode;dur=1.0, denoise;dur=1500.0"
+    assert response.headers["vary"] == "Accept"
+
+
+@pytest.mark.parametrize("task", Task)
+async def test_the_model_gets_the_very_bytes_that_were_sent(task: Task) -> None:
+    backends = FakeBackends()
+    await post(app_of(backends, timeout_s=60), ROUTES[task], PHOTO)
+    [job] = backends.jobs
+    assert job.image == PHOTO
+    assert job.request == REQUESTS[task]()
+    assert job.request.model_fields_set == set()
+    assert 50 < job.timeout_s <= 60
+
+
+async def test_the_model_gets_the_parameters_that_were_sent() -> None:
+    backends = FakeBackends()
+    data = {"prompt": "Ein Fuchs, 狐 🦊", "steps": "20", "strength": "0.25", "seed": "4294967295"}
+    assert (await post(app_of(backends), COMIC, PHOTO, data=data)).status_code == 200
+    assert backends.jobs[0].request.model_dump(exclude_unset=True) == {
+        "prompt": "Ein Fuchs, 狐 🦊",
+        "steps": 20,
+        "strength": 0.25,
+        "seed": 2**32 - 1,
+    }
+
+
+async def test_pictures_sent_at_once_are_not_mixed_up() -> None:
+    app = app_of(FakeBackends(delay_s=0.01))
+    sent = [picture_file(width=width) for width in range(8, 28)]
+    tasks = [list(Task)[n % 5] for n in range(len(sent))]
+    answers = await asyncio.gather(
+        *(post(app, ROUTES[task], image) for task, image in zip(tasks, sent, strict=True))
+    )
+    assert [answer.content for answer in answers] == sent
+    models = [answer.headers["x-imagen-model"] for answer in answers]
+    assert models == [f"{task}-starter@0123abcd" for task in tasks]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(sent)
+
+
+@pytest.mark.parametrize(
+    ("accept", "data", "expected"),
+    [
+        ("*/*", {}, "png"),
+        ("image/webp", {}, "webp"),
+        ("image/png;q=0.5, image/jpeg", {}, "jpeg"),
+        ("image/webp", {"output_format": "jpeg"}, "jpeg"),
+        ("text/html", {"output_format": "webp"}, "webp"),
+    ],
+)
+async def test_the_result_has_the_format_the_client_wants(
+    accept: str, data: dict[str, str], expected: str
+) -> None:
+    backends = FakeBackends()
+    headers = {"Accept": accept}
+    response = await post(app_of(backends), COMIC, PHOTO, data=data, headers=headers)
+    assert response.headers["content-type"] == f"image/{expected}"
+    assert backends.jobs[0].output_format == expected
+
+
+async def test_an_accept_header_in_several_lines_is_read_as_one() -> None:
+    headers = [("Accept", "application/json"), ("Accept", "image/webp")]
+    response = await post(app_of(), COMIC, PHOTO, headers=headers)
+    assert response.headers["content-type"] == "image/webp"
+
+
+async def test_a_format_nobody_has_is_refused() -> None:
+    backends = FakeBackends()
+    response = await post(app_of(backends), COMIC, PHOTO, headers={"Accept": "text/html"})
+    assert refused(response, 406, backends)["value"] == "text/html"
+
+
+async def test_a_cut_out_is_never_sent_as_jpeg() -> None:
+    backends = FakeBackends()
+    app, path = app_of(backends), ROUTES[Task.BACKGROUND]
+    refused(await post(app, path, PHOTO, headers={"Accept": "image/jpeg"}), 406, backends)
+    refused(await post(app, path, PHOTO, data={"output_format": "jpeg"}), 422, backends)
+    mask = await post(app, path, PHOTO, data={"output": "mask"}, headers={"Accept": "image/jpeg"})
+    assert mask.headers["content-type"] == "image/jpeg"
+
+
+async def test_a_transparent_picture_may_become_a_jpeg_where_the_client_takes_nothing_else() -> (
+    None
+):
+    headers = {"Accept": "image/jpeg"}
+    response = await post(app_of(), COMIC, picture_file(mode="RGBA"), headers=headers)
+    assert response.headers["content-type"] == "image/jpeg"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"])
+async def test_every_kind_of_picture_is_taken(kind: str) -> None:
+    backends = FakeBackends()
+    image = picture_file(kind=kind)
+    assert (await post(app_of(backends), COMIC, image)).status_code == 200
+    assert backends.jobs[0].image == image
+
+
+async def test_a_result_without_chance_has_no_seed_and_notes_are_told() -> None:
+    backends = FakeBackends()
+    await post(app_of(backends), COMIC, PHOTO)
+    notes = ("first of 12 frames",)
+    backends.result = result_of(backends.jobs[0], Task.COMIC, seed=None, notes=notes)
+    response = await post(app_of(backends), COMIC, PHOTO)
+    assert "x-imagen-seed" not in response.headers
+    assert response.headers["x-imagen-note"] == "first of 12 frames"
+
+
+async def test_a_polyglot_is_passed_on_as_the_picture_it_is() -> None:
+    payload = b"<html><script>alert(1)</script></html>"
+    backends = FakeBackends()
+    response = await post(app_of(backends), COMIC, picture_file(kind="GIF") + payload)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+
+
+# Bad input. Whatever is refused here never reaches a model.
+
+
+@pytest.mark.parametrize(
+    ("image", "status", "code"),
+    [
+        (b"", 400, "malformed_request"),
+        (PHOTO[:30], 400, "damaged_image"),
+        (picture_file(kind="JPEG")[:40], 400, "damaged_image"),
+        (b"%PDF-1.7 and so on", 415, "unsupported_media"),
+        (b"<html><script>alert(1)</script></html>" + PHOTO, 415, "unsupported_media"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", 415, "unsupported_media"),
+        (b"\0" * 1000, 415, "unsupported_media"),
+    ],
+)
+@pytest.mark.parametrize("task", Task)
+async def test_what_is_no_sound_picture_is_refused(
+    task: Task, image: bytes, status: int, code: str
+) -> None:
+    backends = FakeBackends()
+    problem = refused(await post(app_of(backends), ROUTES[task], image), status, backends)
+    assert problem["code"] == code
+
+
+@pytest.mark.parametrize("task", Task)
+async def test_a_decompression_bomb_is_refused(task: Task) -> None:
+    bomb = png_of(30_000, 30_000)
+    assert len(bomb) < 130_000
+    backends = FakeBackends()
+    problem = refused(await post(app_of(backends), ROUTES[task], bomb), 413, backends)
+    assert problem["value"] == "30000 x 30000 = 900.0 MP"
+
+
+async def test_an_upscale_beyond_the_largest_result_is_refused() -> None:
+    backends = FakeBackends()
+    app = app_of(backends, max_output_px=64 * 64 * 16)
+    problem = refused(await post(app, ROUTES[Task.UPSCALE], png_of(65, 64)), 413, backends)
+    assert problem["value"] == "260 x 256 = 66560 px"
+    assert "at most 4096 px" in problem["remedy"]
+    assert (await post(app, ROUTES[Task.UPSCALE], png_of(64, 64))).status_code == 200
+
+
+async def test_the_largest_result_concerns_upscaling_only() -> None:
+    app = app_of(max_output_px=64 * 64)
+    for task in set(Task) - {Task.UPSCALE}:
+        assert (await post(app, ROUTES[task], png_of(100, 100))).status_code == 200
+
+
+async def test_a_phone_photo_is_welcome_everywhere_but_upscale() -> None:
+    app, photo = app_of(), png_of(4000, 3000)
+    for task in set(Task) - {Task.UPSCALE}:
+        assert (await post(app, ROUTES[task], photo)).status_code == 200
+    refused(await post(app, ROUTES[Task.UPSCALE], photo), 413)
+
+
+async def test_a_side_the_wanted_format_cannot_hold_is_refused_before_any_work() -> None:
+    backends = FakeBackends()
+    data, strip = {"output_format": "webp"}, png_of(4096, 1)
+    response = await post(app_of(backends), ROUTES[Task.UPSCALE], strip, data=data)
+    assert "webp holds at most 16383 px" in refused(response, 422, backends)["fact"]
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "named"),
+    [
+        (Task.COMIC, {"steps": "151"}, "steps"),
+        (Task.COMIC, {"strength": "nan"}, "strength"),
+        (Task.AGED, {"guidance_scale": "inf"}, "guidance_scale"),
+        (Task.ENHANCE, {"prompt": "x" * 10_000}, "prompt"),
+        (Task.ENHANCE, {"prompt": "bell\x07"}, "prompt"),
+        (Task.UPSCALE, {"noise_level": "351"}, "noise_level"),
+        (Task.UPSCALE, {"strength": "0.5"}, "strength"),
+        (Task.BACKGROUND, {"output": "alpha"}, "output"),
+        (Task.BACKGROUND, {"color": "red"}, "color"),
+        (Task.COMIC, {"stepps": "20"}, "stepps"),
+        (Task.COMIC, {"steps": "9", "strength": "0.1"}, "request"),
+    ],
+)
+async def test_a_wrong_parameter_is_refused_by_name(
+    task: Task, data: dict[str, str], named: str
+) -> None:
+    backends = FakeBackends()
+    response = await post(app_of(backends), ROUTES[task], PHOTO, data=data)
+    assert [p["parameter"] for p in refused(response, 422, backends)["errors"]] == [named]
+
+
+async def test_lone_surrogates_in_a_prompt_are_refused() -> None:
+    text = b'\r\n--cut\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xed\xa0\x80'
+    body = OPEN_PART + PHOTO + text + b"\r\n--cut--\r\n"
+    backends = FakeBackends()
+    response = await send(app_of(backends), "POST", COMIC, content=body, headers=MULTIPART)
+    assert "prompt" in refused(response, 422, backends)["fact"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({"content-type": "application/json"}, b'{"image": "..."}', 415),
+        ({"content-type": "image/png"}, PHOTO, 415),
+        ({}, PHOTO, 415),
+        ({}, b"", 415),
+        ({"content-type": "multipart/form-data"}, OPEN_PART, 400),
+        ({"content-type": "multipart/form-data; boundary=" + "x" * 999}, OPEN_PART, 400),
+        (MULTIPART, b"", 400),
+        (MULTIPART, OPEN_PART + PHOTO, 400),
+        (MULTIPART, b"--cat" + OPEN_PART[5:] + PHOTO + b"\r\n--cat--\r\n", 400),
+        (MULTIPART, b"--cut--\r\n", 400),
+        (MULTIPART, b"\xff" * 1000, 400),
+    ],
+)
+async def test_a_body_that_is_no_form_is_refused(
+    headers: dict[str, str], content: bytes, status: int
+) -> None:
+    backends = FakeBackends()
+    response = await send(app_of(backends), "POST", COMIC, content=content, headers=headers)
+    refused(response, status, backends)
+
+
+async def test_the_picture_in_a_field_of_another_name_is_explained() -> None:
+    files = {"photo": ("photo.png", PHOTO)}
+    backends = FakeBackends()
+    response = await send(app_of(backends), "POST", COMIC, files=files)
+    problem = refused(response, 400, backends)
+    assert problem["value"] == "photo"
+    assert "-F image=@photo.jpg" in problem["remedy"]
+
+
+async def test_a_declared_body_beyond_the_limit_is_refused() -> None:
+    backends = FakeBackends()
+    problem = refused(
+        await post(app_of(backends, max_body_bytes=1024), COMIC, bytes(2048)), 413, backends
+    )
+    assert "1024 bytes" in problem["fact"]
+
+
+async def test_a_streamed_body_beyond_the_limit_is_refused() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield OPEN_PART
+        for _ in range(4):
+            yield bytes(512)
+
+    backends = FakeBackends()
+    app = app_of(backends, max_body_bytes=1024)
+    response = await send(app, "POST", COMIC, content=stream(), headers=MULTIPART)
+    refused(response, 413, backends)
+
+
+async def test_a_client_that_leaves_while_it_sends_makes_no_noise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backends = FakeBackends()
+
+    async def leaving() -> AsyncIterator[Message]:
+        yield {"type": "http.request", "body": OPEN_PART, "more_body": True}
+        while True:
+            yield {"type": "http.disconnect"}
+
+    with caplog.at_level(logging.WARNING):
+        await raw(app_of(backends), COMIC, leaving(), MULTIPART)
+    assert backends.jobs == []
+    assert caplog.records == []
+
+
+# Models that fail
+
+
+SERVICE_ERRORS = ServiceError.__subclasses__()
+
+
+@pytest.mark.parametrize("kind", SERVICE_ERRORS)
+async def test_a_models_own_error_is_told_as_it_is(kind: type[ImagenError]) -> None:
+    error = kind("The fact.", value="42", remedy="The remedy.", retry_after_s=2.5)
+    response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
+    problem = refused(response, kind.status)
+    assert problem["code"] == kind.code
+    assert (problem["fact"], problem["value"], problem["remedy"]) == (
+        "The fact.",
+        "42",
+        "The remedy.",
+    )
+    assert response.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("kind", SERVICE_ERRORS)
+async def test_a_client_who_may_try_again_is_always_told_when(kind: type[ImagenError]) -> None:
+    error = kind("The fact.", remedy="Try again.")
+    response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
+    refused(response, kind.status)
+    assert response.headers["retry-after"] == "2"
+
+
+@pytest.mark.parametrize("kind", RequestError.__subclasses__())
+async def test_what_a_model_refuses_is_the_clients_error(kind: type[ImagenError]) -> None:
+    finding = Problem(parameter="steps", fact="wrong", value="3", remedy="Another.")
+    error = kind("The fact.", remedy="The remedy.", problems=(finding,))
+    response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
+    assert refused(response, kind.status)["errors"] == [finding]
+    assert "retry-after" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("division by zero in /home/imagen/deployments/engine.py"),
+        RuntimeError('Traceback (most recent call last):\n  File "/work/main/x.py", line 1'),
+        KeyError("/usr/lib/python3"),
+        ExceptionGroup("several", [ValueError("/home/a.py"), OSError("/home/b.py")]),
+    ],
+)
+async def test_an_unforeseen_error_is_told_without_its_insides(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
+    problem = refused(response, 503)
+    assert response.headers["retry-after"] == "5"
+    assert problem["request_id"] in caplog.text
+    assert type(error).__name__ in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "code"),
+    [
+        ("ready", 504, "too_late"),
+        ("starting", 503, "not_ready"),
+        ("idle", 503, "not_ready"),
+        ("failed", 503, "not_ready"),
+    ],
+)
+async def test_a_missed_deadline_is_explained_by_the_models_state(
+    state: State, status: int, code: str
+) -> None:
+    backends = FakeBackends(delay_s=30, state="ready", other_states={Task.COMIC: state})
+    response = await post(app_of(backends, timeout_s=0.05), COMIC, PHOTO)
+    problem = refused(response, status)
+    assert problem["code"] == code
+    assert int(response.headers["retry-after"]) > 0
+    if state != "ready":
+        assert state in problem["fact"]
+
+
+async def test_a_missed_deadline_stops_the_work() -> None:
+    stopped = asyncio.Event()
+
+    class Watched(FakeBackends):
+        def __getitem__(self, task: Task) -> Any:
+            async def backend(job: Any) -> None:
+                try:
+                    await asyncio.sleep(30)
+                finally:
+                    stopped.set()
+
+            return backend
+
+    await post(app_of(Watched(), timeout_s=0.05), COMIC, PHOTO)
+    assert stopped.is_set()
+
+
+# Other routes
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/api/v1/images",
+        "/api/v1/images/sharpen",
+        "/docs/static/x",
+        "/docs/static/%00",
+        "/a%0Ab",
+    ],
+)
+async def test_an_unknown_route_is_refused_with_the_known_ones(method: str, path: str) -> None:
+    if method != "GET" and path.startswith("/docs"):
+        return
+    problem = refused(await send(app_of(), method, path), 404)
+    assert all(route in problem["remedy"] for route in ROUTES.values())
+
+
+@pytest.mark.parametrize("path", [*ROUTES.values(), "/healthz"])
+async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
+    refused(await send(app_of(), "POST", path + "/"), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", COMIC, "POST"),
+        ("PUT", ROUTES[Task.UPSCALE], "POST"),
+        ("POST", "/healthz", "GET"),
+        ("DELETE", "/api/v1/models", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_refused_with_the_right_one(
+    method: str, path: str, allowed: str
+) -> None:
+    response = await send(app_of(), method, path)
+    assert allowed in refused(response, 405)["remedy"]
+    assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/healthz/", COMIC + "/"])
+@pytest.mark.parametrize(
+    ("headers", "query"),
+    [
+        ({"host": "[", "x-request-id": "a"}, b""),
+        ({"host": "\xff\xfe:port"}, b""),
+        ({}, b"\xff\xfe"),
+        ({"content-length": "9" * 5000}, b""),
+        ({"content-length": "-1"}, b""),
+        ({"content-length": "\xb2"}, b""),
+    ],
+)
+async def test_odd_headers_and_queries_are_never_the_servers_fault(
+    path: str, headers: dict[str, str], query: bytes
+) -> None:
+    [start, *_] = await raw(app_of(), path, chunks([b""]), headers, query_string=query)
+    assert 400 <= start["status"] < 500
+
+
+async def test_the_process_lives() -> None:
+    backends = FakeBackends(state="failed", states_error=RuntimeError())
+    response = await send(app_of(backends), "GET", "/healthz")
+    assert (response.status_code, response.json()) == (200, {"status": "alive"})
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("state", "ready"), [("ready", True), ("idle", True), ("starting", False), ("failed", False)]
+)
+async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
+    backends = FakeBackends(other_states={Task.AGED: state})
+    response = await send(app_of(backends), "GET", "/readyz")
+    assert response.status_code == (200 if ready else 503)
+    assert response.json() == {
+        "status": "ready" if ready else "not ready",
+        "models": dict.fromkeys(map(str, Task), "ready") | {"aged": state},
+    }
+    assert ("retry-after" in response.headers) != ready
+
+
+async def test_a_model_nobody_knows_of_is_starting() -> None:
+    class Forgetful(FakeBackends):
+        async def states(self) -> dict[Task, State]:
+            return {Task.COMIC: "ready"}
+
+    response = await send(app_of(Forgetful()), "GET", "/readyz")
+    assert response.status_code == 503
+    assert response.json()["models"]["aged"] == "starting"
+    models = (await send(app_of(Forgetful()), "GET", "/api/v1/models")).json()["models"]
+    assert [model["state"] for model in models].count("starting") == 4
+
+
+async def test_readiness_that_cannot_be_asked_for_is_a_problem() -> None:
+    backends = FakeBackends(states_error=RuntimeError("controller at /usr/lib gone"))
+    refused(await send(app_of(backends), "GET", "/readyz"), 503)
+
+
+async def test_the_models_are_listed_with_route_licence_and_state() -> None:
+    backends = FakeBackends(other_states={Task.AGED: "failed"})
+    response = await send(app_of(backends), "GET", "/api/v1/models")
+    models = {model["task"]: model for model in response.json()["models"]}
+    assert set(models) == set(map(str, Task))
+    for task, model in models.items():
+        spec = REGISTRY[Task(task)]
+        assert model["name"] == spec.name
+        assert model["route"] == ROUTES[Task(task)]
+        assert model["licence"] == spec.licence
+        assert model["state"] == ("failed" if task == "aged" else "ready")
+        assert set(model["parameters"]) == spec.parameters
+    assert models["upscale"]["scale"] == 4
+    assert models["comic"]["defaults"] == REGISTRY[Task.COMIC].defaults
+    assert str(REGISTRY[Task.COMIC].folder) not in response.text
+
+
+# Documentation
+
+
+async def test_the_reference_page_needs_no_other_server() -> None:
+    app = app_of()
+    page = await send(app, "GET", "/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "://" not in page.text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert {name.rpartition(".")[2] for name in files} >= {"js", "css"}
+    for name in files:
+        response = await send(app, "GET", name)
+        assert response.status_code == 200
+        assert len(response.content) > 100
+    assert "/openapi.json" in page.text
+
+
+async def test_the_description_is_valid_openapi() -> None:
+    description = (await send(app_of(), "GET", "/openapi.json")).json()
+    OpenAPI.model_validate(description)
+    assert set(description["paths"]) == {*ROUTES.values(), "/api/v1/models", "/healthz", "/readyz"}
+    names = [op["operationId"] for path in description["paths"].values() for op in path.values()]
+    assert len(set(names)) == len(names)
+    assert "$ref" not in json.dumps(description["paths"])
+
+
+@pytest.mark.parametrize("task", Task)
+async def test_the_description_lists_the_form_fields_of_every_route(task: Task) -> None:
+    description = (await send(app_of(), "GET", "/openapi.json")).json()
+    operation = description["paths"][ROUTES[task]]["post"]
+    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["image"]
+    assert form["additionalProperties"] is False
+    assert form["properties"].keys() == {"image", *REQUESTS[task].model_fields}
+    assert all(field["description"] for field in form["properties"].values())
+    for name, expected in REQUESTS[task].model_json_schema()["properties"].items():
+        told = {key: value for key, value in expected.items() if value is not None}
+        assert form["properties"][name] == told
+    if task in IMG2IMG_TASKS:
+        assert form["properties"]["steps"]["maximum"] == 150
+        assert form["properties"]["strength"]["exclusiveMinimum"] == 0.0
+
+
+@pytest.mark.parametrize("task", Task)
+async def test_the_description_lists_every_answer_of_every_route(task: Task) -> None:
+    description = (await send(app_of(), "GET", "/openapi.json")).json()
+    answers = description["paths"][ROUTES[task]]["post"]["responses"]
+    kinds = [*RequestError.__subclasses__(), *SERVICE_ERRORS]
+    elsewhere = {errors.NotFound, errors.MethodNotAllowed}
+    assert set(answers) == {"200", *(str(int(k.status)) for k in kinds if k not in elsewhere)}
+    assert set(answers["200"]["content"]) == {"image/png", "image/webp", "image/jpeg"}
+    promised = {name.lower() for name in answers["200"]["headers"]}
+    backends = FakeBackends()
+    await post(app_of(backends), ROUTES[task], PHOTO)
+    backends.result = result_of(backends.jobs[0], task, notes=("noted",))
+    response = await post(app_of(backends), ROUTES[task], PHOTO)
+    assert promised <= set(response.headers)
+    assert {name for name in response.headers if name.startswith("x-")} <= promised
+
+
+async def test_a_problem_has_the_form_the_description_promises() -> None:
+    app = app_of()
+    description = (await send(app, "GET", "/openapi.json")).json()
+    answers = description["paths"][COMIC]["post"]["responses"]
+    promised = answers["422"]["content"]["application/problem+json"]["schema"]
+    problem = refused(await post(app, COMIC, PHOTO, data={"steps": "0"}), 422)
+    assert set(promised["required"]) <= set(problem) <= set(promised["properties"])
+
+
+def test_the_bomb_of_these_tests_is_a_real_png() -> None:
+    image = Image.open(io.BytesIO(png_of(100, 50)))
+    image.load()
+    assert image.size == (100, 50)

@@ -1,0 +1,75 @@
+"""The command finds the address in a Serve config, and says what is wrong with a bad one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments.errors import ConfigError
+from serve_app.cli import address_of, app
+
+
+def config(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("applications: []", "http://127.0.0.1:8000"),
+        ("http_options:", "http://127.0.0.1:8000"),
+        ("http_options: {port: 9000}", "http://127.0.0.1:9000"),
+        ("http_options: {host: 10.0.0.7, port: 80}", "http://10.0.0.7:80"),
+        ("http_options: {host: 0.0.0.0}", "http://127.0.0.1:8000"),
+    ],
+)
+def test_the_address_is_the_one_a_config_listens_on(
+    text: str, address: str, tmp_path: Path
+) -> None:
+    assert address_of(config(tmp_path, text)) == address
+
+
+def test_the_address_of_the_projects_own_config_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert address_of(Path("configs/local.yaml")) == "http://127.0.0.1:8000"
+
+
+BROKEN = [
+    "http_options: [",
+    "- a list",
+    "",
+    "just text",
+    "http_options: [1]",
+    "http_options: text",
+    "made: 2026-99-99",
+    b"\xff\xfe\x00",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_config_is_a_config_error(text: str | bytes, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        address_of(config(tmp_path, text))
+    assert "serve.yaml" in caught.value.value
+    assert caught.value.remedy
+
+
+def test_a_config_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        address_of(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_config_ends_the_command_with_one_clear_message(
+    text: str | bytes, tmp_path: Path
+) -> None:
+    outcome = CliRunner().invoke(app, ["run", str(config(tmp_path, text))])
+    assert outcome.exit_code == 2
+    assert "The Serve config cannot be read." in " ".join(outcome.output.split())
+    assert "Traceback" not in outcome.output

@@ -1,0 +1,308 @@
+"""What holds for every request, whatever the route does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import tracemalloc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.responses import Response
+
+from deployments.contract import Task
+from deployments.errors import Full, TooLarge
+from serve_app.api import ROUTES
+from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, RequestId
+from tests.unit.fakes import FakeBackends, app_of, chunks, raw
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+COMIC = ROUTES[Task.COMIC]
+MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
+OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
+
+
+def stack(app: ASGIApp, max_body_bytes: int = 1024, drain_s: float = 10.0) -> ASGIApp:
+    """The middleware in the order of the API, around any app."""
+    limited = BodyLimit(app, max_body_bytes=max_body_bytes, drain_s=drain_s)
+    return RequestId(AccessLog(ErrorBoundary(limited)))
+
+
+async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers without reading."""
+    await Response(scope["state"]["request_id"])(scope, receive, send)
+
+
+async def keen(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reads all there is, then tells how much it was."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    await Response(str(size))(scope, receive, send)
+
+
+def headers_of(sent: list[Message]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in sent[0]["headers"]:
+        found.setdefault(name.decode(), []).append(value.decode())
+    return found
+
+
+def problem_of(sent: list[Message], status: int) -> Any:
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == status
+    assert headers_of(sent)["content-type"] == ["application/problem+json"]
+    return json.loads(sent[1]["body"])
+
+
+class Sender:
+    """A client that sends chunk after chunk, and counts what is taken of it."""
+
+    def __init__(self, chunk: bytes, count: int, first: bytes = b"") -> None:
+        self.taken = 0
+        self._chunk, self._count, self._first = chunk, count, first
+
+    async def body(self) -> AsyncIterator[Message]:
+        for position in range(self._count):
+            await asyncio.sleep(0)
+            self.taken += 1
+            part = self._first if position == 0 and self._first else self._chunk
+            more = position + 1 < self._count
+            yield {"type": "http.request", "body": part, "more_body": more}
+
+
+# Request ids
+
+
+@pytest.mark.parametrize("given", ["a", "Mine_1.2-3", "x" * 128])
+async def test_a_well_formed_request_id_is_repeated_once(given: str) -> None:
+    sent = await raw(stack(deaf), "/", chunks([b""]), {"x-request-id": given})
+    assert headers_of(sent)["x-request-id"] == [given]
+    assert sent[1]["body"] == given.encode()
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", " ", "a b", "x" * 129, "a\nX-Evil: 1", "a\r\n", "<script>", "\xe9", "a/../b", "a\n"],
+)
+async def test_any_other_request_id_is_replaced(given: str) -> None:
+    sent = await raw(stack(deaf), "/", chunks([b""]), {"x-request-id": given})
+    [request_id] = headers_of(sent)["x-request-id"]
+    assert request_id != given
+    assert len(request_id) == 32
+    assert request_id.isalnum()
+    assert sent[1]["body"] == request_id.encode()
+
+
+async def test_requests_without_an_id_get_different_ones() -> None:
+    sent = [await raw(stack(deaf), "/", chunks([b""])) for _ in range(50)]
+    assert len({headers_of(messages)["x-request-id"][0] for messages in sent}) == 50
+
+
+async def test_an_id_the_app_sets_itself_is_not_doubled() -> None:
+    async def own(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response("", headers={"X-Request-Id": "own"})(scope, receive, send)
+
+    sent = await raw(stack(own), "/", chunks([b""]), {"x-request-id": "given"})
+    assert headers_of(sent)["x-request-id"] == ["given"]
+
+
+# The access log
+
+
+async def test_every_request_leaves_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "imagen.access"):
+        await raw(app_of(), "/healthz", chunks([b""]), {"x-request-id": "mine"}, method="GET")
+        await raw(app_of(), "/nowhere", chunks([b""]), {"x-request-id": "lost"})
+    first, second = caplog.messages
+    assert first.startswith("GET /healthz 200 ")
+    assert first.endswith(" s mine")
+    assert second.startswith("POST /nowhere 404 ")
+
+
+async def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "imagen.access"):
+        await raw(app_of(), "/a\r\nGET /admin 200\x1b[2J\ud800é b", chunks([b""]))
+    [line] = caplog.messages
+    assert line.isprintable()
+    assert line.isascii()
+    assert len(line.split(" ")) == 6
+
+
+async def test_the_log_names_neither_prompt_nor_query(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "imagen.access"):
+        await raw(app_of(), "/healthz", chunks([b""]), method="GET", query_string=b"prompt=secret")
+    assert "secret" not in caplog.text
+
+
+async def test_a_request_that_ends_without_an_answer_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def cancelled(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    with (
+        caplog.at_level(logging.INFO, "imagen.access"),
+        pytest.raises(asyncio.CancelledError),
+    ):
+        await raw(stack(cancelled), "/x", chunks([b""]))
+    assert caplog.messages[0].startswith("POST /x gone ")
+
+
+# Errors
+
+
+async def test_an_unforeseen_error_becomes_a_problem_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ZeroDivisionError("in /home/imagen/secret.py")
+
+    sent = await raw(stack(broken), "/", chunks([b""]), {"x-request-id": "mine"})
+    problem = problem_of(sent, 503)
+    assert problem["request_id"] == "mine"
+    assert "secret" not in json.dumps(problem)
+    assert headers_of(sent)["retry-after"] == ["5"]
+    assert "secret.py" in caplog.text
+    assert "mine" in caplog.text
+
+
+async def test_an_error_of_our_own_keeps_its_status() -> None:
+    async def full(scope: Scope, receive: Receive, send: Send) -> None:
+        raise Full("Full.", retry_after_s=3)
+
+    sent = await raw(stack(full), "/", chunks([b""]))
+    assert problem_of(sent, 429)["fact"] == "Full."
+    assert headers_of(sent)["retry-after"] == ["3"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("late"), TooLarge("late")])
+async def test_after_an_answer_has_begun_no_second_one_is_sent(error: Exception) -> None:
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise error
+
+    sent: list[Message] = []
+    with pytest.raises(type(error), match="late"):
+        await raw(stack(half), "/", chunks([b""]), on_sent=sent.append)
+    assert [message["type"] for message in sent] == ["http.response.start"]
+
+
+# Bodies
+
+
+async def test_a_body_of_just_the_limit_passes() -> None:
+    sent = await raw(stack(keen), "/", chunks([bytes(1000), bytes(24)]))
+    assert sent[1]["body"] == b"1024"
+
+
+async def test_a_body_of_one_byte_more_is_refused() -> None:
+    problem = problem_of(await raw(stack(keen), "/", chunks([bytes(1000), bytes(25)])), 413)
+    assert problem["value"] == "more than 1024 bytes"
+
+
+@pytest.mark.parametrize("declared", ["1025", "99999999999999999999", "9" * 5000])
+async def test_a_declared_length_beyond_the_limit_is_refused_unread(declared: str) -> None:
+    read = False
+
+    async def reader(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal read
+        read = True
+
+    problem = problem_of(
+        await raw(stack(reader), "/", chunks([b"x"]), {"content-length": declared}), 413
+    )
+    assert not read
+    assert problem["value"] == f"{declared} bytes"[:200]
+
+
+@pytest.mark.parametrize("declared", ["", "0" * 5000, "-5", "abc", "\xb2", "1e9", "10, 20"])
+async def test_a_length_that_is_no_number_does_not_lift_the_limit(declared: str) -> None:
+    sender = chunks([bytes(1000)] * 3)
+    problem_of(await raw(stack(keen), "/", sender, {"content-length": declared}), 413)
+
+
+async def test_a_lie_about_the_length_does_not_lift_the_limit() -> None:
+    problem_of(
+        await raw(stack(keen), "/", chunks([bytes(1000)] * 3), {"content-length": "10"}), 413
+    )
+
+
+async def test_a_body_nobody_reads_is_read_away() -> None:
+    sender = Sender(bytes(100), 50)
+    sent = await raw(stack(deaf), "/", sender.body())
+    assert sent[0]["status"] == 200
+    assert sender.taken == 50
+
+
+async def test_what_a_refusal_leaves_unread_is_read_away() -> None:
+    sender = Sender(bytes(100), 50)
+    problem_of(await raw(app_of(), COMIC, sender.body(), {"content-type": "text/plain"}), 415)
+    assert sender.taken == 50
+
+
+async def test_a_refusal_does_not_wait_for_the_rest_of_the_body() -> None:
+    sender, taken = Sender(bytes(512), 50, first=OPEN_PART), list[int]()
+    app = app_of(max_body_bytes=1024)
+    await raw(app, COMIC, sender.body(), MULTIPART, on_sent=lambda _: taken.append(sender.taken))
+    assert taken == [3, 3]
+    assert sender.taken == 50
+
+
+async def test_a_body_without_end_is_given_up() -> None:
+    sender = Sender(bytes(100), 10**9)
+    sent = await asyncio.wait_for(raw(stack(deaf, drain_s=0.05), "/", sender.body()), 5)
+    assert sent[0]["status"] == 200
+
+
+async def test_a_client_that_stops_sending_is_given_up() -> None:
+    async def stalled() -> AsyncIterator[Message]:
+        yield {"type": "http.request", "body": b"x", "more_body": True}
+        await asyncio.sleep(60)
+
+    sent = await asyncio.wait_for(raw(stack(deaf, drain_s=0.05), "/", stalled()), 5)
+    assert sent[0]["status"] == 200
+
+
+async def test_a_client_that_has_gone_is_not_waited_for() -> None:
+    async def gone() -> AsyncIterator[Message]:
+        yield {"type": "http.disconnect"}
+        pytest.fail("asked again after the client had gone")
+
+    sent = await raw(stack(keen), "/", gone())
+    assert sent[0]["status"] == 200
+
+
+async def test_a_flood_never_fills_the_memory() -> None:
+    backends = FakeBackends()
+    app = app_of(backends, max_body_bytes=2**20)
+    sender = Sender(bytes(64 * 1024), 3200, first=OPEN_PART)  # 200 MiB
+    tracemalloc.start()
+    try:
+        sent = await raw(app, COMIC, sender.body(), MULTIPART)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    problem_of(sent, 413)
+    assert sender.taken == 3200
+    assert peak < 8 * 2**20
+    assert backends.jobs == []
+
+
+@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
+async def test_what_is_no_request_passes_untouched(kind: str) -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    await raw(stack(app), "/", chunks([b""]), type=kind)
+    [scope] = seen
+    assert "state" not in scope

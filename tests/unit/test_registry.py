@@ -1,0 +1,174 @@
+"""The registry names one model per task, and a mistake in it is named before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from deployments.contract import REQUESTS, Task
+from deployments.errors import ConfigError
+from deployments.registry import FAMILIES, check_defaults, load_registry
+from deployments.settings import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STARTER = ROOT / "configs/models/starter.yaml"
+
+
+def starter() -> dict[str, dict[str, Any]]:
+    """The starter models by task, as plain values to spoil."""
+    values = yaml.safe_load(STARTER.read_text(encoding="utf-8"))
+    return {model["task"]: model for model in values["models"]}
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[Any], Any]:
+    def load(values: Any) -> Any:
+        path = tmp_path / "models.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return load_registry(path)
+
+    return load
+
+
+def test_the_starter_models_serve_every_task() -> None:
+    registry = load_registry(Path("configs/models/starter.yaml"))
+    assert set(registry) == set(Task)
+    assert all(spec.task == task for task, spec in registry.items())
+    assert registry[Task.UPSCALE].scale == 4
+    assert registry[Task.COMIC].scale == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/models").glob("*.yaml")))
+def test_every_registry_in_the_project_loads(path: Path) -> None:
+    assert set(load_registry(path)) == set(Task)
+
+
+def test_what_a_family_reads_is_what_its_tasks_take() -> None:
+    for family in FAMILIES.values():
+        for task in family.tasks:
+            assert family.parameters <= REQUESTS[task].model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "named"),
+    [
+        ("upscale", {"famly": "img2img"}, "famly: Extra inputs"),
+        ("upscale", {"name": "Upscale Starter"}, "name: "),
+        ("upscale", {"task": "enlarge"}, "task: "),
+        ("upscale", {"family": "stylegan"}, "family: "),
+        ("upscale", {"licence": None}, "licence: "),
+        ("upscale", {"tile_px": 100}, "tile_px: "),
+        ("upscale", {"tile_px": 24}, "tile_px: "),
+        ("upscale", {"max_batch_size": 0}, "max_batch_size: "),
+        ("upscale", {"num_gpus": -1}, "num_gpus: "),
+        ("upscale", {"dtype": "int8"}, "dtype: "),
+        ("upscale", {"family": "matting"}, "family matting cannot serve the task upscale"),
+        ("comic", {"family": "upscale_gan"}, "family upscale_gan cannot serve the task comic"),
+        ("upscale", {"attention": "xformers"}, "family upscale_gan has no attention"),
+        ("comic", {"buckets": []}, "buckets belong to family img2img"),
+        ("upscale", {"buckets": [[512, 512]]}, "buckets belong to family img2img"),
+        ("comic", {"buckets": [[512, 500]]}, "multiple of 64"),
+        ("comic", {"buckets": [[0, 512]]}, "multiple of 64"),
+        ("comic", {"buckets": [[-64, 512]]}, "multiple of 64"),
+        ("comic", {"buckets": [[512]]}, "buckets.0"),
+        ("comic", {"defaults": {"steps": 151}}, "steps: "),
+        ("comic", {"defaults": {"steps": 3, "strength": 0.1}}, r"int(3 * 0.1) is 0"),
+        ("comic", {"defaults": {"steps": 1}}, r"int(1 * 0.5) is 0"),
+        ("comic", {"defaults": {"noise_level": 20}}, "noise_level"),
+        ("upscale", {"defaults": {"steps": 20}}, "steps"),
+        ("background", {"defaults": {"color": "#000000"}}, "color needs output=color"),
+        ("background", {"defaults": {"colour": "#000000"}}, "colour"),
+    ],
+)
+def test_a_wrong_entry_is_refused_by_name(
+    task: str, change: dict[str, Any], named: str, load: Callable[[Any], Any]
+) -> None:
+    models = starter()
+    models[task] |= change
+    with pytest.raises(ConfigError) as caught:
+        load({"models": list(models.values())})
+    assert named in caught.value.message
+    assert "models." in caught.value.message
+    assert "models.yaml" in caught.value.message
+
+
+@pytest.mark.parametrize("key", ["name", "task", "family", "folder", "summary", "commercial"])
+def test_a_key_left_out_is_named(key: str, load: Callable[[Any], Any]) -> None:
+    models = starter()
+    del models["comic"][key]
+    with pytest.raises(ConfigError, match=rf"models\.2\.{key}: Field required"):
+        load({"models": list(models.values())})
+
+
+def test_a_task_twice_is_refused(load: Callable[[Any], Any]) -> None:
+    models = [*starter().values(), starter()["comic"] | {"name": "comic-two"}]
+    with pytest.raises(ConfigError, match="name each task once") as caught:
+        load({"models": models})
+    assert caught.value.value.count("comic") == 2
+
+
+def test_a_task_left_out_is_refused(load: Callable[[Any], Any]) -> None:
+    models = [model for task, model in starter().items() if task != "aged"]
+    with pytest.raises(ConfigError, match="name each task once") as caught:
+        load({"models": models})
+    assert "aged" not in caught.value.value
+    assert "aged" in caught.value.remedy
+
+
+@pytest.mark.parametrize("values", [None, [], "models", {}, {"models": {}}, {"modles": []}])
+def test_a_file_of_another_shape_is_refused(values: Any, load: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigError, match=r"models\.yaml is wrong"):
+        load(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"models: [",
+        b"models: \xff\xfe",
+        b"models: !!python/object:os.system {}",
+        b"models: &a [*b]",
+        b"made: 2026-99-99",
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_place(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_registry(path)
+    assert caught.value.value == str(path)[:200]
+
+
+def test_a_file_that_is_not_there_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file") as caught:
+        load_registry(tmp_path / "absent.yaml")
+    assert "absent.yaml" in caught.value.value
+
+
+def test_production_sizes_are_accepted(load: Callable[[Any], Any]) -> None:
+    models = starter()
+    models["upscale"] |= {
+        "family": "upscale_diffusion",
+        "dtype": "float16",
+        "variant": "fp16",
+        "attention": "xformers",
+        "num_gpus": 0.25,
+        "defaults": {"noise_level": 350, "steps": 75},
+    }
+    spec = load({"models": list(models.values())})[Task.UPSCALE]
+    assert "noise_level" in spec.parameters
+    assert spec.scale == 4
+
+
+def test_new_defaults_of_a_running_model_are_held_to_the_contract() -> None:
+    spec = load_registry(STARTER)[Task.COMIC]
+    check_defaults(spec, {"steps": 150})
+    with pytest.raises(ValueError, match="steps: Input should be less than or equal to 150"):
+        check_defaults(spec, {"steps": 151})
+    with pytest.raises(ValueError, match="noise_level"):
+        check_defaults(spec, {"noise_level": 1})

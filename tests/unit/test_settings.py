@@ -1,0 +1,74 @@
+"""A typo in a configuration file is named, and no model hub is ever asked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.errors import ConfigError
+from deployments.settings import ROOT, Settings, Tuning, enforce_offline, parse_settings, resolve
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"devise": "cpu"}, "devise: Extra inputs"),
+        ({"device": "tpu"}, "device: "),
+        ({"torch_threads": 0}, "torch_threads: "),
+        ({"pixel_threads": 65}, "pixel_threads: "),
+        ({"request_timeout_s": 0}, "request_timeout_s: "),
+        ({"retry_after_s": 0}, "retry_after_s: "),
+        ({"limits": {"max_body_byte": 1}}, "limits.max_body_byte: Extra inputs"),
+        ({"limits": {"max_input_px": 0}}, "limits.max_input_px: "),
+        ({"limits": None}, "limits: "),
+        ([], "the file: "),
+        (None, "the file: "),
+        ("cpu", "the file: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file(values: Any, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(Settings, values, "The config x.yaml")
+    assert str(caught.value).startswith("The config x.yaml is wrong: ")
+    assert named in caught.value.message
+    assert caught.value.remedy
+
+
+def test_every_wrong_setting_is_named_at_once() -> None:
+    values = {"batch_window_s": -1, "max_batch_size": 0, "windou": 1}
+    with pytest.raises(ConfigError, match=r"batch_window_s.*max_batch_size.*windou"):
+        parse_settings(Tuning, values, "user_config")
+
+
+def test_settings_may_all_be_left_out() -> None:
+    assert parse_settings(Settings, {}, "here") == Settings()
+    assert parse_settings(Tuning, {}, "here") == Tuning()
+
+
+@pytest.mark.parametrize("kind", [Settings, Tuning])
+def test_settings_cannot_be_changed(kind: type[Settings | Tuning]) -> None:
+    for name in kind.model_fields:
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(kind(), name, 1)
+
+
+def test_relative_paths_count_from_the_project_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(Path("configs/local.yaml")) == ROOT / "configs/local.yaml"
+    assert resolve(Path("configs/local.yaml")).is_file()
+    assert resolve(tmp_path / "other.yaml") == tmp_path / "other.yaml"
+
+
+def test_no_model_hub_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    for name in (*offline, "HF_HOME", "HF_TOKEN"):
+        monkeypatch.setenv(name, "as the user had it")
+    enforce_offline()
+    assert [os.environ[name] for name in offline] == ["1", "1", "1"]
+    assert "HF_TOKEN" not in os.environ
+    assert not Path(os.environ["HF_HOME"]).exists()
