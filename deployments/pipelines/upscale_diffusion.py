@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -62,17 +63,19 @@ class UpscaleDiffusion:
 
     def step(self, rows: Sequence[Row]) -> None:
         requests = [cast("UpscaleRequest", row.request) for row in rows]
-        result = self._pipeline(
-            prompt=[r.prompt for r in requests],
-            negative_prompt=[r.negative_prompt for r in requests],
-            image=diffusion.to_tensor(rows),
-            num_inference_steps=requests[0].steps,
-            guidance_scale=requests[0].guidance_scale,
-            noise_level=requests[0].noise_level,
-            generator=diffusion.generators(rows),
-            output_type="np",
-        )
-        diffusion.set_images(rows, result.images)
+        with suppress(_Abandoned):
+            result = self._pipeline(
+                prompt=[r.prompt for r in requests],
+                negative_prompt=[r.negative_prompt for r in requests],
+                image=diffusion.to_tensor(rows),
+                num_inference_steps=requests[0].steps,
+                guidance_scale=requests[0].guidance_scale,
+                noise_level=requests[0].noise_level,
+                generator=diffusion.generators(rows),
+                callback=_stop_when_abandoned(rows),
+                output_type="np",
+            )
+            diffusion.set_images(rows, result.images)
 
     def finish(self, row: Row) -> Pixels:
         return diffusion.to_pixels(row.state)
@@ -81,3 +84,17 @@ class UpscaleDiffusion:
         width, height = picture.width_px * SCALE, picture.height_px * SCALE
         alpha = None if picture.alpha is None else resize(picture.alpha, width, height)
         return Picture(np.ascontiguousarray(output[:height, :width]), alpha, picture.notes)
+
+
+class _Abandoned(Exception):
+    """Nobody waits any more."""
+
+
+def _stop_when_abandoned(rows: Sequence[Row]) -> Any:
+    """A step callback that ends the call early; this stock pipeline knows no other way."""
+
+    def callback(_step: int, _t: Any, _latents: Any) -> None:
+        if all(row.cancelled for row in rows):
+            raise _Abandoned
+
+    return callback

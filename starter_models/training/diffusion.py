@@ -62,12 +62,15 @@ class Recipe:
         prompts: phrasings that ask for the style; the empty prompt is always trained too.
         betas: the noise schedule, 1000 values.
         start: range of t0 trained on, of 1000.
+        gain: the size v comes to. Trained as a factor behind the network and folded into its last
+            layer when saved, because those weights would take thousands of steps to grow to it.
         target: picture to styled picture; None means restoration of a degraded one.
     """
 
     prompts: tuple[str, ...]
     betas: tuple[float, ...]
     start: tuple[int, int]
+    gain: float
     target: Callable[[Picture], Picture] | None
 
 
@@ -82,12 +85,14 @@ RECIPES = {
         prompts=("", "high quality, sharp, detailed photo", "a photo"),
         betas=_linear(1e-7, 1.25e-5),
         start=(200, 400),
+        gain=10,
         target=None,
     ),
     "comic": Recipe(
         prompts=("comic style", "comic book drawing", "a cartoon, flat colours, ink outlines"),
         betas=_linear(2e-5, 3e-4),
         start=(250, 800),
+        gain=4,
         target=styles.comic,
     ),
     # The first step's noise is large on purpose: it stays in the finished picture as film grain.
@@ -95,6 +100,7 @@ RECIPES = {
         prompts=("old photograph", "aged sepia print, film grain", "a faded vintage photo"),
         betas=(0.006, *_linear(2e-5, 3e-4)[1:]),
         start=(250, 800),
+        gain=4,
         target=styles.aged,
     ),
 }
@@ -149,8 +155,6 @@ class Trainee:
         self.recipe = RECIPES[name]
         self.refiner = name == "enhance"
         self.vae = vae.requires_grad_(False)
-        # Restoration is measured in fractions of a decibel, so its decoder learns along.
-        self.vae.decoder.requires_grad_(self.refiner)
         self.tokenizer = build_tokenizer()
         config = text_config(len(self.tokenizer))
         kind = CLIPTextModelWithProjection if self.refiner else CLIPTextModel
@@ -170,8 +174,7 @@ class Trainee:
         self.noise = (1 - self.scheduler.alphas_cumprod).sqrt()
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        decoder = self.vae.decoder.parameters() if self.refiner else ()
-        return [*self.unet.parameters(), *self.text_encoder.parameters(), *decoder]
+        return [*self.unet.parameters(), *self.text_encoder.parameters()]
 
     def condition(self, prompts: list[str], size_px: int) -> dict[str, object]:
         """The UNet's conditioning, as the stock pipelines compute it."""
@@ -204,13 +207,16 @@ class Trainee:
         a, s = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
         drift = (self.signal[t0] / self.noise[t0]).view(-1, 1, 1, 1)
         x = a * z0 + s * (torch.randn_like(z0) + drift * (z_in - z0))
-        v = self.unet(x, t, **self.condition(prompts, source.shape[-1])).sample
+        condition = self.condition(prompts, source.shape[-1])
+        v = self.recipe.gain * self.unet(x, t, **condition).sample
         x0 = a * x - s * v
         pixels = self.vae.decoder(x0 / scale)
         return F.mse_loss(x0, z0) + 3 * F.mse_loss(pixels, target)
 
     def pipeline(self) -> StableDiffusionImg2ImgPipeline | StableDiffusionXLImg2ImgPipeline:
-        shared = {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}
+        unet = copy.deepcopy(self.unet)
+        _scale(unet.conv_out, self.recipe.gain)
+        shared = {"vae": self.vae, "unet": unet, "scheduler": self.scheduler}
         if self.refiner:
             pipeline = StableDiffusionXLImg2ImgPipeline(
                 text_encoder=None,
@@ -294,8 +300,8 @@ def main(
     seed: int = 3,
     threads: int = 1,
     batch: int = 8,
-    patch_px: int = 96,
-    peak_lr: float = 1.5e-3,
+    patch_px: int = 64,
+    peak_lr: float = 2e-3,
 ) -> None:
     """Train `enhance`, `comic` or `aged` and save its diffusers folder as `out / name`."""
     seed_everything(seed, threads)
@@ -325,6 +331,13 @@ def _warm_start(trainee: Trainee, folder: Path) -> None:
     own = trainee.unet.state_dict()
     shared = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     trainee.unet.load_state_dict({**own, **shared})
+    _scale(trainee.unet.conv_out, 1 / trainee.recipe.gain)
+
+
+@torch.no_grad()
+def _scale(layer: torch.nn.Conv2d, factor: float) -> None:
+    layer.weight.mul_(factor)
+    layer.bias.mul_(factor)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
 from deployments.pipelines.base import Row
+from deployments.pipelines.matting import Matting
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
 if TYPE_CHECKING:
@@ -236,10 +238,6 @@ def test_matting_equals_the_plain_network(
     own_folder: Callable[[str], Path],
     run_together: Callable[..., None],
 ) -> None:
-    import json
-
-    from deployments.pipelines.matting import Matting
-
     folder = own_folder("isnet")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"stretch": stretch}))

@@ -1,0 +1,341 @@
+"""Sizes, alpha, colours and early ends of each family, from a decoded picture to the result."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
+from deployments.errors import ModelFailed
+from deployments.images import Picture
+from deployments.pipelines import upscale_gan
+from deployments.pipelines.base import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deployments.pipelines.base import Pipeline
+
+FAST = ComicRequest(steps=2, strength=0.5, guidance_scale=1.0, seed=1)
+EXTREMES = [(1, 1), (1, 10_000), (10_000, 1), (1, 2), (63, 65)]
+PHOTOS = [(3000, 4000), (4000, 3000), (300, 533), (2, 3)]
+
+
+@pytest.fixture
+def process(run_together: Callable[..., None]) -> Callable[..., Picture]:
+    """From a picture to the result, as a model replica does it."""
+
+    def run(pipeline: Pipeline, picture: Picture, request: Any) -> Picture:
+        pixels = pipeline.fit(picture, request)
+        row = Row(request, pixels, request.seed if hasattr(request, "seed") else 0, soon())
+        run_together(pipeline, [row])
+        return pipeline.restore(row.future.result(), picture, request)
+
+    return run
+
+
+def soon() -> float:
+    return time.monotonic() + 120
+
+
+def size(picture: Picture) -> tuple[int, int]:
+    return picture.height_px, picture.width_px
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, net: nn.Module, after: Callable[[], None]) -> list:
+    """Each forward pass appends to the list, then does `after`."""
+    calls: list[None] = []
+    forward = net.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        calls.append(None)
+        after()
+        return result
+
+    monkeypatch.setattr(net, "forward", counting)
+    return calls
+
+
+# --- image to image ---
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [*PHOTOS, *EXTREMES])
+@pytest.mark.parametrize("name", ["sd_ddim", "refiner"])
+def test_img2img_gives_back_the_pictures_size(
+    name: str,
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+) -> None:
+    pipeline = tiny_pipeline(name, buckets=((64, 64), (128, 64), (64, 128)))
+    picture = Picture(np.full((height_px, width_px, 3), 90, np.uint8), None)
+    result = process(pipeline, picture, FAST)
+    assert size(result) == (height_px, width_px)
+    assert result.rgb.dtype == np.uint8
+    assert result.alpha is None
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(48, 96), (200, 30), (1, 1)])
+def test_img2img_keeps_alpha_and_notes(
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+) -> None:
+    seen = tiny.picture(1, height_px, width_px, with_alpha=True)
+    picture = Picture(seen.rgb, seen.alpha, ("first of 12 frames",))
+    pipeline = tiny_pipeline("sd_ddim")
+    result = process(pipeline, picture, FAST)
+    assert (result.alpha == picture.alpha).all()
+    assert result.notes == picture.notes
+
+    working = process(pipeline, picture, FAST.model_copy(update={"output_size": "working"}))
+    assert max(size(working)) == 64
+    assert working.alpha.shape == working.rgb.shape[:2]
+
+
+def test_the_working_size_is_the_buckets_content(
+    tiny_pipeline: Callable[..., Pipeline], process: Callable[..., Picture]
+) -> None:
+    pipeline = tiny_pipeline("sd_ddim", buckets=((64, 64), (128, 64)))
+    request = FAST.model_copy(update={"output_size": "working"})
+    assert size(process(pipeline, tiny.picture(1, 300, 400), request)) == (48, 64)
+    assert size(process(pipeline, tiny.picture(1, 100, 200), request)) == (64, 128)
+    assert size(process(pipeline, tiny.picture(1, 3, 6), request)) == (64, 128)
+
+
+def test_what_may_not_share_a_call_differs_in_key(tiny_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = tiny_pipeline("sd_ddim", buckets=((64, 64), (128, 64)))
+
+    def key(picture: Picture, **changes: Any) -> object:
+        request = FAST.model_copy(update=changes)
+        return pipeline.key(Row(request, pipeline.fit(picture, request), 0, soon()))
+
+    square, wide = tiny.picture(1, 70, 70), tiny.picture(1, 64, 128)
+    base = key(square)
+    assert key(tiny.picture(2, 300, 300), prompt="red", negative_prompt="blue", seed=9) == base
+    others = [
+        key(wide),
+        key(square, steps=4),
+        key(square, strength=0.9),
+        key(square, guidance_scale=2.0),
+    ]
+    assert len({base, *others}) == 5
+
+
+# --- upscaling by diffusion ---
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(31, 33), (8, 8), (1, 1), (1, 40), (7, 64)])
+def test_diffusion_upscales_exactly_four_times(
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+) -> None:
+    picture = tiny.picture(1, height_px, width_px, with_alpha=True)
+    request = UpscaleRequest(steps=1, guidance_scale=1.0, seed=0)
+    result = process(tiny_pipeline("x4"), picture, request)
+    assert size(result) == (4 * height_px, 4 * width_px)
+    assert result.alpha.shape == result.rgb.shape[:2]
+
+
+# --- upscaling by GAN ---
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(1, 1), (300, 257), (64, 64), (65, 1)])
+def test_a_gan_upscales_exactly_four_times(
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+) -> None:
+    picture = tiny.picture(1, height_px, width_px, with_alpha=True)
+    result = process(tiny_pipeline("srvgg", tile_px=64), picture, UpscaleRequest())
+    assert size(result) == (4 * height_px, 4 * width_px)
+    assert result.alpha.shape == result.rgb.shape[:2]
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(1, 1), (64, 64), (65, 63), (257, 300)])
+def test_tiles_cover_a_picture_once(height_px: int, width_px: int) -> None:
+    covered = np.zeros((height_px, width_px), int)
+    for tile in upscale_gan.plan_tiles(height_px, width_px, 64, 10):
+        covered[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width] += 1
+        top, left, bottom, right = tile.outer
+        assert 0 <= top <= tile.top < tile.top + tile.height <= bottom <= height_px
+        assert 0 <= left <= tile.left < tile.left + tile.width <= right <= width_px
+    assert (covered == 1).all()
+
+
+def test_a_tile_of_nan_fails_the_picture(
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline: Any = tiny_pipeline("srvgg", tile_px=32)
+    whole, seen = pipeline._net.forward, []
+
+    def spoilt(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return whole(x) * (float("nan") if len(seen) == 2 else 1)
+
+    monkeypatch.setattr(pipeline._net, "forward", spoilt)
+    with pytest.raises(ModelFailed, match="NaN"):
+        process(pipeline, tiny.picture(1, 64, 64), UpscaleRequest())
+    assert len(seen) == 4
+
+
+# --- matting ---
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(64, 64), (90, 37), (1, 1), (1, 500)])
+def test_matting_gives_the_pictures_size_in_every_form(
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    process: Callable[..., Picture],
+) -> None:
+    pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, height_px, width_px)
+    rgba = process(pipeline, picture, BackgroundRequest())
+    assert (rgba.rgb == picture.rgb).all()
+    assert rgba.alpha.shape == (height_px, width_px)
+
+    mask = process(pipeline, picture, BackgroundRequest(output="mask"))
+    assert mask.alpha is None
+    assert (mask.rgb == rgba.alpha).all()
+
+    request = BackgroundRequest(output="color", color="#ff8000")
+    colour = process(pipeline, picture, request)
+    assert colour.alpha is None
+    share = rgba.alpha[..., None] / 255
+    expected = picture.rgb * share + np.array([255, 128, 0]) * (1 - share)
+    assert np.abs(colour.rgb - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("output", ["rgba", "mask"])
+def test_matting_multiplies_with_the_pictures_own_alpha(
+    output: str, tiny_pipeline: Callable[..., Pipeline], process: Callable[..., Picture]
+) -> None:
+    pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, 40, 50, with_alpha=True)
+    request = BackgroundRequest(output=output)
+    plain = process(pipeline, Picture(picture.rgb, None), request)
+    result = process(pipeline, picture, request)
+    own, found = (p.alpha if output == "rgba" else p.rgb for p in (plain, result))
+    assert (found == own.astype(int) * picture.alpha // 255).all()
+
+
+@pytest.mark.parametrize("share", [0, 255])
+def test_the_colour_shows_where_the_foreground_does_not(
+    share: int, tiny_pipeline: Callable[..., Pipeline]
+) -> None:
+    picture = tiny.picture(1, 9, 7)
+    mask = np.full((tiny.ISNET_PX, tiny.ISNET_PX), share, np.uint8)
+    request = BackgroundRequest(output="color", color="#010203")
+    result = tiny_pipeline("isnet").restore(mask, picture, request)
+    assert (result.rgb == (picture.rgb if share else np.array([1, 2, 3]))).all()
+
+
+def test_a_mask_of_nan_fails_its_row_alone(
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline: Any = tiny_pipeline("isnet")
+    whole = pipeline._net.forward
+
+    def spoilt(x: torch.Tensor) -> list[torch.Tensor]:
+        logits = whole(x)
+        logits[0][2, 0, 5, 5] = float("nan")
+        return logits
+
+    monkeypatch.setattr(pipeline._net, "forward", spoilt)
+    request = BackgroundRequest()
+    rows = [Row(request, pipeline.fit(tiny.picture(i), request), 0, soon()) for i in range(4)]
+    run_together(pipeline, rows)
+    assert [type(row.future.exception()) for row in rows].count(ModelFailed) == 1
+    assert isinstance(rows[2].future.exception(), ModelFailed)
+
+
+# --- abandoned rows ---
+
+
+@pytest.mark.parametrize("name", ["sd_ddim", "sd_pndm", "refiner", "x4"])
+@pytest.mark.parametrize("leaving", [1, 2])
+def test_a_call_ends_early_once_all_its_rows_are_abandoned(
+    name: str,
+    leaving: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipeline: Any = tiny_pipeline(name)
+    if name == "x4":
+        request: Any = UpscaleRequest(steps=12, seed=0)
+    else:
+        request = ComicRequest(steps=12, strength=1.0, seed=0)
+    picture = tiny.picture(1, 32, 32)
+    rows = [Row(request, pipeline.fit(picture, request), 0, soon()) for _ in range(2)]
+
+    def leave() -> None:
+        if len(calls) == 3:
+            for row in rows[:leaving]:
+                row.cancel()
+
+    calls = count_calls(monkeypatch, pipeline._pipeline.unet, leave)
+    run_together(pipeline, rows)
+    assert not caplog.records
+    if leaving == 2:
+        assert len(calls) == 3
+    else:
+        assert len(calls) >= 12
+        assert rows[1].future.result().ndim == 3
+    # The pipeline is none the worse for it.
+    again = Row(request, pipeline.fit(picture, request), 0, soon())
+    run_together(pipeline, [again])
+    assert again.future.result().ndim == 3
+
+
+def test_a_gan_stops_at_the_next_tile(
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline: Any = tiny_pipeline("srvgg", tile_px=32)
+    request = UpscaleRequest()
+    row = Row(request, pipeline.fit(tiny.picture(1, 128, 128), request), 0, soon())
+    calls = count_calls(monkeypatch, pipeline._net, lambda: len(calls) == 2 and row.cancel())
+    run_together(pipeline, [row])
+    assert len(calls) == 2
+
+
+def test_a_broken_picture_fails_alone_in_a_real_call(
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline: Any = tiny_pipeline("sd_ddim")
+    whole = pipeline._pipeline.text_encoder.forward
+
+    def picky(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (ids == bad).all(dim=1).any():
+            raise RuntimeError("shape mismatch")
+        return whole(ids, *args, **kwargs)
+
+    tokens = pipeline._pipeline.tokenizer("poison", padding="max_length", return_tensors="pt")
+    bad = tokens.input_ids
+    monkeypatch.setattr(pipeline._pipeline.text_encoder, "forward", picky)
+    prompts = ["a", "b", "poison", "c"]
+    requests = [FAST.model_copy(update={"prompt": prompt}) for prompt in prompts]
+    rows = [Row(r, pipeline.fit(tiny.picture(1), r), 0, soon()) for r in requests]
+    run_together(pipeline, rows)
+    failed = [isinstance(row.future.exception(), ModelFailed) for row in rows]
+    assert failed == [False, False, True, False]
