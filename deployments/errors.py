@@ -7,6 +7,7 @@
         x NotFound             404
         x MethodNotAllowed     405
         x NotAcceptable        406  no output format fits the Accept header
+        x SlowUpload           408  the body did not arrive in time
         x TooLarge             413  bytes or pixels
         x UnsupportedMedia     415  not an image, or not multipart
         x InvalidParameter     422  out of range, unknown, or contradictory
@@ -117,6 +118,13 @@ class NotAcceptable(RequestError):
 
     status = HTTPStatus.NOT_ACCEPTABLE
     code = "not_acceptable"
+
+
+class SlowUpload(RequestError):
+    """The body did not arrive in time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "slow_upload"
 
 
 class TooLarge(RequestError):

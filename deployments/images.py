@@ -94,14 +94,12 @@ class Header:
         format: as in `JPEG`. An MPO is a JPEG.
         width_px, height_px: as the picture is to be seen, turned as its EXIF says.
         frames: 1 unless animated or of several pages. A TIFF does not tell; 2 stands for several.
-        has_alpha: whether it may be transparent somewhere.
     """
 
     format: str
     width_px: int
     height_px: int
     frames: int
-    has_alpha: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +141,7 @@ def read_header(data: bytes, limits: Limits) -> Header:
         # reports its size already turned.
         if kind != "TIFF" and _orientation(partial(Image.Image.getexif, image)) >= 5:
             width, height = height, width
-        return Header(kind, width, height, _frames(image, kind), image.has_transparency_data)
+        return Header(kind, width, height, _frames(image, kind))
 
 
 def decode(data: bytes, limits: Limits) -> Picture:

@@ -158,7 +158,8 @@ def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:
     Raises:
         ValueError: an unknown field, a value out of range, or a contradiction.
     """
-    foreign = set(defaults) - spec.parameters
+    # The output format is settled before a model is asked.
+    foreign = set(defaults) - (spec.parameters - {"output_format"})
     if foreign:
         raise ValueError(f"defaults name {sorted(foreign)}, which {spec.family} does not read")
     try:

@@ -17,11 +17,13 @@ from deployments import images
 from deployments.contract import REQUESTS, BackgroundRequest, ImageJob, Task, parse
 from deployments.errors import (
     ImagenError,
+    InvalidParameter,
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
     NotReady,
     ServiceError,
+    SlowUpload,
     TooLarge,
     too_late,
 )
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Literal
 
-    from deployments.contract import ImageResult, OutputFormat, TaskRequest
+    from deployments.contract import ImageResult, TaskRequest
     from deployments.registry import ModelSpec, Registry
     from deployments.settings import Settings
 
@@ -116,31 +118,31 @@ class _Processor:
         deadline_s = loop.time() + self._timeout_s
         try:
             async with asyncio.timeout_at(deadline_s):
-                job = await self._job(request, lambda: deadline_s - loop.time())
+                form = await wire.read_form(request)
+        except TimeoutError as error:
+            raise _too_slow(self._timeout_s) from error
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                job = await self._job(request, form, lambda: deadline_s - loop.time())
                 return wire.image_response(await self._backends[self.task](job))
         except TimeoutError as error:
             raise await self._why_late() from error
 
-    async def _job(self, request: Request, left_s: Callable[[], float]) -> ImageJob:
-        form = await wire.read_form(request)
+    async def _job(
+        self, request: Request, form: wire.Form, left_s: Callable[[], float]
+    ) -> ImageJob:
+        _check_query(request)
         typed = parse(self.task, form.fields)
         header = await run_in_threadpool(images.read_header, form.image, self._limits)
-        width_px, height_px = (
-            header.width_px * self._spec.scale,
-            header.height_px * self._spec.scale,
-        )
-        if self._spec.scale > 1:
+        scale = self._spec.scale
+        width_px, height_px = header.width_px * scale, header.height_px * scale
+        if scale > 1:
             self._check_output(width_px, height_px)
         accept = ", ".join(request.headers.getlist("accept"))
-        transparent = has_alpha(typed) or header.has_alpha
-        chosen = self._format(typed, accept, transparent=transparent)
+        # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
+        chosen = wire.choose_format(typed.output_format, accept, transparent=is_cut_out(typed))
         images.check_encodable(chosen, width_px, height_px)
         return ImageJob(typed, form.image, chosen, left_s())
-
-    def _format(self, typed: TaskRequest, accept: str, *, transparent: bool) -> OutputFormat:
-        # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
-        required = transparent and has_alpha(typed)
-        return wire.choose_format(typed.output_format, accept, transparent=required)
 
     def _check_output(self, width_px: int, height_px: int) -> None:
         limit = self._limits.max_output_px
@@ -157,9 +159,25 @@ class _Processor:
         return too_late() if state == "ready" else not_ready(self.task, state)
 
 
-def has_alpha(request: TaskRequest) -> bool:
+def is_cut_out(request: TaskRequest) -> bool:
     """Whether the result is transparent by the request's own wish."""
     return isinstance(request, BackgroundRequest) and request.output == "rgba"
+
+
+def _check_query(request: Request) -> None:
+    if request.url.query:
+        raise InvalidParameter(
+            "Parameters go into the form, not behind the ? of the address.",
+            value=request.url.query,
+            remedy="Send them as form fields, as curl -F steps=20 does.",
+        )
+
+
+def _too_slow(timeout_s: float) -> SlowUpload:
+    return SlowUpload(
+        f"The upload did not end within {timeout_s:g} s.",
+        remedy="Send a smaller picture, or use a faster connection.",
+    )
 
 
 def not_ready(task: Task, state: State) -> NotReady:

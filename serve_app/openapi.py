@@ -31,6 +31,7 @@ _PROBLEM: dict[str, Any] = {
 _STATUSES = {
     400: "The body or the image cannot be read",
     406: "No output format fits the Accept header",
+    408: "The upload did not end in time",
     413: "Too many bytes or pixels",
     415: "Not an image, or not multipart",
     422: "A parameter is unknown, out of range or contradictory",

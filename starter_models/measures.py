@@ -78,9 +78,14 @@ def similarity(a: Picture, b: Picture) -> float:
     return float(structural_similarity(a @ LUMA, b @ LUMA, data_range=1.0))
 
 
-def flat_share(picture: Picture) -> float:
-    """Share of pixels whose luminance gradient is below 2/255 a pixel."""
-    dy, dx = np.gradient(picture @ LUMA)
+def flat_share(picture: Picture, blur_px: float = 0) -> float:
+    """Share of pixels whose luminance gradient is below 2/255 a pixel.
+
+    Args:
+        picture: any.
+        blur_px: Gaussian blur beforehand, so that noise does not count as relief.
+    """
+    dy, dx = np.gradient(ndimage.gaussian_filter(picture @ LUMA, blur_px))
     return float((np.hypot(dx, dy) < 2 / 255).mean())
 
 

@@ -28,7 +28,6 @@ class Row:
         pixels: what the model sees, `H x W x 3`; from `Pipeline.fit`.
         seed: of this row's own random generator.
         deadline_s: on the clock of `time.monotonic`; past it the row is dropped.
-        key: rows of equal key may share a step; from `Pipeline.key`.
         future: gets the output of `Pipeline.finish`, or the row's error.
         done: set by `Pipeline.step` when no step is left.
         state: whatever the pipeline keeps for the row.
@@ -41,7 +40,6 @@ class Row:
     pixels: Pixels
     seed: int
     deadline_s: float
-    key: Hashable = None
     future: Future[Pixels] = field(default_factory=Future[Pixels])
     done: bool = False
     state: object = None

@@ -468,6 +468,33 @@ async def test_a_missed_deadline_stops_the_work() -> None:
     assert stopped.is_set()
 
 
+async def test_an_upload_that_never_ends_is_the_clients_fault() -> None:
+    async def trickle() -> AsyncIterator[Message]:
+        head = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
+        yield {"type": "http.request", "body": head, "more_body": True}
+        while True:
+            await asyncio.sleep(0.01)
+            yield {"type": "http.request", "body": b"-", "more_body": True}
+
+    async with asyncio.timeout(30):
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        app = app_of(timeout_s=0.1)
+        answer: list[Message] = []
+        task = asyncio.create_task(raw(app, COMIC, trickle(), headers, answer.append))
+        while len(answer) < 2:
+            await asyncio.sleep(0.01)
+        task.cancel()
+    assert answer[0]["status"] == 408
+    assert json.loads(answer[1]["body"])["code"] == "slow_upload"
+
+
+async def test_parameters_behind_the_question_mark_are_refused() -> None:
+    backends = FakeBackends()
+    response = await post(app_of(backends), f"{COMIC}?steps=5", PHOTO)
+    assert "steps=5" in refused(response, 422)["value"]
+    assert backends.jobs == []
+
+
 # Other routes
 
 

@@ -172,3 +172,5 @@ def test_new_defaults_of_a_running_model_are_held_to_the_contract() -> None:
         check_defaults(spec, {"steps": 151})
     with pytest.raises(ValueError, match="noise_level"):
         check_defaults(spec, {"noise_level": 1})
+    with pytest.raises(ValueError, match="output_format"):
+        check_defaults(spec, {"output_format": "webp"})
