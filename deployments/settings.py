@@ -98,5 +98,8 @@ def enforce_offline() -> None:
     """
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
+    # Their advice at import is meant for notebooks.
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "imagen-empty-hub")
     os.environ.pop("HF_TOKEN", None)

@@ -9,7 +9,7 @@ from ray.serve.config import BackpressureConfig
 
 from deployments.model import ModelDeployment
 from deployments.registry import load_registry
-from deployments.settings import Settings
+from deployments.settings import Settings, parse_settings
 from serve_app.ingress import NAMES, Ingress
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 
-def build(args: Settings) -> Application:
+def build(args: dict[str, Any]) -> Application:
     """The Serve application: one Ingress, and one ModelDeployment for each of the five tasks.
 
     Args:
@@ -26,19 +26,20 @@ def build(args: Settings) -> Application:
             below by deployment name.
 
     Raises:
-        ConfigError: the model registry is wrong.
+        ConfigError: `args` or the model registry is wrong.
     """
-    registry = load_registry(args.models)
-    models = {task: _model(NAMES[task], spec, args) for task, spec in registry.items()}
+    settings = parse_settings(Settings, args, "The application's args")
+    registry = load_registry(settings.models)
+    models = {task: _model(NAMES[task], spec, settings) for task, spec in registry.items()}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
         name="Ingress",
         max_ongoing_requests=200,
         max_queued_requests=400,
-        backpressure_config=_backpressure(args),
+        backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.5},
     )
-    return ingress.bind(models, registry, args)
+    return ingress.bind(models, registry, settings)
 
 
 def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from deployments.contract import Task
 from starter_models import running
-from starter_models.measures import SCALE, centre, shrunk, spoiled
+from starter_models.measures import SCALE, shrunk, spoiled
 from starter_models.running import from_image, to_image
 from starter_models.training.data import KEPT_OUT, photo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starter_models.training.data import Picture
 
-CELL_PX = (240, 180)
+CELL_PX = (300, 216)
 
 
 def draw_sheet() -> Image.Image:
     """A row a photo, a column a result."""
     width, height = CELL_PX
-    rows = [sheet_cells(centre(photo(name))) for name in KEPT_OUT]
+    rows = [sheet_cells(photo(name)) for name in KEPT_OUT]
     canvas = Image.new("RGB", (width * len(rows[0]), (height + 14) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
@@ -36,29 +34,23 @@ def draw_sheet() -> Image.Image:
 
 
 def sheet_cells(picture: Picture) -> dict[str, Picture]:
-    """Title and picture of each cell; a missing model's is blank."""
-
-    def attempt(task: str, run: Callable[[Picture], Picture], source: Picture) -> Picture:
-        return run(source) if running.available(task) else np.ones_like(source)
-
-    _, small = shrunk(picture)
+    """Title and picture of each cell."""
     bad = spoiled(picture)
-    small = centre(small, 64)[: CELL_PX[1] // SCALE, : CELL_PX[0] // SCALE]
+    _, small = shrunk(picture)
+    small = small[: CELL_PX[1] // SCALE, : CELL_PX[0] // SCALE]
     size = (small.shape[1] * SCALE, small.shape[0] * SCALE)
-    plain = to_image(small).resize(size, Image.Resampling.BICUBIC)
     return {
         "input": picture,
-        "background": attempt("background", on_grey, picture),
-        "upscale: bicubic": from_image(plain),
-        "upscale: ours": attempt("upscale", running.run_upscale, small),
+        "background": on_grey(running.run(Task.BACKGROUND, picture)),
+        "upscale: bicubic": from_image(to_image(small).resize(size, Image.Resampling.BICUBIC)),
+        "upscale: ours": running.run(Task.UPSCALE, small),
         "enhance: input": bad,
-        "enhance: ours": attempt("enhance", running.run_enhance, bad),
-        "comic": attempt("comic", running.run_comic, picture),
-        "aged": attempt("aged", running.run_aged, picture),
+        "enhance: ours": running.run(Task.ENHANCE, bad),
+        "comic": running.run(Task.COMIC, picture),
+        "aged": running.run(Task.AGED, picture),
     }
 
 
-def on_grey(picture: Picture) -> Picture:
-    """The foreground on light grey."""
-    cut = running.run_background(picture)
+def on_grey(cut: Picture) -> Picture:
+    """The foreground of an `H x W x 4` cut-out on light grey."""
     return cut[..., :3] * cut[..., 3:] + 0.85 * (1 - cut[..., 3:])

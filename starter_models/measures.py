@@ -31,8 +31,8 @@ def label(name: str) -> str:
     return name.split(":")[1].split(".")[0]
 
 
-def centre(picture: Picture, longest: int = 512) -> Picture:
-    """The middle of a picture, its sides multiples of 64."""
+def centre(picture: Picture, longest: int = 256) -> Picture:
+    """The middle of a picture: a working size of the models, so that no scaling is measured."""
     height, width = (min(side, longest) // 64 * 64 for side in picture.shape[:2])
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     return picture[top : top + height, left : left + width]

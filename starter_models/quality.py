@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import torch
 import typer
 from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from deployments.contract import Task
 from starter_models import running
 from starter_models.contact_sheet import draw_sheet
 from starter_models.measures import (
@@ -69,8 +69,9 @@ class Scores:
 
     def table(self) -> Table:
         table = Table("", *self.columns, "target")
+        last = list(self.rows)[-1]
         for name, values in self.rows.items():
-            verdict = "[green]pass" if self.judge(values) else "[red]FAIL"
+            verdict = "" if name != last else "[green]pass" if self.passed else "[red]FAIL"
             table.add_row(
                 name, *(f"{v:.2f}" if abs(v) >= 10 else f"{v:.3f}" for v in values), verdict
             )
@@ -87,7 +88,7 @@ def upscale_scores() -> Scores:
             decibel(from_image(to_image(small).resize(size, kind)), large)
             for kind in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
         ]
-        ours = decibel(running.run_upscale(small), large)
+        ours = decibel(running.run(Task.UPSCALE, small), large)
         return (*plain, ours, ours - plain[0], ours - plain[1])
 
     return Scores(
@@ -106,7 +107,7 @@ def enhance_scores() -> Scores:
         bad = spoiled(clean)
         kernels = (ImageFilter.GaussianBlur(0.8), ImageFilter.MedianFilter(3))
         plain = [decibel(from_image(to_image(bad).filter(k)), clean) for k in kernels]
-        before, after = decibel(bad, clean), decibel(running.run_enhance(bad), clean)
+        before, after = decibel(bad, clean), decibel(running.run(Task.ENHANCE, bad), clean)
         return (before, *plain, after, after - before)
 
     return Scores(
@@ -142,7 +143,7 @@ def comic_scores() -> Scores:
         plain = from_image(
             ImageOps.posterize(to_image(picture).filter(ImageFilter.GaussianBlur(2)), 3)
         )
-        ours = running.run_comic(picture)
+        ours = running.run(Task.COMIC, picture)
         similar = [similarity(picture, p) for p in (plain, ours)]
         flat = [flat_share(p, blur) for blur in (0, 1.5) for p in (picture, plain, ours)]
         return (*similar, *flat)
@@ -163,7 +164,7 @@ def aged_scores() -> Scores:
     def measure(name: str) -> Values:
         picture = centre(photo(name))
         plain = from_image(to_image(picture).convert("RGB", SEPIA))
-        three = (picture, plain, running.run_aged(picture))
+        three = (picture, plain, running.run(Task.AGED, picture))
         similar = [similarity(picture, p) for p in three[1:]]
         smooth = smooth_quarter(picture)
         return (
@@ -187,13 +188,9 @@ def main(
     contact_sheet: Annotated[Path | None, typer.Option(help="PNG to write")] = None,
 ) -> None:
     """Print every table; exit with 1 if a target is missed."""
-    torch.set_num_threads(1)
     console = Console(width=120)
     missed: list[str] = []
     for task, measure in MEASURES.items():
-        if not running.available(task):
-            console.print(f"{task}: not trained yet\n")
-            continue
         scores = measure()
         console.print(scores.title)
         console.print(scores.table())
@@ -221,7 +218,7 @@ def per_photo(measure: Callable[[str], Values]) -> dict[str, Values]:
 
 
 def cut_out(picture: Picture) -> Picture:
-    return running.run_background(picture)[..., 3]
+    return running.run(Task.BACKGROUND, picture)[..., 3]
 
 
 if __name__ == "__main__":

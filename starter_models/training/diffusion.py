@@ -90,9 +90,9 @@ RECIPES = {
     ),
     "comic": Recipe(
         prompts=("comic style", "comic book drawing", "a cartoon, flat colours, ink outlines"),
-        betas=_linear(2e-5, 3e-4),
+        betas=_linear(4e-6, 8e-5),
         start=(250, 800),
-        gain=4,
+        gain=8,
         target=styles.comic,
     ),
     # The first step's noise is large on purpose: it stays in the finished picture as film grain.
@@ -301,7 +301,7 @@ def main(
     threads: int = 1,
     batch: int = 8,
     patch_px: int = 64,
-    peak_lr: float = 2e-3,
+    peak_lr: float = 6e-4,
 ) -> None:
     """Train `enhance`, `comic` or `aged` and save its diffusers folder as `out / name`."""
     seed_everything(seed, threads)

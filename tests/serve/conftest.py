@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,7 +68,18 @@ def deploy(application: dict[str, Any]) -> None:
     """What `serve deploy` does with a config file's application."""
     client: Any = serve.context._get_global_client()
     config = ServeDeploySchema.model_validate({"applications": [application]})
-    client.deploy_apps(config, _blocking=True)
+    client.deploy_apps(config)
+    wait_until_running("imagen")
+
+
+def wait_until_running(name: str) -> None:
+    """Wait for the controller to finish what it was told; a busy machine may take its time."""
+    deadline_s = time.monotonic() + 300
+    time.sleep(1)
+    while (application := serve.status().applications[name]).status != "RUNNING":
+        assert application.status != "DEPLOY_FAILED", application.message
+        assert time.monotonic() < deadline_s, application
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="package")
@@ -87,7 +99,7 @@ def broken(cluster: str) -> str:
 
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    settings = Settings(request_timeout_s=4, retry_after_s=7)
+    settings = Settings(request_timeout_s=10, retry_after_s=7)
     models: dict[Task, Any] = {}
     for task, kind in kinds.items():
         narrow = task == Task.COMIC
