@@ -61,7 +61,7 @@ def main(
     """Print seconds by task and stage: median, and the range of the total."""
     data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
     header = images.read_header(data, images.Limits())
-    settings = Settings(torch_threads=threads)
+    settings = Settings(device="cpu", torch_threads=threads)
     table = Table(title=f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads")
     for name in ("task", "model", *(f"{s} s" for s in STAGES), "min", "max"):
         table.add_column(name, justify="left" if name in ("task", "model") else "right")

@@ -209,12 +209,14 @@ class ImageJob:
         image: the uploaded file.
         output_format: what the client will get.
         timeout_s: how long the replica may take from now on.
+        request_id: for the log.
     """
 
     request: TaskRequest
     image: bytes
     output_format: OutputFormat
     timeout_s: float
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,22 @@ def parse(task: Task, fields: Mapping[str, str]) -> TaskRequest:
     return _validated(REQUESTS[task], dict(fields))
 
 
+def check_used(request: TaskRequest, parameters: frozenset[str]) -> None:
+    """Hold what the client set against the fields a model reads.
+
+    Raises:
+        InvalidParameter: a field would have no effect.
+    """
+    given = request.model_dump(exclude_unset=True)
+    unused = [name for name in given if name not in parameters]
+    if unused:
+        raise InvalidParameter(
+            f"The model behind {request.task} does not read {', '.join(unused)}.",
+            value=", ".join(f"{name}={given[name]}" for name in unused),
+            remedy=f"Leave it out. This model reads: {', '.join(sorted(parameters))}.",
+        )
+
+
 def complete(
     request: TaskRequest, defaults: Mapping[str, Any], parameters: frozenset[str]
 ) -> TaskRequest:
@@ -271,14 +289,8 @@ def complete(
         InvalidParameter: the client set a field this model does not read, or the result is
             inconsistent, such as `int(steps * strength) == 0`.
     """
+    check_used(request, parameters)
     given = request.model_dump(exclude_unset=True)
-    unused = [name for name in given if name not in parameters]
-    if unused:
-        raise InvalidParameter(
-            f"The model behind {request.task} does not read {', '.join(unused)}.",
-            value=", ".join(f"{name}={given[name]}" for name in unused),
-            remedy=f"Leave it out. This model reads: {', '.join(sorted(parameters))}.",
-        )
     # Named even where nobody gave them, because they are judged together once both are known.
     joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
     # The model's color goes with the model's output=color; the client may have chosen another.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 import time
 from concurrent.futures import InvalidStateError
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from deployments.pipelines.base import Pipeline, Pixels, Row
 
-logger = logging.getLogger(__name__)
+_DEVICE_ERROR = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error")
+logger = logging.getLogger("ray.serve.imagen.engine")
 
 
 class Engine:
@@ -181,7 +183,9 @@ def is_fatal(error: BaseException) -> bool:
     """Whether the device is unusable afterwards: any CUDA error but running out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
-    return isinstance(error, torch.AcceleratorError)
+    # cuBLAS and cuDNN report by plain RuntimeErrors.
+    named = isinstance(error, RuntimeError) and _DEVICE_ERROR.search(str(error)) is not None
+    return isinstance(error, torch.AcceleratorError) or named
 
 
 def _row_error(error: Exception) -> ImagenError:

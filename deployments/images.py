@@ -67,6 +67,7 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_MAX_SEGMENTS: Final = 2000
 _MAX_SIDE_PX: Final[Mapping[str, int]] = {"webp": 16383, "jpeg": 65500}
 _ASCII: Final = b"ASCII\0\0\0"
 
@@ -84,6 +85,10 @@ class Limits:
     max_body_bytes: int = 32 * 2**20
     max_input_px: int = 50_000_000
     max_output_px: int = 16_777_216
+
+
+_OWN_RESULTS: Final = Limits(max_body_bytes=2**30, max_input_px=2**30)
+"""A result may be larger than any upload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,12 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile, str]:
             remedy=f"Send at most {limits.max_body_bytes} bytes.",
         )
     kind = _kind(data)
+    if _segments(kind, data) > _MAX_SEGMENTS:
+        raise DamagedImage(
+            f"The {kind} file has too many segments before its picture.",
+            value=f"more than {_MAX_SEGMENTS}",
+            remedy="Save the picture anew.",
+        )
     with _reading(kind, data):
         image = _READERS[kind][1](io.BytesIO(data))
     width, height = image.size
@@ -186,6 +197,26 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile, str]:
             remedy=f"Scale it down to at most {limits.max_input_px / 1e6:.1f} MP.",
         )
     return image, kind
+
+
+def _segments(kind: str, data: bytes) -> int:
+    """Segments before the picture of a JPEG or PNG, counted only as far as is too many.
+
+    Pillow reads each one in Python: a file of empty ones would take it a minute and a gigabyte.
+    """
+    count, at = 0, {"JPEG": 2, "PNG": 8}.get(kind, len(data))
+    while at + 8 <= len(data) and count <= _MAX_SEGMENTS:
+        if kind == "JPEG":
+            if data[at] != 0xFF or data[at + 1] == 0xDA:
+                break
+            fill = data[at + 1] == 0xFF
+            at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4])
+        else:
+            if data[at + 4 : at + 8] == b"IDAT":
+                break
+            at += 12 + int.from_bytes(data[at : at + 4])
+        count += 1
+    return count
 
 
 def _kind(data: bytes) -> str:
@@ -301,7 +332,7 @@ def read_metadata(data: bytes) -> dict[str, object]:
     Raises:
         RequestError: as from `read_header`.
     """
-    image, kind = _open(data, Limits())
+    image, kind = _open(data, _OWN_RESULTS)
     with _reading(kind, data):
         text = image.info.get("imagen", "")
         if kind != "PNG":
@@ -310,7 +341,7 @@ def read_metadata(data: bytes) -> dict[str, object]:
             text = comment.removeprefix(_ASCII) if isinstance(comment, bytes) else ""
     try:
         found: object = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return cast("dict[str, object]", found) if isinstance(found, dict) else {}
 

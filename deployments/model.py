@@ -14,7 +14,7 @@ from ray import serve
 
 from deployments import images
 from deployments.contract import REQUESTS, ImageJob, ImageResult, TaskRequest, complete
-from deployments.errors import ConfigError, NotReady, too_late
+from deployments.errors import ConfigError, NotReady, ServiceError, too_late
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, check_defaults
 from deployments.settings import Settings, Tuning, parse_settings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from deployments.images import Picture
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
 
 class ModelDeployment:
@@ -96,6 +96,9 @@ class ModelDeployment:
                 return await self._process(job, time.monotonic() + job.timeout_s)
         except TimeoutError as error:
             raise too_late() from error
+        except ServiceError as error:
+            logger.warning("Request %s: %s", job.request_id, error)
+            raise
 
     async def _process(self, job: ImageJob, deadline_s: float) -> ImageResult:
         # 1) Bytes to pixels, off the event loop.
@@ -174,6 +177,7 @@ class ModelDeployment:
         """Called by Serve at graceful shutdown, after the last request."""
         if engine := getattr(self, "_engine", None):
             engine.close()
+            self._pool.shutdown(wait=False)
 
     def _warm_up(self) -> None:
         """Run one grey picture through the whole model, so that the first client does not wait."""
@@ -181,7 +185,7 @@ class ModelDeployment:
         request = complete(REQUESTS[self._spec.task](), self._spec.defaults, self._spec.parameters)
         row = Row(request, self._pipeline.fit(grey, request), 0, time.monotonic() + 600)
         self._engine.put([row])
-        self._pipeline.restore(row.future.result(), grey, request)
+        self._pipeline.restore(row.future.result(600), grey, request)
 
     async def _on_pool(self, work: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

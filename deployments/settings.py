@@ -43,6 +43,7 @@ class Settings(Strict):
         torch_threads: CPU threads of each model replica. Ray gives an actor with up to one CPU a
             single torch thread, so that this must be said here.
         pixel_threads: threads of each replica that decode and encode image files.
+        model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own.
         request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.
         retry_after_s: what a refused client is told to wait.
         limits: sizes.
@@ -52,6 +53,7 @@ class Settings(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=1, ge=1, le=256)
     pixel_threads: int = Field(default=2, ge=1, le=64)
+    model_num_cpus: float = Field(default=1, ge=0)
     request_timeout_s: float = Field(default=60, gt=0)
     retry_after_s: int = Field(default=2, ge=1)
     limits: LimitSettings = LimitSettings()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 
 from deployments import images
-from deployments.contract import REQUESTS, BackgroundRequest, ImageJob, Task, parse
+from deployments.contract import REQUESTS, BackgroundRequest, ImageJob, Task, check_used, parse
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -100,10 +100,12 @@ class _Processor:
     def __init__(self, task: Task, backends: Backends, spec: ModelSpec, settings: Settings) -> None:
         self.task = task
         self._backends = backends
-        self._spec = spec
+        self.spec = spec
         self._timeout_s = settings.request_timeout_s
         self._retry_after_s = settings.retry_after_s
         self._limits = images.Limits(**settings.limits.model_dump())
+        # Few, because a hostile header can keep a thread busy for seconds.
+        self._header_threads = CapacityLimiter(settings.pixel_threads)
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -133,8 +135,11 @@ class _Processor:
     ) -> ImageJob:
         _check_query(request)
         typed = parse(self.task, form.fields)
-        header = await run_in_threadpool(images.read_header, form.image, self._limits)
-        scale = self._spec.scale
+        check_used(typed, self.spec.parameters)
+        header = await to_thread.run_sync(
+            images.read_header, form.image, self._limits, limiter=self._header_threads
+        )
+        scale = self.spec.scale
         width_px, height_px = header.width_px * scale, header.height_px * scale
         if scale > 1:
             self._check_output(width_px, height_px)
@@ -142,12 +147,12 @@ class _Processor:
         # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
         chosen = wire.choose_format(typed.output_format, accept, transparent=is_cut_out(typed))
         images.check_encodable(chosen, width_px, height_px)
-        return ImageJob(typed, form.image, chosen, left_s())
+        return ImageJob(typed, form.image, chosen, left_s(), _request_id(request))
 
     def _check_output(self, width_px: int, height_px: int) -> None:
         limit = self._limits.max_output_px
         if width_px * height_px > limit:
-            factor = self._spec.scale**2
+            factor = self.spec.scale**2
             raise TooLarge(
                 f"The result may have at most {limit} px.",
                 value=f"{width_px} x {height_px} = {width_px * height_px} px",
@@ -200,7 +205,7 @@ def _add_image_route(app: FastAPI, path: str, processor: _Processor) -> None:
         tags=["images"],
         response_class=Response,
         responses=openapi.RESPONSES,
-        openapi_extra=openapi.request_body(kind),
+        openapi_extra=openapi.request_body(kind, processor.spec),
     )(endpoint)
 
 
@@ -258,6 +263,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             remedy=f"Use {Headers(error.headers or {}).get('allow', 'another one')}.",
         ),
     }
-    fallback: Callable[[], ImagenError] = lambda: MalformedRequest(str(error.detail))  # noqa: E731
+
+    def fallback() -> ImagenError:
+        return MalformedRequest(str(error.detail), remedy="See /docs for what this route takes.")
+
     ours = known.get(error.status_code, fallback)()
     return wire.error_response(ours, _request_id(request), error.headers)

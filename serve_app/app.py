@@ -46,14 +46,14 @@ def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
     deployment: Any = serve.deployment(ModelDeployment)
     return deployment.options(
         name=name,
-        autoscaling_config={"min_replicas": 1, "max_replicas": 1, "target_ongoing_requests": 4},
-        max_ongoing_requests=16,
+        autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 4},
+        max_ongoing_requests=8,
         max_queued_requests=64,
         backpressure_config=_backpressure(settings),
         graceful_shutdown_timeout_s=60,
         health_check_period_s=10,
         health_check_timeout_s=30,
-        ray_actor_options={"num_cpus": 1, "num_gpus": spec.num_gpus},
+        ray_actor_options={"num_cpus": settings.model_num_cpus, "num_gpus": spec.num_gpus},
         user_config={},
     ).bind(spec, settings)
 

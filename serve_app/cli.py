@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -54,17 +55,26 @@ def run(
     server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603 - ours
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
+    failed = True
     try:
         if _wait_ready(server, address, timeout_s):
             _announce(address, time.monotonic() - start_s)
-            server.wait()
+            failed = server.wait() != 0
     except KeyboardInterrupt:
         console.print("Stopping.")
+        failed = False
     finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGINT)
+        _stop(server)
+    raise typer.Exit(int(failed))
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        server.send_signal(signal.SIGINT)
+    try:
         server.wait(90)
-    raise typer.Exit(max(server.returncode or 0, 0))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 @app.command()
@@ -73,10 +83,10 @@ def metadata(file: Annotated[Path, typer.Argument(help="A picture made by Imagen
     try:
         found = read_metadata(file.read_bytes())
     except (OSError, ImagenError) as error:
-        console.print(f"[red]{file} cannot be read: {error}")
+        console.print(f"{file} cannot be read: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     if not found:
-        console.print(f"[yellow]{file} carries no metadata of Imagen.")
+        console.print(f"{file} carries no metadata of Imagen.", style="yellow", markup=False)
         raise typer.Exit(3)
     console.print_json(data=found)
 
@@ -102,17 +112,16 @@ def address_of(config: Path) -> str:
 
 def _answers(address: str) -> bool:
     try:
-        httpx.get(f"{address}/-/healthz", timeout=1)
+        return httpx.get(f"{address}/-/healthz", timeout=1, trust_env=False).is_success
     except httpx.HTTPError:
         return False
-    return True
 
 
 def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
-            if httpx.get(f"{address}/readyz", timeout=5).is_success:
+            if httpx.get(f"{address}/readyz", timeout=5, trust_env=False).is_success:
                 return True
         except httpx.HTTPError:
             pass  # not listening yet

@@ -40,7 +40,7 @@ NAMES: dict[Task, str] = {
     Task.BACKGROUND: "BackgroundRemove",
 }
 _STATES_TTL_S = 1.0
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.imagen.ingress")
 
 
 class HandleBackend:

@@ -19,7 +19,7 @@ from serve_app import wire
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger("imagen.access")
+logger = logging.getLogger("ray.serve.imagen.access")  # Serve gives its children a handler
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

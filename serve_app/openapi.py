@@ -49,6 +49,9 @@ _HEADERS = {
     "X-Imagen-Note": "what else to know, such as: first of 12 frames",
     "Server-Timing": "milliseconds by stage",
 }
+_ONLY_WITH_ANOTHER = {"color"}
+"""Fields that a form must not send by default, because they contradict another's default."""
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The picture",
@@ -68,15 +71,20 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def request_body(kind: type[ImageRequest]) -> dict[str, Any]:
-    """The multipart body of a route, from its typed request."""
-    schema = kind.model_json_schema()
+def request_body(kind: type[ImageRequest], spec: ModelSpec) -> dict[str, Any]:
+    """The multipart body of a route: the fields its model reads, with the model's defaults."""
+    schema = kind.model_json_schema()["properties"]
+    fields = {name: dict(schema[name]) for name in schema if name in spec.parameters}
+    for name, value in spec.defaults.items():
+        fields[name]["default"] = value
+    for name in _ONLY_WITH_ANOTHER & fields.keys():
+        del fields[name]["default"]
     image = {"type": "string", "format": "binary", "description": "The picture, a file."}
     body = {
         "type": "object",
         "required": ["image"],
         "additionalProperties": False,
-        "properties": {"image": image, **schema["properties"]},
+        "properties": {"image": image, **fields},
     }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
 

@@ -123,7 +123,9 @@ class _FormReader:
 
     def _on_part_begin(self) -> None:
         if len(self._parts) == MAX_PARTS:
-            raise MalformedRequest(f"The form has more than {MAX_PARTS} parts.")
+            raise MalformedRequest(
+                f"The form has more than {MAX_PARTS} parts.", remedy="Send each parameter once."
+            )
         self._headers, self._data = {}, bytearray()
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:

@@ -65,7 +65,10 @@ class Matting:
     def finish(self, row: Row) -> Pixels:
         mask = cast("Any", row.state)
         if not np.isfinite(mask).all():
-            raise ModelFailed("The model gave no valid mask for this picture (NaN).")
+            raise ModelFailed(
+                "The model gave no valid mask for this picture (NaN).",
+                remedy="Try another picture.",
+            )
         return (mask * 255).round().astype(np.uint8)
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:

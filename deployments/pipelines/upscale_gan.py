@@ -103,7 +103,10 @@ class UpscaleGan:
     def finish(self, row: Row) -> Pixels:
         progress = cast("_Progress", row.state)
         if not progress.finite:
-            raise ModelFailed("The model gave no valid picture for this request (NaN).")
+            raise ModelFailed(
+                "The model gave no valid picture for this request (NaN).",
+                remedy="Try another picture.",
+            )
         return progress.canvas
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:

@@ -17,7 +17,7 @@ from fastapi.openapi.models import OpenAPI
 from PIL import Image
 
 from deployments import errors
-from deployments.contract import REQUESTS, Task
+from deployments.contract import REQUESTS, Task, complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
 from serve_app.api import ROUTES
 from tests.unit.fakes import (
@@ -415,7 +415,7 @@ async def test_what_a_model_refuses_is_the_clients_error(kind: type[ImagenError]
     "error",
     [
         ZeroDivisionError("division by zero in /home/imagen/deployments/engine.py"),
-        RuntimeError('Traceback (most recent call last):\n  File "/work/main/x.py", line 1'),
+        RuntimeError('Traceback (most recent call last):\n  File "/srv/app/x.py", line 1'),
         KeyError("/usr/lib/python3"),
         ExceptionGroup("several", [ValueError("/home/a.py"), OSError("/home/b.py")]),
     ],
@@ -486,6 +486,13 @@ async def test_an_upload_that_never_ends_is_the_clients_fault() -> None:
         task.cancel()
     assert answer[0]["status"] == 408
     assert json.loads(answer[1]["body"])["code"] == "slow_upload"
+
+
+async def test_what_the_model_does_not_read_is_refused_even_when_it_is_not_ready() -> None:
+    backends = FakeBackends(error=errors.NotReady("Starting."))
+    response = await post(app_of(backends), ROUTES[Task.UPSCALE], PHOTO, data={"prompt": "a"})
+    assert "prompt" in refused(response, 422)["fact"]
+    assert backends.jobs == []
 
 
 async def test_parameters_behind_the_question_mark_are_refused() -> None:
@@ -646,11 +653,17 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
     form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["required"] == ["image"]
     assert form["additionalProperties"] is False
-    assert form["properties"].keys() == {"image", *REQUESTS[task].model_fields}
+    spec = REGISTRY[task]
+    assert form["properties"].keys() == {"image", *spec.parameters}
     assert all(field["description"] for field in form["properties"].values())
-    for name, expected in REQUESTS[task].model_json_schema()["properties"].items():
-        told = {key: value for key, value in expected.items() if value is not None}
-        assert form["properties"][name] == told
+    for name, value in spec.defaults.items():
+        assert form["properties"][name]["default"] == value
+    defaults = {
+        name: str(field["default"])
+        for name, field in form["properties"].items()
+        if field.get("default") is not None
+    }
+    complete(parse(task, defaults), spec.defaults, spec.parameters)
     if task in IMG2IMG_TASKS:
         assert form["properties"]["steps"]["maximum"] == 150
         assert form["properties"]["strength"]["exclusiveMinimum"] == 0.0

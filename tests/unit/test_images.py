@@ -589,3 +589,27 @@ def test_a_side_too_long_for_the_format_is_refused_before_any_work(
     well_said(caught.value)
     assert f"{longest + 1}" in caught.value.value
     assert "png" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "filler"),
+    [
+        ("JPEG", b"\xff\xe5\x00\x02"),
+        ("JPEG", b"\xff"),
+        ("PNG", b"\0\0\0\0tEXt" + zlib.crc32(b"tEXt").to_bytes(4)),
+    ],
+)
+def test_a_flood_of_empty_segments_is_refused_unread(kind: str, filler: bytes) -> None:
+    head = 2 if kind == "JPEG" else 8 + 25
+    data = file_of(scene(), kind)
+    with pytest.raises(DamagedImage) as caught:
+        images.read_header(data[:head] + filler * 100_000 + data[head:], LIMITS)
+    well_said(caught.value)
+    assert "segments" in caught.value.message
+
+
+def test_a_result_larger_than_any_upload_still_tells_its_metadata() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3600, 3600, 3), np.uint8)
+    data = images.encode(Picture(noise, None), "png", {"seed": 1})
+    assert len(data) > LIMITS.max_body_bytes
+    assert images.read_metadata(data) == {"seed": 1}

@@ -118,7 +118,7 @@ async def test_an_id_the_app_sets_itself_is_not_doubled() -> None:
 
 
 async def test_every_request_leaves_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "imagen.access"):
+    with caplog.at_level(logging.INFO, "ray.serve.imagen.access"):
         await raw(app_of(), "/healthz", chunks([b""]), {"x-request-id": "mine"}, method="GET")
         await raw(app_of(), "/nowhere", chunks([b""]), {"x-request-id": "lost"})
     first, second = caplog.messages
@@ -128,7 +128,7 @@ async def test_every_request_leaves_one_line(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "imagen.access"):
+    with caplog.at_level(logging.INFO, "ray.serve.imagen.access"):
         await raw(app_of(), "/a\r\nGET /admin 200\x1b[2J\ud800é b", chunks([b""]))
     [line] = caplog.messages
     assert line.isprintable()
@@ -137,7 +137,7 @@ async def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFi
 
 
 async def test_the_log_names_neither_prompt_nor_query(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "imagen.access"):
+    with caplog.at_level(logging.INFO, "ray.serve.imagen.access"):
         await raw(app_of(), "/healthz", chunks([b""]), method="GET", query_string=b"prompt=secret")
     assert "secret" not in caplog.text
 
@@ -149,7 +149,7 @@ async def test_a_request_that_ends_without_an_answer_is_logged(
         raise asyncio.CancelledError
 
     with (
-        caplog.at_level(logging.INFO, "imagen.access"),
+        caplog.at_level(logging.INFO, "ray.serve.imagen.access"),
         pytest.raises(asyncio.CancelledError),
     ):
         await raw(stack(cancelled), "/x", chunks([b""]))
