@@ -15,21 +15,22 @@ from starter_models.training.data import KEPT_OUT, photo
 if TYPE_CHECKING:
     from starter_models.training.data import Picture
 
+COLUMNS = 4
 CELL_PX = (300, 216)
 
 
 def draw_sheet() -> Image.Image:
-    """A row a photo, a column a result."""
+    """Two rows a photo, a cell a result."""
     width, height = CELL_PX
-    rows = [sheet_cells(photo(name)) for name in KEPT_OUT]
-    canvas = Image.new("RGB", (width * len(rows[0]), (height + 14) * len(rows)), "white")
+    cells = [cell for name in KEPT_OUT for cell in sheet_cells(photo(name)).items()]
+    rows = len(cells) // COLUMNS
+    canvas = Image.new("RGB", (width * COLUMNS, height * rows), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(rows):
-        for j, (title, picture) in enumerate(row.items()):
-            x, y = j * width, i * (height + 14)
-            draw.text((x + 3, y + 1), title, fill="black")
-            cell = ImageOps.contain(to_image(picture), (width - 4, height - 2))
-            canvas.paste(cell, (x + 2, y + 14))
+    for i, (title, picture) in enumerate(cells):
+        x, y = i % COLUMNS * width, i // COLUMNS * height
+        draw.text((x + 3, y + 1), title, fill="black")
+        cell = ImageOps.contain(to_image(picture), (width - 4, height - 16))
+        canvas.paste(cell, (x + 2, y + 14))
     return canvas
 
 
