@@ -45,6 +45,7 @@ class Settings(Strict):
         pixel_threads: threads of each replica that decode and encode image files.
         model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own.
         request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.
+        max_uploads: uploads that one Ingress replica works on at a time; more get 429.
         retry_after_s: what a refused client is told to wait.
         limits: sizes.
     """
@@ -55,6 +56,7 @@ class Settings(Strict):
     pixel_threads: int = Field(default=2, ge=1, le=64)
     model_num_cpus: float = Field(default=1, ge=0)
     request_timeout_s: float = Field(default=60, gt=0)
+    max_uploads: int = Field(default=150, ge=1)
     retry_after_s: int = Field(default=2, ge=1)
     limits: LimitSettings = LimitSettings()
 

@@ -28,7 +28,7 @@ from deployments.errors import (
     too_late,
 )
 from serve_app import openapi, wire
-from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, RequestId
+from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, InFlightLimit, RequestId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -84,6 +84,11 @@ def create_app(backends: Backends, registry: Registry, settings: Settings) -> Fa
             Middleware(AccessLog),
             Middleware(ErrorBoundary),
             Middleware(BodyLimit, max_body_bytes=limit),
+            Middleware(
+                InFlightLimit,
+                max_uploads=settings.max_uploads,
+                retry_after_s=settings.retry_after_s,
+            ),
         ],
     )
     app.add_exception_handler(ImagenError, _on_imagen_error)

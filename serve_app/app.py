@@ -34,7 +34,7 @@ def build(args: dict[str, Any]) -> Application:
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
         name="Ingress",
-        max_ongoing_requests=200,
+        max_ongoing_requests=settings.max_uploads + 50,
         max_queued_requests=400,
         backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.5},

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
-from deployments.errors import ImagenError, NotReady, TooLarge
+from deployments.errors import Full, ImagenError, NotReady, TooLarge
 from serve_app import wire
 
 if TYPE_CHECKING:
@@ -107,6 +107,39 @@ class ErrorBoundary:
                     retry_after_s=5,
                 )
             await wire.error_response(error, request_id)(scope, receive, send)
+
+
+class InFlightLimit:
+    """At most so many uploads at a time in this process; one more is told when to come back.
+
+    Keep it below the Ingress's `max_ongoing_requests`: Serve's own refusal is plain text.
+    """
+
+    def __init__(self, app: ASGIApp, max_uploads: int, retry_after_s: float) -> None:
+        self.app = app
+        self.max_uploads = max_uploads
+        self.retry_after_s = retry_after_s
+        self._uploads = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if self._uploads >= self.max_uploads:
+            refusal = wire.error_response(self._full(), scope["state"]["request_id"])
+            return await refusal(scope, receive, send)
+        self._uploads += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._uploads -= 1
+
+    def _full(self) -> Full:
+        return Full(
+            "The service takes no more uploads at the moment.",
+            value=f"{self._uploads} under way",
+            remedy="Try again after Retry-After seconds.",
+            retry_after_s=self.retry_after_s,
+        )
 
 
 class BodyLimit:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from deployments.contract import Task
 from deployments.errors import Full, TooLarge
 from serve_app.api import ROUTES
-from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, RequestId
+from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, InFlightLimit, RequestId
 from tests.unit.fakes import FakeBackends, app_of, chunks, raw
 
 if TYPE_CHECKING:
@@ -306,3 +306,21 @@ async def test_what_is_no_request_passes_untouched(kind: str) -> None:
     await raw(stack(app), "/", chunks([b""]), type=kind)
     [scope] = seen
     assert "state" not in scope
+
+
+async def test_one_upload_too_many_is_told_when_to_come_back() -> None:
+    gate = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await gate.wait()
+        await keen(scope, receive, send)
+
+    app = stack(InFlightLimit(slow, max_uploads=1, retry_after_s=3))
+    first = asyncio.create_task(raw(app, COMIC, chunks([b"one"])))
+    await asyncio.sleep(0.01)
+    refused = await raw(app, COMIC, chunks([b"t", b"wo"]))
+    assert problem_of(refused, 429)["value"] == "1 under way"
+    assert headers_of(refused)["retry-after"] == ["3"]
+    gate.set()
+    assert (await first)[1]["body"] == b"3"
+    assert (await raw(app, COMIC, chunks([b"again"])))[1]["body"] == b"5"
