@@ -7,6 +7,7 @@ import queue
 import re
 import threading
 import time
+import traceback
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -136,7 +137,7 @@ class Engine:
             if len(rows) == 1:
                 _fail(rows[0], _row_error(error))
                 return
-            logger.warning("A step of %d rows failed; trying halves: %r", len(rows), error)
+            logger.warning("A step of %d rows failed; trying halves: %s", len(rows), repr(error))
         else:
             self._account(rows, start_s)
             return
@@ -191,7 +192,8 @@ def is_fatal(error: BaseException) -> bool:
 def _row_error(error: Exception) -> ImagenError:
     if isinstance(error, ImagenError):
         return error
-    logger.error("A row failed", exc_info=error)
+    # As text: a log handler that keeps the error would keep its tensors alive.
+    logger.error("A row failed:\n%s", "".join(traceback.format_exception(error)))
     return ModelFailed(
         "The model failed on this picture.",
         remedy="Try again; if it keeps failing, report the request id.",

@@ -51,10 +51,12 @@ def run(
         raise typer.Exit(2)
     start_s = time.monotonic()
     command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
+    # Also where whoever started us ignores Ctrl-C, as a shell does for background jobs; the server
+    # inherits that.
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603 - ours
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)
     failed = True
     try:
         if _wait_ready(server, address, timeout_s):
