@@ -71,9 +71,11 @@ train-background: setup ## Retrain background removal (55 minutes on one core)
 train-upscale: setup ## Retrain upscale
 	$(BIN)/python -m starter_models.training.upscaler
 
+# xformers is of the extra `gpu`, which this environment need not have.
 .PHONY: constraints
 constraints: ## Rewrite constraints.txt from what .venv holds
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//; s/+cpu / /' > constraints.txt
+	{ $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^xformers'; \
+	  grep '^xformers' constraints.txt; } | sort -f > constraints.new && mv constraints.new constraints.txt
 
 .PHONY: clean
 clean: ## Remove what make and the tests made
