@@ -20,10 +20,11 @@ from rich.table import Table
 from deployments import images
 from deployments.contract import REQUESTS, complete
 from deployments.engine import Engine
-from deployments.loader import load
+from deployments.loader import build
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, load_registry
 from deployments.settings import Settings
+from deployments.store.provider import Provider
 from starter_models.training.data import photo_bytes
 
 if TYPE_CHECKING:
@@ -61,16 +62,17 @@ def main(
     """Print seconds by task and stage: median, and the range of the total."""
     data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
     header = images.read_header(data, images.Limits())
-    settings = Settings(device="cpu", torch_threads=threads)
+    settings = Settings(models=models, device="cpu", torch_threads=threads)
+    provider = Provider(models, settings.store)
     table = Table(title=f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads")
     for name in ("task", "model", *(f"{s} s" for s in STAGES), "min", "max"):
         table.add_column(name, justify="left" if name in ("task", "model") else "right")
     late: list[str] = []
     for spec in load_registry(models).values():
-        loaded = load(spec, settings)
-        engine = Engine(loaded.pipeline, max_batch_size=1)
-        measure(spec, loaded.pipeline, engine, data)
-        samples = [measure(spec, loaded.pipeline, engine, data) for _ in range(runs)]
+        pipeline = build(spec, provider.ensure(spec), settings)
+        engine = Engine(pipeline, max_batch_size=1)
+        measure(spec, pipeline, engine, data)
+        samples = [measure(spec, pipeline, engine, data) for _ in range(runs)]
         engine.close()
         medians = [statistics.median(s[stage] for s in samples) for stage in STAGES]
         totals = [s["total"] for s in samples]

@@ -17,10 +17,14 @@
         x NotReady             503  starting, failed to start, or lost
         x TooLate              504  not finished by the deadline
       + SetupError             stops a replica or a command; no client ever sees it
-        x ConfigError
-        x ModelNotCached
-        x ModelCorrupt
-        x AttentionUnavailable
+        x ConfigError          exit code 2, of a command
+        x AttentionUnavailable 2
+        x ModelNotCached       3
+        x ModelCorrupt         4
+        x StoreUnwritable      5  disk full, read-only, not permitted
+        x LockTimeout          6
+        x SourceFailed         7  a hub, a bucket, a server, a folder to pull from
+        x LicenceRefused       8
 
 An error carries three things a reader needs: the fact (`message`), the offending `value`, and the
 `remedy`. All three reach the client as they are, so none may name a path of the server or quote
@@ -184,6 +188,7 @@ class SetupError(ImagenError):
     """Something an operator must mend before serving."""
 
     code = "setup"
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(SetupError):
@@ -192,22 +197,52 @@ class ConfigError(SetupError):
     code = "config"
 
 
+class AttentionUnavailable(SetupError):
+    """The configured attention implementation cannot run here."""
+
+    code = "attention_unavailable"
+
+
 class ModelNotCached(SetupError):
     """A model's folder or one of its files is not on this node."""
 
     code = "model_not_cached"
+    exit_code = 3
 
 
 class ModelCorrupt(SetupError):
     """A model's files are there and wrong."""
 
     code = "model_corrupt"
+    exit_code = 4
 
 
-class AttentionUnavailable(SetupError):
-    """The configured attention implementation cannot run here."""
+class StoreUnwritable(SetupError):
+    """The model store's disk is full, read-only, or not ours to write."""
 
-    code = "attention_unavailable"
+    code = "store_unwritable"
+    exit_code = 5
+
+
+class LockTimeout(SetupError):
+    """Another process holds a model's lock and makes no progress."""
+
+    code = "lock_timeout"
+    exit_code = 6
+
+
+class SourceFailed(SetupError):
+    """Where a model comes from refused, failed, or sent something else."""
+
+    code = "source_failed"
+    exit_code = 7
+
+
+class LicenceRefused(SetupError):
+    """A non-commercial model that the registry does not accept by name."""
+
+    code = "licence_refused"
+    exit_code = 8
 
 
 def too_late() -> TooLate:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 
-from deployments.errors import ConfigError, ModelNotCached
+from deployments.errors import ConfigError, ModelCorrupt
 from deployments.registry import FAMILIES
-from deployments.settings import enforce_offline, resolve
+from deployments.settings import enforce_offline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deployments.pipelines.base import Pipeline
     from deployments.registry import ModelSpec
     from deployments.settings import Settings
+    from deployments.store.cache import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,53 +28,60 @@ class Loaded:
 
     Attributes:
         pipeline: on its device.
-        digest: first 16 hex digits of the SHA-256 over the folder's paths and contents.
+        digest: of its manifest, 16 hex digits.
         device: such as cpu or cuda.
+        lease: keeps its folder from garbage collection until it is closed.
     """
 
     pipeline: Pipeline
     digest: str
     device: str
+    lease: ExitStack
 
 
-def load(spec: ModelSpec, settings: Settings) -> Loaded:
-    """Load a model from its local folder; no network, no pickle, no remote code.
+def load(
+    spec: ModelSpec, digest: str, store: Store, settings: Settings, *, on_host: bool = False
+) -> Loaded:
+    """Load a model from the store, after checking every byte; no network, no pickle.
+
+    The check reads each file once, front to back, and leaves it in the page cache, from which the
+    weights are mapped: they are not copied in RAM on their way to the device.
+
+    Args:
+        digest: which content, at least 16 hex digits.
+        on_host: leave it in host memory; `Pipeline.to` brings it to the device.
 
     Raises:
         ModelNotCached: the folder or a file is missing.
-        ModelCorrupt: the files do not fit the network.
+        ModelCorrupt: other bytes than published, or files that do not fit the network.
         AttentionUnavailable: xformers was asked for and cannot run.
         ConfigError: CUDA was asked for and there is none.
     """
-    enforce_offline()
+    lease = ExitStack()
+    lease.enter_context(store.lease(digest))
+    try:
+        manifest = store.check(spec.name, digest, settings.store.verify)
+        if manifest.family != spec.family:
+            raise ModelCorrupt(
+                f"{spec.name}@{manifest.short} was published for another pipeline family.",
+                value=manifest.family,
+                remedy="Choose another digest, or correct `family` in the model registry.",
+            )
+        device = choose_device(settings.device)
+        folder = store.folder(spec.name, digest)
+        pipeline = build(spec, folder, settings, "cpu" if on_host else device)
+    except BaseException:
+        lease.close()
+        raise
+    return Loaded(pipeline, manifest.short, device, lease)
+
+
+def build(spec: ModelSpec, folder: Path, settings: Settings, device: str = "cpu") -> Pipeline:
+    """A pipeline from any folder, unchecked; raises as `load`."""
+    enforce_offline(settings.store.folder)
     torch.set_num_threads(settings.torch_threads)
-    folder = resolve(spec.folder)
-    digest = folder_digest(spec.name, folder)
-    device = choose_device(settings.device)
     module, name = FAMILIES[spec.family].target.split(":")
-    pipeline: Pipeline = getattr(import_module(module), name)(spec, folder, device)
-    return Loaded(pipeline, digest, device)
-
-
-def folder_digest(name: str, folder: Path) -> str:
-    """Identity of a model folder's content.
-
-    Raises:
-        ModelNotCached: there is no such folder, or it is empty.
-    """
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    if not files:
-        raise ModelNotCached(
-            f"Model {name} is not on this machine.",
-            value=folder,
-            remedy="Put its files there, or correct `folder` in the model registry.",
-        )
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
-    return total.hexdigest()[:16]
+    return getattr(import_module(module), name)(spec, folder, device)
 
 
 def choose_device(wanted: str) -> str:

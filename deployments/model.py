@@ -9,12 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ray import serve
 
 from deployments import images
-from deployments.contract import REQUESTS, ImageJob, ImageResult, TaskRequest, complete
-from deployments.errors import ConfigError, NotReady, ServiceError, too_late
+from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
+from deployments.errors import ConfigError, ServiceError, too_late
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, check_defaults
 from deployments.settings import Settings, Tuning, parse_settings
@@ -22,7 +21,8 @@ from deployments.settings import Settings, Tuning, parse_settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.images import Picture
+    from deployments.engine import Engine
+    from deployments.hosting import Status
 
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
@@ -42,30 +42,22 @@ class ModelDeployment:
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         # Imported here: the Serve controller and the ingress import this module without torch.
-        from deployments.engine import Engine
-        from deployments.loader import load
+        from deployments.hosting import Host
 
         self._spec = spec
         self._limits = images.Limits(**settings.limits.model_dump())
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
         self._configured = False
         self._defaults = spec.defaults
-        start_s = time.monotonic()
-        loaded = load(spec, settings)
-        self._pipeline = loaded.pipeline
-        self._model = f"{spec.name}@{loaded.digest}"
-        self._on_gpu = loaded.device != "cpu"
-        self._engine = Engine(loaded.pipeline, max_batch_size=spec.max_batch_size)
-        self._warm_up()
-        logger.info(
-            "%s ready on %s in %.1f s", self._model, loaded.device, time.monotonic() - start_s
-        )
+        self._host = Host(spec, settings)
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take a new batch window, batch size or defaults, without a restart.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take a new digest, batch window, batch size or defaults, without a restart.
 
-        A wrong config stops the first start of a replica. Later it is logged and the one in force
-        stays, because Serve would otherwise replace a working replica by a failed one.
+        The first call, before any request, brings the model up: it may raise, and stops the start
+        of the replica. A later one never raises, because Serve would replace a working replica by
+        a failed one: what is wrong is logged, and what is in force stays. A new digest is recorded
+        and exchanged in the background.
         """
         try:
             tuning = parse_settings(Tuning, user_config, f"user_config of {self._spec.name}")
@@ -76,12 +68,20 @@ class ModelDeployment:
                 logger.error("user_config refused, the former one stays: %s", error)
                 return
             raise ConfigError(str(error)) from error
-        self._configured = True
         self._defaults = defaults
-        self._engine.max_batch_size = tuning.max_batch_size or self._spec.max_batch_size
+        self._host.set_max_batch_size(tuning.max_batch_size)
         admit: Any = self._admit
-        admit.set_max_batch_size(self._engine.max_batch_size)
+        admit.set_max_batch_size(self._host.max_batch_size)
         admit.set_batch_wait_timeout_s(tuning.batch_window_s)
+        if self._configured:
+            self._host.want(tuning.digest)
+        else:
+            await asyncio.to_thread(self._host.start, tuning.digest)
+            self._configured = True
+
+    async def status(self) -> Status:
+        """Which digest is served, which is wanted, and why they differ."""
+        return self._host.status
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         """Process one picture.
@@ -101,62 +101,57 @@ class ModelDeployment:
             raise
 
     async def _process(self, job: ImageJob, deadline_s: float) -> ImageResult:
-        # 1) Bytes to pixels, off the event loop.
         start_s = time.monotonic()
         request = complete(job.request, self._defaults, self._spec.parameters)
+        # 1) Bytes to pixels, off the event loop.
         picture = await self._on_pool(images.decode, job.image, self._limits)
-        pixels = await self._on_pool(self._pipeline.fit, picture, request)
-        decoded_s = time.monotonic()
-        # 2) Pixels through the engine.
-        row = Row(request, pixels, _seed(request), deadline_s)
-        try:
-            await self._admit(row)
-            output = await asyncio.wrap_future(row.future)
-        finally:
-            row.cancel()
+        async with self._host.use() as served:
+            pixels = await self._on_pool(served.pipeline.fit, picture, request)
+            decoded_s = time.monotonic()
+            # 2) Pixels through the engine.
+            row = Row(request, pixels, _seed(request), deadline_s)
+            try:
+                await self._admit((served.engine, row))
+                output = await asyncio.wrap_future(row.future)
+            finally:
+                row.cancel()
+            result = await self._on_pool(served.pipeline.restore, output, picture, request)
+            model = f"{self._spec.name}@{served.loaded.digest}"
+            on_gpu = served.loaded.device != "cpu"
         # 3) Pixels to bytes.
         encode_s = time.monotonic()
-        result = await self._on_pool(self._pipeline.restore, output, picture, request)
-        body = await self._on_pool(images.encode, result, job.output_format, self._metadata(row))
+        metadata = self._metadata(row, model)
+        body = await self._on_pool(images.encode, result, job.output_format, metadata)
         timings_s = {
             "decode": decoded_s - start_s,
             "queue": row.queue_s,
             "denoise": row.run_s,
             "encode": time.monotonic() - encode_s,
         }
-        return self._result(job, result, body, row, timings_s)
-
-    @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
-    async def _admit(self, rows: list[Row]) -> list[None]:
-        """The admission window: hand the collected rows to the engine and return at once."""
-        self._engine.put(rows)
-        return [None] * len(rows)
-
-    def _result(
-        self,
-        job: ImageJob,
-        picture: Picture,
-        body: bytes,
-        row: Row,
-        timings_s: dict[str, float],
-    ) -> ImageResult:
         return ImageResult(
             image=body,
             media_type=images.media_type(job.output_format),
-            width_px=picture.width_px,
-            height_px=picture.height_px,
-            model=self._model,
+            width_px=result.width_px,
+            height_px=result.height_px,
+            model=model,
             seed=self._seed_used(row),
             batch_size=row.batch_size,
-            gpu_seconds=row.compute_s * self._spec.num_gpus if self._on_gpu else 0.0,
+            gpu_seconds=row.compute_s * self._spec.num_gpus if on_gpu else 0.0,
             timings_s=timings_s,
-            notes=picture.notes,
+            notes=result.notes,
         )
+
+    @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
+    async def _admit(self, rows: list[tuple[Engine, Row]]) -> list[None]:
+        """The admission window: hand the collected rows to their engine and return at once."""
+        for engine, row in rows:
+            engine.put([row])
+        return [None] * len(rows)
 
     def _seed_used(self, row: Row) -> int | None:
         return row.seed if "seed" in self._spec.parameters else None
 
-    def _metadata(self, row: Row) -> dict[str, object] | None:
+    def _metadata(self, row: Row, model: str) -> dict[str, object] | None:
         if row.request.metadata == "none":
             return None
         parameters = row.request.model_dump(include=set(self._spec.parameters))
@@ -164,28 +159,19 @@ class ModelDeployment:
             parameters["seed"] = row.seed
         return {
             "task": str(row.request.task),
-            "model": self._model,
+            "model": model,
             "parameters": parameters,
         }
 
     async def check_health(self) -> None:
         """Called by Serve; raising gets this replica replaced."""
-        if not self._engine.alive:
-            raise NotReady(f"The engine of {self._model} has stopped.")
+        self._host.check()
 
     def __del__(self) -> None:
         """Called by Serve at graceful shutdown, after the last request."""
-        if engine := getattr(self, "_engine", None):
-            engine.close()
+        if host := getattr(self, "_host", None):
+            host.close()
             self._pool.shutdown(wait=False)
-
-    def _warm_up(self) -> None:
-        """Run one grey picture through the whole model, so that the first client does not wait."""
-        grey = images.Picture(np.full((64, 64, 3), 127, np.uint8), None)
-        request = complete(REQUESTS[self._spec.task](), self._spec.defaults, self._spec.parameters)
-        row = Row(request, self._pipeline.fit(grey, request), 0, time.monotonic() + 600)
-        self._engine.put([row])
-        self._pipeline.restore(row.future.result(600), grey, request)
 
     async def _on_pool(self, work: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from deployments.contract import REQUESTS, Task, complete
-from deployments.errors import ConfigError, InvalidParameter
+from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
 from deployments.settings import Strict, parse_settings, resolve
+from deployments.store.hub import check_pinned, parse
+from deployments.store.manifest import SafePath, safe_path
+from deployments.store.sources import UNRESOLVED
 
 FamilyName = Literal["img2img", "upscale_diffusion", "upscale_gan", "matting"]
 _ALWAYS = frozenset({"output_format", "metadata"})
@@ -62,17 +65,110 @@ FAMILIES: dict[FamilyName, Family] = {
 }
 
 
-class ModelSpec(Strict):
-    """One model.
+def _pinned(source: str) -> str:
+    scheme, _, rest = source.partition("://")
+    if scheme not in ("file", "hf", "gs", "https", "http") or not rest:
+        raise ValueError(f"{source!r} is not a file://, hf://, gs:// or https:// source")
+    if scheme == "hf":
+        try:
+            if parse(source)[1] != UNRESOLVED:
+                check_pinned(source)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return source
+
+
+class Origin(Strict):
+    """A place some files of a model come from.
 
     Attributes:
-        name: shown to clients, in headers and metadata.
-        task: the route it serves.
-        family: the pipeline that runs it.
-        folder: its files, absolute or from the project's root.
+        source: hf://org/repo@<commit>, https://…, gs://bucket/prefix or file://folder. A commit
+            that nobody has looked up yet is written `unresolved`.
+        files: exactly those, relative to the source; their sizes and hashes are in the lock file.
+        into: folder of the model they go to.
+    """
+
+    source: Annotated[str, AfterValidator(_pinned)]
+    files: tuple[SafePath, ...] = Field(min_length=1)
+    into: Annotated[str, AfterValidator(lambda path: path and safe_path(path))] = ""
+
+    def target(self, path: str) -> str:
+        """Where a file of this origin lies in the model's folder."""
+        return f"{self.into}/{path}" if self.into else path
+
+
+class Conversion(Strict):
+    """How a model is made from its origin's files, once, by `imagen models convert`.
+
+    Attributes:
+        to: fp16 casts a diffusers folder's weights; safetensors reads a .pth (weights only).
+        key: entry of the .pth that holds the state dict.
+        config: written as config.json beside the weights.
+    """
+
+    to: Literal["fp16", "safetensors"]
+    key: str | None = None
+    config: dict[str, Any] = Field(default={})
+
+
+class ArtefactSpec(Strict):
+    """Files the store keeps, verified, for this application or for another service.
+
+    Attributes:
+        name: unique in the registry.
         summary: one line for people.
         licence: as an SPDX id or a name.
         commercial: whether the licence allows commercial use.
+        origins: where its files come from.
+        convert: what is done to them before they are served; None for nothing.
+    """
+
+    pickles: ClassVar[frozenset[str]] = frozenset({".pth", ".pt", ".ckpt", ".pkl", ".pickle"})
+    """Suffixes of files that run code when they are read."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
+    summary: str
+    licence: str
+    commercial: bool
+    origins: tuple[Origin, ...] = Field(min_length=1)
+    convert: Conversion | None = None
+
+    @property
+    def family_name(self) -> str | None:
+        """The pipeline family; None for an artefact of another service."""
+        return None
+
+    @property
+    def file_variant(self) -> str | None:
+        """The file variant, such as fp16."""
+        return None
+
+    @model_validator(mode="after")
+    def _files_once(self) -> Self:
+        paths = [origin.target(path).casefold() for origin in self.origins for path in origin.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("two origins give the same file")
+        return self
+
+    @model_validator(mode="after")
+    def _no_pickles(self) -> Self:
+        if self.convert and self.convert.to == "safetensors":
+            return self
+        for path in (path for origin in self.origins for path in origin.files):
+            if PurePosixPath(path).suffix.lower() in self.pickles:
+                raise ValueError(
+                    f"{path} is a pickle, which may run code when it is read: name a .safetensors"
+                    " file, or write `convert: {to: safetensors}`"
+                )
+        return self
+
+
+class ModelSpec(ArtefactSpec):
+    """One model, as served; its name is shown to clients, in headers and metadata.
+
+    Attributes:
+        task: the route it serves.
+        family: the pipeline that runs it.
         dtype: of the weights on the device.
         variant: file variant to load, such as fp16.
         attention: sdpa, or xformers where that is installed.
@@ -83,13 +179,11 @@ class ModelSpec(Strict):
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
+    # CTranslate2's model.bin, of an artefact, is none; torch's pytorch_model.bin is.
+    pickles = ArtefactSpec.pickles | {".bin"}
+
     task: Task
     family: FamilyName
-    folder: Path
-    summary: str
-    licence: str
-    commercial: bool
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     variant: Literal["fp16"] | None = None
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -103,6 +197,14 @@ class ModelSpec(Strict):
     def parameters(self) -> frozenset[str]:
         """The request fields this model reads."""
         return FAMILIES[self.family].parameters
+
+    @property
+    def family_name(self) -> str | None:
+        return self.family
+
+    @property
+    def file_variant(self) -> str | None:
+        return self.variant
 
     @property
     def scale(self) -> int:
@@ -123,33 +225,103 @@ class ModelSpec(Strict):
         return self
 
 
-class _RegistryFile(Strict):
-    models: list[ModelSpec]
+class Catalogue(Strict):
+    """A registry file: every model and artefact the store may hold.
+
+    Attributes:
+        models: what can be served.
+        artefacts: what only the store keeps.
+        serving: model name by task, for tasks with more than one model.
+        accept_noncommercial: names of models that may be pulled and served although their licence
+            forbids commercial use.
+    """
+
+    models: tuple[ModelSpec, ...]
+    artefacts: tuple[ArtefactSpec, ...] = ()
+    serving: dict[Task, str] = Field(default={})
+    accept_noncommercial: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> tuple[ArtefactSpec, ...]:
+        """Models, then artefacts."""
+        return (*self.models, *self.artefacts)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [entry.name for entry in self.entries]
+        if len(set(names)) != len(names):
+            raise ValueError("a name stands twice")
+        known = {(m.task, m.name) for m in self.models}
+        if wrong := [f"{t}: {n}" for t, n in self.serving.items() if (t, n) not in known]:
+            raise ValueError(f"serving names no model of that task: {', '.join(wrong)}")
+        if unknown := set(self.accept_noncommercial) - set(names):
+            raise ValueError(f"accept_noncommercial names no model: {', '.join(sorted(unknown))}")
+        return self
+
+    def find(self, name: str) -> ArtefactSpec:
+        """The entry of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        names = ", ".join(entry.name for entry in self.entries)
+        raise ConfigError("No such model in the registry.", value=name, remedy=f"Names: {names}.")
+
+    def check_licence(self, entry: ArtefactSpec) -> None:
+        """Raises LicenceRefused unless the entry's licence is commercial or accepted by name."""
+        if not entry.commercial and entry.name not in self.accept_noncommercial:
+            raise LicenceRefused(
+                f"The licence of {entry.name} ({entry.licence}) forbids commercial use.",
+                remedy=f"Accept it with `accept_noncommercial: [{entry.name}]` in the model"
+                " registry, or serve another model.",
+            )
+
+    def served(self) -> Registry:
+        """The model of each task.
+
+        Raises:
+            ConfigError: a task has none, or several and no choice.
+            LicenceRefused: see `check_licence`.
+        """
+        return {task: self._model(task) for task in Task}
+
+    def _model(self, task: Task) -> ModelSpec:
+        candidates = [m for m in self.models if m.task == task]
+        if task in self.serving:
+            candidates = [m for m in candidates if m.name == self.serving[task]]
+        if len(candidates) != 1:
+            raise ConfigError(
+                f"The model registry must name one model for the task {task}.",
+                value=", ".join(m.name for m in candidates) or "none",
+                remedy="Name each task once, or choose under `serving`.",
+            )
+        self.check_licence(candidates[0])
+        return candidates[0]
 
 
 Registry = dict[Task, ModelSpec]
 
 
-def load_registry(path: Path) -> Registry:
-    """The models of a YAML file, one per task.
+def load_catalogue(path: Path) -> Catalogue:
+    """Every entry of a registry file.
 
     Raises:
-        ConfigError: unreadable, an unknown key or value, a task twice or not at all.
+        ConfigError: unreadable, or an unknown key or value.
     """
     try:
         values = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
         reason = str(error).splitlines()[0]
         raise ConfigError(f"The model registry cannot be read: {reason}.", value=path) from error
-    specs = parse_settings(_RegistryFile, values, f"The model registry {path}").models
-    tasks = [spec.task for spec in specs]
-    if sorted(tasks) != sorted(Task):
-        raise ConfigError(
-            f"The model registry {path} must name each task once.",
-            value=", ".join(tasks),
-            remedy=f"Tasks: {', '.join(Task)}.",
-        )
-    return {spec.task: spec for spec in specs}
+    return parse_settings(Catalogue, values, f"The model registry {path}")
+
+
+def load_registry(path: Path) -> Registry:
+    """The models of a registry file that are served, one per task; raises as the two above."""
+    return load_catalogue(path).served()
 
 
 def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:

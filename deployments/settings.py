@@ -14,6 +14,8 @@ from deployments.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 ROOT = Path(__file__).resolve().parents[1]
 """Relative paths in configuration files are relative to the project, whatever the cwd."""
+ROOT_VARIABLE = "IMAGEN_MODELS"
+"""Names the model store's root; every cache of every framework lies below it."""
 
 
 class Strict(BaseModel):
@@ -34,6 +36,49 @@ class LimitSettings(Strict):
     )
 
 
+class StoreSettings(Strict):
+    """The model store of a node, and how it is filled.
+
+    Attributes:
+        root: of the store; None takes $IMAGEN_MODELS, else ~/.cache/imagen-models. One local disk.
+        mirror: gs:// or file:// folder that `imagen models publish` filled; models come from there
+            rather than from their origins.
+        verify: what loading checks: every byte by CRC32C, or (full) by SHA-256 too.
+        prefetch: names of models each node pulls beside the one a replica waits for; None pulls all
+            that are served.
+        threads: ranges fetched at a time, for one model.
+        models_at_once: models pulled at a time on a node.
+        range_bytes: size of one request.
+        max_bytes_per_s: of one process, all threads together; None for no limit.
+        attempts: failures in a row, without a byte between them, after which a pull gives up.
+        backoff_s: base of the exponential pause between attempts.
+        lock_timeout_s: how long the process that holds a model's lock may stand still.
+        gc_start_percent, gc_stop_percent: disk use at which unused models start, and cease, to be
+            removed before a pull.
+    """
+
+    root: Path | None = None
+    mirror: str | None = Field(default=None, pattern=r"^(gs|file)://.+")
+    verify: Literal["crc32c", "full"] = "crc32c"
+    prefetch: tuple[str, ...] | None = None
+    threads: int = Field(default=8, ge=1, le=64)
+    models_at_once: int = Field(default=2, ge=1, le=16)
+    range_bytes: int = Field(default=32 * 2**20, ge=64 * 2**10)
+    max_bytes_per_s: float | None = Field(default=None, gt=0)
+    attempts: int = Field(default=6, ge=1, le=100)
+    backoff_s: float = Field(default=0.25, ge=0, le=30)
+    lock_timeout_s: float = Field(default=120, ge=0)
+    gc_start_percent: float = Field(default=80, gt=0, le=100)
+    gc_stop_percent: float = Field(default=70, gt=0, le=100)
+
+    @property
+    def folder(self) -> Path:
+        """The root, absolute."""
+        if self.root is not None:
+            return resolve(self.root)
+        return Path(os.environ.get(ROOT_VARIABLE) or Path.home() / ".cache" / "imagen-models")
+
+
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
@@ -48,6 +93,7 @@ class Settings(Strict):
         max_uploads: uploads that one Ingress replica works on at a time; more get 429.
         retry_after_s: what a refused client is told to wait.
         limits: sizes.
+        store: where models lie on a node, and how they get there.
     """
 
     models: Path = Path("configs/models/starter.yaml")
@@ -59,6 +105,7 @@ class Settings(Strict):
     max_uploads: int = Field(default=150, ge=1)
     retry_after_s: int = Field(default=2, ge=1)
     limits: LimitSettings = LimitSettings()
+    store: StoreSettings = StoreSettings()
 
 
 class Tuning(Strict):
@@ -68,11 +115,14 @@ class Tuning(Strict):
         batch_window_s: how long admission waits for company; 0 admits at once.
         max_batch_size: most rows in one forward pass; None keeps the model's own.
         defaults: parameter values for fields a request leaves out, over the model's own.
+        digest: which content of the model to serve, 16 to 64 hex digits; None takes the lock
+            file's.
     """
 
     batch_window_s: float = Field(default=0.0, ge=0, le=10)
     max_batch_size: int | None = Field(default=None, ge=1, le=256)
     defaults: dict[str, Any] = Field(default={})
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
 
 
 def resolve(path: Path) -> Path:
@@ -95,15 +145,43 @@ def parse_settings(kind: type[S], values: Any, where: str) -> S:
     raise ConfigError(f"{where} is wrong: {found}.", remedy="Correct the named keys.")
 
 
-def enforce_offline() -> None:
+def framework_caches(root: Path) -> dict[str, str]:
+    """Environment variables that keep every framework's own cache below one root."""
+    caches = root / ".cache"
+    return {
+        ROOT_VARIABLE: str(root),
+        "HF_HOME": str(caches / "huggingface"),
+        "HF_HUB_CACHE": str(caches / "huggingface" / "hub"),
+        "TORCH_HOME": str(caches / "torch"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+    }
+
+
+def enforce_offline(root: Path | None = None) -> None:
     """Shut every door to a model hub. Call before the first import of a hub library.
 
     huggingface_hub reads HF_HUB_OFFLINE when it is imported, not when it is used.
+
+    Args:
+        root: where frameworks may keep what they compile; a temporary folder where that cannot be
+            written.
     """
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
     # Their advice at import is meant for notebooks.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "imagen-empty-hub")
-    os.environ.pop("HF_TOKEN", None)
+    temporary = Path(tempfile.gettempdir()) / f"imagen-caches-{os.getuid()}"
+    writable = root is not None and os.access(root, os.W_OK)
+    caches = framework_caches(root if root and writable else temporary)
+    # Models are loaded by absolute path: the hub's own cache stays empty.
+    caches["HF_HOME"] = str(temporary / "empty-hub")
+    caches["HF_HUB_CACHE"] = str(temporary / "empty-hub" / "hub")
+    if not root:
+        del caches[ROOT_VARIABLE]
+    elif not writable:
+        caches[ROOT_VARIABLE] = str(root)
+    os.environ.update(caches)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        os.environ.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
@@ -58,6 +58,19 @@ class Backend(Protocol):
     async def __call__(self, job: ImageJob) -> ImageResult: ...
 
 
+class Details(NamedTuple):
+    """Behind the states.
+
+    Attributes:
+        replicas: of each task with running ones, what each serves: digest serving, digest wanted,
+            and why they differ.
+        pulling: percent of each model that some node is fetching, by model name.
+    """
+
+    replicas: Mapping[Task, list[Any]]
+    pulling: Mapping[str, float]
+
+
 class Backends(Protocol):
     """The five models, and how they are."""
 
@@ -65,6 +78,10 @@ class Backends(Protocol):
 
     async def states(self) -> Mapping[Task, State]:
         """ready, idle (no replica, wakes on demand), starting or failed."""
+        ...
+
+    async def details(self) -> Details:
+        """What replicas serve, and what nodes pull."""
         ...
 
 
@@ -239,7 +256,13 @@ def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) ->
         states = await backends.states()
         models = {str(task): states.get(task, "starting") for task in Task}
         ready = all(state in ("ready", "idle") for state in models.values())
-        body = {"status": "ready" if ready else "not ready", "models": models}
+        details = await backends.details()
+        body = {
+            "status": "ready" if ready else "not ready",
+            "models": models,
+            "replicas": {str(task): found for task, found in details.replicas.items()},
+            "pulling_percent": {m: round(p, 1) for m, p in details.pulling.items()},
+        }
         headers = {} if ready else {"Retry-After": "5"}
         return JSONResponse(body, 200 if ready else 503, headers)
 

@@ -10,6 +10,7 @@ from ray.serve.config import BackpressureConfig
 from deployments.model import ModelDeployment
 from deployments.registry import load_registry
 from deployments.settings import Settings, parse_settings
+from deployments.store.lockfile import load_lock, locked_digest
 from serve_app.ingress import NAMES, Ingress
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ def build(args: dict[str, Any]) -> Application:
             below by deployment name.
 
     Raises:
-        ConfigError: `args` or the model registry is wrong.
+        ConfigError: `args` or the model registry is wrong, or its lock file lacks a digest.
+        LicenceRefused: a model's licence forbids commercial use and was not accepted.
     """
     settings = parse_settings(Settings, args, "The application's args")
     registry = load_registry(settings.models)
+    lock = load_lock(settings.models)
+    for spec in registry.values():
+        locked_digest(lock, spec.name)
     models = {task: _model(NAMES[task], spec, settings) for task, spec in registry.items()}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(

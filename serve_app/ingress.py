@@ -18,7 +18,8 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from deployments.contract import ImageJob, ImageResult, Task
 from deployments.errors import Full, ImagenError, ModelFailed, NotReady
-from serve_app.api import create_app, not_ready
+from deployments.store.node_init import pulling
+from serve_app.api import Details, create_app, not_ready
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,7 @@ NAMES: dict[Task, str] = {
     Task.BACKGROUND: "BackgroundRemove",
 }
 _STATES_TTL_S = 1.0
+_STATUS_TIMEOUT_S = 0.5
 logger = logging.getLogger("ray.serve.imagen.ingress")
 
 
@@ -50,6 +52,14 @@ class HandleBackend:
         self._task = task
         self._handle = handle
         self._retry_after_s = retry_after_s
+
+    async def replicas(self) -> list[Any]:
+        """What each running replica says of its model; empty where none answers in time."""
+        try:
+            # Past the queues, so that busy replicas answer too.
+            return await self._handle.broadcast("status").results_async(timeout_s=_STATUS_TIMEOUT_S)
+        except (RayServeException, RayError, TimeoutError):
+            return []
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         response = self._handle.remote(job)
@@ -96,6 +106,9 @@ class ServeBackends:
         self._states: Mapping[Task, State] = {}
         self._stale_s = 0.0
         self._lock = asyncio.Lock()
+        self._details = Details({}, {})
+        self._details_stale_s = 0.0
+        self._details_lock = asyncio.Lock()
 
     def __getitem__(self, task: Task) -> HandleBackend:
         return self._backends[task]
@@ -109,6 +122,18 @@ class ServeBackends:
                 self._states = {t: _state(deployments.get(n)) for t, n in NAMES.items()}
                 self._stale_s = time.monotonic() + _STATES_TTL_S
         return self._states
+
+    async def details(self) -> Details:
+        """As replicas and nodes tell it, at most a second old; takes half a second at most."""
+        async with self._details_lock:
+            if time.monotonic() >= self._details_stale_s:
+                running = [t for t, state in (await self.states()).items() if state == "ready"]
+                percent, *replicas = await asyncio.gather(
+                    pulling(), *(self._backends[task].replicas() for task in running)
+                )
+                self._details = Details(dict(zip(running, replicas, strict=True)), percent)
+                self._details_stale_s = time.monotonic() + _STATES_TTL_S
+        return self._details
 
 
 def _state(deployment: Any) -> State:

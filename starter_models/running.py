@@ -16,10 +16,11 @@ from PIL import Image
 
 from deployments import images
 from deployments.contract import REQUESTS, Task, complete
-from deployments.loader import load
+from deployments.loader import build
 from deployments.pipelines.base import Row
 from deployments.registry import load_registry
 from deployments.settings import Settings
+from deployments.store.sources import local_folder
 
 if TYPE_CHECKING:
     from deployments.pipelines.base import Pipeline
@@ -60,4 +61,5 @@ def from_image(image: Image.Image) -> Picture:
 @lru_cache
 def _loaded(task: Task) -> tuple[ModelSpec, Pipeline]:
     spec = load_registry(REGISTRY)[task]
-    return spec, load(spec, Settings(device="cpu", torch_threads=2)).pipeline
+    folder = local_folder(spec.origins[0].source)
+    return spec, build(spec, folder, Settings(device="cpu", torch_threads=2))

@@ -95,3 +95,7 @@ class Pipeline(Protocol):
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
         """The result for the client, from the model's output and the original picture."""
         ...
+
+    def to(self, device: str) -> None:
+        """Move the weights; while no row is in flight."""
+        ...

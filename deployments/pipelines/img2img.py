@@ -46,6 +46,9 @@ class Img2Img:
         bucket = choose_bucket(picture.width_px, picture.height_px, self._buckets)
         return fit_to_bucket(picture.rgb, bucket)
 
+    def to(self, device: str) -> None:
+        self._pipeline.to(device)
+
     def key(self, row: Row) -> Hashable:
         request = cast("Img2ImgRequest", row.request)
         size = row.pixels.shape[:2]

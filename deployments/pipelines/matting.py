@@ -43,6 +43,10 @@ class Matting:
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         return resize(picture.rgb, self._input_px, self._input_px)
 
+    def to(self, device: str) -> None:
+        self._net.to(device)
+        self._device = device
+
     def key(self, row: Row) -> Hashable:
         return "one size"
 

@@ -33,7 +33,9 @@ def read_config(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelNotCached(f"Model {spec.name} has no config.json.", value=folder) from error
+        raise ModelNotCached(
+            f"Model {spec.name} has no config.json.", value=folder, remedy="Fetch it again."
+        ) from error
     except ValueError as error:
         raise ModelCorrupt(f"The config.json of {spec.name} is not JSON.", value=folder) from error
     if not isinstance(config, dict):

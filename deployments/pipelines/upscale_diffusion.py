@@ -53,6 +53,9 @@ class UpscaleDiffusion:
         bottom, right = -picture.height_px % MULTIPLE, -picture.width_px % MULTIPLE
         return np.pad(picture.rgb, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
+    def to(self, device: str) -> None:
+        self._pipeline.to(device)
+
     def key(self, row: Row) -> Hashable:
         request = cast("UpscaleRequest", row.request)
         size = row.pixels.shape[:2]

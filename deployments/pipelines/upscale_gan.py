@@ -74,6 +74,10 @@ class UpscaleGan:
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         return picture.rgb
 
+    def to(self, device: str) -> None:
+        self._net.to(device)
+        self._device = device
+
     def key(self, row: Row) -> Hashable:
         progress = cast("_Progress", row.state)
         return progress.tiles[progress.next].shape

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deployments.settings import Settings, enforce_offline
+from deployments.settings import enforce_offline
 
 enforce_offline()  # Before the first import of a hub library.
 
 import tiny  # noqa: E402
 
 from deployments.engine import Engine  # noqa: E402
-from deployments.loader import load  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -88,7 +87,7 @@ def tiny_pipeline(tiny_folder: Callable[[str], Path]) -> Callable[..., Pipeline]
         spec = tiny.spec(name, tiny_folder(name), **changes)
         key = spec.model_dump_json()
         if key not in loaded:
-            loaded[key] = load(spec, Settings(device="cpu")).pipeline
+            loaded[key] = tiny.pipeline(spec)
         return loaded[key]
 
     return pipeline

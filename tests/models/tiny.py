@@ -23,10 +23,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from deployments.contract import Task
 from deployments.images import Picture
+from deployments.loader import build
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.registry import FamilyName, ModelSpec
+from deployments.settings import Settings
+from deployments.store.sources import local_folder
 from starter_models.training.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from torch import nn
     from transformers import CLIPTokenizer
+
+    from deployments.pipelines.base import Pipeline
 
 TEXT_DIM = 16
 TIME_DIM = 8
@@ -97,7 +102,7 @@ def spec(name: str, folder: Path, **changes: Any) -> ModelSpec:
         "name": name.replace("_", "-"),
         "task": _TASK[family],
         "family": family,
-        "folder": folder,
+        "origins": [{"source": f"file://{folder}", "files": ["config.json"]}],
         "summary": "tiny, random weights",
         "licence": "none",
         "commercial": False,
@@ -105,6 +110,12 @@ def spec(name: str, folder: Path, **changes: Any) -> ModelSpec:
         "tile_px": 64,
     }
     return ModelSpec.model_validate(values | changes)
+
+
+def pipeline(spec: ModelSpec, settings: Settings | None = None) -> Pipeline:
+    """The pipeline of a tiny model, from the folder `spec` was given."""
+    folder = local_folder(spec.origins[0].source)
+    return build(spec, folder, settings or Settings(device="cpu"))
 
 
 def picture(

@@ -45,7 +45,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         num_gpus=1,
         include_dashboard=False,
         _temp_dir=str(tmp_path_factory.mktemp("ray")),
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": str(ROOT),
+                "IMAGEN_MODELS": str(tmp_path_factory.mktemp("models")),
+            }
+        },
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90})
     yield f"http://127.0.0.1:{port}"

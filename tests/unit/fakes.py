@@ -14,7 +14,7 @@ from PIL import Image
 from deployments.contract import ImageJob, ImageResult, Task
 from deployments.registry import load_registry
 from deployments.settings import LimitSettings, Settings
-from serve_app.api import create_app
+from serve_app.api import Details, create_app
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -51,6 +51,7 @@ class FakeBackends:
     state: State = "ready"
     other_states: dict[Task, State] = field(default_factory=dict)
     states_error: Exception | None = None
+    known_details: Details = field(default_factory=lambda: Details({}, {}))
     jobs: list[ImageJob] = field(default_factory=list)
 
     def __getitem__(self, task: Task) -> FakeBackend:
@@ -60,6 +61,9 @@ class FakeBackends:
         if self.states_error is not None:
             raise self.states_error
         return dict.fromkeys(Task, self.state) | self.other_states
+
+    async def details(self) -> Details:
+        return self.known_details
 
 
 @dataclass

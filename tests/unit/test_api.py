@@ -19,7 +19,7 @@ from PIL import Image
 from deployments import errors
 from deployments.contract import REQUESTS, Task, complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
-from serve_app.api import ROUTES
+from serve_app.api import ROUTES, Details
 from tests.unit.fakes import (
     REGISTRY,
     FakeBackends,
@@ -579,10 +579,9 @@ async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
     backends = FakeBackends(other_states={Task.AGED: state})
     response = await send(app_of(backends), "GET", "/readyz")
     assert response.status_code == (200 if ready else 503)
-    assert response.json() == {
-        "status": "ready" if ready else "not ready",
-        "models": dict.fromkeys(map(str, Task), "ready") | {"aged": state},
-    }
+    body = response.json()
+    assert body["status"] == ("ready" if ready else "not ready")
+    assert body["models"] == dict.fromkeys(map(str, Task), "ready") | {"aged": state}
     assert ("retry-after" in response.headers) != ready
 
 
@@ -617,7 +616,16 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
         assert set(model["parameters"]) == spec.parameters
     assert models["upscale"]["scale"] == 4
     assert models["comic"]["defaults"] == REGISTRY[Task.COMIC].defaults
-    assert str(REGISTRY[Task.COMIC].folder) not in response.text
+    assert REGISTRY[Task.COMIC].origins[0].source not in response.text
+
+
+async def test_readiness_tells_what_is_served_and_what_is_pulled() -> None:
+    served = {"serving": "0123456789abcdef", "wanted": "fedcba9876543210", "error": "damaged"}
+    details = Details({Task.COMIC: [served]}, {"comic-starter": 43.21})
+    response = await send(app_of(FakeBackends(known_details=details)), "GET", "/readyz")
+    assert response.status_code == 200, "the former model goes on serving"
+    assert response.json()["replicas"] == {"comic": [served]}
+    assert response.json()["pulling_percent"] == {"comic-starter": 43.2}
 
 
 # Documentation

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from deployments.contract import REQUESTS, Task
-from deployments.errors import ConfigError
-from deployments.registry import FAMILIES, check_defaults, load_registry
+from deployments.errors import ConfigError, LicenceRefused
+from deployments.registry import FAMILIES, check_defaults, load_catalogue, load_registry
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def test_the_starter_models_serve_every_task() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/models").glob("*.yaml")))
 def test_every_registry_in_the_project_loads(path: Path) -> None:
-    assert set(load_registry(path)) == set(Task)
+    catalogue = load_catalogue(path)
+    accepted = tuple(entry.name for entry in catalogue.entries)
+    assert set(catalogue.model_copy(update={"accept_noncommercial": accepted}).served()) == set(
+        Task
+    )
 
 
 def test_what_a_family_reads_is_what_its_tasks_take() -> None:
@@ -97,7 +101,7 @@ def test_a_wrong_entry_is_refused_by_name(
     assert "models.yaml" in caught.value.message
 
 
-@pytest.mark.parametrize("key", ["name", "task", "family", "folder", "summary", "commercial"])
+@pytest.mark.parametrize("key", ["name", "task", "family", "origins", "summary", "commercial"])
 def test_a_key_left_out_is_named(key: str, load: Callable[[Any], Any]) -> None:
     models = starter()
     del models["comic"][key]
@@ -107,17 +111,55 @@ def test_a_key_left_out_is_named(key: str, load: Callable[[Any], Any]) -> None:
 
 def test_a_task_twice_is_refused(load: Callable[[Any], Any]) -> None:
     models = [*starter().values(), starter()["comic"] | {"name": "comic-two"}]
-    with pytest.raises(ConfigError, match="name each task once") as caught:
+    with pytest.raises(ConfigError, match="one model for the task comic") as caught:
         load({"models": models})
-    assert caught.value.value.count("comic") == 2
+    assert caught.value.value == "comic-starter, comic-two"
+    assert "serving" in caught.value.remedy
+    chosen = load({"models": models, "serving": {"comic": "comic-two"}})
+    assert chosen[Task.COMIC].name == "comic-two"
 
 
 def test_a_task_left_out_is_refused(load: Callable[[Any], Any]) -> None:
     models = [model for task, model in starter().items() if task != "aged"]
-    with pytest.raises(ConfigError, match="name each task once") as caught:
+    with pytest.raises(ConfigError, match="one model for the task aged") as caught:
         load({"models": models})
-    assert "aged" not in caught.value.value
-    assert "aged" in caught.value.remedy
+    assert caught.value.value == "none"
+
+
+def test_a_non_commercial_model_is_served_only_if_accepted_by_name(
+    load: Callable[[Any], Any],
+) -> None:
+    models = [m | {"commercial": m["task"] != "comic"} for m in starter().values()]
+    with pytest.raises(LicenceRefused, match="comic-starter") as caught:
+        load({"models": models})
+    assert "accept_noncommercial: [comic-starter]" in caught.value.remedy
+    assert load({"models": models, "accept_noncommercial": ["comic-starter"]})
+    with pytest.raises(ConfigError, match="names no model"):
+        load({"models": models, "accept_noncommercial": ["comic-startr"]})
+
+
+@pytest.mark.parametrize(
+    ("origin", "named"),
+    [
+        ({"source": "file://x", "files": ["../secret"]}, "plain relative path"),
+        ({"source": "file://x", "files": ["/etc/passwd"]}, "plain relative path"),
+        ({"source": "file://x", "files": ["a/./b"]}, "plain relative path"),
+        ({"source": "file://x", "files": ["manifest.json"]}, "store's own"),
+        ({"source": "file://x", "files": []}, "at least 1"),
+        ({"source": "file://x", "files": ["a.json"], "into": "../x"}, "plain relative path"),
+        ({"source": "file://x", "files": ["model.pth"]}, "pickle"),
+        ({"source": "file://x", "files": ["unet/weights.bin"]}, "pickle"),
+        ({"source": "hf://a/b@main", "files": ["a.json"]}, "40 hex digits"),
+        ({"source": "ftp://host/x", "files": ["a.json"]}, "ftp"),
+    ],
+)
+def test_an_origin_that_cannot_be_trusted_is_refused(
+    origin: dict[str, Any], named: str, load: Callable[[Any], Any]
+) -> None:
+    models = starter()
+    models["comic"]["origins"] = [origin]
+    with pytest.raises(ConfigError, match=named):
+        load({"models": list(models.values())})
 
 
 @pytest.mark.parametrize("values", [None, [], "models", {}, {"models": {}}, {"modles": []}])

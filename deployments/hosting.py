@@ -1,0 +1,298 @@
+"""The model a replica serves, and its exchange for other content while requests keep coming."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+from deployments.contract import REQUESTS, complete
+from deployments.engine import Engine
+from deployments.errors import NotReady, SetupError
+from deployments.images import Picture
+from deployments.loader import load
+from deployments.pipelines.base import Row
+from deployments.store.manifest import SHORT
+from deployments.store.node_init import ensure_on_node
+from deployments.store.provider import Provider
+from deployments.telemetry import ModelMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from deployments.loader import Loaded
+    from deployments.pipelines.base import Pipeline
+    from deployments.registry import ModelSpec
+    from deployments.settings import Settings
+
+_WARM_UP_S = 600
+logger = logging.getLogger("ray.serve.imagen.hosting")
+
+
+class Status(TypedDict):
+    """What a replica says of its model: digests of 16 hex digits, the last error or nothing."""
+
+    serving: str
+    wanted: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A warm model and its engine."""
+
+    loaded: Loaded
+    engine: Engine
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.loaded.pipeline
+
+    def close(self) -> None:
+        """End the engine after the rows it has; give the folder free."""
+        self.engine.close()
+        self.loaded.lease.close()
+
+
+class Gate:
+    """Requests pass it together; an exchange passes alone. For one event loop."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncGenerator[None]:
+        """Wait until the gate is open, and be counted until the end."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def exchange(self) -> AsyncGenerator[None]:
+        """Let nobody in, and wait until the last request has left; deadlines bound that."""
+        self._open.clear()
+        try:
+            await self._empty.wait()
+            yield
+        finally:
+            self._open.set()
+
+
+class Host:
+    """Holds one model and swaps it on demand.
+
+    Guarantees:
+        - `start` returns only when the model is verified, loaded and warm;
+        - a swap that fails anywhere leaves the former model serving;
+        - each request sees one model from its first pixel to its last.
+
+    Args:
+        spec: which model, and how.
+        settings: what all models share.
+    """
+
+    def __init__(self, spec: ModelSpec, settings: Settings) -> None:
+        self.max_batch_size = spec.max_batch_size
+        self._spec = spec
+        self._settings = settings
+        self._metrics = ModelMetrics()
+        self._provider = Provider(settings.models, settings.store, self._metrics.hear)
+        self._gate = Gate()
+        self._served: Served | None = None
+        self._wanted = ""
+        self._error = ""
+        self._broken = ""
+        self._swapping: asyncio.Task[None] | None = None
+
+    def start(self, digest: str | None) -> None:
+        """Bring up the digest wanted or, if that fails, the lock file's.
+
+        Raises:
+            SetupError: none of them could be brought up.
+        """
+        locked = None
+        if digest is not None:
+            self._wanted = digest[:SHORT]
+            try:
+                self._served = self._bring_up(digest)
+                return
+            except Exception as error:
+                locked = self._provider.digest(self._spec)
+                if locked.startswith(digest):
+                    raise
+                self._error = _describe(error)
+                logger.error(
+                    "%s@%s cannot be served: %s Serving the lock file's digest instead.",
+                    self._spec.name,
+                    self._wanted,
+                    self._error,
+                )
+        locked = locked or self._provider.digest(self._spec)
+        self._served = self._bring_up(locked)
+        self._wanted = self._wanted or locked[:SHORT]
+
+    def want(self, digest: str | None) -> None:
+        """Have another digest served soon; at once if it is served already. Never raises."""
+        try:
+            wanted = (digest or self._provider.digest(self._spec))[:SHORT]
+        except SetupError as error:
+            self._error = str(error)
+            return
+        self._wanted = wanted
+        if self._swapping is None or self._swapping.done():
+            self._swapping = asyncio.create_task(self._swap())
+
+    @asynccontextmanager
+    async def use(self) -> AsyncGenerator[Served]:
+        """The model, kept from being exchanged until the end.
+
+        Raises:
+            NotReady: there is none yet.
+        """
+        async with self._gate.request():
+            yield self._ready()
+
+    @property
+    def status(self) -> Status:
+        serving = self._served.loaded.digest if self._served else ""
+        return Status(serving=serving, wanted=self._wanted, error=self._error)
+
+    def check(self) -> None:
+        """Raises NotReady if this replica must be replaced."""
+        if self._broken or not self._ready().engine.alive:
+            raise NotReady(f"The engine of {self._spec.name} has stopped. {self._broken}".strip())
+
+    def set_max_batch_size(self, size: int | None) -> None:
+        """Most rows in one step, from now on; None for the model's own."""
+        self.max_batch_size = size or self._spec.max_batch_size
+        if self._served:
+            self._served.engine.max_batch_size = self.max_batch_size
+
+    def close(self) -> None:
+        """End the engine and give the model's folder free."""
+        if self._served:
+            self._served.close()
+
+    def _ready(self) -> Served:
+        if self._served is None:
+            raise NotReady(
+                f"{self._spec.name} was never configured.",
+                remedy="Give its deployment a user_config, {} at least.",
+            )
+        return self._served
+
+    def _bring_up(self, digest: str) -> Served:
+        start_s = time.monotonic()
+        served = self._warm(self._load(digest, on_host=False))
+        self._announce(served, start_s)
+        return served
+
+    def _load(self, digest: str, *, on_host: bool) -> Loaded:
+        ensure_on_node(self._spec.name, digest, self._settings, self._metrics.record)
+        store = self._provider.store
+        try:
+            return load(self._spec, digest, store, self._settings, on_host=on_host)
+        except SetupError:
+            # Out of the way, so that the next try pulls it anew; a read-only store stays as it is.
+            self._set_aside(digest)
+            raise
+
+    def _set_aside(self, digest: str) -> None:
+        try:
+            self._provider.store.find(self._spec.name, digest, "crc32c")
+        except SetupError as error:
+            logger.error("%s", error)
+
+    def _warm(self, loaded: Loaded) -> Served:
+        """Run one grey picture through the whole model, so that the first client does not wait."""
+        engine = Engine(loaded.pipeline, max_batch_size=self.max_batch_size)
+        served = Served(loaded, engine)
+        grey = Picture(np.full((64, 64, 3), 127, np.uint8), None)
+        spec = self._spec
+        try:
+            request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
+            pixels = loaded.pipeline.fit(grey, request)
+            row = Row(request, pixels, 0, time.monotonic() + _WARM_UP_S)
+            engine.put([row])
+            loaded.pipeline.restore(row.future.result(_WARM_UP_S), grey, request)
+        except BaseException:
+            if engine.fatal:
+                self._broken = f"Its device failed: {engine.fatal!r}"
+            served.close()
+            raise
+        return served
+
+    async def _swap(self) -> None:
+        """Exchange until what is served is what is wanted, or one attempt has failed."""
+        while (wanted := self._wanted) != self._ready().loaded.digest:
+            old = self._ready().loaded.digest
+            try:
+                await self._swap_to(wanted)
+            except Exception as error:
+                self._error = _describe(error)
+                self._metrics.swapped(self._spec.name, old, failed=True)
+                logger.error(
+                    "%s@%s cannot be served, %s goes on: %s",
+                    self._spec.name,
+                    wanted,
+                    old,
+                    self._error,
+                )
+                if wanted == self._wanted:
+                    return
+            else:
+                self._error = ""
+                self._metrics.swapped(self._spec.name, old, failed=False)
+        self._error = ""
+
+    async def _swap_to(self, digest: str) -> None:
+        # 1) Verified and staged in host memory, beside the traffic.
+        start_s = time.monotonic()
+        staged = await asyncio.to_thread(self._load, digest, on_host=True)
+        # 2) Exchanged while no request is inside.
+        async with self._gate.exchange():
+            served = await asyncio.to_thread(self._exchange, self._ready(), staged)
+            old, self._served = self._ready(), served
+        await asyncio.to_thread(old.close)
+        self._announce(served, start_s)
+
+    def _exchange(self, old: Served, staged: Loaded) -> Served:
+        old.pipeline.to("cpu")
+        try:
+            staged.pipeline.to(staged.device)
+            return self._warm(staged)
+        except BaseException:
+            staged.pipeline.to("cpu")
+            staged.lease.close()
+            try:
+                old.pipeline.to(old.loaded.device)
+            except BaseException as error:
+                self._broken = f"The former model could not be restored: {error!r}"
+                raise
+            raise
+
+    def _announce(self, served: Served, start_s: float) -> None:
+        seconds = time.monotonic() - start_s
+        digest, device = served.loaded.digest, served.loaded.device
+        self._metrics.loaded(self._spec.name, digest, seconds)
+        logger.info("%s@%s ready on %s in %.1f s", self._spec.name, digest, device, seconds)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, SetupError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""The model store: from a source to a verified folder on this node."""

@@ -1,0 +1,193 @@
+"""The lock file beside a registry: sizes, hashes and digest of every model, as they were found.
+
+People write `production.yaml`; `imagen models resolve`, `convert` and `publish` write
+`production.lock.json`. What nobody has looked up yet is `unresolved` there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, ValidationError
+
+from deployments.errors import ConfigError
+from deployments.settings import Strict, resolve
+from deployments.store.hub import parse
+from deployments.store.manifest import FileEntry, Licence, Manifest, SafePath, Sha256
+from deployments.store.sources import UNRESOLVED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deployments.registry import ArtefactSpec
+
+_Unresolved = Literal["unresolved"]
+
+
+class LockedFile(Strict):
+    """A file of an origin: path relative to it, bytes, SHA-256."""
+
+    path: SafePath
+    size: int | _Unresolved = UNRESOLVED
+    sha256: Sha256 | _Unresolved = UNRESOLVED
+
+    @property
+    def resolved(self) -> bool:
+        return UNRESOLVED not in (self.size, self.sha256)
+
+
+class LockedOrigin(Strict):
+    """An origin with its revision pinned."""
+
+    source: str
+    files: tuple[LockedFile, ...]
+
+
+class LockedModel(Strict):
+    """What the lock file knows of one model.
+
+    Attributes:
+        digest: of the manifest that is served.
+        origins: as in the registry.
+    """
+
+    digest: Sha256 | _Unresolved = UNRESOLVED
+    origins: tuple[LockedOrigin, ...]
+
+
+class Lock(Strict):
+    """A lock file."""
+
+    schema_: Literal["imagen.lock/1"] = Field(default="imagen.lock/1", alias="schema")
+    models: dict[str, LockedModel] = Field(default={})
+
+    def with_model(self, name: str, model: LockedModel) -> Lock:
+        """A copy with one model replaced."""
+        return self.model_copy(update={"models": {**self.models, name: model}})
+
+
+def lock_path(registry: Path) -> Path:
+    """`x.lock.json` beside `x.yaml`."""
+    return resolve(registry).with_suffix(".lock.json")
+
+
+def load_lock(registry: Path) -> Lock:
+    """The lock of a registry file; empty if there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = lock_path(registry)
+    try:
+        return Lock.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Lock()
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"The lock file cannot be read: {str(error).splitlines()[0]}.",
+            value=path,
+            remedy="Restore it, or make it anew with `imagen models resolve`.",
+        ) from error
+
+
+def save_lock(registry: Path, lock: Lock) -> None:
+    """Write a lock file at once or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = lock_path(registry)
+    values = lock.model_dump(mode="json", by_alias=True)
+    values["models"] = dict(sorted(values["models"].items()))
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise ConfigError(
+            f"The lock file cannot be written: {error.strerror}.", value=path
+        ) from error
+
+
+def locked_digest(lock: Lock, name: str) -> str:
+    """The digest to serve.
+
+    Raises:
+        ConfigError: it is unresolved.
+    """
+    found = lock.models.get(name)
+    if found is None or found.digest == UNRESOLVED:
+        raise _unresolved(name, "no digest")
+    return found.digest
+
+
+def locked_origins(spec: ArtefactSpec, lock: Lock) -> tuple[LockedOrigin, ...]:
+    """The origins of a model, resolved and in agreement with the registry.
+
+    Raises:
+        ConfigError: unresolved, or the registry has changed since.
+    """
+    found = lock.models.get(spec.name)
+    if found is None:
+        raise _unresolved(spec.name, "no entry in the lock file")
+    if not _agree(spec, found):
+        raise ConfigError(
+            f"The lock file's entry of {spec.name} is not that of the registry any more.",
+            remedy=f"Run `imagen models resolve {spec.name}`.",
+        )
+    for origin in found.origins:
+        if origin.source.endswith(f"@{UNRESOLVED}"):
+            raise _unresolved(spec.name, "its revision")
+        for file in origin.files:
+            if not file.resolved:
+                raise _unresolved(spec.name, file.path)
+    return found.origins
+
+
+def origin_manifest(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Manifest:
+    """The manifest of a model whose files are those of its origins, as they are."""
+    files = [
+        FileEntry(path=place.target(f.path), size=int(f.size), sha256=f.sha256)
+        for place, origin in zip(spec.origins, origins, strict=True)
+        for f in origin.files
+    ]
+    return build_manifest(spec, tuple(o.source for o in origins), files)
+
+
+def build_manifest(
+    spec: ArtefactSpec, sources: tuple[str, ...], files: list[FileEntry], converted: str = ""
+) -> Manifest:
+    """A manifest of a registry entry."""
+    return Manifest(
+        model=spec.name,
+        sources=sources,
+        converted=converted or None,
+        licence=Licence(id=spec.licence, commercial=spec.commercial),
+        family=spec.family_name,
+        variant=spec.file_variant,
+        files=tuple(sorted(files, key=lambda f: f.path)),
+    )
+
+
+def _agree(spec: ArtefactSpec, found: LockedModel) -> bool:
+    if len(spec.origins) != len(found.origins):
+        return False
+    for ours, theirs in zip(spec.origins, found.origins, strict=True):
+        if list(ours.files) != [f.path for f in theirs.files]:
+            return False
+        if ours.source.endswith(f"@{UNRESOLVED}"):
+            if parse(ours.source)[0] != parse(theirs.source)[0]:
+                return False
+        elif ours.source != theirs.source:
+            return False
+    return True
+
+
+def _unresolved(name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"Model {name} is unresolved: {what}.",
+        remedy=f"Run `imagen models resolve {name}` online; for a model that is converted,"
+        f" `imagen models convert {name}` too.",
+    )

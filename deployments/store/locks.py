@@ -1,0 +1,154 @@
+"""Locks between processes that share a disk: one that pulls, many that read.
+
+They save work; correctness never hangs on them, because some network file systems ignore them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from deployments.errors import LockTimeout, StoreUnwritable
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+_POLL_S = 0.1
+_BEAT_S = 1.0
+
+
+class Holder:
+    """Whoever holds the lock; `beat` tells those who wait that it is alive."""
+
+    def __init__(self, descriptor: int, waited_s: float) -> None:
+        self.waited_s = waited_s
+        self._descriptor = descriptor
+        self._started_s = time.time()
+        self._next_s = 0.0
+        self.beat(0)
+
+    def beat(self, done_bytes: int) -> None:
+        """Say how far the work is; call it as often as you like."""
+        if time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + _BEAT_S
+        body = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": self._started_s,
+            "bytes": done_bytes,
+            "updated": time.time(),
+        }
+        # Padded, so that a reader never sees the tail of an older, longer body. A full disk must
+        # not keep garbage collection from its locks.
+        with suppress(OSError):
+            os.pwrite(self._descriptor, json.dumps(body).ljust(256).encode(), 0)
+
+
+@contextmanager
+def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
+    """Hold the lock file at `path`, which stays for ever: unlinking it would split the lock.
+
+    Args:
+        timeout_s: how long a holder may go without a sign of life before waiting ends.
+
+    Raises:
+        LockTimeout: the holder gave no sign of life for `timeout_s`.
+        StoreUnwritable: the lock file cannot be made or opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StoreUnwritable(
+            f"The lock of {what} cannot be opened: {error.strerror}.",
+            value=path,
+            remedy="Give this user write access to the store, or pull with one that has it.",
+        ) from error
+    try:
+        start_s = time.monotonic()
+        _wait(descriptor, path, what, timeout_s)
+        yield Holder(descriptor, time.monotonic() - start_s)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def shared(path: Path) -> Generator[None]:
+    """Keep a lease: as long as it lasts, `is_free` is False. On a read-only store it is nothing."""
+    flags = os.O_CLOEXEC
+    descriptor = -1
+    for mode in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+        with suppress(OSError):
+            descriptor = os.open(path, flags | mode, 0o666)
+            break
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path) -> Generator[bool]:
+    """Whether nobody holds a lease; if so, nobody gets one before the end.
+
+    Raises:
+        OSError: the file cannot be made or opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lease."""
+    if not path.exists():
+        return True
+    with alone(path) as free:
+        return free
+
+
+def _wait(descriptor: int, path: Path, what: str, timeout_s: float) -> None:
+    last_body = b""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            body = os.pread(descriptor, 256, 0)
+            if body != last_body:
+                last_body, deadline_s = body, time.monotonic() + timeout_s
+            if time.monotonic() >= deadline_s:
+                break
+            time.sleep(_POLL_S)
+        else:
+            return
+    raise LockTimeout(
+        f"Another process holds the lock of {what} and has not moved for {timeout_s:g} s:"
+        f" {_describe(last_body)}.",
+        value=path,
+        remedy="If it hangs, end it; the lock goes with its process.",
+    )
+
+
+def _describe(body: bytes) -> str:
+    try:
+        holder = json.loads(body)
+        return f"pid {holder['pid']} on {holder['host']}, {holder['bytes']} bytes done"
+    except (ValueError, KeyError, TypeError):
+        return "holder unknown"

@@ -1,0 +1,145 @@
+"""A model's manifest: what its folder holds, byte for byte.
+
+The digest is the SHA-256 of the canonical JSON of everything but the CRC32Cs, which a hub does not
+publish: so the digest of a model is known before its first byte is fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from deployments.errors import ModelCorrupt
+from deployments.settings import Strict
+
+MANIFEST = "manifest.json"
+SHORT = 16
+"""Hex digits of a digest that name a folder."""
+
+
+def safe_path(path: str) -> str:
+    """A relative POSIX path that stays inside its folder.
+
+    Raises:
+        ValueError: it is absolute, leaves the folder, or is not in its plain form.
+    """
+    pure = PurePosixPath(path)
+    plain = pure.as_posix() == path and path.isprintable() and "\\" not in path
+    if not plain or not path or pure.is_absolute() or {"..", "."} & set(pure.parts):
+        raise ValueError(f"{path!r} is not a plain relative path")
+    if path.casefold() == MANIFEST:
+        raise ValueError(f"{MANIFEST} is the store's own")
+    return path
+
+
+SafePath = Annotated[str, AfterValidator(safe_path)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+
+
+class FileEntry(Strict):
+    """One file of a model.
+
+    Attributes:
+        path: relative, POSIX.
+        size: bytes.
+        sha256: of the content, hex.
+        crc32c: of the content, hex; None as long as nobody has read it.
+    """
+
+    path: SafePath
+    size: int = Field(ge=0)
+    sha256: Sha256
+    crc32c: Crc32c | None = None
+
+
+class Licence(Strict):
+    """A model's licence: SPDX id or name, and whether it allows commercial use."""
+
+    id: str
+    commercial: bool
+
+
+class Manifest(Strict):
+    """What a model folder is.
+
+    Attributes:
+        model: name in the registry.
+        sources: where its files came from, revisions pinned.
+        converted: how the files were made from those of the sources, if not as they are.
+        licence: of the weights.
+        family: the pipeline that loads it; None for an artefact of another service.
+        variant: file variant, such as fp16.
+        files: sorted by path.
+    """
+
+    schema_: Literal["imagen.model/1"] = Field(default="imagen.model/1", alias="schema")
+    model: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
+    sources: tuple[str, ...]
+    converted: str | None = None
+    licence: Licence
+    family: str | None = None
+    variant: str | None = None
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sorted_once(self) -> Manifest:
+        paths = [f.path for f in self.files]
+        if paths != sorted(set(paths)):
+            raise ValueError("files must be sorted by path, each once")
+        folded = [p.casefold() for p in paths]
+        if len(set(folded)) != len(folded):
+            raise ValueError("two paths differ in case only")
+        parents = {str(parent) for p in folded for parent in PurePosixPath(p).parents}
+        if found := parents & set(folded):
+            raise ValueError(f"{min(found)!r} is a file and a folder")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits."""
+        values = self.model_dump(mode="json", by_alias=True)
+        values["files"] = [{k: f[k] for k in ("path", "size", "sha256")} for f in values["files"]]
+        return hashlib.sha256(_canonical(values)).hexdigest()
+
+    @property
+    def short(self) -> str:
+        """The folder's name."""
+        return self.digest[:SHORT]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(f.size for f in self.files)
+
+    def encode(self) -> bytes:
+        """The one byte sequence that stands for this manifest."""
+        return _canonical(self.model_dump(mode="json", by_alias=True))
+
+
+def decode(data: bytes, where: object) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        ModelCorrupt: it is not exactly what `Manifest.encode` writes.
+    """
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ModelCorrupt(
+            f"The manifest is wrong: {place}: {first['msg']}.", value=where, remedy="Pull it again."
+        ) from error
+    if manifest.encode() != data:
+        raise ModelCorrupt(
+            "The manifest is not in its canonical form.", value=where, remedy="Pull it again."
+        )
+    return manifest
+
+
+def _canonical(values: Any) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

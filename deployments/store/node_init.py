@@ -1,0 +1,244 @@
+"""Filling a node's store: one short-lived actor a node, asked by every replica that starts there.
+
+Serve has no hook before the first replica of a node, so replicas make the actor themselves. It must
+end: a living actor, even one that takes no CPU, keeps its node from being scaled down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import exit_actor
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deployments.errors import SetupError, SourceFailed
+from deployments.registry import load_catalogue
+from deployments.store.provider import Provider
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from deployments.registry import ArtefactSpec, Catalogue
+    from deployments.settings import Settings
+    from deployments.store.events import Event
+
+    Record = Callable[["Totals"], None]
+
+NAMESPACE = "imagen"
+PREFIX = "node-init-"
+_TRIES = 5
+_LOG_EVERY_S = 10.0
+_PROGRESS_TIMEOUT_S = 0.5
+logger = logging.getLogger("ray.serve.imagen.node_init")
+
+
+Totals = list[tuple[str, str, str, int, float]]
+"""Events by kind, model and stage: how many, and the sum of their amounts."""
+
+
+def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -> None:
+    """Have this node's actor pull a model, and wait for it.
+
+    Does nothing where the store already holds all that this node needs.
+
+    Args:
+        record: gets the actor's totals; it ends too soon for its own metrics to be collected.
+
+    Raises:
+        SetupError: see `Provider.ensure`.
+        SourceFailed: the actor was lost again and again.
+    """
+    if _all_there(name, digest, settings):
+        return
+    for attempt in range(_TRIES):
+        actor = _get_or_create(settings)
+        try:
+            ray.get(actor.ensure.remote(name, digest))
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, SetupError) else error from None
+        except RayActorError as error:  # it was just ending, or its first asker's replica was lost
+            logger.warning("The node init actor was lost, trying again: %s", error)
+            time.sleep(0.2 * 2**attempt)
+            continue
+        threading.Thread(target=_see_off, args=(actor, record), daemon=True).start()
+        return
+    raise SourceFailed(
+        "The node init actor was lost again and again.",
+        remedy="See its log on this node; it may have run out of memory.",
+    )
+
+
+def _all_there(name: str, digest: str, settings: Settings) -> bool:
+    catalogue = load_catalogue(settings.models)
+    provider = Provider(settings.models, settings.store)
+    with suppress(SetupError):
+        wanted = [(s.name, provider.digest(s)) for s in _prefetched(catalogue, settings)]
+        return all(provider.store.holds(n, d) for n, d in [(name, digest), *wanted])
+    return False
+
+
+def _prefetched(catalogue: Catalogue, settings: Settings) -> list[ArtefactSpec]:
+    names = settings.store.prefetch
+    if names is None:
+        return list(catalogue.served().values())
+    return [catalogue.find(name) for name in names]
+
+
+def _get_or_create(settings: Settings) -> Any:
+    node = ray.get_runtime_context().get_node_id()
+    # Applications with other settings have their own.
+    kind = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    actor: Any = ray.remote(NodeInit)
+    return actor.options(
+        name=f"{PREFIX}{node}-{kind}",
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        num_cpus=0,
+        max_concurrency=64,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    ).remote(settings)
+
+
+def _see_off(actor: Any, record: Record) -> None:
+    """Keep the actor until its work is done, then end it; several may do so."""
+    with suppress(RayActorError):
+        record(ray.get(actor.complete.remote()))
+        ray.get(actor.close.remote())
+
+
+class NodeInit:
+    """Pulls models into its node's store. An actor; its methods run in threads.
+
+    Args:
+        settings: the application's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._catalogue = load_catalogue(settings.models)
+        self._provider = Provider(settings.models, settings.store, self._hear)
+        self._settings = settings
+        self._condition = threading.Condition()
+        self._waiting = 0
+        self._asked = False
+        self._amounts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        self._counts = Counter[tuple[str, str, str]]()
+        self._planned: dict[str, float] = {}
+        self._have = Counter[str]()
+        self._logged_s = time.monotonic()
+        self._prefetch = threading.Thread(target=self._prefetch_all, daemon=True)
+        self._prefetch.start()
+
+    def ensure(self, name: str, digest: str) -> None:
+        """Pull a model that a replica waits for, before all that none does.
+
+        Raises:
+            SetupError: see `Provider.ensure`.
+        """
+        with self._awaited():
+            self._pull(self._catalogue.find(name), digest)
+
+    def progress(self) -> dict[str, float]:
+        """Percent of each pull under way."""
+        with self._condition:
+            return {m: 100 * self._have[m] / max(p, 1) for m, p in self._planned.items()}
+
+    def complete(self) -> Totals:
+        """Wait until nothing is left to pull; what happened since the last call."""
+        self._prefetch.join()
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting == 0)
+            totals = [(*key, self._counts[key], self._amounts[key]) for key in self._counts]
+            self._counts.clear()
+            self._amounts.clear()
+        return totals
+
+    def close(self) -> None:
+        """End this actor; calls under way are answered first."""
+        exit_actor()
+
+    def _prefetch_all(self) -> None:
+        with ThreadPoolExecutor(self._settings.store.models_at_once) as pool:
+            list(pool.map(self._prefetch_one, _prefetched(self._catalogue, self._settings)))
+
+    def _prefetch_one(self, spec: ArtefactSpec) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._asked and self._waiting == 0)
+        try:
+            self._pull(spec, self._provider.digest(spec))
+        except SetupError as error:
+            logger.warning("Not pulled ahead: %s", error)
+
+    def _pull(self, spec: ArtefactSpec, digest: str) -> None:
+        self._catalogue.check_licence(spec)
+        try:
+            self._provider.ensure(spec, digest)
+        finally:
+            with self._condition:
+                self._planned.pop(spec.name, None)
+
+    @contextmanager
+    def _awaited(self) -> Generator[None]:
+        with self._condition:
+            self._waiting += 1
+            self._asked = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._waiting -= 1
+                self._condition.notify_all()
+
+    def _hear(self, event: Event) -> None:
+        key = (event.kind, event.model, event.stage)
+        with self._condition:
+            self._counts[key] += 1
+            self._amounts[key] += event.amount
+            if event.kind == "miss":
+                self._planned[event.model] = event.amount
+                self._have[event.model] = 0
+            if event.kind in ("bytes", "adopted"):
+                self._have[event.model] += int(event.amount)
+            if event.kind == "done":
+                self._planned.pop(event.model, None)
+        if time.monotonic() - self._logged_s > _LOG_EVERY_S:
+            self._logged_s = time.monotonic()
+            done = self.progress().items()
+            logger.info("Pulling: %s", ", ".join(f"{model} {share:.0f} %" for model, share in done))
+
+
+async def pulling() -> dict[str, float]:
+    """Percent of each pull under way in the cluster, the slowest node of each model.
+
+    Takes half a second at most; nodes that do not answer are left out.
+    """
+    percent: dict[str, float] = {}
+    actors = await asyncio.to_thread(_actors)
+    answers = await asyncio.gather(
+        *(asyncio.wait_for(actor.progress.remote(), _PROGRESS_TIMEOUT_S) for actor in actors),
+        return_exceptions=True,
+    )
+    for answer in answers:
+        if not isinstance(answer, BaseException):
+            for model, share in answer.items():
+                percent[model] = min(share, percent.get(model, 100.0))
+    return percent
+
+
+def _actors() -> list[Any]:
+    found: list[Any] = []
+    for named in list_named_actors(all_namespaces=True):
+        if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX):
+            with suppress(ValueError):  # it has just ended
+                found.append(ray.get_actor(named["name"], NAMESPACE))
+    return found

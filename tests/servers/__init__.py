@@ -1,0 +1,1 @@
+"""Real servers on loopback, with faults and counters, for tests and measurements."""
