@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,8 @@ from tests.serve.scripted import BrokenModel, ScriptedModel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+NO_NETWORK = Path(__file__).parent / "no_network"
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -37,8 +40,25 @@ def local_config() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="package")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray of our own with Serve listening; the URL. Its one GPU is a number, not a device."""
+def models_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model store of the cluster."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="package")
+def network_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each worker says that its network is blocked, and whether it was touched."""
+    return tmp_path_factory.mktemp("network")
+
+
+@pytest.fixture(scope="package")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, models_root: Path, network_reports: Path
+) -> Iterator[str]:
+    """A Ray of our own with Serve listening; the URL. Its one GPU is a number, not a device.
+
+    Its workers reach no network but this machine.
+    """
     port = free_port()
     ray.init(
         num_cpus=2,
@@ -47,8 +67,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _temp_dir=str(tmp_path_factory.mktemp("ray")),
         runtime_env={
             "env_vars": {
-                "PYTHONPATH": str(ROOT),
-                "IMAGEN_MODELS": str(tmp_path_factory.mktemp("models")),
+                "PYTHONPATH": f"{NO_NETWORK}:{ROOT}",
+                "OWN_ADDRESS": ray.util.get_node_ip_address(),
+                "NETWORK_REPORTS": str(network_reports),
+                "IMAGEN_MODELS": str(models_root),
             }
         },
     )
