@@ -43,6 +43,18 @@ fix: setup ## Mend what ruff can mend
 bench: setup ## Latency of each task on a 512x512 photo, on this machine
 	$(BIN)/python -m benchmarks.latency
 
+.PHONY: bench-store
+bench-store: setup ## Pull 2 GB beside other ways to do it; load with and without verification
+	$(BIN)/python -m benchmarks.store
+
+.PHONY: bench-full-size
+bench-full-size: setup ## Pull the production registry at full size from a local hub (12 GB of disk)
+	$(BIN)/python -m benchmarks.full_size_pull
+
+.PHONY: soak-store
+soak-store: setup ## Kill a pull 100 times, and look what it left
+	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s
+
 .PHONY: quality
 quality: setup ## Measure the starter models on photos kept out of training
 	$(BIN)/python -m starter_models.quality

@@ -126,26 +126,25 @@ class Host:
         Raises:
             SetupError: none of them could be brought up.
         """
-        locked = None
-        if digest is not None:
-            self._wanted = digest[:SHORT]
-            try:
-                self._served = self._bring_up(digest)
-                return
-            except Exception as error:
-                locked = self._provider.digest(self._spec)
-                if locked.startswith(digest):
-                    raise
-                self._error = _describe(error)
-                logger.error(
-                    "%s@%s cannot be served: %s Serving the lock file's digest instead.",
-                    self._spec.name,
-                    self._wanted,
-                    self._error,
-                )
-        locked = locked or self._provider.digest(self._spec)
-        self._served = self._bring_up(locked)
-        self._wanted = self._wanted or locked[:SHORT]
+        if digest is None:
+            locked = self._provider.digest(self._spec)
+            self._served, self._wanted = self._bring_up(locked), locked[:SHORT]
+            return
+        self._wanted = digest[:SHORT]
+        try:
+            self._served = self._bring_up(digest)
+        except Exception as error:
+            locked = self._provider.digest(self._spec)
+            if locked.startswith(self._wanted):
+                raise
+            self._error = _describe(error)
+            logger.error(
+                "%s@%s cannot be served: %s The lock file's digest is served instead.",
+                self._spec.name,
+                self._wanted,
+                self._error,
+            )
+            self._served = self._bring_up(locked)
 
     def want(self, digest: str | None) -> None:
         """Have another digest served soon; at once if it is served already. Never raises."""

@@ -34,7 +34,7 @@ def build(args: dict[str, Any]) -> Application:
     registry = load_registry(settings.models)
     lock = load_lock(settings.models)
     for spec in registry.values():
-        locked_digest(lock, spec.name)
+        locked_digest(lock, spec)
     models = {task: _model(NAMES[task], spec, settings) for task, spec in registry.items()}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(

@@ -128,10 +128,9 @@ class ServeBackends:
         async with self._details_lock:
             if time.monotonic() >= self._details_stale_s:
                 running = [t for t, state in (await self.states()).items() if state == "ready"]
-                percent, *replicas = await asyncio.gather(
-                    pulling(), *(self._backends[task].replicas() for task in running)
-                )
-                self._details = Details(dict(zip(running, replicas, strict=True)), percent)
+                replicas = asyncio.gather(*(self._backends[t].replicas() for t in running))
+                percent = await pulling()
+                self._details = Details(dict(zip(running, await replicas, strict=True)), percent)
                 self._details_stale_s = time.monotonic() + _STATES_TTL_S
         return self._details
 

@@ -10,8 +10,6 @@ import logging
 import os
 import shlex
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,20 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Column, Table
+from rich.table import Table
 
 from deployments.errors import (
     ConfigError,
@@ -46,24 +32,21 @@ from deployments.errors import (
 from deployments.registry import ArtefactSpec, Catalogue, ModelSpec, load_catalogue
 from deployments.settings import ROOT_VARIABLE, StoreSettings, framework_caches, parse_settings
 from deployments.store.cache import Store, filesystem, network_filesystem
-from deployments.store.events import Event, Listener, ignore
+from deployments.store.events import Listener, ignore
 from deployments.store.folder import read_manifest
 from deployments.store.gc import Removed, collect, folder_bytes, make_room
-from deployments.store.lockfile import Lock, load_lock, origin_manifest, save_lock
+from deployments.store.lockfile import Lock, load_lock, locked_digest, origin_manifest, save_lock
 from deployments.store.manifest import SHORT
 from deployments.store.provider import Provider, mirror_url
 from deployments.store.sources import UNRESOLVED
+from serve_app.console import Lines, Meter, Output, Row, make_table
 
-_LINE_S = 5.0
-_WAIT_TOLD_S = 1.0
 _INTERRUPTED = 130
-_NO_TERMINAL_COLUMNS = 160
 models_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="The models of this machine: look them up, pull, verify, publish, remove.",
 )
-Row = dict[str, Any]
 
 Names = Annotated[list[str] | None, typer.Argument(help="Names in the registry")]
 Name = Annotated[str, typer.Argument(help="A name in the registry")]
@@ -73,10 +56,7 @@ RegistryFile = Annotated[
 ]
 Root = Annotated[
     Path | None,
-    typer.Option(
-        "--store",
-        help=f"Root of the store [default: ${ROOT_VARIABLE}, else ~/.cache/imagen-models]",
-    ),
+    typer.Option("--store", help=f"Its root; else ${ROOT_VARIABLE}, else ~/.cache/imagen-models"),
 ]
 Mirror = Annotated[
     str | None,
@@ -84,40 +64,12 @@ Mirror = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
 Threads = Annotated[int | None, typer.Option(help="Ranges fetched at a time, for one model")]
-Rate = Annotated[
-    float | None, typer.Option("--max-bytes-per-s", help="Of all models together [default: none]")
-]
+Rate = Annotated[float | None, typer.Option("--max-bytes-per-s", help="All models together")]
 LockTimeoutS = Annotated[
     float | None,
     typer.Option("--lock-timeout-s", help="How long another puller may stand still"),
 ]
 STARTER = Path("configs/models/starter.yaml")
-
-
-class Output:
-    """Where a command speaks: tables on stdout, or one JSON object there; the rest on stderr."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
-        self._tables = _console(stderr=False)
-        self.notes = _console(stderr=True)
-
-    def say(self, text: str, style: str = "") -> None:
-        """A line for people."""
-        self.notes.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, table: Table | str) -> None:
-        """A command's result, for people."""
-        if not self.as_json:
-            self._tables.print(table, markup=False, highlight=False, soft_wrap=isinstance(table, str))
-
-    def emit(self, values: Row) -> None:
-        """A command's result, for programs."""
-        if self.as_json:
-            sys.stdout.write(json.dumps(values, indent=2) + "\n")
-
-    def fail(self, error: SetupError, name: str = "") -> None:
-        self.say(f"{name}: {error}" if name else str(error), "red")
 
 
 @dataclass(frozen=True)
@@ -143,8 +95,10 @@ class Desk:
 
     def digest(self, name: str) -> str | None:
         """The locked digest; None as long as it is unresolved."""
-        found = self.lock.models.get(name)
-        return None if found is None or found.digest == UNRESOLVED else found.digest
+        try:
+            return locked_digest(self.lock, self.catalogue.find(name))
+        except ConfigError:
+            return None
 
     def choose(self, names: Sequence[str] | None, everything: bool) -> list[ArtefactSpec]:
         """The entries that were named.
@@ -168,7 +122,7 @@ def list_models(
     """Show every entry of the registry, and whether it is in the store."""
     with _desk(registry, as_json, root=store, mirror=mirror) as desk:
         rows = [_summary(desk, entry) for entry in desk.catalogue.entries]
-        table = _table("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
+        table = make_table("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
         for row in rows:
             size = decimal(row["bytes"]) if row["bytes"] is not None else "unresolved"
             held = row["in_store"] if row["in_store"] != "other" else ", ".join(row["stored"])
@@ -210,7 +164,7 @@ def info(
         desk.output.show(facts)
         for origin in values["origins"]:
             title = f"{origin['source']} -> {origin['into'] or '.'}"
-            table = _table("File", "Bytes", "SHA-256", title=title)
+            table = make_table("File", "Bytes", "SHA-256", title=title)
             for file in origin["files"]:
                 table.add_row(file["path"], str(file["size"]), file["sha256"])
             desk.output.show(table)
@@ -221,6 +175,9 @@ def info(
 def resolve_models(
     names: Names = None,
     everything: Everything = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Accept what differs from the lock file")
+    ] = False,
     registry: RegistryFile = STARTER,
     store: Root = None,
     as_json: AsJson = False,
@@ -232,12 +189,12 @@ def resolve_models(
 
         def work(entry: ArtefactSpec) -> Row:
             known = desk.lock.models.get(entry.name)
-            found = resolve(entry, desk.settings, known)
+            found = resolve(entry, desk.settings, known, renew=renew)
             save_lock(desk.registry, desk.lock.with_model(entry.name, found))
             status = "unchanged" if found == known else "resolved"
             digest = None if found.digest == UNRESOLVED else found.digest
-            hint = "" if digest else f"; now run `imagen models convert {entry.name}`"
-            desk.output.say(f"{entry.name}: {status} {(digest or '')[:SHORT]}{hint}")
+            told = digest[:SHORT] if digest else f"now run `imagen models convert {entry.name}`"
+            desk.output.say(f"{entry.name}: {status}; {told}")
             return {"status": status, "digest": digest}
 
         _finish(desk, _each(desk, desk.choose(names, everything), work))
@@ -329,7 +286,7 @@ def publish_model(
         digest = _bring(desk, entry)
         if smoke and isinstance(entry, ModelSpec):
             desk.output.say(f"{name}: verifying, and loading without a network")
-        with _Meter(desk.output) as meter:
+        with Meter(desk.output) as meter:
             done = publish(
                 entry, digest, desk.store, target, desk.settings, smoke=smoke, listener=meter.hear
             )
@@ -463,7 +420,7 @@ def _pull(desk: Desk, entries: Sequence[ArtefactSpec]) -> None:
     wanted = [(entry.name, desk.digest(entry.name)) for entry in entries]
     if not all(digest and desk.store.holds(name, digest) for name, digest in wanted):
         _tell_removed(desk, make_room(desk.store, _kept(desk), desk.settings))
-    with _Meter(desk.output) as meter:
+    with Meter(desk.output) as meter:
         provider = desk.provider(meter.hear)
 
         def work(entry: ArtefactSpec) -> Row:
@@ -514,7 +471,7 @@ def _plan(desk: Desk, entries: Sequence[ArtefactSpec]) -> None:
     rows = _each(desk, entries, work)
     total = sum(row["bytes"] for row in rows if row["status"] == "to pull")
     free = shutil.disk_usage(_existing(desk.store.root)).free
-    table = _table("Name", "Digest", "Files", "Size", "From")
+    table = make_table("Name", "Digest", "Files", "Size", "From")
     for row in rows:
         if "error" in row:
             table.add_row(row["name"], "-", "-", "-", f"cannot be pulled: {row['error']['code']}")
@@ -542,7 +499,7 @@ def _bring(desk: Desk, entry: ArtefactSpec) -> str:
         return digest
     if entry.convert and not desk.settings.mirror:
         return _convert(desk, entry)
-    with _Meter(desk.output) as meter:
+    with Meter(desk.output) as meter:
         provider = desk.provider(meter.hear)
         provider.ensure(entry)
         return provider.digest(entry)
@@ -551,7 +508,7 @@ def _bring(desk: Desk, entry: ArtefactSpec) -> str:
 def _convert(desk: Desk, entry: ArtefactSpec) -> str:
     from deployments.store.convert import convert
 
-    with _Meter(desk.output) as meter:
+    with Meter(desk.output) as meter:
         manifest = convert(entry, desk.registry, Store(desk.settings, meter.hear))
     size = decimal(manifest.total_bytes)
     desk.output.say(f"{entry.name}: converted: {manifest.short}, {size}", "green")
@@ -647,13 +604,6 @@ def _origins(desk: Desk, entry: ArtefactSpec) -> list[Row]:
     return found
 
 
-def _table(*names: str, title: str | None = None) -> Table:
-    """Its names and hashes are never cut: people copy them."""
-    wrapped = ("Licence", "From", "Commercial")
-    columns = [Column(name, no_wrap=name not in wrapped, overflow="fold") for name in names]
-    return Table(*columns, title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-
-
 def _commercial(row: Row) -> str:
     if row["commercial"]:
         return "yes"
@@ -698,7 +648,7 @@ def _finish(desk: Desk, rows: Sequence[Row], more: Row | None = None) -> None:
     failed = [row for row in rows if "error" in row]
     code = failed[0]["error"]["exit_code"] if failed else 0
     desk.output.emit({"models": rows, "exit_code": code} | (more or {}))
-    if len(failed) and len(rows) > 1:
+    if failed and len(rows) > 1:
         desk.output.say(f"{len(failed)} of {len(rows)} failed.", "red")
     raise typer.Exit(code)
 
@@ -725,7 +675,7 @@ def _desk(registry: Path, as_json: bool, **settings: Any) -> Generator[Desk]:
 @contextmanager
 def _ending(output: Output) -> Generator[None]:
     """Show log lines meanwhile, and turn our errors into exit codes."""
-    handler = _Lines(output)
+    handler = Lines(output)
     logger = logging.getLogger("ray.serve.imagen")
     logger.addHandler(handler)
     try:
@@ -748,95 +698,3 @@ def _settings(**values: Any) -> StoreSettings:
 def _existing(path: Path) -> Path:
     """The nearest folder above that is there."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr)
-    # Logs of a Job are not as narrow as rich believes of what is no terminal.
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, width=_NO_TERMINAL_COLUMNS)
-    return console
-
-
-class _Lines(logging.Handler):
-    """Log lines of the store, above the progress bars rather than across them."""
-
-    def __init__(self, output: Output) -> None:
-        super().__init__(logging.WARNING)
-        self._output = output
-
-    def emit(self, record: logging.LogRecord) -> None:
-        style = "red" if record.levelno >= logging.ERROR else "yellow"
-        self._output.say(record.getMessage(), style)
-
-
-class _Meter:
-    """Listens to the store: bars on a terminal, else a line for each model every few seconds."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=output.notes,
-            disable=not output.notes.is_terminal,
-            transient=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._fetched: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-
-    def __enter__(self) -> _Meter:
-        self._bars.start()
-        if not self._output.notes.is_terminal:
-            self._ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._bars.stop()
-
-    def fetched(self, name: str) -> int | None:
-        """Bytes that came over for a model; None if it was there."""
-        return self._fetched.get(name)
-
-    def hear(self, event: Event) -> None:
-        """The listener."""
-        name, amount = event.model, int(event.amount)
-        with self._lock:
-            if event.kind == "miss":
-                self._tasks[name] = self._bars.add_task(name, total=amount)
-                self._fetched[name] = 0
-            elif event.kind == "waited" and event.amount > _WAIT_TOLD_S:
-                self._output.say(f"{name}: waited {amount} s for another process that pulls it")
-            elif name not in self._tasks:
-                return
-            elif event.kind == "bytes":
-                self._fetched[name] += amount
-                self._bars.advance(self._tasks[name], amount)
-            elif event.kind == "adopted":
-                self._bars.advance(self._tasks[name], amount)
-            elif event.kind == "verify_failure":  # it is fetched once more
-                self._bars.reset(self._tasks[name])
-            elif event.kind == "done":
-                task = self._tasks[name]
-                self._bars.update(task, completed=self._bars.tasks[task].total)
-
-    def _tick(self) -> None:
-        while not self._ended.wait(_LINE_S):
-            for task in self._bars.tasks:
-                if not task.finished:
-                    self._output.say(_line(task))
-
-
-def _line(task: Task) -> str:
-    done, total = decimal(int(task.completed)), decimal(int(task.total or 0))
-    speed = f", {decimal(int(task.speed))}/s" if task.speed else ""
-    left_s = task.time_remaining
-    left = f", {left_s:.0f} s left" if left_s is not None else ""
-    return f"{task.description}: {min(task.percentage, 100):.0f} %, {done} of {total}{speed}{left}"

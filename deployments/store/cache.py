@@ -277,8 +277,11 @@ class Store:
         """Delete what is wrong, or too much for the disk; the rest is left to be taken over."""
         try:
             yield
-        except (ModelCorrupt, OSError) as error:
-            if isinstance(error, ModelCorrupt) or error.errno in _FULL:
+        except (ModelCorrupt, StoreUnwritable):
+            delete_folder(staging)
+            raise
+        except OSError as error:
+            if error.errno in _FULL:
                 delete_folder(staging)
             raise
 

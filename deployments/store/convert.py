@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
-from deployments.errors import ConfigError, ModelCorrupt
+from deployments.errors import ConfigError, ModelCorrupt, StoreUnwritable
 from deployments.store.folder import hash_file, list_files
 from deployments.store.lockfile import (
     build_manifest,
+    conversion_of,
     load_lock,
     locked_origins,
     origin_manifest,
@@ -63,7 +65,8 @@ def convert(spec: ArtefactSpec, registry: Path, store: Store) -> Manifest:
         manifest = build_manifest(spec, raw.sources, files, converted=wanted.to)
         store.add(manifest, lambda staging: _move(made, staging))
     lock = load_lock(registry)
-    known = lock.models[spec.name].model_copy(update={"digest": manifest.digest})
+    changes = {"digest": manifest.digest, "conversion": conversion_of(spec)}
+    known = lock.models[spec.name].model_copy(update=changes)
     save_lock(registry, lock.with_model(spec.name, known))
     return manifest
 
@@ -102,16 +105,15 @@ def _half_name(path: str) -> str:
 def _halve(name: str, source: Path, target: Path) -> None:
     """Cast one file, tensor by tensor: in memory is its result, and one tensor more."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
 
     halves: dict[str, Tensor] = {}
     try:
         with safe_open(source, framework="pt") as file:
             for key in sorted(file.keys()):
                 halves[key] = _half(name, source, key, file.get_tensor(key))
-        save_file(halves, target, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise _no_weights(name, source, str(error).splitlines()[0]) from error
+        raise _no_weights(name, source, _first_line(error)) from error
+    _save(halves, target)
 
 
 def _half(name: str, source: Path, key: str, tensor: Tensor) -> Tensor:
@@ -131,9 +133,6 @@ def _half(name: str, source: Path, key: str, tensor: Tensor) -> Tensor:
 
 
 def _to_safetensors(spec: ArtefactSpec, folder: Path, made: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     assert spec.convert is not None  # noqa: S101 - checked by convert
     paths = list_files(folder)
     if len(paths) != 1:
@@ -144,12 +143,23 @@ def _to_safetensors(spec: ArtefactSpec, folder: Path, made: Path) -> None:
         )
     source = folder / paths[0]
     tensors = _read_checkpoint(spec.name, source, spec.convert.key)
-    try:
-        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise _no_weights(spec.name, source, str(error).splitlines()[0]) from error
+    _save(tensors, made / "model.safetensors")
     config = json.dumps(spec.convert.config, sort_keys=True, indent=2) + "\n"
     (made / "config.json").write_text(config, encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], target: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, target, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise StoreUnwritable(
+            f"The converted weights cannot be written: {_first_line(error)}.",
+            value=target,
+            remedy="Run `imagen models gc`, or give the store a larger disk.",
+        ) from error
 
 
 def _read_checkpoint(name: str, source: Path, key: str | None) -> dict[str, Tensor]:
@@ -157,15 +167,19 @@ def _read_checkpoint(name: str, source: Path, key: str | None) -> dict[str, Tens
     import torch
 
     try:
-        found: Any = torch.load(source, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            found: Any = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelCorrupt(
             f"{name} cannot be converted: {source.name} holds code or objects, not only tensors;"
             " nothing of it was run.",
             remedy="Take the file from its author, and check its SHA-256.",
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise _no_weights(name, source, str(error).partition("\n")[0]) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, OSError too
+        raise _no_weights(name, source, _first_line(error)) from error
     if key is not None:
         found = _item(name, source, found, key)
     if not isinstance(found, dict) or not found:
@@ -186,6 +200,10 @@ def _item(name: str, source: Path, found: Any, key: str) -> Any:
     keys = ", ".join(map(str, cast("dict[object, object]", found))) if found else ""
     held = f"it holds {keys[:100]}" if isinstance(found, dict) else "it is no dictionary"
     raise _no_weights(name, source, f"it has no entry {key}; {held}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _no_weights(name: str, source: Path, reason: str) -> ModelCorrupt:

@@ -171,6 +171,8 @@ def _drop(
 
 def _if_free(store: Store, short: str, work: Callable[[], T]) -> T | None:
     """Do `work` while no one pulls that digest; None if someone does."""
+    with suppress(OSError):  # the lock says it better
+        store.lock_path(short).parent.mkdir(exist_ok=True)
     try:
         with locks.exclusive(store.lock_path(short), short, 0):
             return work()

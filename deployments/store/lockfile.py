@@ -50,10 +50,12 @@ class LockedModel(Strict):
 
     Attributes:
         digest: of the manifest that is served.
+        conversion: the registry's, as JSON, that made it; None if its files are the origins'.
         origins: as in the registry.
     """
 
     digest: Sha256 | _Unresolved = UNRESOLVED
+    conversion: str | None = None
     origins: tuple[LockedOrigin, ...]
 
 
@@ -99,7 +101,7 @@ def save_lock(registry: Path, lock: Lock) -> None:
         ConfigError: it cannot be written.
     """
     path = lock_path(registry)
-    values = lock.model_dump(mode="json", by_alias=True)
+    values = lock.model_dump(mode="json", by_alias=True, exclude_none=True)
     values["models"] = dict(sorted(values["models"].items()))
     new = path.with_suffix(".new")
     try:
@@ -111,15 +113,28 @@ def save_lock(registry: Path, lock: Lock) -> None:
         ) from error
 
 
-def locked_digest(lock: Lock, name: str) -> str:
+def conversion_of(spec: ArtefactSpec) -> str | None:
+    """How the lock file writes a registry entry's conversion."""
+    return spec.convert.model_dump_json() if spec.convert else None
+
+
+def locked_digest(lock: Lock, spec: ArtefactSpec) -> str:
     """The digest to serve.
 
     Raises:
-        ConfigError: it is unresolved.
+        ConfigError: it is unresolved, or of another conversion than the registry's.
     """
-    found = lock.models.get(name)
+    found = lock.models.get(spec.name)
     if found is None or found.digest == UNRESOLVED:
-        raise _unresolved(name, "no digest")
+        raise _unresolved(spec.name, "no digest")
+    if found.conversion != conversion_of(spec):
+        raise ConfigError(
+            f"The lock file's digest of {spec.name} is of another conversion.",
+            value=found.conversion or "none",
+            remedy=f"Run `imagen models convert --again {spec.name}`."
+            if spec.convert
+            else f"Run `imagen models resolve {spec.name}`.",
+        )
     return found.digest
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from deployments.errors import LockTimeout, StoreUnwritable
@@ -81,19 +81,14 @@ def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
 @contextmanager
 def shared(path: Path) -> Generator[None]:
     """Keep a lease: as long as it lasts, `is_free` is False. On a read-only store it is nothing."""
-    flags = os.O_CLOEXEC
-    descriptor = -1
-    for mode in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
-        with suppress(OSError):
-            descriptor = os.open(path, flags | mode, 0o666)
-            break
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+    with ExitStack() as held:
+        for mode in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+            with suppress(OSError):
+                descriptor = os.open(path, mode | os.O_CLOEXEC, 0o666)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                break
         yield
-    finally:
-        with suppress(OSError):
-            os.close(descriptor)
 
 
 @contextmanager

@@ -27,9 +27,8 @@ def safe_path(path: str) -> str:
     Raises:
         ValueError: it is absolute, leaves the folder, or is not in its plain form.
     """
-    pure = PurePosixPath(path)
-    plain = pure.as_posix() == path and path.isprintable() and "\\" not in path
-    if not plain or not path or pure.is_absolute() or {"..", "."} & set(pure.parts):
+    plain = path.isprintable() and "\\" not in path
+    if not plain or {"", ".", ".."} & set(path.split("/")):
         raise ValueError(f"{path!r} is not a plain relative path")
     if path.casefold() == MANIFEST:
         raise ValueError(f"{MANIFEST} is the store's own")

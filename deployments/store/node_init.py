@@ -237,7 +237,8 @@ async def pulling() -> dict[str, float]:
 
 def _actors() -> list[Any]:
     found: list[Any] = []
-    for named in list_named_actors(all_namespaces=True):
+    everything: list[Any] = list_named_actors(all_namespaces=True)
+    for named in everything:
         if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX):
             with suppress(ValueError):  # it has just ended
                 found.append(ray.get_actor(named["name"], NAMESPACE))

@@ -79,7 +79,7 @@ class Provider:
         Raises:
             ConfigError: it is unresolved.
         """
-        return locked_digest(self._lock, spec.name)
+        return locked_digest(self._lock, spec)
 
     def ensure(
         self, spec: ArtefactSpec, digest: str | None = None, verify: Verify = "quick"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -94,7 +93,8 @@ def publish(
     with store.lease(digest):
         manifest = store.check(spec.name, digest, "full")
         folder = store.folder(spec.name, digest)
-        if smoke and isinstance(spec, ModelSpec):
+        known = retrying(lambda: target.find(MANIFEST), settings)
+        if smoke and isinstance(spec, ModelSpec) and not known:
             smoke_load(spec, folder)
         sent = _upload(manifest, folder, target, url, settings, listener)
     return Published(url, len(sent), sum(sent))
@@ -139,10 +139,9 @@ class FolderTarget:
     def upload(self, path: str, local: Path) -> bool:
         final = self._folder / path
         # Beside the models, so that what a killed process left is in no model's folder.
-        part = self._folder.parents[1] / ".uploads" / uuid.uuid4().hex
+        part = self._folder.parents[1] / f".upload-{uuid.uuid4().hex}"
         try:
-            for folder in (part.parent, final.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with local.open("rb") as source, part.open("xb") as sink:
                     shutil.copyfileobj(source, sink, _BLOCK_BYTES)
@@ -151,8 +150,6 @@ class FolderTarget:
                 sync_path(final.parent)
             finally:
                 part.unlink(missing_ok=True)
-                with suppress(OSError):  # others may be at it
-                    part.parent.rmdir()
         except FileExistsError:
             return False
         except OSError as error:

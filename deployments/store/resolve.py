@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.store.folder import Hashes
 from deployments.store.hub import parse, resolve_revision
-from deployments.store.lockfile import LockedFile, LockedModel, LockedOrigin, origin_manifest
+from deployments.store.lockfile import (
+    LockedFile,
+    LockedModel,
+    LockedOrigin,
+    conversion_of,
+    origin_manifest,
+)
 from deployments.store.provider import open_source
 from deployments.store.sources import UNRESOLVED, Transient, WebSource
 from deployments.store.transfer import retrying
@@ -21,9 +27,15 @@ if TYPE_CHECKING:
 
     Expected = Mapping[tuple[str, str], LockedFile]
 
+_WEB = ("https://", "http://")
+
 
 def resolve(
-    spec: ArtefactSpec, settings: StoreSettings, known: LockedModel | None = None
+    spec: ArtefactSpec,
+    settings: StoreSettings,
+    known: LockedModel | None = None,
+    *,
+    renew: bool = False,
 ) -> LockedModel:
     """What the lock file is to say of a model. Reads only files whose hash nobody publishes.
 
@@ -31,6 +43,7 @@ def resolve(
         settings: how patiently to ask.
         known: the lock file's present entry. What it holds of a source is expected to be true
             still: an upstream that moved, or was tampered with, never replaces it.
+        renew: forget `known`, but for the hashes of web files, which come from their authors.
 
     Returns:
         Every revision, size and hash; and the digest, unless the model is to be converted first.
@@ -42,18 +55,20 @@ def resolve(
             missing; a source failed for good.
     """
     before = known.origins if known else ()
-    expected = {(o.source, f.path): f for o in before for f in o.files}
+    trusted = [o for o in before if not renew or o.source.startswith(_WEB)]
+    expected = {(o.source, f.path): f for o in trusted for f in o.files}
+    held = () if renew else before
     origins = tuple(
-        _resolve_origin(
-            spec.name, place, before[i] if i < len(before) else None, expected, settings
-        )
+        _resolve_origin(spec.name, place, held[i] if i < len(held) else None, expected, settings)
         for i, place in enumerate(spec.origins)
     )
+    conversion = conversion_of(spec)
     if not spec.convert:
         digest = origin_manifest(spec, origins).digest
     else:
-        digest = known.digest if known and known.origins == origins else UNRESOLVED
-    return LockedModel(digest=digest, origins=origins)
+        same = known and known.origins == origins and known.conversion == conversion
+        digest = known.digest if known and same else UNRESOLVED
+    return LockedModel(digest=digest, conversion=conversion, origins=origins)
 
 
 def _resolve_origin(

@@ -14,9 +14,16 @@ from huggingface_hub import constants
 from pydantic import ValidationError
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
-from deployments.registry import ArtefactSpec, ModelSpec
+from deployments.registry import ArtefactSpec, Conversion, ModelSpec
 from deployments.settings import StoreSettings
-from deployments.store.lockfile import LockedFile, LockedModel, LockedOrigin, origin_manifest
+from deployments.store.lockfile import (
+    Lock,
+    LockedFile,
+    LockedModel,
+    LockedOrigin,
+    locked_digest,
+    origin_manifest,
+)
 from deployments.store.resolve import resolve
 from deployments.store.sources import UNRESOLVED
 from tests.servers.files import FileServer
@@ -250,3 +257,37 @@ def test_bin_is_a_pickle_of_a_model_and_ctranslate2s_of_an_artefact() -> None:
 def test_two_files_that_differ_in_case_only_are_refused() -> None:
     with pytest.raises(ValidationError, match="two origins give the same file"):
         spec_of(ArtefactSpec, "CONFIG.json")
+
+
+def test_renew_accepts_what_changed_and_keeps_an_authors_hash(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    values = {"source": f"file://{tmp_path}", "files": ["config.json"]}
+    spec = ArtefactSpec.model_validate(
+        {"name": "a", "summary": "", "licence": "x", "commercial": True, "origins": [values]}
+    )
+    known = resolve(spec, StoreSettings())
+    (tmp_path / "config.json").write_bytes(b"[]")
+    with pytest.raises(ModelCorrupt):
+        resolve(spec, StoreSettings(), known)
+    assert resolve(spec, StoreSettings(), known, renew=True).digest != known.digest
+
+
+def test_a_changed_conversion_needs_a_new_digest(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    values: dict[str, Any] = {
+        "name": "a",
+        "summary": "",
+        "licence": "x",
+        "commercial": True,
+        "origins": [{"source": f"file://{tmp_path}", "files": ["w.pth"]}],
+        "convert": {"to": "safetensors", "key": "params"},
+    }
+    spec = ArtefactSpec.model_validate(values)
+    converted = resolve(spec, StoreSettings()).model_copy(update={"digest": "a" * 64})
+    assert resolve(spec, StoreSettings(), converted).digest == "a" * 64
+    lock = Lock().with_model("a", converted)
+    assert locked_digest(lock, spec) == "a" * 64
+    changed = spec.model_copy(update={"convert": Conversion(to="safetensors", key="params_ema")})
+    assert resolve(changed, StoreSettings(), converted).digest == "unresolved"
+    with pytest.raises(ConfigError, match="another conversion"):
+        locked_digest(lock, changed)

@@ -1,0 +1,176 @@
+"""Each kind of source: what it tells of its files, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.settings import ROOT
+from deployments.store.hub import check_pinned
+from deployments.store.provider import open_source
+from deployments.store.sources import (
+    LocalSource,
+    Remote,
+    Transient,
+    WebSource,
+    local_folder,
+    retry_after_s,
+)
+from tests.servers.files import FileServer
+from tests.store import common
+from tests.store.common import LARGE, SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.store.common import Held
+
+FILES = common.random_files()
+PINNED = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def at(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Held]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        common.held(request.param, FILES, tmp_path / "source", patch) as held,
+    ):
+        yield held
+
+
+@pytest.mark.parametrize("at", SCHEMES, indirect=True)
+def test_every_source_tells_sizes_in_order_and_reads_any_part(at: Held) -> None:
+    remotes = at.source.stat([LARGE, "empty.txt", "model_index.json"])
+    assert [(r.path, r.size) for r in remotes] == [
+        (LARGE, len(FILES[LARGE])),
+        ("empty.txt", 0),
+        ("model_index.json", 9),
+    ]
+    for start, stop in [(0, 1), (0, len(FILES[LARGE])), (70_000, 200_000), (5, 5)]:
+        pieces = bytearray()
+        at.source.read(remotes[0], start, stop, pieces.extend)
+        assert pieces == FILES[LARGE][start:stop]
+
+
+@pytest.mark.parametrize("at", SCHEMES, indirect=True)
+def test_what_is_missing_is_named(at: Held) -> None:
+    with pytest.raises(SourceFailed) as caught:
+        at.source.stat(["model_index.json", "none.bin"])
+    assert "none.bin" in str(caught.value)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("at", ["hf"], indirect=True)
+def test_the_hub_vouches_for_large_files(at: Held) -> None:
+    large, small = at.source.stat([LARGE, "model_index.json"])
+    assert large.sha256 == common.manifest_of({LARGE: FILES[LARGE]}).files[0].sha256
+    assert small.sha256 is None
+
+
+@pytest.mark.parametrize("at", ["gs"], indirect=True)
+def test_a_bucket_pins_generations(at: Held) -> None:
+    old = at.source.stat([LARGE])[0]
+    at.overwrite()
+    assert at.source.stat([LARGE])[0].pin != old.pin
+    with pytest.raises(SourceFailed, match="replaced since it was listed"):
+        at.source.read(old, 0, 10, lambda _: None)
+
+
+@pytest.mark.parametrize("at", ["hf"], indirect=True)
+def test_an_offline_hub_says_so(at: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceFailed, match="HF_HUB_OFFLINE"):
+        at.source.stat([LARGE])
+
+
+@pytest.mark.parametrize("at", ["file", "https"], indirect=True)
+def test_an_error_of_the_reader_is_not_the_sources(at: Held) -> None:
+    def full(_: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        at.source.read(at.source.stat([LARGE])[0], 0, 100, full)
+
+
+def test_a_relative_folder_is_the_projects() -> None:
+    assert local_folder("file://starter_models/comic") == ROOT / "starter_models/comic"
+    assert str(local_folder("file:///a/b")) == "/a/b"
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_link_in_a_source_is_refused(tmp_path: Path, link: str) -> None:
+    folder = common.write_files(tmp_path / "source", FILES)
+    place = folder / (LARGE if link == "file" else "unet")
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelCorrupt, match="no symbolic links"):
+        LocalSource(f"file://{folder}").stat([LARGE])
+
+
+def test_a_pipe_in_a_source_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceFailed, match="plain file"):
+        LocalSource(f"file://{tmp_path}").stat(["pipe"])
+
+
+@pytest.mark.parametrize("scheme", ["ftp://a/b", "s3://a/b", "a/b", "C:\\a", ""])
+def test_an_unknown_scheme_is_refused(scheme: str) -> None:
+    with pytest.raises(ConfigError, match="cannot come from"):
+        open_source(scheme)
+
+
+def test_plain_http_is_for_loopback() -> None:
+    with pytest.raises(ConfigError, match="not http"):
+        open_source("http://example.org/m")
+    open_source("http://127.0.0.1:1/m")
+    open_source("https://example.org/m")
+
+
+@pytest.mark.parametrize("url", ["hf://org/m@main", "hf://org/m@v1", "hf://org/m@0123456"])
+def test_a_hub_revision_must_be_pinned(url: str) -> None:
+    with pytest.raises(ConfigError, match="not pinned") as caught:
+        open_source(url)
+    assert "40 hex digits" in caught.value.remedy
+
+
+@pytest.mark.parametrize("url", ["hf://org", "hf://org/m", "hf://org/m/x@main", "hf://../m@main"])
+def test_a_hub_url_has_one_form(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_source(url)
+
+
+def test_a_pinned_or_unresolved_revision_is_told_apart() -> None:
+    check_pinned(f"hf://org/m@{PINNED}")
+    with pytest.raises(ConfigError) as caught:
+        check_pinned("hf://org/m@unresolved")
+    assert "imagen models resolve" in caught.value.remedy
+
+
+def test_what_is_gone_is_not_tried_again(tmp_path: Path) -> None:
+    with FileServer(tmp_path) as server:
+        source = WebSource(server.url)
+        with pytest.raises(SourceFailed):
+            source.read(Remote("none", 1), 0, 1, lambda _: None)
+        source._session.close()
+
+
+def test_a_server_that_is_not_there_may_come_back(tmp_path: Path) -> None:
+    with FileServer(tmp_path) as server:
+        url = server.url
+    with pytest.raises(Transient):
+        WebSource(url).stat(["a"])
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("7", 7), ("0", 0), ("9999", 60), ("-1", 0), ("Wed, 21 Oct", 0)]
+)
+def test_retry_after(value: str, seconds: float) -> None:
+    assert retry_after_s({"Retry-After": value}) == seconds
+
+
+def test_no_retry_after() -> None:
+    assert retry_after_s({}) == 0
