@@ -526,8 +526,7 @@ def _remove(desk: Desk, name: str, short: str) -> int:
 
 
 def _kept(desk: Desk) -> set[str]:
-    found = {model.digest for model in desk.lock.models.values()} - {UNRESOLVED}
-    return found | set(desk.store.refs().values())
+    return desk.provider().locked_digests | set(desk.store.refs().values())
 
 
 def _tell_removed(desk: Desk, removed: Sequence[Removed]) -> None:

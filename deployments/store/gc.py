@@ -76,14 +76,22 @@ def collect(
     if not store.root.is_dir():
         return []
     removed = [*_trash(store), *_staging(store, resumable), *_quarantine(store)]
+    if not now and used(store.root) < settings.gc_start_percent:
+        return removed
+    stop_percent = -1.0 if now else settings.gc_stop_percent
+    return removed + _models(store, keep, lambda: used(store.root) <= stop_percent, now=now)
+
+
+def _models(
+    store: Store, keep: Collection[str], enough: Callable[[], bool], *, now: bool
+) -> list[Removed]:
+    removed: list[Removed] = []
     network = network_filesystem(store.root)
     if network and not now:
         logger.warning("Leases may mean nothing on %s: no model is removed unasked.", network)
         return removed
-    if not now and used(store.root) < settings.gc_start_percent:
-        return removed
     for model, short in _unused(store, keep):
-        if not now and used(store.root) <= settings.gc_stop_percent:
+        if enough():
             break
         size = folder_bytes(store.folder(model, short))
         if _if_free(store, short, lambda m=model, s=short: store.remove(m, s)):

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.errors import SetupError, SourceFailed
 from deployments.registry import load_catalogue
+from deployments.store.gc import make_room
 from deployments.store.provider import Provider
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -
         SourceFailed: the actor was lost again and again.
     """
     if _all_there(name, digest, settings):
+        record([("hit", name, "", 1, 0.0)])
         return
     for attempt in range(_TRIES):
         actor = _get_or_create(settings)
@@ -182,6 +184,9 @@ class NodeInit:
     def _pull(self, spec: ArtefactSpec, digest: str) -> None:
         self._catalogue.check_licence(spec)
         try:
+            if not self._provider.store.holds(spec.name, digest):
+                keep = {digest, *self._provider.locked_digests}
+                make_room(self._provider.store, keep, self._settings.store)
             self._provider.ensure(spec, digest)
         finally:
             with self._condition:

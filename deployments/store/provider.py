@@ -10,7 +10,7 @@ from deployments.store.cache import Store
 from deployments.store.events import ignore
 from deployments.store.lockfile import load_lock, locked_digest, locked_origins, origin_manifest
 from deployments.store.manifest import MANIFEST, SHORT, decode
-from deployments.store.sources import LocalSource, WebSource
+from deployments.store.sources import UNRESOLVED, LocalSource, WebSource
 from deployments.store.transfer import retrying
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ class Provider:
             ConfigError: it is unresolved.
         """
         return locked_digest(self._lock, spec)
+
+    @property
+    def locked_digests(self) -> set[str]:
+        """Every digest of the lock file."""
+        return {model.digest for model in self._lock.models.values()} - {UNRESOLVED}
 
     def ensure(
         self, spec: ArtefactSpec, digest: str | None = None, verify: Verify = "quick"

@@ -111,6 +111,30 @@ def test_the_node_holds_each_model_once_and_its_actor_has_ended(
     wait_for(lambda: not [a for a in list_named_actors(True) if a["namespace"] == NAMESPACE])
 
 
+def test_metrics_tell_what_was_pulled_and_what_is_served(address: str) -> None:
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        "ray_imagen_store_misses": 5,
+        "ray_imagen_store_fetched_bytes": 5,
+        "ray_imagen_store_seconds": 5,
+        "ray_imagen_model_load_seconds": 5,
+        "ray_imagen_model_serving": 5,
+        "ray_imagen_store_disk_free_bytes": 1,
+    }
+    found: dict[str, list[str]] = {}
+
+    def all_there() -> bool:
+        lines = httpx.get(url, timeout=10, trust_env=False).text.splitlines()
+        for name in wanted:
+            found[name] = [line for line in lines if line.startswith(name)]
+        return all(len(found[name]) >= count for name, count in wanted.items())
+
+    wait_for(all_there, 90)
+    served_now = [line for line in found["ray_imagen_model_serving"] if UPSCALE.name in line]
+    assert any(f'digest="{locked()}"' in line and line.endswith(" 1.0") for line in served_now)
+
+
 def test_other_weights_are_exchanged_under_traffic(
     address: str, configured: Callable[[Any], None], other: str
 ) -> None:
