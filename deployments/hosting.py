@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -203,10 +203,11 @@ class Host:
         return served
 
     def _load(self, digest: str, *, on_host: bool) -> Loaded:
-        ensure_on_node(self._spec.name, digest, self._settings, self._metrics.record)
         store = self._provider.store
         try:
-            return load(self._spec, digest, store, self._settings, on_host=on_host)
+            with store.lease(digest):  # from before it is pulled, so that nothing collects it
+                ensure_on_node(self._spec.name, digest, self._settings, self._metrics.record)
+                return load(self._spec, digest, store, self._settings, on_host=on_host)
         except SetupError:
             # Out of the way, so that the next try pulls it anew; a read-only store stays as it is.
             self._set_aside(digest)
@@ -272,18 +273,23 @@ class Host:
         self._announce(served, start_s)
 
     def _exchange(self, old: Served, staged: Loaded) -> Served:
-        old.pipeline.to("cpu")
         try:
+            old.pipeline.to("cpu")
             staged.pipeline.to(staged.device)
             return self._warm(staged)
         except BaseException:
-            staged.pipeline.to("cpu")
+            self._restore(old, staged)
+            raise
+
+    def _restore(self, old: Served, staged: Loaded) -> None:
+        """Bring the former model back; if that fails, this replica must be replaced."""
+        try:
+            with suppress(Exception):
+                staged.pipeline.to("cpu")
             staged.lease.close()
-            try:
-                old.pipeline.to(old.loaded.device)
-            except BaseException as error:
-                self._broken = f"The former model could not be restored: {error!r}"
-                raise
+            old.pipeline.to(old.loaded.device)
+        except BaseException as error:
+            self._broken = f"The former model could not be restored: {error!r}"
             raise
 
     def _announce(self, served: Served, start_s: float) -> None:

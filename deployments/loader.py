@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ import torch
 from deployments.errors import ConfigError, ModelCorrupt
 from deployments.registry import FAMILIES
 from deployments.settings import enforce_offline
+from deployments.store.folder import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
     from deployments.settings import Settings
     from deployments.store.cache import Store
+    from deployments.store.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,11 @@ class Loaded:
 def load(
     spec: ModelSpec, digest: str, store: Store, settings: Settings, *, on_host: bool = False
 ) -> Loaded:
-    """Load a model from the store, after checking every byte; no network, no pickle.
+    """Load a model from the store and check every byte of it; no network, no pickle.
 
     The check reads each file once, front to back, and leaves it in the page cache, from which the
-    weights are mapped: they are not copied in RAM on their way to the device.
+    weights are mapped: they are not copied in RAM on their way to the device. Building the network
+    around the maps runs beside the check; nothing goes to the device before that has passed.
 
     Args:
         digest: which content, at least 16 hex digits.
@@ -60,28 +64,30 @@ def load(
     lease = ExitStack()
     lease.enter_context(store.lease(digest))
     try:
-        manifest = store.check(spec.name, digest, settings.store.verify)
-        if manifest.family != spec.family:
-            raise ModelCorrupt(
-                f"{spec.name}@{manifest.short} was published for another pipeline family.",
-                value=manifest.family,
-                remedy="Choose another digest, or correct `family` in the model registry.",
-            )
         device = choose_device(settings.device)
         folder = store.folder(spec.name, digest)
-        pipeline = build(spec, folder, settings, "cpu" if on_host else device)
+        _check_family(spec, read_manifest(folder, spec.name))
+        with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+            checking = pool.submit(store.check, spec.name, digest, settings.store.verify)
+            try:
+                pipeline = build(spec, folder, settings)
+            finally:
+                # Damaged bytes explain whatever went wrong with them.
+                manifest = checking.result()
+        if device != "cpu" and not on_host:
+            pipeline.to(device)
     except BaseException:
         lease.close()
         raise
     return Loaded(pipeline, manifest.short, device, lease)
 
 
-def build(spec: ModelSpec, folder: Path, settings: Settings, device: str = "cpu") -> Pipeline:
-    """A pipeline from any folder, unchecked; raises as `load`."""
+def build(spec: ModelSpec, folder: Path, settings: Settings) -> Pipeline:
+    """A pipeline in host memory from any folder, unchecked; raises as `load`."""
     enforce_offline(settings.store.folder)
     torch.set_num_threads(settings.torch_threads)
     module, name = FAMILIES[spec.family].target.split(":")
-    return getattr(import_module(module), name)(spec, folder, device)
+    return getattr(import_module(module), name)(spec, folder, "cpu")
 
 
 def choose_device(wanted: str) -> str:
@@ -97,3 +103,12 @@ def choose_device(wanted: str) -> str:
             remedy="Use device: auto or cpu, or give the replica num_gpus above 0.",
         )
     return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def _check_family(spec: ModelSpec, manifest: Manifest) -> None:
+    if manifest.family != spec.family:
+        raise ModelCorrupt(
+            f"{spec.name}@{manifest.short} was published for another pipeline family.",
+            value=manifest.family,
+            remedy="Choose another digest, or correct `family` in the model registry.",
+        )

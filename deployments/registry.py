@@ -148,6 +148,9 @@ class ArtefactSpec(Strict):
         paths = [origin.target(path).casefold() for origin in self.origins for path in origin.files]
         if len(set(paths)) != len(paths):
             raise ValueError("two origins give the same file")
+        folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+        if both := sorted(folders & set(paths)):
+            raise ValueError(f"{both[0]} is both a file and a folder")
         return self
 
     @model_validator(mode="after")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.errors import ConfigError
 
@@ -71,12 +71,35 @@ class StoreSettings(Strict):
     gc_start_percent: float = Field(default=80, gt=0, le=100)
     gc_stop_percent: float = Field(default=70, gt=0, le=100)
 
+    @model_validator(mode="after")
+    def _stops_below_its_start(self) -> Self:
+        if self.gc_stop_percent > self.gc_start_percent:
+            raise ValueError("gc_stop_percent must not be above gc_start_percent")
+        return self
+
     @property
     def folder(self) -> Path:
-        """The root, absolute."""
-        if self.root is not None:
-            return resolve(self.root)
-        return Path(os.environ.get(ROOT_VARIABLE) or Path.home() / ".cache" / "imagen-models")
+        """The root, absolute.
+
+        Raises:
+            ConfigError: $IMAGEN_MODELS is relative, or the home folder it lies in is unknown.
+        """
+        given = self.root or os.environ.get(ROOT_VARIABLE) or "~/.cache/imagen-models"
+        try:
+            path = Path(given).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(
+                "The model store has no place: this user's home folder is unknown.",
+                value=given,
+                remedy=f"Set {ROOT_VARIABLE} to an absolute path.",
+            ) from error
+        if self.root is None and not path.is_absolute():
+            raise ConfigError(
+                f"${ROOT_VARIABLE} is relative, and would mean another folder to each process.",
+                value=path,
+                remedy="Give an absolute path.",
+            )
+        return resolve(path)
 
 
 class Settings(Strict):

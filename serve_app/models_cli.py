@@ -35,7 +35,15 @@ from deployments.store.cache import Store, filesystem, network_filesystem
 from deployments.store.events import Listener, ignore
 from deployments.store.folder import read_manifest
 from deployments.store.gc import Removed, collect, folder_bytes, make_room
-from deployments.store.lockfile import Lock, load_lock, locked_digest, origin_manifest, save_lock
+from deployments.store.lockfile import (
+    Lock,
+    LockedModel,
+    load_lock,
+    locked_digest,
+    locked_origins,
+    origin_manifest,
+    update_lock,
+)
 from deployments.store.manifest import SHORT
 from deployments.store.provider import Provider, mirror_url
 from deployments.store.sources import UNRESOLVED
@@ -54,9 +62,22 @@ Everything = Annotated[bool, typer.Option("--all", help="Every entry of the regi
 RegistryFile = Annotated[
     Path, typer.Option("--registry", envvar="IMAGEN_REGISTRY", help="The YAML file of models")
 ]
+
+
+def _root(text: str) -> Path:
+    if not text:  # an unset variable of the shell, which must not mean the current folder
+        raise typer.BadParameter("it is empty")
+    return Path(text).absolute()
+
+
 Root = Annotated[
     Path | None,
-    typer.Option("--store", help=f"Its root; else ${ROOT_VARIABLE}, else ~/.cache/imagen-models"),
+    typer.Option(
+        "--store",
+        parser=_root,
+        metavar="PATH",
+        help=f"Its root; else ${ROOT_VARIABLE}, else ~/.cache/imagen-models",
+    ),
 ]
 Mirror = Annotated[
     str | None,
@@ -190,7 +211,7 @@ def resolve_models(
         def work(entry: ArtefactSpec) -> Row:
             known = desk.lock.models.get(entry.name)
             found = resolve(entry, desk.settings, known, renew=renew)
-            save_lock(desk.registry, desk.lock.with_model(entry.name, found))
+            update_lock(desk.registry, lambda lock: lock.with_model(entry.name, found))
             status = "unchanged" if found == known else "resolved"
             digest = None if found.digest == UNRESOLVED else found.digest
             told = digest[:SHORT] if digest else f"now run `imagen models convert {entry.name}`"
@@ -238,26 +259,27 @@ def verify(
 ) -> None:
     """Check every byte of models in the store, and change nothing.
 
-    Without names, those that are there; the named ones, and with --all all, must be there.
+    Without names, whatever is there; the named ones, and with --all all, must be there.
     """
     with _desk(registry, as_json, root=store) as desk:
         if names or everything:
-            entries = desk.choose(names, everything)
+            held = {entry.name: (entry.name, "") for entry in desk.choose(names, everything)}
         else:
-            entries = [e for e in desk.catalogue.entries if _state(desk, e.name)[0] != "no"]
+            held = _held(desk)
 
-        def work(entry: ArtefactSpec) -> Row:
-            digest = desk.provider().digest(entry)
+        def work(label: str) -> Row:
+            name, short = held[label]
+            digest = short or desk.provider().digest(desk.catalogue.find(name))
             start_s = time.monotonic()
-            manifest = desk.store.check(entry.name, digest, "full" if full else "crc32c")
+            manifest = desk.store.check(name, digest, "full" if full else "crc32c")
             seconds = time.monotonic() - start_s
             size = decimal(manifest.total_bytes)
-            desk.output.say(f"{entry.name}: whole ({size} in {seconds:.1f} s)", "green")
-            return {"status": "whole", "digest": digest, "bytes": manifest.total_bytes}
+            desk.output.say(f"{label}: whole ({size} in {seconds:.1f} s)", "green")
+            return {"status": "whole", "digest": manifest.digest, "bytes": manifest.total_bytes}
 
-        rows = _each(desk, entries, work)
+        rows = _each_name(desk, list(held), work)
         if not rows:
-            desk.output.say("No model of this registry is in the store.", "yellow")
+            desk.output.say("No model is in the store.", "yellow")
         _finish(desk, rows)
 
 
@@ -282,7 +304,9 @@ def publish_model(
     with _desk(registry, as_json, root=store, mirror=mirror, **limits) as desk:
         entry = desk.catalogue.find(name)
         desk.catalogue.check_licence(entry)
-        open_target(mirror_url(target, name, ""))  # a wrong one fails before a long pull
+        open_target(
+            mirror_url(target, name, ""), desk.settings
+        )  # a wrong one fails before a long pull
         digest = _bring(desk, entry)
         if smoke and isinstance(entry, ModelSpec):
             desk.output.say(f"{name}: verifying, and loading without a network")
@@ -387,7 +411,7 @@ def where(
     """Say where the store is, on what disk, and how much room there is."""
     output = Output(as_json=as_json)
     with _ending(output):
-        root = _settings(root=store).folder.absolute()
+        root = _settings(root=store).folder
         variables = framework_caches(root)
         if env:
             for name, value in variables.items():
@@ -487,13 +511,11 @@ def _plan(desk: Desk, entries: Sequence[ArtefactSpec]) -> None:
 def _bring(desk: Desk, entry: ArtefactSpec) -> str:
     """Make sure that a model is in the store, verified; its digest."""
     digest = desk.digest(entry.name)
-    if digest is None and not entry.convert and entry.name in desk.lock.models:
-        lock = desk.lock
-        known = lock.models[entry.name]
-        if all(file.resolved for origin in known.origins for file in origin.files):
-            digest = origin_manifest(entry, known.origins).digest
-            known = known.model_copy(update={"digest": digest})
-            save_lock(desk.registry, lock.with_model(entry.name, known))
+    if digest is None and not entry.convert:
+        origins = locked_origins(entry, desk.lock)
+        digest = origin_manifest(entry, origins).digest
+        known = LockedModel(digest=digest, origins=origins)
+        update_lock(desk.registry, lambda lock: lock.with_model(entry.name, known))
     held = digest is not None and desk.store.find(entry.name, digest, "crc32c") is not None
     if digest and held:
         return digest
@@ -558,6 +580,15 @@ def _summary(desk: Desk, entry: ArtefactSpec) -> Row:
         "in_store": state,
         "stored": stored,
         "digest": desk.digest(entry.name),
+    }
+
+
+def _held(desk: Desk) -> dict[str, tuple[str, str]]:
+    """Name and digest of what is in the store, by name; or by name@digest, if not as locked."""
+    wanted = {entry.name: desk.digest(entry.name) or "" for entry in desk.catalogue.entries}
+    return {
+        name if wanted.get(name, "").startswith(short) else f"{name}@{short}": (name, short)
+        for name, short in desk.store.models()
     }
 
 
@@ -689,8 +720,6 @@ def _ending(output: Output) -> Generator[None]:
 
 def _settings(**values: Any) -> StoreSettings:
     given = {key: value for key, value in values.items() if value is not None}
-    if "root" in given:
-        given["root"] = given["root"].absolute()
     return parse_settings(StoreSettings, given, "The command line")
 
 

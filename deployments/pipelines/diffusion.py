@@ -84,7 +84,8 @@ def load_pipeline(
         ) from error
     _check_filled(pipeline, spec, folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    if device != "cpu":
+        pipeline.to(device)
     if spec.attention == "xformers":
         _enable_xformers(pipeline, spec)
     return pipeline

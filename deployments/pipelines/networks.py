@@ -67,7 +67,7 @@ def load_weights(net: nn.Module, spec: ModelSpec, folder: Path, device: str) -> 
             f"Model {spec.name} has no model.safetensors.", value=folder, remedy="Fetch it again."
         )
     try:
-        net.load_state_dict(load_file(path), strict=True)
+        net.load_state_dict(load_file(path), strict=True, assign=True)  # mapped, not copied
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelCorrupt(

@@ -16,6 +16,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from deployments.store.manifest import FileEntry, Manifest
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT = re.compile(f"[0-9a-f]{{{SHORT}}}")
 _HEADROOM_SHARE = 0.05
 _HEADROOM_BYTES = 2 * 2**30
 _NETWORK = (
@@ -107,7 +109,7 @@ class Store:
     def lease(self, digest: str) -> AbstractContextManager[None]:
         """While it is held, garbage collection leaves the digest alone."""
         with suppress(OSError):
-            (self.root / ".leases").mkdir(parents=True, exist_ok=True)
+            _make_folder(self.root / ".leases")
         return locks.shared(self._lease_path(digest))
 
     def find(self, model: str, digest: str, verify: Verify = "quick") -> Path | None:
@@ -205,9 +207,11 @@ class Store:
                 logger.error("Quarantined the damaged folder of %s: %s", model, target)
 
     def models(self) -> list[tuple[str, str]]:
-        """(model, short digest) of every folder there is."""
+        """(model, short digest) of every folder there is; what else lies there is not ours."""
         return sorted(
-            (folder.parent.name, folder.name) for folder in (self.root / "store").glob("*/*")
+            (folder.parent.name, folder.name)
+            for folder in (self.root / "store").glob("*/*")
+            if _SHORT.fullmatch(folder.name) and _is_folder(folder.parent) and _is_folder(folder)
         )
 
     def refs(self) -> dict[str, str]:
@@ -267,17 +271,17 @@ class Store:
         with self._clearing(staging):
             have = self._adopt(manifest, staging, beat)
             self._check_space(manifest, sum(f.size for f in have.values()))
-            # 2) Fetch; once more from nothing if the bytes were wrong.
+            # 2) Fetch; once more those whose bytes were wrong.
             missing = [f for f in manifest.files if f.path not in have]
             files = [*have.values(), *self._fetch_twice(manifest, missing, places, staging, beat)]
         return staging, sorted(files, key=lambda f: f.path)
 
     @contextmanager
     def _clearing(self, staging: Path) -> Generator[None]:
-        """Delete what is wrong, or too much for the disk; the rest is left to be taken over."""
+        """Delete what is too much for the disk; the rest is left to be taken over."""
         try:
             yield
-        except (ModelCorrupt, StoreUnwritable):
+        except StoreUnwritable:
             delete_folder(staging)
             raise
         except OSError as error:
@@ -296,26 +300,29 @@ class Store:
         start_s = time.monotonic()
         fetcher = Fetcher(manifest.model, self._settings, self._listener, beat, self._throttle)
         try:
-            wanted = self._locate(files, places)
+            wanted = self._locate(manifest.model, files, places)
             try:
-                return fetcher.fetch(wanted, staging)
+                fetcher.fetch(wanted, staging)
             except ModelCorrupt as error:
                 self._tell("verify_failure", manifest.model)
                 logger.warning("%s Fetching it once more.", error)
-                return fetcher.fetch(self._locate(files, places), staging)
+                wrong = [f for f in files if f.path not in fetcher.done]
+                fetcher.fetch(self._locate(manifest.model, wrong, places), staging)
+            return list(fetcher.done.values())
         finally:
             self._tell("seconds", manifest.model, time.monotonic() - start_s, "fetch")
 
-    def _locate(self, files: list[FileEntry], places: Places) -> list[Wanted]:
+    def _locate(self, model: str, files: list[FileEntry], places: Places) -> list[Wanted]:
         """Ask each source once for all of its files."""
         by_source: dict[int, tuple[Source, list[tuple[FileEntry, str]]]] = {}
         for entry in files:
             source, path = places[entry.path]
             by_source.setdefault(id(source), (source, []))[1].append((entry, path))
         wanted: list[Wanted] = []
+        again = lambda: self._tell("retry", model)  # noqa: E731
         for source, items in by_source.values():
             paths = [path for _, path in items]
-            remotes = retrying(lambda s=source, p=paths: s.stat(p), self._settings)
+            remotes = retrying(lambda s=source, p=paths: s.stat(p), self._settings, again=again)
             wanted += [Wanted(e, source, r) for (e, _), r in zip(items, remotes, strict=True)]
         return wanted
 
@@ -330,7 +337,7 @@ class Store:
         if network_filesystem(self.root):  # where locks may mean nothing, another pull may live
             return adopted
         for old in (self.root / ".staging").glob(f"{manifest.short}.*"):
-            if old == staging:
+            if old == staging or not _is_folder(old):
                 continue
             _unprotect(old)  # the other may have died just before its last rename
             for entry in manifest.files:
@@ -376,7 +383,8 @@ class Store:
             if parent != str(staging):
                 os.chmod(parent, 0o555)  # noqa: S103 - read-only for all is the point
         target = self.folder(manifest.model, manifest.digest)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
+        self._make_lease(manifest.digest)
         try:
             staging.rename(target)
         except OSError as error:
@@ -398,6 +406,7 @@ class Store:
             return
         new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         new.write_text(json.dumps({"digest": manifest.digest, "promoted_at": time.time()}))
+        new.chmod(0o644)
         sync_path(new)
         new.replace(path)
         sync_path(path.parent)
@@ -415,8 +424,16 @@ class Store:
         return staging
 
     def _make_folders(self) -> None:
+        _make_folder(self.root)
         for name in ("store", "refs", ".staging", ".locks", ".leases", ".quarantine", ".trash"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
+            _make_folder(self.root / name)
+
+    def _make_lease(self, digest: str) -> None:
+        """For those who may only read the store; they cannot make the file themselves."""
+        path = self._lease_path(digest)
+        if not path.exists():
+            path.touch()
+            path.chmod(0o644)
 
     def _unleased(self, digest: str) -> AbstractContextManager[bool]:
         self._make_folders()
@@ -437,13 +454,20 @@ class Store:
                 errno.EROFS: "Mount it writable for pulls, or pull from where it is.",
             }
             raise StoreUnwritable(
-                f"The model store cannot be written: {error.strerror}.",
+                f"The model store cannot be written: {error.strerror or error}.",
                 value=error.filename or self.root,
                 remedy=remedies.get(error.errno or 0, "Give this user write access to it."),
             ) from error
 
     def _tell(self, kind: Kind, model: str, amount: float = 0, stage: Stage = "") -> None:
         self._listener(Event(kind, model, amount, stage))
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder that others may read, whatever the umask: replicas run as another user."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o755)
 
 
 def network_filesystem(path: Path, table: str = "/proc/mounts") -> str | None:
@@ -477,12 +501,21 @@ def sync_path(path: Path | str) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder whose folders may be read-only."""
+    """Delete a folder whose folders may be read-only; of a link, itself alone; a file too."""
     with suppress(FileNotFoundError):
+        if not _is_folder(folder):
+            folder.unlink()
+            return
         _unprotect(folder)
         shutil.rmtree(folder)
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _unprotect(folder: Path) -> None:
+    if not _is_folder(folder):  # walking a link would change what it points to
+        return
     for parent, _, _ in os.walk(folder):
         os.chmod(parent, 0o755)  # noqa: S103 - was 0555

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 from deployments.errors import ConfigError, ModelCorrupt, StoreUnwritable
 from deployments.store.folder import hash_file, list_files
 from deployments.store.lockfile import (
+    LockedModel,
     build_manifest,
     conversion_of,
     load_lock,
     locked_origins,
     origin_manifest,
-    save_lock,
+    update_lock,
 )
 from deployments.store.manifest import FileEntry
 from deployments.store.provider import origin_places
@@ -64,10 +65,8 @@ def convert(spec: ArtefactSpec, registry: Path, store: Store) -> Manifest:
         files = [_entry(made, path) for path in list_files(made)]
         manifest = build_manifest(spec, raw.sources, files, converted=wanted.to)
         store.add(manifest, lambda staging: _move(made, staging))
-    lock = load_lock(registry)
-    changes = {"digest": manifest.digest, "conversion": conversion_of(spec)}
-    known = lock.models[spec.name].model_copy(update=changes)
-    save_lock(registry, lock.with_model(spec.name, known))
+    made_of = LockedModel(digest=manifest.digest, conversion=conversion_of(spec), origins=origins)
+    update_lock(registry, lambda lock: lock.with_model(spec.name, made_of))
     return manifest
 
 

@@ -116,8 +116,12 @@ def make_room(
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Bytes of all files below a folder; of a file or a link, its own."""
     total = 0
+    if folder.is_symlink() or folder.is_file():
+        with suppress(OSError):
+            total = folder.lstat().st_size
+        return total
     for parent, _, files in os.walk(folder):
         for name in files:
             with suppress(OSError):
@@ -157,7 +161,7 @@ def _quarantine(store: Store) -> list[Removed]:
     for folder in sorted((store.root / ".quarantine").glob("*")):
         with suppress(FileNotFoundError):
             # The change time is that of its move there; the bytes may be much older.
-            if time.time() - folder.stat().st_ctime > _QUARANTINE_S:
+            if time.time() - folder.lstat().st_ctime > _QUARANTINE_S:
                 removed.append(_drop("quarantine", folder))
     return removed
 
@@ -170,7 +174,7 @@ def _drop(
         delete_folder(folder)
     except OSError as error:
         raise StoreUnwritable(
-            f"A leftover of the model store cannot be removed: {error.strerror}.",
+            f"A leftover of the model store cannot be removed: {error.strerror or error}.",
             value=folder,
             remedy="Give this user write access to the store.",
         ) from error

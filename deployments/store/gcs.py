@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import requests
 from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import DefaultCredentialsError, TransportError
+from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.exceptions import Forbidden, Unauthorized
 from google.resumable_media import DataCorruption, InvalidResponse
@@ -38,29 +38,34 @@ class BucketSource:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        name, _, self._prefix = self.url.removeprefix("gs://").partition("/")
-        with _mending(url):
-            self._bucket = _client().bucket(name)
+        self._name, _, self._prefix = self.url.removeprefix("gs://").partition("/")
 
     def stat(self, paths: Sequence[str]) -> list[Remote]:
         with _mending(self.url):
             blobs = _client().list_blobs(
-                self._bucket, prefix=self._name(""), timeout=TIMEOUT_S, retry=None
+                self._bucket, prefix=self._object(""), timeout=TIMEOUT_S, retry=None
             )
-            found = {cast("str", blob.name): blob for blob in blobs}
-        return [self._remote(path, found.get(self._name(path))) for path in paths]
+            try:
+                found = {cast("str", blob.name): blob for blob in blobs}
+            except NotFound as error:
+                raise SourceFailed(
+                    "There is no such bucket.",
+                    value=self.url,
+                    remedy="Correct its name, or make it.",
+                ) from error
+        return [self._remote(path, found.get(self._object(path))) for path in paths]
 
     def read(self, file: Remote, start: int, stop: int, write: Callable[[bytes], object]) -> None:
-        blob = self._bucket.blob(self._name(file.path), generation=int(file.pin))
-        # The library's own download methods read 8 KiB at a time: a sixth of the speed.
-        url = blob._get_download_url(_client(), if_generation_match=int(file.pin))
         with _mending(f"{self.url}/{file.path}"):
+            blob = self._bucket.blob(self._object(file.path), generation=int(file.pin))
+            # The library's own download methods read 8 KiB at a time: a sixth of the speed.
+            url = blob._get_download_url(_client(), if_generation_match=int(file.pin))
             stream(_client()._http, url, {}, (start, stop), write)
 
     def upload(self, path: str, local: Path) -> bool:
         """Upload a file unless there is one of that name; False if there was."""
-        blob = self._bucket.blob(self._name(path))
         with _mending(f"{self.url}/{path}"):
+            blob = self._bucket.blob(self._object(path))
             try:
                 blob.upload_from_filename(
                     str(local), if_generation_match=0, checksum="crc32c", timeout=300
@@ -72,12 +77,16 @@ class BucketSource:
     def find(self, path: str) -> tuple[int, str] | None:
         """Size and CRC32C (hex) of a file that is there; raises as `stat`."""
         with _mending(f"{self.url}/{path}"):
-            blob = self._bucket.get_blob(self._name(path), timeout=TIMEOUT_S, retry=None)
+            blob = self._bucket.get_blob(self._object(path), timeout=TIMEOUT_S, retry=None)
         if blob is None:
             return None
         return int(blob.size), base64.b64decode(blob.crc32c or "").hex()
 
-    def _name(self, path: str) -> str:
+    @property
+    def _bucket(self) -> Any:
+        return _client().bucket(self._name)  # asks nobody
+
+    def _object(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path
 
     def _remote(self, path: str, blob: Any) -> Remote:
@@ -92,7 +101,9 @@ def _client() -> Any:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         client = storage.Client(project="emulator", credentials=AnonymousCredentials())
     else:
-        client = storage.Client()
+        # Objects belong to a bucket; without a project the library would refuse to start.
+        project = os.environ.get("GOOGLE_CLOUD_PROJECT") or "none"
+        client = storage.Client(project=project)
     more_connections(client._http)  # pyright: ignore[reportPrivateUsage] # no public way to it
     return client
 
@@ -104,17 +115,26 @@ def _mending(url: str) -> Generator[None]:
         yield
     except (NotFound, PreconditionFailed) as error:
         raise gone(url) from error
-    except (Forbidden, Unauthorized, DefaultCredentialsError) as error:
-        raise SourceFailed(
-            "The bucket refuses access.",
-            value=url,
-            remedy="Give this account storage.objectViewer there (to publish,"
-            " storage.objectCreator too), or run `gcloud auth application-default login`.",
-        ) from error
+    except (Forbidden, Unauthorized) as error:
+        raise _refused(url) from error
     except (InvalidResponse, GoogleAPICallError) as error:
         raise _answer(url, error.response) from error
     except (requests.RequestException, TransportError, DataCorruption, ConnectionError) as error:
         raise Transient(f"{url}: {type(error).__name__}") from error
+    except GoogleAuthError as error:
+        # So the library wraps a metadata server that is not up yet.
+        if isinstance(error.__cause__, TransportError):
+            raise Transient(f"{url}: {type(error).__name__}") from error
+        raise _refused(url) from error
+
+
+def _refused(url: str) -> SourceFailed:
+    return SourceFailed(
+        "The bucket refuses access.",
+        value=url,
+        remedy="Give this account storage.objectViewer there (to publish,"
+        " storage.objectCreator too), or run `gcloud auth application-default login`.",
+    )
 
 
 def _answer(url: str, response: Any) -> Exception:

@@ -20,8 +20,12 @@ from deployments.store.sources import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_URL = re.compile(r"^hf://([\w.-]+/[\w.-]+)@(\w+)$", re.ASCII)
+# As the hub library wants them; at others it raises errors of its own.
+_PART = r"\w(?:[\w.-]*\w)?"
+_NOT = r"(?!.*(?:--|\.\.|\.git@|/[^/]{97,}@))"
+_URL = re.compile(rf"^hf://{_NOT}({_PART}/{_PART})@(\w+)$", re.ASCII)
 _REVISION = re.compile(r"^[0-9a-f]{40}$")
+_TIMEOUT_S = 20.0
 
 
 def parse(url: str) -> tuple[str, str]:
@@ -96,7 +100,7 @@ def resolve_revision(repo: str) -> str:
     Raises:
         Transient, SourceFailed: as `Source.stat`.
     """
-    info = _ask("repo_info", repo)
+    info = _ask("repo_info", repo, timeout=_TIMEOUT_S)  # given none, it waits for ever
     return str(info.sha)
 
 
@@ -118,9 +122,10 @@ def list_repository(repo: str, revision: str) -> list[Remote]:
 
 def _ask(method: str, repo: str, **options: Any) -> Any:
     import httpx2  # huggingface_hub's own
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    get_session().timeout = httpx2.Timeout(_TIMEOUT_S)  # its own is to wait for ever
     api = HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False)
     try:
         answer = getattr(api, method)(repo, **options)

@@ -6,9 +6,12 @@ People write `production.yaml`; `imagen models resolve`, `convert` and `publish`
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from typing import TYPE_CHECKING, Literal
+import uuid
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -19,6 +22,7 @@ from deployments.store.manifest import FileEntry, Licence, Manifest, SafePath, S
 from deployments.store.sources import UNRESOLVED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from deployments.registry import ArtefactSpec
@@ -30,7 +34,7 @@ class LockedFile(Strict):
     """A file of an origin: path relative to it, bytes, SHA-256."""
 
     path: SafePath
-    size: int | _Unresolved = UNRESOLVED
+    size: Annotated[int, Field(ge=0)] | _Unresolved = UNRESOLVED
     sha256: Sha256 | _Unresolved = UNRESOLVED
 
     @property
@@ -103,10 +107,39 @@ def save_lock(registry: Path, lock: Lock) -> None:
     path = lock_path(registry)
     values = lock.model_dump(mode="json", by_alias=True, exclude_none=True)
     values["models"] = dict(sorted(values["models"].items()))
-    new = path.with_suffix(".new")
+    new = path.with_suffix(f".{uuid.uuid4().hex}.new")
+    with _writing(path):
+        try:
+            with new.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(values, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def update_lock(registry: Path, change: Callable[[Lock], Lock]) -> None:
+    """Change a lock file as it is now; others who do so at the same time wait.
+
+    Raises:
+        ConfigError: it cannot be read or written.
+    """
+    path = lock_path(registry)
+    with _writing(path):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        with suppress(OSError):  # a network file system may know no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        save_lock(registry, change(load_lock(registry)))
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"The lock file cannot be written: {error.strerror}.", value=path
@@ -122,11 +155,13 @@ def locked_digest(lock: Lock, spec: ArtefactSpec) -> str:
     """The digest to serve.
 
     Raises:
-        ConfigError: it is unresolved, or of another conversion than the registry's.
+        ConfigError: it is unresolved, or of other origins or another conversion than the
+            registry's.
     """
     found = lock.models.get(spec.name)
     if found is None or found.digest == UNRESOLVED:
         raise _unresolved(spec.name, "no digest")
+    _check_agreement(spec, found)
     if found.conversion != conversion_of(spec):
         raise ConfigError(
             f"The lock file's digest of {spec.name} is of another conversion.",
@@ -147,11 +182,7 @@ def locked_origins(spec: ArtefactSpec, lock: Lock) -> tuple[LockedOrigin, ...]:
     found = lock.models.get(spec.name)
     if found is None:
         raise _unresolved(spec.name, "no entry in the lock file")
-    if not _agree(spec, found):
-        raise ConfigError(
-            f"The lock file's entry of {spec.name} is not that of the registry any more.",
-            remedy=f"Run `imagen models resolve {spec.name}`.",
-        )
+    _check_agreement(spec, found)
     for origin in found.origins:
         if origin.source.endswith(f"@{UNRESOLVED}"):
             raise _unresolved(spec.name, "its revision")
@@ -184,6 +215,14 @@ def build_manifest(
         variant=spec.file_variant,
         files=tuple(sorted(files, key=lambda f: f.path)),
     )
+
+
+def _check_agreement(spec: ArtefactSpec, found: LockedModel) -> None:
+    if not _agree(spec, found):
+        raise ConfigError(
+            f"The lock file's entry of {spec.name} is not that of the registry any more.",
+            remedy=f"Run `imagen models resolve {spec.name}`.",
+        )
 
 
 def _agree(spec: ArtefactSpec, found: LockedModel) -> bool:

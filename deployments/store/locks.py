@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+logger = logging.getLogger("ray.serve.imagen.store")
 _POLL_S = 0.1
 _BEAT_S = 1.0
 
@@ -80,14 +82,19 @@ def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
 
 @contextmanager
 def shared(path: Path) -> Generator[None]:
-    """Keep a lease: as long as it lasts, `is_free` is False. On a read-only store it is nothing."""
+    """Keep a lease: as long as it lasts, `alone` is False for others.
+
+    A store this user may only read holds the file since the pull, and reading it is enough.
+    """
     with ExitStack() as held:
         for mode in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
             with suppress(OSError):
-                descriptor = os.open(path, mode | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(path, mode | os.O_CLOEXEC, 0o644)
                 held.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 break
+        else:
+            logger.warning("No lease at %s: another process may remove what is loaded.", path)
         yield
 
 

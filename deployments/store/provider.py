@@ -10,7 +10,7 @@ from deployments.store.cache import Store
 from deployments.store.events import ignore
 from deployments.store.lockfile import load_lock, locked_digest, locked_origins, origin_manifest
 from deployments.store.manifest import MANIFEST, SHORT, decode
-from deployments.store.sources import UNRESOLVED, LocalSource, WebSource
+from deployments.store.sources import NOT_THERE, UNRESOLVED, LocalSource, WebSource
 from deployments.store.transfer import retrying
 
 if TYPE_CHECKING:
@@ -116,9 +116,19 @@ class Provider:
 
     def _from_mirror(self, spec: ArtefactSpec, digest: str, url: str) -> tuple[Manifest, Places]:
         source = open_source(mirror_url(url, spec.name, digest))
-        manifest = decode(
-            retrying(lambda: _read_small(source, MANIFEST), self._settings), source.url
-        )
+        remedy = f"Run `imagen models publish {spec.name} {url}`, or correct store.mirror."
+        try:
+            content = retrying(lambda: _read_small(source, MANIFEST), self._settings)
+        except SourceFailed as error:
+            if error.remedy != NOT_THERE:
+                raise
+            raise SourceFailed(error.message, value=error.value, remedy=remedy) from error
+        try:
+            manifest = decode(content, source.url)
+        except ModelCorrupt as error:
+            raise ModelCorrupt(
+                error.message, value=source.url, remedy=f"Remove the manifest there. {remedy}"
+            ) from error
         if manifest.model != spec.name or not manifest.digest.startswith(digest):
             raise ModelCorrupt(
                 f"The mirror holds another model under this digest: expected"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 from deployments.errors import ConfigError, ModelCorrupt, SetupError, StoreUnwritable
 from deployments.registry import ArtefactSpec, ModelSpec
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from deployments.store.events import Listener
     from deployments.store.manifest import Manifest
 
+_TARGET = re.compile(r"^(gs|file)://.+")
 _SMOKE_TIMEOUT_S = 900
 _BLOCK_BYTES = 8 * 2**20
 _NETWORK = frozenset(
@@ -89,7 +91,7 @@ def publish(
         StoreUnwritable: a target folder cannot be written.
     """
     url = mirror_url(target_url, spec.name, digest)
-    target = open_target(url)
+    target = open_target(url, settings)
     with store.lease(digest):
         manifest = store.check(spec.name, digest, "full")
         folder = store.folder(spec.name, digest)
@@ -100,25 +102,26 @@ def publish(
     return Published(url, len(sent), sum(sent))
 
 
-def open_target(url: str) -> Target:
-    """The target of a URL.
+def open_target(url: str, settings: StoreSettings) -> Target:
+    """The target of a URL; a bucket is listed once, so that a wrong one is known at once.
 
     Raises:
         ConfigError: it is neither gs:// nor file://.
+        SourceFailed: there is no such bucket, or no access to it.
     """
-    match urlsplit(url).scheme:
-        case "file":
-            return FolderTarget(local_folder(url))
-        case "gs":
-            from deployments.store.gcs import BucketSource
+    if not _TARGET.match(url):
+        raise ConfigError(
+            "Models cannot be published there.",
+            value=url,
+            remedy="Use gs://bucket/prefix or file:///folder.",
+        )
+    if url.startswith("file:"):
+        return FolderTarget(local_folder(url))
+    from deployments.store.gcs import BucketSource
 
-            return BucketSource(url)
-        case scheme:
-            raise ConfigError(
-                f"Models cannot be published to {scheme or 'a place without a scheme'}.",
-                value=url,
-                remedy="Use gs://bucket/prefix or file:///folder.",
-            )
+    bucket = BucketSource(url)
+    retrying(lambda: bucket.stat([]), settings)
+    return bucket
 
 
 class FolderTarget:
@@ -141,9 +144,10 @@ class FolderTarget:
         # Beside the models, so that what a killed process left is in no model's folder.
         part = self._folder.parents[1] / f".upload-{uuid.uuid4().hex}"
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(final.parent)
             try:
                 with local.open("rb") as source, part.open("xb") as sink:
+                    os.fchmod(sink.fileno(), 0o644)  # others pull it, whatever our umask
                     shutil.copyfileobj(source, sink, _BLOCK_BYTES)
                 sync_path(part)
                 os.link(part, final)  # which, unlike a rename, replaces nothing
@@ -162,6 +166,14 @@ class FolderTarget:
             value=error.filename or self._folder,
             remedy="Give this user write access, and the disk room; it must know hard links.",
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, readable for others whatever our umask."""
+    for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        with suppress(FileExistsError):  # another thread was faster
+            missing.mkdir()
+            missing.chmod(0o755)
 
 
 def _upload(
@@ -259,7 +271,7 @@ def _smoke_main() -> None:
     from deployments.loader import build
 
     try:
-        build(spec, Path(work["folder"]), Settings(device="cpu"), "cpu")
+        build(spec, Path(work["folder"]), Settings(device="cpu"))
     except SetupError as error:
         sys.exit(" ".join(str(error).split()))
 

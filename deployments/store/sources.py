@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
 UNRESOLVED = "unresolved"
+NOT_THERE = "Put the file there, or correct `source` and `files` in the model registry."
+"""The remedy for a file that is not at its source."""
 TIMEOUT_S = (15.0, 20.0)
 """To connect, and between two pieces of an answer."""
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -81,8 +83,17 @@ class Source(Protocol):
 
 
 def local_folder(url: str) -> Path:
-    """The folder of a file:// URL; a relative one (file://a/b) is taken from the project's root."""
-    return resolve(Path(url.removeprefix("file://")))
+    """The folder of a file:// URL; a relative one (file://a/b) is taken from the project's root.
+
+    Raises:
+        ConfigError: it is written otherwise, such as file:/a.
+    """
+    path = url.removeprefix("file://")
+    if path in ("", url):
+        raise ConfigError(
+            "A folder is written file:///folder.", value=url, remedy="Correct the URL."
+        )
+    return resolve(Path(path))
 
 
 class LocalSource:
@@ -133,7 +144,7 @@ def _reading(path: Path) -> Generator[None]:
         raise SourceFailed(
             f"A file of the source cannot be read: {error.strerror}.",
             value=path,
-            remedy="Correct `source` and `files` in the model registry, or put the file there.",
+            remedy=NOT_THERE,
         ) from error
 
 
@@ -255,7 +266,7 @@ def gone(url: str) -> SourceFailed:
     return SourceFailed(
         "A file is not there, or was replaced since it was listed.",
         value=url,
-        remedy="Publish the model again, or correct its source in the registry.",
+        remedy=NOT_THERE,
     )
 
 

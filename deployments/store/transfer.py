@@ -9,11 +9,10 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from deployments.errors import SourceFailed
+from deployments.errors import ModelCorrupt, SourceFailed
 from deployments.store.events import Event
 from deployments.store.folder import Hashes, compare, mismatch
 from deployments.store.sources import Remote, Source, Transient
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _READ_BACK_BYTES = 2**20
+_LONGEST_SLEEP_S = 1.0
 logger = logging.getLogger("ray.serve.imagen.store")
 
 
@@ -47,24 +47,29 @@ class Throttle:
         self._next_s = 0.0
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> None:
+    def take(self, count: int, beat: Callable[[], object] = lambda: None) -> None:
+        """Wait until so many bytes may pass; `beat` is called while that lasts."""
         if self._rate is None:
             return
         with self._lock:
-            now = time.monotonic()
-            self._next_s = max(self._next_s, now - 1) + count / self._rate
-            pause_s = self._next_s - now
-        if pause_s > 0:
-            time.sleep(pause_s)
+            self._next_s = max(self._next_s, time.monotonic() - 1) + count / self._rate
+            free_s = self._next_s
+        while (pause_s := free_s - time.monotonic()) > 0:
+            time.sleep(min(pause_s, _LONGEST_SLEEP_S))
+            beat()
 
 
 def retrying(
-    work: Callable[[], T], settings: StoreSettings, moved: Callable[[], bool] = lambda: False
+    work: Callable[[], T],
+    settings: StoreSettings,
+    moved: Callable[[], bool] = lambda: False,
+    again: Callable[[], object] = lambda: None,
 ) -> T:
     """Do `work`, again after each Transient: exponential backoff with full jitter.
 
     Args:
         moved: whether the last try got any further; then the count of failures starts anew.
+        again: called before each further try.
 
     Raises:
         SourceFailed: it failed `settings.attempts` times in a row.
@@ -83,19 +88,50 @@ def retrying(
             longest_s = min(settings.backoff_s * 2**failures, 30.0)
             pause_s = max(error.after_s, random.uniform(0, longest_s))  # noqa: S311 - jitter
             logger.warning("%s; trying again in %.1f s", error, pause_s)
+            again()
             time.sleep(pause_s)
 
 
 @dataclass(slots=True)
 class _Progress:
-    """One file on its way: a hash follows the ranges in order, reading back what came early."""
+    """One file on its way: a hash follows the ranges in order, reading back what came early.
+
+    It is open only from its first range to its last: a model may have more files than a process
+    may open.
+    """
 
     wanted: Wanted
-    descriptor: int
+    path: Path
+    left: int
+    """Ranges that are not done."""
+    descriptor: int = -1
     hashes: Hashes = field(default_factory=Hashes)
     arrived: dict[int, int] = field(default_factory=dict[int, int])
     lock: threading.Lock = field(default_factory=threading.Lock)
     hashing: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.wanted.source.url} {self.wanted.remote.path}"
+
+    def open(self) -> None:
+        with self.lock:
+            if self.descriptor < 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                self.descriptor = os.open(self.path, flags, 0o644)
+
+    def close(self) -> None:
+        with self.lock:
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
+            self.descriptor = -1
+
+    def leave(self) -> bool:
+        """Note that a range is done; True for the last."""
+        with self.lock:
+            self.left -= 1
+            return not self.left
 
     def advance(self, start: int, stop: int) -> None:
         """Note a range, and hash what follows on; whoever finds another at it leaves it to him."""
@@ -125,9 +161,12 @@ class Fetcher:
 
     Args:
         settings: threads, range size, rate, attempts.
-        listener: hears of bytes.
+        listener: hears of bytes and of tries.
         beat: called as bytes come.
         throttle: shared with other fetchers of this process; None for one of its own.
+
+    Attributes:
+        done: entries with CRC32C, by path, of the files that are fetched, checked and synced.
     """
 
     def __init__(
@@ -143,58 +182,74 @@ class Fetcher:
         self._listener = listener
         self._beat = beat
         self._throttle = throttle or Throttle(settings.max_bytes_per_s)
+        self.done: dict[str, FileEntry] = {}
         self._done_bytes = 0
         self._failed = threading.Event()
 
-    def fetch(self, files: Sequence[Wanted], folder: Path) -> list[FileEntry]:
-        """Fetch, check and sync every file; their entries with CRC32C.
+    def fetch(self, files: Sequence[Wanted], folder: Path) -> None:
+        """Fetch, check and sync every file; what has other bytes than expected is removed again.
 
         Raises:
             SourceFailed: a source failed for good.
-            ModelCorrupt: it sent other bytes than expected.
+            ModelCorrupt: it sent other bytes than expected; the other files are done.
             OSError: of this disk.
         """
+        self._failed.clear()
         # The largest first, so that no long one is left alone at the end.
         ordered = sorted(files, key=lambda f: -f.entry.size)
-        with ExitStack() as opened:
-            progresses = [self._open(wanted, folder, opened) for wanted in ordered]
+        progresses = [self._plan(wanted, folder) for wanted in ordered]
+        try:
             with ThreadPoolExecutor(self._settings.threads, thread_name_prefix="fetch") as pool:
-                ranges = [(p, *span) for p in progresses for span in self._ranges(p)]
+                # In order, so that no more files are open than there are threads, and one.
+                ranges = [(p, *span) for p in progresses for span in self._ranges(p.wanted)]
                 tasks = [pool.submit(self._range, *r) for r in ranges]
                 try:
-                    for task in tasks:
-                        task.result()
+                    wrong = [error for task in tasks if (error := task.result())]
                 except BaseException:  # Ctrl-C too, of which the threads know nothing
                     self._failed.set()
                     raise
-            return [self._finish(p) for p in progresses]
+        finally:
+            for progress in progresses:
+                progress.close()
+        if wrong:
+            raise wrong[0]
 
-    def _open(self, wanted: Wanted, folder: Path, opened: ExitStack) -> _Progress:
-        if wanted.remote.size not in (-1, wanted.entry.size):
-            raise mismatch(
-                self._model,
-                f"{wanted.source.url} {wanted.remote.path}",
-                f"{wanted.entry.size} bytes",
-                f"{wanted.remote.size} bytes",
-            )
-        path = folder / wanted.entry.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o644)
-        opened.callback(os.close, descriptor)
-        return _Progress(wanted, descriptor)
+    def _plan(self, wanted: Wanted, folder: Path) -> _Progress:
+        progress = _Progress(wanted, folder / wanted.entry.path, len(self._ranges(wanted)))
+        expected, actual = wanted.entry.size, wanted.remote.size
+        if actual not in (-1, expected):
+            raise mismatch(self._model, progress.where, f"{expected} bytes", f"{actual} bytes")
+        return progress
 
-    def _ranges(self, progress: _Progress) -> list[tuple[int, int]]:
-        size, step = progress.wanted.entry.size, self._settings.range_bytes
-        return [(start, min(start + step, size)) for start in range(0, size, step)]
+    def _ranges(self, wanted: Wanted) -> list[tuple[int, int]]:
+        """At least one: an empty file is made too."""
+        size, step = wanted.entry.size, self._settings.range_bytes
+        return [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
-    def _range(self, progress: _Progress, start: int, stop: int) -> None:
+    def _range(self, progress: _Progress, start: int, stop: int) -> ModelCorrupt | None:
+        """Fetch a range; whoever has a file's last one gives what is wrong with the file."""
+        try:
+            if self._failed.is_set():
+                return None
+            progress.open()
+            self._transfer(progress, start, stop)
+            if self._failed.is_set():
+                return None
+            progress.advance(start, stop)
+            # Now, beside the others' transfers, rather than all at the end.
+            os.fdatasync(progress.descriptor)
+            return self._finish(progress) if progress.leave() else None
+        except BaseException:
+            self._failed.set()  # the others end soon; the first error is the one that is told
+            raise
+
+    def _transfer(self, progress: _Progress, start: int, stop: int) -> None:
         position = before = start
 
         def write(data: bytes) -> None:
             nonlocal position
             data = data[: stop - position]
-            self._throttle.take(len(data))
+            self._throttle.take(len(data), lambda: self._beat(self._done_bytes))
             while data:  # a disk that is nearly full takes a part
                 written = os.pwrite(progress.descriptor, data, position)
                 position += written
@@ -211,23 +266,21 @@ class Fetcher:
             if position < stop:
                 raise Transient(f"{source.url} {remote.path} ended early")
 
-        try:
-            retrying(attempt, self._settings, lambda: position > before)
-            if self._failed.is_set():
-                return
-            progress.advance(start, stop)
-            # Now, beside the others' transfers, rather than all at the end.
-            os.fdatasync(progress.descriptor)
-        except BaseException:
-            self._failed.set()  # the others end soon; the first error is the one that is told
-            raise
+        again = lambda: self._listener(Event("retry", self._model))  # noqa: E731
+        retrying(attempt, self._settings, lambda: position > before, again)
 
-    def _finish(self, progress: _Progress) -> FileEntry:
-        wanted = progress.wanted
-        where = f"{wanted.source.url} {wanted.remote.path}"
-        compare(self._model, where, wanted.entry, progress.hashes)
+    def _finish(self, progress: _Progress) -> ModelCorrupt | None:
+        entry, hashes = progress.wanted.entry, progress.hashes
+        try:
+            compare(self._model, progress.where, entry, hashes)
+        except ModelCorrupt as error:
+            progress.close()
+            progress.path.unlink()
+            return error
         os.fsync(progress.descriptor)
-        return wanted.entry.model_copy(update={"crc32c": progress.hashes.crc32c})
+        progress.close()
+        self.done[entry.path] = entry.model_copy(update={"crc32c": hashes.crc32c})
+        return None
 
     def _count(self, count: int) -> None:
         self._done_bytes += count

@@ -22,7 +22,14 @@ from deployments.pipelines.base import Row
 from deployments.settings import Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files
-from deployments.store.lockfile import Lock, LockedModel, LockedOrigin, build_manifest, save_lock
+from deployments.store.lockfile import (
+    Lock,
+    LockedFile,
+    LockedModel,
+    LockedOrigin,
+    build_manifest,
+    save_lock,
+)
 from deployments.store.manifest import FileEntry
 from deployments.store.sources import LocalSource
 
@@ -44,7 +51,8 @@ class Bench:
         store = StoreSettings(root=root / "store", prefetch=())
         self.settings = Settings(models=registry, device="cpu", store=store)
         self.locked = self.add("locked", 1.0)
-        origins = tuple(LockedOrigin(source=o.source, files=()) for o in self.spec.origins)
+        files = tuple(LockedFile(path=path) for path in self.spec.origins[0].files)
+        origins = (LockedOrigin(source=self.spec.origins[0].source, files=files),)
         entry = LockedModel(digest=self.locked, origins=origins)
         save_lock(registry, Lock().with_model(self.spec.name, entry))
         self.host = Host(self.spec, self.settings)
@@ -157,3 +165,35 @@ async def test_nothing_to_fall_back_to_stops_the_start(bench: Bench) -> None:
         bench.host.start(None)
     with pytest.raises(NotReady):
         bench.host.check()
+
+
+class Device(Exception):
+    """A scripted failure of a device."""
+
+
+@pytest.mark.parametrize(("fails", "broken"), [("old leaves", False), ("old returns", True)])
+async def test_an_exchange_that_fails_on_the_device_restores_or_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fails: str, broken: bool
+) -> None:
+    bad = bench.add("bad", float("nan"))
+    bench.host.start(None)
+    moves: list[str] = []
+
+    def to(device: str) -> None:
+        moves.append(device)
+        if len(moves) == (1 if fails == "old leaves" else 2):
+            raise Device(fails)
+
+    monkeypatch.setattr(bench.host._ready().pipeline, "to", to)
+    bench.host.want(bad)
+    status = await bench.settled()
+    assert status["serving"] == bench.locked[:16]
+    assert Store(bench.settings.store).remove(bench.spec.name, bad), "its lease has ended"
+    if broken:
+        with pytest.raises(NotReady, match="could not be restored"):
+            bench.host.check()
+    else:
+        assert moves == ["cpu", "cpu"], "it was brought back"
+        bench.host.check()
+        await bench.ask()
+    bench.host.close()

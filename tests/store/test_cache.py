@@ -125,6 +125,35 @@ def test_what_an_interrupted_pull_finished_is_not_fetched_again(
     assert common.staged(store.root) == []
 
 
+@pytest.mark.parametrize("to", ["folder", "nowhere"])
+def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path, to: str) -> None:
+    folder = common.write_files(tmp_path / "folder", {"a": b"1"})
+    folder.chmod(0o700)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / to)
+    cache._unprotect(link)
+    cache.delete_folder(link)
+    assert not link.is_symlink()
+    assert (folder / "a").read_bytes() == b"1"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_file_in_the_staging_is_deleted(store: Store, places: Places) -> None:
+    common.write_files(store.root / ".staging", {f"{WHOLE.short}.stray": b"x"})
+    store.pull(WHOLE, places)
+    assert common.staged(store.root) == []
+
+
+def test_only_folders_named_by_a_digest_are_models(store: Store, places: Places) -> None:
+    folder = store.pull(WHOLE, places)
+    top, digest = store.root / "store", "0" * 16
+    common.write_files(top, {"stray": b"", f"{NAME}/stray": b"", f"{NAME}/{digest}": b""})
+    (folder.parent / "not-a-digest").mkdir()
+    (folder.parent / ("1" * 16)).symlink_to(folder)
+    (top / "linked").symlink_to(folder.parent)
+    assert store.models() == [(NAME, WHOLE.short)]
+
+
 def test_half_a_file_is_not_taken_over(store: Store, places: Places) -> None:
     stale = store.root / ".staging" / f"{WHOLE.short}.host.1"
     common.write_files(stale, {LARGE: bytes(len(FILES[LARGE])), "model_index.json": b"x"})

@@ -206,6 +206,27 @@ def test_relative_paths_are_the_users(operator: Operator, monkeypatch: pytest.Mo
     assert (operator.tmp_path / "here" / "store" / "first").is_dir()
 
 
+def test_a_relative_root_of_the_environment_ends_with_2(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEN_MODELS", "here")
+    command = ["models", "pull", "first", "--registry", str(operator.registry)]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 2
+    assert "Give an absolute path" in squeeze(outcome.stderr)
+
+
+def test_an_empty_root_is_not_the_current_folder(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(operator.tmp_path)
+    command = ["models", "pull", "first", "--registry", str(operator.registry), "--store", ""]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 2
+    assert "it is empty" in outcome.stderr
+    assert not (operator.tmp_path / "store").exists()
+
+
 # Resolving
 
 
@@ -223,6 +244,48 @@ def test_resolve_keeps_what_it_found_before_a_failure(bare: Operator) -> None:
     values = bare.json("resolve", "--all", code=7)
     assert status(values) == {"first": "resolved", "second": "failed", "third": "resolved"}
     assert set(load_lock(bare.registry).models) == {"first", "third"}
+
+
+def test_processes_that_resolve_at_once_keep_each_others_entries(bare: Operator) -> None:
+    names = [f"m{i}{j}" for i in range(6) for j in range(10)]
+    bare.entries = [{**bare.entries[1], "name": name} for name in names]
+    bare.write()
+    script = (
+        "import sys\n"
+        "from deployments.store import resolve\n"
+        "from serve_app.cli import app\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "app(sys.argv[1:])\n"
+    )
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                script,
+                *bare.arguments("resolve", *names[i * 10 : i * 10 + 10]),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(6)
+    ]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in started:
+        process.communicate()
+    assert [process.returncode for process in started] == [0] * 6
+    assert sorted(load_lock(bare.registry).models) == names
+    assert not list(bare.tmp_path.glob("*.new"))
 
 
 # Pulling
@@ -361,9 +424,23 @@ def test_verify_finds_one_wrong_byte_and_leaves_it(operator: Operator) -> None:
     assert operator("verify", "first").exit_code == 4, "nothing was moved"
 
 
+def test_verify_checks_other_digests_and_other_names_too(operator: Operator) -> None:
+    operator("pull", "first", "second")
+    old = operator.digest("first")
+    operator.damage("first")
+    (operator.tmp_path / "origins" / "first" / "model_index.json").write_text("{}")
+    assert operator("resolve", "first", "--renew").exit_code == 0
+    operator("pull", "first")
+    operator.entries = operator.entries[::2]
+    operator.write()
+    second = f"second@{operator.digest('second')[:16]}"
+    values = operator.json("verify", code=4)
+    assert status(values) == {"first": "whole", f"first@{old[:16]}": "failed", second: "whole"}
+
+
 def test_verify_misses_what_is_named_and_absent(operator: Operator) -> None:
     assert operator("verify").exit_code == 0
-    assert "No model of this registry is in the store." in operator("verify").stderr
+    assert "No model is in the store." in operator("verify").stderr
     operator("pull", "second")
     assert operator("verify", "second", "first").exit_code == 3
     assert operator("verify", "--all").exit_code == 3
@@ -387,6 +464,9 @@ def test_publish_pulls_first_and_is_pulled_from(operator: Operator, tmp_path: Pa
     ("arguments", "code"),
     [
         (("second", "ftp://x"), 2),
+        (("second", "file:/tmp/x"), 2),
+        (("second", "FILE:///tmp/x"), 2),
+        (("second", "file://"), 2),
         (("nobody", "file:///tmp/x"), 2),
         (("third", "file:///tmp/x"), 8),
     ],
@@ -531,3 +611,13 @@ def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Op
     assert operator.store.models() == []
     assert set(status(operator.json("pull", "first", "second")).values()) == {"pulled"}
     assert staged(operator.root) == []
+
+
+def test_an_edited_registry_is_noticed(operator: Operator, tmp_path: Path) -> None:
+    operator("pull", "second")
+    operator.entries[1]["origins"][0]["files"].remove("empty.txt")
+    operator.write()
+    values = operator.json("pull", "second", code=2)
+    assert "imagen models resolve second" in values["models"][0]["error"]["remedy"]
+    values = operator.json("publish", "second", f"file://{tmp_path / 'mirror'}", code=2)
+    assert "imagen models resolve second" in values["error"]["remedy"]

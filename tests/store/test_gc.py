@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from deployments.errors import StoreUnwritable
 from deployments.settings import StoreSettings
@@ -125,6 +127,51 @@ def test_leftovers_go_however_empty_the_disk_is(
     assert {r.kind for r in removed} == {"staging", "quarantine"}
     assert not list((store.root / ".quarantine").iterdir())
     assert held(store) == shorts([digest])
+
+
+def test_strays_are_passed_over_or_unlinked_and_links_never_followed(
+    store: Store, settings: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, current = fill(store, tmp_path, 2)
+    outside = write_files(tmp_path / "outside", {"a": b"12345" * 1000})
+    outside.chmod(0o700)
+    write_files(store.root / "store", {"stray": b"", f"{NAME}/stray": b""})
+    for name in (".trash", ".staging", ".quarantine"):
+        (store.root / name / "link").symlink_to(outside)
+        (store.root / name / "dangling").symlink_to(tmp_path / "nowhere")
+        write_files(store.root / name, {"stray": b"123"})
+    later_s = time.time() + WEEK_S + 60
+    monkeypatch.setattr(time, "time", lambda: later_s)
+    removed = collect(store, [], settings, now=True)
+    assert {r.digest for r in removed if r.kind == "model"} == {old[:16]}
+    for name in (".trash", ".staging", ".quarantine"):
+        assert not list((store.root / name).iterdir())
+        sizes = {r.name: r.bytes for r in removed if r.kind == name[1:]}
+        assert sizes.keys() == {"link", "dangling", "stray"}
+        assert sizes["stray"] == 3
+        assert sizes["link"] == len(str(outside))
+    assert (outside / "a").exists()
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o700
+    assert held(store) == shorts([current])
+
+
+def test_an_error_without_a_number_says_what_is_wrong(
+    store: Store, settings: StoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(store.root / ".trash" / "x", {"a": b"1"})
+
+    def refuse(_: object) -> None:
+        raise OSError("of a kind without errno")
+
+    monkeypatch.setattr(gc, "delete_folder", refuse)
+    with pytest.raises(StoreUnwritable, match="removed: of a kind without errno"):
+        collect(store, [], settings)
+
+
+def test_removal_may_not_stop_above_its_start() -> None:
+    assert StoreSettings(gc_start_percent=70, gc_stop_percent=70)
+    with pytest.raises(ValidationError, match="gc_stop_percent must not be above"):
+        StoreSettings(gc_start_percent=60)
 
 
 def test_room_is_made_before_a_pull_without_losing_what_it_can_resume(

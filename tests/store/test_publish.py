@@ -27,7 +27,7 @@ from deployments.store.cache import Store
 from deployments.store.folder import list_files
 from deployments.store.lockfile import Lock, load_lock, save_lock
 from deployments.store.provider import Provider
-from deployments.store.publish import FolderTarget, Published, publish
+from deployments.store.publish import FolderTarget, Published, open_target, publish
 from deployments.store.resolve import resolve
 from tests.servers.gcs import GcsServer
 from tests.store.common import NAME, random_files, settings_of, write_files
@@ -212,8 +212,10 @@ def test_a_bucket_that_stays_broken_fails_the_publication(bench: Bench, server: 
 
 
 def test_a_bucket_that_is_not_there_fails_the_publication(bench: Bench, server: GcsServer) -> None:
-    with pytest.raises(SourceFailed):
+    with pytest.raises(SourceFailed, match="There is no such bucket"):
         bench.publish("gs://no-such-bucket/m")
+    with pytest.raises(SourceFailed, match="There is no such bucket"):
+        open_target("gs://no-such-bucket/m", bench.settings)
 
 
 def test_a_target_that_cannot_be_written_is_a_clear_error(bench: Bench, tmp_path: Path) -> None:
@@ -222,7 +224,19 @@ def test_a_target_that_cannot_be_written_is_a_clear_error(bench: Bench, tmp_path
         bench.publish(f"file://{tmp_path / 'file'}")
 
 
-@pytest.mark.parametrize("url", ["https://example.com/m", "hf://org/repo@main", "somewhere"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/m",
+        "hf://org/repo@main",
+        "somewhere",
+        "file:/somewhere",
+        "FILE:///somewhere",
+        "file://",
+        "gs://",
+        "gs:/models/m",
+    ],
+)
 def test_only_buckets_and_folders_are_targets(bench: Bench, url: str) -> None:
     with pytest.raises(ConfigError, match="cannot be published"):
         bench.publish(url)
@@ -321,3 +335,36 @@ def test_published_files_are_whole_even_where_links_are_refused(
     with pytest.raises(StoreUnwritable, match="hard links"):
         bench.publish(f"file://{tmp_path / 'mirror'}")
     assert not list((tmp_path / "mirror").rglob("*.json"))
+
+
+def test_a_mirror_is_for_others_to_read(bench: Bench, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        bench.publish(f"file://{tmp_path / 'shared' / 'mirror'}")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "shared", *(tmp_path / "shared").rglob("*")]
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in made}
+    assert modes == {(True, 0o755), (False, 0o644)}
+
+
+def test_what_a_mirror_lacks_is_to_be_published(bench: Bench, tmp_path: Path) -> None:
+    url = f"file://{tmp_path / 'mirror'}"
+    with pytest.raises(SourceFailed, match="cannot be read") as missing:
+        bench.pull_from(url, tmp_path / "node")
+    bench.publish(url)
+    manifest = tmp_path / "mirror" / NAME / bench.digest[:16] / "manifest.json"
+    manifest.write_text("{")
+    with pytest.raises(ModelCorrupt) as damaged:
+        bench.pull_from(url, tmp_path / "node")
+    for caught in (missing, damaged):
+        assert f"`imagen models publish {NAME} {url}`" in caught.value.remedy
+        assert "store.mirror" in caught.value.remedy
+
+
+def test_what_a_bucket_lacks_is_to_be_published(
+    bench: Bench, server: GcsServer, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceFailed) as caught:
+        bench.pull_from(f"gs://{server.bucket}/m", tmp_path / "node")
+    assert "imagen models publish" in caught.value.remedy

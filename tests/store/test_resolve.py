@@ -21,8 +21,10 @@ from deployments.store.lockfile import (
     LockedFile,
     LockedModel,
     LockedOrigin,
+    load_lock,
     locked_digest,
     origin_manifest,
+    save_lock,
 )
 from deployments.store.resolve import resolve
 from deployments.store.sources import UNRESOLVED
@@ -257,6 +259,32 @@ def test_bin_is_a_pickle_of_a_model_and_ctranslate2s_of_an_artefact() -> None:
 def test_two_files_that_differ_in_case_only_are_refused() -> None:
     with pytest.raises(ValidationError, match="two origins give the same file"):
         spec_of(ArtefactSpec, "CONFIG.json")
+
+
+@pytest.mark.parametrize("file", ["sub/x", "SUB/x/y"])
+def test_one_path_is_no_file_and_folder(file: str) -> None:
+    with pytest.raises(ValidationError, match="sub is both a file and a folder"):
+        artefact("file://x", "sub", file)
+
+
+def test_a_negative_size_in_the_lock_file_is_refused(tmp_path: Path) -> None:
+    lock = Lock().with_model("x", known("file://x", LockedFile(path="a", size=77)))
+    save_lock(tmp_path / "x.yaml", lock)
+    path = tmp_path / "x.lock.json"
+    path.write_text(path.read_text().replace("77", "-77"))
+    with pytest.raises(ConfigError, match="lock file cannot be read"):
+        load_lock(tmp_path / "x.yaml")
+
+
+def test_a_changed_registry_needs_a_new_digest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    (tmp_path / "more.json").write_bytes(CONFIG)
+    spec = artefact(f"file://{tmp_path}", "config.json")
+    lock = Lock().with_model("x", resolve(spec, SETTINGS))
+    assert locked_digest(lock, spec)
+    with pytest.raises(ConfigError, match="not that of the registry any more") as caught:
+        locked_digest(lock, artefact(f"file://{tmp_path}", "config.json", "more.json"))
+    assert "imagen models resolve x" in caught.value.remedy
 
 
 def test_renew_accepts_what_changed_and_keeps_an_authors_hash(tmp_path: Path) -> None:

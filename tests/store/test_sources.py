@@ -6,10 +6,19 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from google.auth.credentials import Credentials
+from google.auth.exceptions import (
+    DefaultCredentialsError,
+    GoogleAuthError,
+    RefreshError,
+    TransportError,
+)
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.settings import ROOT
-from deployments.store.hub import check_pinned
+from deployments.store.hub import check_pinned, parse
 from deployments.store.provider import open_source
 from deployments.store.sources import (
     LocalSource,
@@ -101,6 +110,14 @@ def test_a_relative_folder_is_the_projects() -> None:
     assert str(local_folder("file:///a/b")) == "/a/b"
 
 
+@pytest.mark.parametrize("url", ["file:/a", "FILE:///a", "file://", "file:a"])
+def test_a_folder_has_one_form(url: str) -> None:
+    with pytest.raises(ConfigError, match="file:///folder"):
+        local_folder(url)
+    with pytest.raises(ConfigError):
+        open_source(url)
+
+
 @pytest.mark.parametrize("link", ["file", "folder"])
 def test_a_link_in_a_source_is_refused(tmp_path: Path, link: str) -> None:
     folder = common.write_files(tmp_path / "source", FILES)
@@ -141,6 +158,68 @@ def test_a_hub_revision_must_be_pinned(url: str) -> None:
 def test_a_hub_url_has_one_form(url: str) -> None:
     with pytest.raises(ConfigError):
         open_source(url)
+
+
+@pytest.mark.parametrize(
+    "repo",
+    [
+        *("o/re--po", "o/re..po", "o/-repo", "o/repo-", "o/.repo", "o/repo.", "-o/repo"),
+        *("o-/repo", "o/repo.git", "o--o/repo", f"o/{'x' * 97}"),
+    ],
+)
+def test_a_repository_the_hub_library_refuses_is_refused_first(repo: str) -> None:
+    with pytest.raises(HFValidationError):
+        validate_repo_id(repo)
+    with pytest.raises(ConfigError, match="hf://org/repo@revision"):
+        parse(f"hf://{repo}@unresolved")
+
+
+@pytest.mark.parametrize("repo", ["o/r", "a-b/c.d_e-f", "_o/x_", f"o/{'x' * 96}", "o/a-.b"])
+def test_a_repository_the_hub_library_takes_is_taken(repo: str) -> None:
+    validate_repo_id(repo)
+    assert parse(f"hf://{repo}@unresolved") == (repo, "unresolved")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RefreshError("expired"), SourceFailed),
+        (DefaultCredentialsError("none"), SourceFailed),
+        (TransportError("no route"), Transient),
+    ],
+)
+@pytest.mark.parametrize("when", ["found", "used"])
+def test_credentials_that_do_not_work_are_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, error: GoogleAuthError, kind: type[Exception], when: str
+) -> None:
+    from deployments.store import gcs
+
+    class Useless(Credentials):
+        def refresh(self, request: object) -> None:
+            raise error
+
+    def find(*_: object, **__: object) -> tuple[Credentials, None]:
+        if when == "found":
+            raise error
+        return Useless(), None
+
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("google.auth.default", find)
+    gcs._client.cache_clear()
+    source = gcs.BucketSource("gs://models/m")
+    with pytest.raises(kind) as caught:
+        source.stat([])
+    gcs._client.cache_clear()
+    if isinstance(caught.value, SourceFailed):
+        assert "gcloud auth application-default login" in caught.value.remedy
+
+
+def test_a_metadata_server_that_is_not_up_yet_is_asked_again() -> None:
+    from deployments.store import gcs
+
+    with pytest.raises(Transient), gcs._mending("gs://models/m"):
+        raise RefreshError("no answer") from TransportError("no route")
 
 
 def test_a_pinned_or_unresolved_revision_is_told_apart() -> None:

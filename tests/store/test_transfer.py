@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from deployments.errors import ModelCorrupt, SourceFailed
-from deployments.store import gcs, sources
-from deployments.store.sources import WebSource
+from deployments.store import gcs, locks, sources
+from deployments.store.folder import list_files
+from deployments.store.sources import LocalSource, WebSource
 from deployments.store.transfer import Throttle
 from tests.servers.files import FileServer
 from tests.store import common
@@ -19,7 +25,6 @@ from tests.store.common import KIB, LARGE, NAME, SCHEMES, SERVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from deployments.store.events import Event
     from tests.servers.faults import Kind
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 FILES = common.random_files()
 MANIFEST = common.manifest_of(FILES)
 TOTAL = MANIFEST.total_bytes
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -130,7 +136,66 @@ def test_wrong_bytes_for_ever_publish_nothing(at: Held, root: Path) -> None:
     assert ".safetensors" in caught.value.message
     assert NAME in caught.value.message
     assert_nothing(root)
-    assert common.staged(root) == []
+    (staging,) = common.staged(root)
+    left = {name: (staging / name).read_bytes() for name in list_files(staging)}
+    assert LARGE not in left
+    assert left.items() <= FILES.items()
+
+
+def test_only_the_wrong_file_is_fetched_again(tmp_path: Path, root: Path) -> None:
+    events: list[Event] = []
+    with FileServer(common.write_files(tmp_path / "source", FILES)) as server:
+        source = WebSource(server.url)
+        places, store = common.places_of(source, FILES), common.store_of(root, events.append)
+        server.faults.add("flip", LARGE, times=math.inf)
+        with pytest.raises(ModelCorrupt, match=LARGE):
+            store.pull(MANIFEST, places)
+        sent = dict(server.faults.bytes_sent)
+        assert sent.pop(f"/{LARGE}") == 2 * len(FILES[LARGE])
+        assert sum(sent.values()) == TOTAL - len(FILES[LARGE])
+        # Mended, it is all that the next pull asks for.
+        server.faults.clear()
+        server.faults.reset_counters()
+        store.pull(MANIFEST, places)
+        assert server.faults.bytes_sent.total() == len(FILES[LARGE])
+        source._session.close()
+    assert [e.kind for e in events].count("verify_failure") == 1
+    assert_whole(root)
+
+
+def test_every_further_try_is_told(tmp_path: Path, root: Path) -> None:
+    events: list[Event] = []
+    with FileServer(common.write_files(tmp_path / "source", FILES)) as server:
+        source = WebSource(server.url)
+        server.faults.add("503", times=2, method="HEAD", seconds=0)
+        server.faults.add("503", LARGE, times=3, method="GET", seconds=0)
+        common.store_of(root, events.append).pull(MANIFEST, common.places_of(source, FILES))
+        source._session.close()
+    assert [(e.kind, e.model) for e in events].count(("retry", NAME)) == 5
+
+
+MANY_FILES = """
+import sys
+from pathlib import Path
+from deployments.store.sources import LocalSource
+from tests.store import common
+folder, root = map(Path, sys.argv[1:])
+files = {path.name: path.read_bytes() for path in folder.iterdir()}
+manifest = common.manifest_of(files)
+common.store_of(root).pull(manifest, common.places_of(LocalSource(f"file://{folder}"), files))
+common.store_of(root).check(manifest.model, manifest.digest, "full")
+"""
+
+
+def test_a_model_of_more_files_than_a_process_may_open(tmp_path: Path, root: Path) -> None:
+    files = {f"{i}.bin": os.urandom(100) for i in range(2000)}
+    source = common.write_files(tmp_path / "source", files)
+    subprocess.run(
+        [sys.executable, "-c", MANY_FILES, source, root],
+        cwd=PROJECT,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
 
 
 @pytest.mark.parametrize("at", SCHEMES, indirect=True)
@@ -267,3 +332,29 @@ def test_threads_share_one_rate() -> None:
     for thread in threads:
         thread.join()
     assert time.monotonic() - start_s > 0.9
+
+
+def test_a_long_pause_for_the_rate_gives_signs_of_life() -> None:
+    throttle, beats = Throttle(100), list[float]()
+    start_s = time.monotonic()
+    throttle.take(350, lambda: beats.append(time.monotonic() - start_s))
+    assert time.monotonic() - start_s >= 2.4, "350 bytes, less the second that is free"
+    assert len(beats) >= 3
+    assert beats[0] < 1.5
+
+
+def test_who_waits_for_a_slow_pull_sees_it_move(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_BEAT_S", 0.1)
+    files = {"a.bin": os.urandom(64 * KIB)}
+    manifest = common.manifest_of(files)
+    source = LocalSource(f"file://{common.write_files(tmp_path / 'source', files)}")
+    rate = 64 * KIB / 5  # one piece: its first byte is told of after four seconds
+    begun = threading.Event()
+    store = common.store_of(root, lambda _: begun.set(), max_bytes_per_s=rate, lock_timeout_s=2)
+    first = threading.Thread(target=store.pull, args=(manifest, common.places_of(source, files)))
+    first.start()
+    assert begun.wait(10)
+    store.pull(manifest, {})  # LockTimeout, if the first seemed dead
+    first.join()

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from deployments.errors import ConfigError
-from deployments.settings import ROOT, Settings, Tuning, enforce_offline, parse_settings, resolve
+from deployments.settings import (
+    ROOT,
+    Settings,
+    StoreSettings,
+    Tuning,
+    enforce_offline,
+    parse_settings,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +80,37 @@ def test_no_model_hub_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [os.environ[name] for name in offline] == ["1", "1", "1"]
     assert "HF_TOKEN" not in os.environ
     assert not Path(os.environ["HF_HOME"]).exists()
+
+
+def test_the_store_lies_below_an_absolute_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("IMAGEN_MODELS")
+        else:
+            monkeypatch.setenv("IMAGEN_MODELS", unset)
+        assert StoreSettings().folder == tmp_path / ".cache/imagen-models"
+    monkeypatch.setenv("IMAGEN_MODELS", "~/models")
+    assert StoreSettings().folder == tmp_path / "models"
+    assert StoreSettings(root=Path("~/other")).folder == tmp_path / "other"
+    assert StoreSettings(root=Path("other")).folder == ROOT / "other"
+
+
+def test_a_store_relative_to_wherever_one_stands_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMAGEN_MODELS", "models")
+    with pytest.raises(ConfigError, match="relative") as caught:
+        _ = StoreSettings().folder
+    assert "absolute path" in caught.value.remedy
+
+
+def test_a_user_without_a_home_is_told_to_name_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "IMAGEN_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54321)  # of no passwd entry
+    with pytest.raises(ConfigError) as caught:
+        _ = StoreSettings().folder
+    assert "Set IMAGEN_MODELS" in caught.value.remedy
