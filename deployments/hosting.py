@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -173,7 +174,9 @@ class Host:
         return Status(serving=serving, wanted=self._wanted, error=self._error)
 
     def check(self) -> None:
-        """Raises NotReady if this replica must be replaced."""
+        """Raises NotReady if this replica must be replaced; keeps its gauges alive."""
+        with suppress(OSError):
+            self._metrics.repeat(shutil.disk_usage(self._provider.store.root).free)
         if self._broken or not self._ready().engine.alive:
             raise NotReady(f"The engine of {self._spec.name} has stopped. {self._broken}".strip())
 

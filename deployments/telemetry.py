@@ -49,6 +49,8 @@ class ModelMetrics:
             "imagen_model_serving", "1 for the digest a replica serves.", ("model", "digest")
         )
 
+        self._gauges: list[tuple[Gauge, float, dict[str, str]]] = []
+
     def hear(self, event: Event) -> None:
         """Count one event of the store."""
         self._add(event.kind, event.model, event.stage, 1, event.amount)
@@ -60,8 +62,18 @@ class ModelMetrics:
 
     def loaded(self, model: str, digest: str, seconds: float) -> None:
         """A digest is served from now on."""
-        self._load.set(seconds, {"model": model})
-        self._info.set(1, {"model": model, "digest": digest})
+        self._gauges = [
+            (self._load, seconds, {"model": model}),
+            (self._info, 1.0, {"model": model, "digest": digest}),
+        ]
+        self.repeat()
+
+    def repeat(self, disk_free_bytes: int | None = None) -> None:
+        """Set the gauges again: Ray's agent forgets one that is not set for a while."""
+        for gauge, value, tags in self._gauges:
+            gauge.set(value, tags)
+        if disk_free_bytes is not None:
+            self._free.set(disk_free_bytes)
 
     def swapped(self, model: str, old: str, *, failed: bool) -> None:
         """An exchange ended."""

@@ -25,6 +25,7 @@ from deployments.store.manifest import FileEntry
 from deployments.store.node_init import NAMESPACE, ensure_on_node, pulling
 from deployments.store.provider import Provider
 from deployments.store.sources import LocalSource
+from deployments.telemetry import ModelMetrics
 from tests.serve.conftest import deploy, wait_until_running
 from tests.serve.test_deployment import replicas
 from tests.serve.test_http import ROUTES, jpeg, post
@@ -82,7 +83,11 @@ def at_rest(address: str) -> bool:
 
 
 def locked() -> str:
-    return Provider(STARTER, StoreSettings()).digest(UPSCALE)[:16]
+    return locked_in_full()[:16]
+
+
+def locked_in_full() -> str:
+    return Provider(STARTER, StoreSettings()).digest(UPSCALE)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -111,16 +116,26 @@ def test_the_node_holds_each_model_once_and_its_actor_has_ended(
     wait_for(lambda: not [a for a in list_named_actors(True) if a["namespace"] == NAMESPACE])
 
 
-def test_metrics_tell_what_was_pulled_and_what_is_served(address: str) -> None:
+@ray.remote(num_cpus=0)
+def pull_and_tell(settings: Settings, name: str, digest: str) -> None:
+    """Pull as a replica does, and live until the metrics were collected."""
+    metrics = ModelMetrics()
+    ensure_on_node(name, digest, settings, metrics.record)
+    time.sleep(40)
+
+
+def test_metrics_tell_what_was_pulled_and_what_is_served(address: str, tmp_path: Path) -> None:
+    settings = Settings(models=STARTER, store=StoreSettings(root=tmp_path / "store"))
+    telling = pull_and_tell.remote(settings, UPSCALE.name, locked_in_full())
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {
         "ray_imagen_store_misses": 5,
         "ray_imagen_store_fetched_bytes": 5,
         "ray_imagen_store_seconds": 5,
+        "ray_imagen_store_disk_free_bytes": 1,
         "ray_imagen_model_load_seconds": 5,
         "ray_imagen_model_serving": 5,
-        "ray_imagen_store_disk_free_bytes": 1,
     }
     found: dict[str, list[str]] = {}
 
@@ -133,6 +148,7 @@ def test_metrics_tell_what_was_pulled_and_what_is_served(address: str) -> None:
     wait_for(all_there, 90)
     served_now = [line for line in found["ray_imagen_model_serving"] if UPSCALE.name in line]
     assert any(f'digest="{locked()}"' in line and line.endswith(" 1.0") for line in served_now)
+    ray.cancel(telling)
 
 
 def test_other_weights_are_exchanged_under_traffic(
