@@ -599,7 +599,14 @@ def test_exit_codes_and_streams_of_the_real_command(operator: Operator) -> None:
 
 def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Operator) -> None:
     command = operator.arguments("pull", "first", "second", "--max-bytes-per-s", "50000")
-    process = subprocess.Popen([str(IMAGEN), *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(IMAGEN), *command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs these tests in the background has them ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
     deadline_s = time.monotonic() + 30
     while not staged(operator.root) and time.monotonic() < deadline_s:
         time.sleep(0.05)
