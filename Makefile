@@ -51,6 +51,29 @@ bench-store: setup ## Pull 2 GB beside other ways to do it; load with and withou
 bench-full-size: setup ## Pull the production registry at full size from a local hub (12 GB of disk)
 	$(BIN)/python -m benchmarks.full_size_pull
 
+.PHONY: profile-gpu
+profile-gpu: setup ## Measure what the production models take of this GPU's memory, for imagen plan
+	$(BIN)/python -m benchmarks.profile_gpu
+
+PEERS := .venv-peers
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+
+# Two peers want other versions of a few packages: theirs are environments that see the first one's.
+$(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --requirement benchmarks/peers/requirements.txt
+	for peer in bentoml triton; do \
+	  $(PYTHON) -m venv $(PEERS)/$$peer \
+	  && $(PEERS)/bin/python -c '$(PURELIB)' > "$$($(PEERS)/$$peer/bin/python -c '$(PURELIB)')/peers.pth" \
+	  && $(PEERS)/$$peer/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements-$$peer.txt \
+	  || exit 1; \
+	done
+	touch $@
+
+.PHONY: bench-peers
+bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours; ARGS=--quick: minutes)
+	$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
 .PHONY: soak-store
 soak-store: setup ## Kill a pull 100 times, and look what it left
 	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s
@@ -91,4 +114,4 @@ constraints: ## Rewrite constraints.txt from what .venv holds
 
 .PHONY: clean
 clean: ## Remove what make and the tests made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .ruff_cache .hypothesis

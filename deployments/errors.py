@@ -20,11 +20,13 @@
         x ConfigError          exit code 2, of a command
         x AttentionUnavailable 2
         x ModelNotCached       3
+        x Unreachable          3  no server where `imagen bench` was sent
         x ModelCorrupt         4
         x StoreUnwritable      5  disk full, read-only, not permitted
         x LockTimeout          6
         x SourceFailed         7  a hub, a bucket, a server, a folder to pull from
         x LicenceRefused       8
+        x GpuTooSmall          9  models or a share that a GPU's memory does not hold
 
 An error carries three things a reader needs: the fact (`message`), the offending `value`, and the
 `remedy`. All three reach the client as they are, so none may name a path of the server or quote
@@ -238,11 +240,25 @@ class SourceFailed(SetupError):
     exit_code = 7
 
 
+class Unreachable(SetupError):
+    """Nobody listens where the load should go."""
+
+    code = "unreachable"
+    exit_code = 3
+
+
 class LicenceRefused(SetupError):
     """A non-commercial model that the registry does not accept by name."""
 
     code = "licence_refused"
     exit_code = 8
+
+
+class GpuTooSmall(SetupError):
+    """What is asked for does not fit into a GPU's memory, or into a share of it."""
+
+    code = "gpu_too_small"
+    exit_code = 9
 
 
 def too_late() -> TooLate:

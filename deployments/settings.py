@@ -137,6 +137,11 @@ class Tuning(Strict):
     Attributes:
         batch_window_s: how long admission waits for company; 0 admits at once.
         max_batch_size: most rows in one forward pass; None keeps the model's own.
+        budget_px: most network pixels in one forward pass, so that it stays inside the replica's
+            share of the GPU: width x height of each picture, twice with guidance. None for no
+            limit. `imagen plan` computes it (docs/gpu.md).
+        determinism: bounded lets rows share passes, which may change a result in its last bits;
+            exact steps every row alone, so that the same request always gives the same bits.
         defaults: parameter values for fields a request leaves out, over the model's own.
         digest: which content of the model to serve, 16 to 64 hex digits; None takes the lock
             file's.
@@ -144,6 +149,8 @@ class Tuning(Strict):
 
     batch_window_s: float = Field(default=0.0, ge=0, le=10)
     max_batch_size: int | None = Field(default=None, ge=1, le=256)
+    budget_px: int | None = Field(default=None, ge=1)
+    determinism: Literal["bounded", "exact"] = "bounded"
     defaults: dict[str, Any] = Field(default={})
     digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
 

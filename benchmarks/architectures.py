@@ -1,0 +1,320 @@
+"""The production networks with random weights, for measuring: what a forward pass costs does not
+depend on what the weights say.
+
+Needs torch, diffusers and transformers only. Names are those of the model registry. Parameter
+counts equal those of the published files (tests/models/test_device_memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+from deployments.pipelines.nets.rrdb import RRDBNet
+from deployments.pipelines.nets.srvgg import SRVGGNetCompact
+
+Family = Literal["img2img", "upscale_diffusion", "upscale_gan", "matting"]
+Values = dict[str, Any]
+TEXT_TOKENS = 77
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One production model.
+
+    Attributes:
+        family: the pipeline family that runs it.
+        size_px: width and height of its largest pass: the largest bucket of the registry; the tile
+            with its overlap, of a GAN; the largest input, of the diffusion upscaler.
+        latent_px: working pixels that a latent stands for, in each direction; the x4 upscaler's
+            latents are as large as its input.
+        unet, vae, text: configurations; empty for the families without.
+        vae_tile_px: edge of the tiles it decodes in, output px; None decodes whole.
+        network: makes a GAN or a matting network.
+    """
+
+    family: Family
+    size_px: tuple[int, int]
+    latent_px: int = 1
+    unet: Values | None = None
+    vae: Values | None = None
+    text: Values | None = None
+    vae_tile_px: int | None = None
+    network: Callable[[], nn.Module] | None = None
+
+
+_SD_VAE: Values = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    # Only the upscaler and SDXL cast theirs to float32.
+    "force_upcast": False,
+}
+_SD2_TEXT: Values = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+}
+# A tile of 512 px with the largest overlap of our networks on each side.
+_TILE_PX = (512 + 2 * 34, 512 + 2 * 34)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "upscale-sd-x4": Architecture(
+        "upscale_diffusion",
+        (512, 512),
+        unet={
+            "sample_size": 128,
+            "in_channels": 7,
+            "out_channels": 4,
+            "attention_head_dim": 8,
+            "block_out_channels": (256, 512, 512, 1024),
+            "cross_attention_dim": 1024,
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+            "num_class_embeds": 1000,
+            "only_cross_attention": (True, True, True, False),
+            "use_linear_projection": True,
+        },
+        vae={
+            "block_out_channels": (128, 256, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "sample_size": 256,
+            "scaling_factor": 0.08333,
+        },
+        text=_SD2_TEXT,
+        vae_tile_px=256,
+    ),
+    "enhance-sdxl-refiner": Architecture(
+        "img2img",
+        (1024, 1024),
+        latent_px=8,
+        unet={
+            "sample_size": 128,
+            "attention_head_dim": (6, 12, 24, 24),
+            "block_out_channels": (384, 768, 1536, 1536),
+            "cross_attention_dim": 1280,
+            "down_block_types": (
+                "DownBlock2D",
+                "CrossAttnDownBlock2D",
+                "CrossAttnDownBlock2D",
+                "DownBlock2D",
+            ),
+            "up_block_types": (
+                "UpBlock2D",
+                "CrossAttnUpBlock2D",
+                "CrossAttnUpBlock2D",
+                "UpBlock2D",
+            ),
+            "transformer_layers_per_block": 4,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        vae={**_SD_VAE, "sample_size": 1024, "force_upcast": False},
+        text={
+            "vocab_size": 49408,
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 20,
+            "projection_dim": 1280,
+            "hidden_act": "gelu",
+        },
+    ),
+    "comic-ghibli": Architecture(
+        "img2img",
+        (640, 640),
+        latent_px=8,
+        unet={"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+        vae=_SD_VAE,
+        text={
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "projection_dim": 768,
+        },
+    ),
+    "aged-sd21": Architecture(
+        "img2img",
+        (768, 768),
+        latent_px=8,
+        unet={
+            "sample_size": 96,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
+        vae={**_SD_VAE, "sample_size": 768},
+        text=_SD2_TEXT,
+    ),
+    "background-rmbg14": Architecture("matting", (1024, 1024), network=ISNet),
+    "upscale-realesrgan-x4plus": Architecture("upscale_gan", _TILE_PX, network=RRDBNet),
+    "upscale-realesrgan-general-x4v3": Architecture(
+        "upscale_gan", _TILE_PX, network=SRVGGNetCompact
+    ),
+}
+
+_TINY_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "background-rmbg14": lambda: ISNet(ISNetWidths(4, (4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5)),
+    "upscale-realesrgan-x4plus": lambda: RRDBNet(num_feat=8, num_block=1, num_grow_ch=4),
+    "upscale-realesrgan-general-x4v3": lambda: SRVGGNetCompact(num_feat=8, num_conv=2),
+}
+
+
+def build_unet(
+    name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
+) -> nn.Module:
+    """The UNet of a diffusion model, ready to infer."""
+    config = dict(_required(name, ARCHITECTURES[name].unet))
+    if tiny:
+        config |= _tiny_unet(config)
+    return _fill(lambda: UNet2DConditionModel(**config), device, dtype)
+
+
+def build_vae(
+    name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
+) -> nn.Module:
+    """The autoencoder of a diffusion model; in float32 where float16 may overflow, as pipelines
+    have it.
+    """
+    config = dict(_required(name, ARCHITECTURES[name].vae))
+    if tiny:
+        config["block_out_channels"] = tuple(32 for _ in config["block_out_channels"])
+        config["layers_per_block"] = 1
+    if dtype == torch.float16 and config.get("force_upcast", True):
+        dtype = torch.float32
+    return _fill(lambda: AutoencoderKL(**config), device, dtype)
+
+
+def build_text_encoder(
+    name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
+) -> nn.Module:
+    """The text encoder of a diffusion model; SDXL's projects what it pools."""
+    config = dict(_required(name, ARCHITECTURES[name].text))
+    if tiny:
+        config |= {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+    kind = CLIPTextModelWithProjection if is_xl(name) else CLIPTextModel
+    settings = CLIPTextConfig(max_position_embeddings=TEXT_TOKENS, **config)
+    return _fill(lambda: kind(settings), device, dtype)
+
+
+def build_network(
+    name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
+) -> nn.Module:
+    """The network of a GAN upscaler or a matting model."""
+    make = _TINY_NETWORKS[name] if tiny else _required(name, ARCHITECTURES[name].network)
+    return _fill(make, device, dtype)
+
+
+def unet_inputs(
+    name: str, unet: Any, network_rows: int, width_px: int, height_px: int
+) -> dict[str, Any]:
+    """Arguments of one forward pass of `build_unet`'s network, on its device and in its dtype.
+
+    Args:
+        network_rows: two for each picture with guidance.
+    """
+    config, weight = unet.config, next(unet.parameters())
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    rows = network_rows
+    latent_px = ARCHITECTURES[name].latent_px
+    size = (height_px // latent_px, width_px // latent_px)
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(rows, config.in_channels, *size, **options),
+        "timestep": torch.full((rows,), 500, device=weight.device),
+        "encoder_hidden_states": torch.zeros(
+            rows, TEXT_TOKENS, config.cross_attention_dim, **options
+        ),
+    }
+    if config.num_class_embeds:
+        inputs["class_labels"] = torch.full((rows,), 20, device=weight.device)
+    if config.addition_embed_type == "text_time":
+        ids = 5
+        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(rows, pooled, **options),
+            "time_ids": torch.full((rows, ids), 512.0, **options),
+        }
+    return inputs
+
+
+def weights_bytes(module: nn.Module) -> int:
+    """Parameters and buffers, in bytes."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def is_xl(name: str) -> bool:
+    """Whether the model conditions on sizes and a pooled text, as SDXL does."""
+    return "addition_embed_type" in (ARCHITECTURES[name].unet or {})
+
+
+def _tiny_unet(config: Values) -> Values:
+    """The same shape of network, a few channels wide; its groups need multiples of 32."""
+    blocks = len(config.get("block_out_channels", (0, 0, 0, 0)))
+    tiny: Values = {
+        "block_out_channels": (32,) * blocks,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+    }
+    if "addition_embed_type" in config:
+        tiny |= {
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 5 * 8 + 32,
+            "transformer_layers_per_block": 1,
+        }
+    return tiny
+
+
+def _fill(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
+    """Build without memory, then on the device in its final dtype: never twice, never in RAM."""
+    with torch.device("meta"):
+        # Not the libraries' own `to`, which warns of layers that these networks do not have.
+        module = nn.Module.to(make(), dtype)
+    if device != "meta":
+        module = module.to_empty(device=device)
+        with torch.no_grad():
+            for part in module.modules():
+                reset = getattr(part, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+            for buffer_name, buffer in module.named_buffers():
+                if buffer_name.endswith("position_ids"):
+                    buffer.copy_(torch.arange(buffer.shape[-1], device=device))
+    return module.requires_grad_(False).eval()
+
+
+def _required(name: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(f"{name} has no such part")
+    return value

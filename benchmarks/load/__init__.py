@@ -1,0 +1,24 @@
+"""`imagen bench`: a load on any HTTP server of pictures, from a plan, and what it measured.
+
+    report = run(load_plan(Path("benchmarks/plans/mixed.yaml")), "http://127.0.0.1:8000")
+
+plan.py (what to send) → workload.py (the requests as data) → runner.py (when) → client.py and
+protocols.py (one request) → report.py (what it adds up to) → show.py (table and plot).
+"""
+
+from benchmarks.load.plan import Plan, load_plan, parse_plan
+from benchmarks.load.report import Report, load_report, unloaded_of
+from benchmarks.load.runner import run, run_async
+from deployments.errors import Unreachable
+
+__all__ = [
+    "Plan",
+    "Report",
+    "Unreachable",
+    "load_plan",
+    "load_report",
+    "parse_plan",
+    "run",
+    "run_async",
+    "unloaded_of",
+]

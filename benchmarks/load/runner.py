@@ -1,0 +1,237 @@
+"""Sends a plan's requests as they are due, and reports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.load.client import Client, Ending, check_reachable
+from benchmarks.load.report import Machine, Record, Report, derive
+from benchmarks.load.workload import photos, requests, warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+    from typing import Any
+
+    from benchmarks.load.plan import Plan
+    from benchmarks.load.workload import Request
+
+    Progress = Callable[[str, int], None]
+    """Hears the phase, and how many of its requests are done."""
+
+
+def run(
+    plan: Plan,
+    url: str | None = None,
+    *,
+    unloaded_s: Mapping[int, float] | None = None,
+    usd_per_gpu_hour: float | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Run a plan. In the main thread, Ctrl-C or SIGTERM ends it early, with a report.
+
+    Args:
+        plan: what to send.
+        url: of the server; None takes the plan's.
+        unloaded_s: unloaded latency by request, in place of measuring it.
+        usd_per_gpu_hour: for the cost of pictures.
+        progress: is told how far it is.
+
+    Raises:
+        Unreachable: nobody listens there.
+        ConfigError: the plan's photo cannot be read, or the URL is none.
+    """
+
+    async def main() -> Report:
+        stop = asyncio.Event()
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for ending in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(ending, stop.set)
+        return await run_async(
+            plan,
+            url,
+            stop=stop,
+            unloaded_s=unloaded_s,
+            usd_per_gpu_hour=usd_per_gpu_hour,
+            progress=progress,
+        )
+
+    return asyncio.run(main())
+
+
+async def run_async(
+    plan: Plan,
+    url: str | None = None,
+    *,
+    stop: asyncio.Event | None = None,
+    unloaded_s: Mapping[int, float] | None = None,
+    usd_per_gpu_hour: float | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """As `run`, in a running event loop; `stop` ends it early."""
+    if url is not None:
+        plan = plan.change(target={"url": url})
+    pictures = photos(plan)
+    await check_reachable(plan.target)
+    load_before, started = os.getloadavg()[0], datetime.now(UTC).isoformat(timespec="seconds")
+    async with Client(plan, pictures) as client:
+        load = _Load(plan, client, progress or _tell_nobody, dict(unloaded_s or {}))
+        interrupted = await _until(load.drive(), stop or asyncio.Event())
+    records = sorted(load.records, key=lambda record: record.index)
+    return Report(
+        plan=plan,
+        url=plan.target.url,
+        protocol=plan.target.protocol,
+        started=started,
+        interrupted=interrupted,
+        wall_s=load.wall_s,
+        machine=_machine(load_before, load.cpu_s / load.wall_s if load.wall_s else 0.0),
+        unloaded_s=load.unloaded_s,
+        records=tuple(records),
+        **derive(records, load.wall_s, usd_per_gpu_hour),
+    )
+
+
+@dataclass
+class _Load:
+    """A run under way.
+
+    Attributes:
+        unloaded_s: latency of request i on the idle server.
+        records: of the counted requests, in the order they ended.
+        wall_s, cpu_s: of the counted part, until its last record.
+    """
+
+    plan: Plan
+    client: Client
+    progress: Progress
+    unloaded_s: dict[int, float]
+    records: list[Record] = field(default_factory=list[Record])
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    _start_s: float = 0.0
+    _cpu_start_s: float = 0.0
+
+    async def drive(self) -> None:
+        """Warm-up, the idle server if wanted, then the load."""
+        for done, request in enumerate(warm_up(self.plan), 1):
+            await self.client.send(request)
+            self.progress("warming up", done)
+        if self.plan.slowdown and not self.unloaded_s:
+            await self._measure_idle()
+        self._start_s, self._cpu_start_s = time.perf_counter(), time.process_time()
+        await (self._open() if self.plan.mode == "open" else self._closed())
+
+    async def _measure_idle(self) -> None:
+        for request in requests(self.plan):
+            if request.index == self.plan.slowdown_requests:
+                return
+            ending = await self.client.send(replace(request, leaves_after_s=None))
+            if ending.outcome == "ok":
+                self.unloaded_s[request.index] = ending.ended_s - ending.sent_s
+            self.progress("one by one on the idle server", request.index + 1)
+
+    async def _open(self) -> None:
+        """At each arrival, whatever became of those before."""
+        async with asyncio.TaskGroup() as group:
+            for request in requests(self.plan):
+                due_s = self._start_s + (request.arrival_s or 0.0)
+                await asyncio.sleep(due_s - time.perf_counter())
+                group.create_task(self._count(request, due_s))
+
+    async def _closed(self) -> None:
+        """Each client sends as soon as its former request is answered."""
+        left = requests(self.plan)
+        end_s = self._start_s + (self.plan.duration_s or float("inf"))
+
+        async def one_client() -> None:
+            while time.perf_counter() < end_s and (request := next(left, None)):
+                await self._count(request, time.perf_counter())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.plan.concurrency or 1):
+                group.create_task(one_client())
+
+    async def _count(self, request: Request, due_s: float) -> None:
+        sent_s = time.perf_counter()
+        try:
+            ending = await self.client.send(request)
+        except asyncio.CancelledError:
+            self._add(request, due_s, Ending("unfinished", sent_s, time.perf_counter()))
+            raise
+        self._add(request, due_s, ending)
+
+    def _add(self, request: Request, due_s: float, ending: Ending) -> None:
+        self.records.append(self._record(request, due_s, ending))
+        self.wall_s = time.perf_counter() - self._start_s
+        self.cpu_s = time.process_time() - self._cpu_start_s
+        self.progress("under load", len(self.records))
+
+    def _record(self, request: Request, due_s: float, ending: Ending) -> Record:
+        answer = ending.answer
+        return Record(
+            index=request.index,
+            task=request.label,
+            size=request.size,
+            parameters=dict(request.parameters),
+            due_s=due_s - self._start_s,
+            sent_s=ending.sent_s - self._start_s,
+            latency_s=ending.ended_s - due_s,
+            unloaded_s=self.unloaded_s.get(request.index),
+            leaves=request.leaves_after_s is not None,
+            outcome=ending.outcome,
+            status=ending.status,
+            code=answer.code,
+            detail=answer.detail,
+            batch_size=answer.batch_size,
+            gpu_seconds=answer.gpu_seconds,
+            stages_s=answer.stages_s,
+        )
+
+
+def _tell_nobody(_phase: str, _done: int) -> None:
+    """The progress nobody asked for."""
+
+
+async def _until(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Do the work until it ends or `stop` is set; whether it was stopped."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working  # raises what it raised
+            return False
+        return True
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+def _machine(load_before: float, generator_cpu_share: float) -> Machine:
+    return Machine(
+        processor=_processor(),
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cores=len(os.sched_getaffinity(0)),
+        load_before=load_before,
+        load_after=os.getloadavg()[0],
+        generator_cpu_share=generator_cpu_share,
+    )
+
+
+def _processor() -> str:
+    with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
