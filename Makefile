@@ -43,6 +43,13 @@ fix: setup ## Mend what ruff can mend
 bench: setup ## Latency of each task on a 512x512 photo, on this machine
 	$(BIN)/python -m benchmarks.latency
 
+.PHONY: bench-options bench-order
+bench-options: setup ## Which speed options and group sizes gain on this machine's CPU
+	$(BIN)/python -m benchmarks.options
+
+bench-order: setup ## Simulate our order of steps beside others
+	$(BIN)/python -m benchmarks.order
+
 .PHONY: bench-store
 bench-store: setup ## Pull 2 GB beside other ways to do it; load with and without verification
 	$(BIN)/python -m benchmarks.store
@@ -63,9 +70,9 @@ $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --requirement benchmarks/peers/requirements.txt
 	for peer in bentoml triton; do \
-	  $(PYTHON) -m venv $(PEERS)/$$peer \
+	  $(PYTHON) -m venv --without-pip $(PEERS)/$$peer \
 	  && $(PEERS)/bin/python -c '$(PURELIB)' > "$$($(PEERS)/$$peer/bin/python -c '$(PURELIB)')/peers.pth" \
-	  && $(PEERS)/$$peer/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements-$$peer.txt \
+	  && $(PEERS)/bin/python -m pip --python $(PEERS)/$$peer install --quiet --no-deps --requirement benchmarks/peers/requirements-$$peer.txt \
 	  || exit 1; \
 	done
 	touch $@

@@ -20,6 +20,7 @@ from rich.table import Table
 from deployments import images
 from deployments.contract import REQUESTS, complete
 from deployments.engine import Engine
+from deployments.grouping import GroupLimits
 from deployments.loader import build
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, load_registry
@@ -70,7 +71,7 @@ def main(
     late: list[str] = []
     for spec in load_registry(models).values():
         pipeline = build(spec, provider.ensure(spec), settings)
-        engine = Engine(pipeline, max_batch_size=1)
+        engine = Engine(pipeline, GroupLimits(1))
         measure(spec, pipeline, engine, data)
         samples = [measure(spec, pipeline, engine, data) for _ in range(runs)]
         engine.close()

@@ -231,7 +231,9 @@ class ImageResult:
         seed: None where the model uses no chance.
         batch_size: rows in the forward pass that carried this one.
         gpu_seconds: share of the pass, times the share of the GPU; 0 without a GPU.
-        timings_s: seconds by stage: decode, queue, denoise, encode.
+        determinism: exact if the bits depend on the request alone; bounded if, in company, they may
+            differ by what docs/engine.md says.
+        timings_s: seconds by stage: decode, queue, denoise, vae, encode.
         notes: what the client should know, such as "first of 12 frames".
     """
 
@@ -243,6 +245,7 @@ class ImageResult:
     seed: int | None
     batch_size: int
     gpu_seconds: float
+    determinism: Literal["exact", "bounded"] = "bounded"
     timings_s: dict[str, float] = field(default_factory=dict[str, float])
     notes: tuple[str, ...] = ()
 

@@ -15,6 +15,7 @@ import numpy as np
 from deployments.contract import REQUESTS, complete
 from deployments.engine import Engine
 from deployments.errors import NotReady, SetupError
+from deployments.grouping import GroupLimits
 from deployments.images import Picture
 from deployments.loader import load
 from deployments.pipelines.base import Row
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from deployments.loader import Loaded
     from deployments.pipelines.base import Pipeline
     from deployments.registry import ModelSpec
-    from deployments.settings import Settings
+    from deployments.settings import Settings, Tuning
 
 _WARM_UP_S = 600
 logger = logging.getLogger("ray.serve.imagen.hosting")
@@ -109,7 +110,7 @@ class Host:
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
-        self.max_batch_size = spec.max_batch_size
+        self.limits = GroupLimits(spec.max_batch_size)
         self._spec = spec
         self._settings = settings
         self._metrics = ModelMetrics()
@@ -180,11 +181,12 @@ class Host:
         if self._broken or not self._ready().engine.alive:
             raise NotReady(f"The engine of {self._spec.name} has stopped. {self._broken}".strip())
 
-    def set_max_batch_size(self, size: int | None) -> None:
-        """Most rows in one step, from now on; None for the model's own."""
-        self.max_batch_size = size or self._spec.max_batch_size
+    def tune(self, tuning: Tuning) -> None:
+        """What one pass may hold, from now on."""
+        size = tuning.max_batch_size or self._spec.max_batch_size
+        self.limits = GroupLimits(size, tuning.budget_px, tuning.determinism == "exact")
         if self._served:
-            self._served.engine.max_batch_size = self.max_batch_size
+            self._served.engine.limits = self.limits
 
     def close(self) -> None:
         """End the engine and give the model's folder free."""
@@ -224,7 +226,7 @@ class Host:
 
     def _warm(self, loaded: Loaded) -> Served:
         """Run one grey picture through the whole model, so that the first client does not wait."""
-        engine = Engine(loaded.pipeline, max_batch_size=self.max_batch_size)
+        engine = Engine(loaded.pipeline, self.limits)
         served = Served(loaded, engine)
         grey = Picture(np.full((64, 64, 3), 127, np.uint8), None)
         spec = self._spec

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deployments.errors import ConfigError, ModelCorrupt
+from deployments.placement import cap_device
 from deployments.registry import FAMILIES
 from deployments.settings import enforce_offline
 from deployments.store.folder import read_manifest
@@ -60,11 +61,13 @@ def load(
         ModelCorrupt: other bytes than published, or files that do not fit the network.
         AttentionUnavailable: xformers was asked for and cannot run.
         ConfigError: CUDA was asked for and there is none.
+        GpuTooSmall: the replica's share of the GPU does not hold the weights.
     """
     lease = ExitStack()
     lease.enter_context(store.lease(digest))
     try:
         device = choose_device(settings.device)
+        cap_device(spec.num_gpus, device, spec.name)
         folder = store.folder(spec.name, digest)
         _check_family(spec, read_manifest(folder, spec.name))
         with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 
 from deployments import images
@@ -44,6 +45,7 @@ class ModelDeployment:
         # Imported here: the Serve controller and the ingress import this module without torch.
         from deployments.hosting import Host
 
+        spec = spec.model_copy(update={"num_gpus": _gpu_share()})
         self._spec = spec
         self._limits = images.Limits(**settings.limits.model_dump())
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
@@ -52,7 +54,7 @@ class ModelDeployment:
         self._host = Host(spec, settings)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take a new digest, batch window, batch size or defaults, without a restart.
+        """Take a new digest, batch window, limits of a pass or defaults, without a restart.
 
         The first call, before any request, brings the model up: it may raise, and stops the start
         of the replica. A later one never raises, because Serve would replace a working replica by
@@ -69,9 +71,9 @@ class ModelDeployment:
                 return
             raise ConfigError(str(error)) from error
         self._defaults = defaults
-        self._host.set_max_batch_size(tuning.max_batch_size)
+        self._host.tune(tuning)
         admit: Any = self._admit
-        admit.set_max_batch_size(self._host.max_batch_size)
+        admit.set_max_batch_size(self._host.limits.max_batch_size)
         admit.set_batch_wait_timeout_s(tuning.batch_window_s)
         if self._configured:
             self._host.want(tuning.digest)
@@ -110,24 +112,19 @@ class ModelDeployment:
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
             row = Row(request, pixels, _seed(request), deadline_s)
+            exact = served.engine.limits.exact
             try:
                 await self._admit((served.engine, row))
                 output = await asyncio.wrap_future(row.future)
             finally:
                 row.cancel()
             result = await self._on_pool(served.pipeline.restore, output, picture, request)
-            model = f"{self._spec.name}@{served.loaded.digest}"
-            on_gpu = served.loaded.device != "cpu"
         # 3) Pixels to bytes.
         encode_s = time.monotonic()
+        model = f"{self._spec.name}@{served.loaded.digest}"
         metadata = self._metadata(row, model)
         body = await self._on_pool(images.encode, result, job.output_format, metadata)
-        timings_s = {
-            "decode": decoded_s - start_s,
-            "queue": row.queue_s,
-            "denoise": row.run_s,
-            "encode": time.monotonic() - encode_s,
-        }
+        on_gpu = served.loaded.device != "cpu"
         return ImageResult(
             image=body,
             media_type=images.media_type(job.output_format),
@@ -137,7 +134,8 @@ class ModelDeployment:
             seed=self._seed_used(row),
             batch_size=row.batch_size,
             gpu_seconds=row.compute_s * self._spec.num_gpus if on_gpu else 0.0,
-            timings_s=timings_s,
+            determinism="exact" if exact else "bounded",
+            timings_s=_timings_s(row, decoded_s - start_s, time.monotonic() - encode_s),
             notes=result.notes,
         )
 
@@ -175,6 +173,21 @@ class ModelDeployment:
 
     async def _on_pool(self, work: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+
+def _gpu_share() -> float:
+    """What Ray gave this replica: the Serve config may say otherwise than the registry."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
+
+
+def _timings_s(row: Row, decode_s: float, encode_s: float) -> dict[str, float]:
+    return {
+        "decode": decode_s,
+        "queue": row.queue_s,
+        "denoise": row.run_s,
+        "vae": row.vae_s,
+        "encode": encode_s,
+    }
 
 
 def _seed(request: TaskRequest) -> int:

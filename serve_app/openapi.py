@@ -45,6 +45,7 @@ _HEADERS = {
     "X-Imagen-Seed": "the seed used, where the model uses chance",
     "X-Imagen-Batch-Size": "rows in the forward pass that carried this one",
     "X-Imagen-Gpu-Seconds": "share of a GPU's time",
+    "X-Imagen-Determinism": "exact: the bits depend on the request alone; bounded: nearly",
     "X-Imagen-Size": "width x height of the result, px",
     "X-Imagen-Note": "what else to know, such as: first of 12 frames",
     "Server-Timing": "milliseconds by stage",

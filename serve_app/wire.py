@@ -223,6 +223,7 @@ def image_response(result: ImageResult) -> Response:
         "X-Imagen-Model": result.model,
         "X-Imagen-Batch-Size": str(result.batch_size),
         "X-Imagen-Gpu-Seconds": f"{result.gpu_seconds:.4f}",
+        "X-Imagen-Determinism": result.determinism,
         "X-Imagen-Size": f"{result.width_px}x{result.height_px}",
         "Server-Timing": ", ".join(
             f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in result.timings_s.items()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from deployments import images
 from deployments.contract import REQUESTS, Task, complete
+from deployments.engine import Engine
 from deployments.loader import build
 from deployments.pipelines.base import Row
 from deployments.registry import load_registry
@@ -40,10 +41,10 @@ def run(task: Task, picture: Picture) -> Picture:
     request = complete(REQUESTS[task](), spec.defaults, spec.parameters)
     source = images.Picture(np.asarray(to_image(picture)), None)
     row = Row(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf)
-    pipeline.begin(row)
-    while not row.done:
-        pipeline.step([row])
-    result = pipeline.restore(pipeline.finish(row), source, request)
+    engine = Engine(pipeline)
+    engine.put([row])
+    result = pipeline.restore(row.future.result(), source, request)
+    engine.close()
     rgb = from_image(Image.fromarray(result.rgb))
     return rgb if result.alpha is None else np.dstack([rgb, result.alpha / np.float32(255)])
 

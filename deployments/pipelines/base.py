@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
 
     from deployments.contract import TaskRequest
     from deployments.images import Picture
@@ -29,11 +29,13 @@ class Row:
         seed: of this row's own random generator.
         deadline_s: on the clock of `time.monotonic`; past it the row is dropped.
         future: gets the output of `Pipeline.finish`, or the row's error.
-        done: set by `Pipeline.step` when no step is left.
         state: whatever the pipeline keeps for the row.
+        steps, steps_left: of the model; `Pipeline.begin` sets the latter, the engine counts down.
+        cost_px: network pixels of each step, see `Pipeline.cost_px`.
         batch_size: the largest group the row was stepped in.
-        queue_s, run_s: seconds waiting and being stepped, so far.
-        compute_s: the row's share of the seconds its groups ran.
+        arrived_s: on the engine's clock.
+        queue_s, run_s, vae_s: seconds waiting, being stepped, and being begun and finished.
+        compute_s: the row's share of the seconds its groups ran, and all of `vae_s`.
     """
 
     request: TaskRequest
@@ -41,12 +43,15 @@ class Row:
     seed: int
     deadline_s: float
     future: Future[Pixels] = field(default_factory=Future[Pixels])
-    done: bool = False
     state: object = None
+    steps: int = 0
+    steps_left: int = 0
+    cost_px: int = 1
     batch_size: int = 0
     arrived_s: float = 0.0
     queue_s: float = 0.0
     run_s: float = 0.0
+    vae_s: float = 0.0
     compute_s: float = 0.0
 
     def cancel(self) -> None:
@@ -62,8 +67,10 @@ class Pipeline(Protocol):
     """One model, loaded.
 
     Guarantees asked of an implementation:
-        - `fit` and `restore` are pure and may run on any thread, several at a time;
-        - `begin`, `step` and `finish` run on the engine's thread only;
+        - `fit`, `restore` and `cost_px` are pure and may run on any thread, several at a time;
+        - `begin` and `finish` run on one thread, `step` on another; they share no module that
+          keeps state between calls;
+        - `begin` and `finish` yield after every bounded piece of work, and may be called again;
         - if `step` raises, no row it was given has changed, so that the engine may try again with
           fewer rows.
     """
@@ -72,20 +79,26 @@ class Pipeline(Protocol):
         """What the model will see of `picture`: scaled and padded to a size it was made for."""
         ...
 
+    def cost_px(self, row: Row) -> int:
+        """Pixels the network works on in one step of the row: its working size, twice with
+        guidance. At least 1.
+        """
+        ...
+
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        """Prepare `row.state` and say in `row.steps_left` how many steps it takes, at least 1."""
+        ...
+
     def key(self, row: Row) -> Hashable:
         """Rows with equal keys may share a step."""
         ...
 
-    def begin(self, row: Row) -> None:
-        """Prepare `row.state`."""
-        ...
-
     def step(self, rows: Sequence[Row]) -> None:
-        """Advance rows of one key together; set `done` on those that are finished."""
+        """Advance rows of one key together by one step."""
         ...
 
-    def finish(self, row: Row) -> Pixels:
-        """The finished row's pixels.
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        """The stepped row's pixels.
 
         Raises:
             ModelFailed: the result holds NaN.

@@ -1,29 +1,29 @@
-"""What the diffusers families share: loading from a folder, attention, calling, cancelling."""
+"""What the diffusers families share: loading from a folder, attention, prompts."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from deployments.errors import AttentionUnavailable, ModelCorrupt, ModelFailed, ModelNotCached
+from deployments.errors import AttentionUnavailable, ModelCorrupt, ModelNotCached
+from deployments.pipelines.schedules import check_scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
 
-    from deployments.pipelines.base import Pixels, Row
     from deployments.registry import ModelSpec
 
+_PROMPTS = 64
 NO_SAFETY_CHECKER: dict[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -62,6 +62,7 @@ def load_pipeline(
         ModelNotCached: a component's file is missing.
         ModelCorrupt: a file is truncated or does not fit its network.
         AttentionUnavailable: xformers was asked for and cannot run.
+        ConfigError: its scheduler draws noise at every step.
     """
     _quiet()
     _check_files(spec, folder, replaced=options)
@@ -84,6 +85,7 @@ def load_pipeline(
         ) from error
     _check_filled(pipeline, spec, folder)
     pipeline.set_progress_bar_config(disable=True)
+    _prepare(pipeline)
     if device != "cpu":
         pipeline.to(device)
     if spec.attention == "xformers":
@@ -159,6 +161,18 @@ def _stored_shapes(spec: ModelSpec, path: Path) -> list[tuple[int, ...]]:
         ) from error
 
 
+def _prepare(pipeline: Any) -> None:
+    """Hold a stock pipeline against what ours can do; raises ConfigError or ModelCorrupt."""
+    check_scheduler(pipeline.scheduler)
+    config = pipeline.vae.config
+    if config.get("latents_mean") is not None:
+        raise ModelCorrupt("The autoencoder shifts its latents by latents_mean: not supported.")
+    upcasts = hasattr(pipeline, "upcast_vae") and config.get("force_upcast", True)
+    if pipeline.vae.dtype == torch.float16 and upcasts:
+        # Once, rather than to float32 and back at every call.
+        pipeline.vae.to(torch.float32)
+
+
 def _enable_xformers(pipeline: Any, spec: ModelSpec) -> None:
     # The only switch that reaches a UNet: set_attention_backend() changes none of its processors.
     if importlib.util.find_spec("xformers") is None:
@@ -178,36 +192,25 @@ def _enable_xformers(pipeline: Any, spec: ModelSpec) -> None:
     )
 
 
-def generators(rows: Sequence[Row]) -> list[torch.Generator]:
-    """One CPU generator a row, so that a row's noise does not depend on its neighbours."""
-    return [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+class PromptCache:
+    """Embeddings of the texts asked for last; every text is encoded alone, so always alike.
 
-
-def to_tensor(rows: Sequence[Row]) -> torch.Tensor:
-    """The rows' pixels as `(B, 3, H, W)`, float32 in [0, 1].
-
-    Left channels last, as a stock pipeline makes its tensor of a PIL image, so that both sum alike.
+    Args:
+        encode: embeddings of one text.
     """
-    stacked = torch.stack([torch.from_numpy(row.pixels) for row in rows])
-    return stacked.permute(0, 3, 1, 2).float() / 255
 
+    def __init__(self, encode: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        self._encode = encode
+        self._known: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
 
-def set_images(rows: Sequence[Row], images: Any) -> None:
-    """Keep each row's `H x W x 3` float image in [0, 1] and mark the row done."""
-    for row, image in zip(rows, images, strict=True):
-        row.state = image
-        row.done = True
+    def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(1, 77, D)` embeddings, and `(1, P)` pooled ones where the model has them."""
+        found = self._known.pop(text, None) or self._encode(text)
+        self._known[text] = found
+        if len(self._known) > _PROMPTS:
+            self._known.popitem(last=False)
+        return found
 
-
-def to_pixels(image: Any) -> Pixels:
-    """uint8 pixels of a float image in [0, 1].
-
-    Raises:
-        ModelFailed: the image holds NaN or infinity.
-    """
-    if not np.isfinite(image).all():
-        raise ModelFailed(
-            "The model gave no valid picture for this request (NaN).",
-            remedy="Try another seed, fewer steps or a lower guidance_scale.",
-        )
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    def clear(self) -> None:
+        """Forget all, because the weights move."""
+        self._known.clear()

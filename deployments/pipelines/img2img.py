@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers.utils.torch_utils import randn_tensor
 
 from deployments.buckets import choose_bucket, fit_to_bucket, resize, restore_from_bucket
 from deployments.contract import Img2ImgRequest
 from deployments.images import Picture
 from deployments.pipelines import diffusion
+from deployments.pipelines.autoencoder import Autoencoder
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
     from deployments.contract import TaskRequest
@@ -20,60 +24,93 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 
+_AESTHETIC, _UNWANTED_AESTHETIC = 6.0, 2.5
+"""Scores the refiner was trained with, as the stock pipeline sends them."""
+
+
 class Img2Img:
-    """One stock call for a group of rows that agree in everything the call takes as a scalar.
+    """Rows of one bucket share every UNet pass, whatever their strength, steps and guidance.
 
     No safety checker runs. Working sizes are the spec's buckets; the result has the input's size.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
         self._buckets = spec.buckets
-        is_xl = "XL" in diffusion.read_index(spec, folder)["_class_name"]
-        if is_xl:
-            self._pipeline = diffusion.load_pipeline(
+        self._is_xl = "XL" in diffusion.read_index(spec, folder)["_class_name"]
+        if self._is_xl:
+            stock = diffusion.load_pipeline(
                 StableDiffusionXLImg2ImgPipeline, spec, folder, device, add_watermarker=False
             )
         else:
-            self._pipeline = diffusion.load_pipeline(
+            stock = diffusion.load_pipeline(
                 StableDiffusionImg2ImgPipeline,
                 spec,
                 folder,
                 device,
                 **diffusion.NO_SAFETY_CHECKER,
             )
+        self._stock = stock
+        self._texts = diffusion.PromptCache(self._encode)
+        self.autoencoder = Autoencoder(stock.vae)
+        self.denoiser = Denoiser(stock.unet, stock.scheduler)
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         bucket = choose_bucket(picture.width_px, picture.height_px, self._buckets)
         return fit_to_bucket(picture.rgb, bucket)
 
     def to(self, device: str) -> None:
-        self._pipeline.to(device)
+        self._stock.to(device)
+        self._texts.clear()
+
+    def cost_px(self, row: Row) -> int:
+        guided = cast("Img2ImgRequest", row.request).guidance_scale > 1
+        return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
+
+    @torch.inference_mode()
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        request = cast("Img2ImgRequest", row.request)
+        wanted = self._condition(request.prompt, row.pixels, _AESTHETIC)
+        unwanted = None
+        if request.guidance_scale > 1:
+            unwanted = self._condition(request.negative_prompt, row.pixels, _UNWANTED_AESTHETIC)
+        yield
+        # The stock pipeline's order: the autoencoder draws first, then the noise.
+        generator = torch.Generator("cpu").manual_seed(row.seed)
+        clean = self.autoencoder.encode(row.pixels, generator)
+        yield
+        noise = randn_tensor(clean.shape, generator, clean.device, self._stock.unet.dtype)
+        run = min(int(request.steps * request.strength), request.steps)
+        schedule = self.denoiser.schedule(request.steps, request.steps - run)
+        latents = clean.float() * schedule.image + noise.float() * schedule.noise
+        row.state = Denoising(latents, schedule, wanted, unwanted, request.guidance_scale)
+        row.steps_left = schedule.steps
 
     def key(self, row: Row) -> Hashable:
-        request = cast("Img2ImgRequest", row.request)
-        size = row.pixels.shape[:2]
-        return (*size, request.steps, request.strength, request.guidance_scale)
-
-    def begin(self, row: Row) -> None:
-        """Nothing: the stock call prepares its own latents."""
+        return row.pixels.shape[:2]
 
     def step(self, rows: Sequence[Row]) -> None:
-        requests = [cast("Img2ImgRequest", row.request) for row in rows]
-        result = self._pipeline(
-            prompt=[r.prompt for r in requests],
-            negative_prompt=[r.negative_prompt for r in requests],
-            image=diffusion.to_tensor(rows),
-            strength=requests[0].strength,
-            num_inference_steps=requests[0].steps,
-            guidance_scale=requests[0].guidance_scale,
-            generator=diffusion.generators(rows),
-            callback_on_step_end=_stop_when_abandoned(rows),
-            output_type="np",
-        )
-        diffusion.set_images(rows, result.images)
+        self.denoiser.step([cast("Denoising", row.state) for row in rows])
 
-    def finish(self, row: Row) -> Pixels:
-        return diffusion.to_pixels(row.state)
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        return self.autoencoder.decode(cast("Denoising", row.state).latents)
+
+    def _encode(self, text: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        values = self._stock.encode_prompt(
+            text,
+            device=self._stock.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return values[0], values[2] if self._is_xl else None
+
+    def _condition(self, text: str, pixels: Pixels, aesthetic: float) -> Condition:
+        embeds, pooled = self._texts(text)
+        if pooled is None:
+            return Condition(embeds)
+        height, width = pixels.shape[:2]
+        scored = self._stock.config.requires_aesthetics_score
+        ids = (height, width, 0, 0, *((aesthetic,) if scored else (height, width)))
+        return Condition(embeds, pooled, torch.tensor([ids], dtype=embeds.dtype).to(embeds.device))
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
         working = cast("Img2ImgRequest", request).output_size == "working"
@@ -82,14 +119,3 @@ class Img2Img:
         if alpha is not None and working:
             alpha = resize(alpha, rgb.shape[1], rgb.shape[0])
         return Picture(rgb, alpha, picture.notes)
-
-
-def _stop_when_abandoned(rows: Sequence[Row]) -> Any:
-    """A step callback that ends the call early once nobody waits for any of its rows."""
-
-    def callback(pipeline: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if all(row.cancelled for row in rows):
-            pipeline._interrupt = True
-        return values
-
-    return callback

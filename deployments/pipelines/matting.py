@@ -15,7 +15,7 @@ from deployments.pipelines import networks
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
     from deployments.contract import TaskRequest
@@ -47,11 +47,15 @@ class Matting:
         self._net.to(device)
         self._device = device
 
+    def cost_px(self, row: Row) -> int:
+        return self._input_px**2
+
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        row.steps_left = 1
+        yield from ()
+
     def key(self, row: Row) -> Hashable:
         return "one size"
-
-    def begin(self, row: Row) -> None:
-        """Nothing: the network has a single step."""
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -64,9 +68,9 @@ class Matting:
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)
         for row, mask in zip(rows, alpha.cpu().numpy(), strict=True):
             row.state = mask
-            row.done = True
 
-    def finish(self, row: Row) -> Pixels:
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        yield from ()
         mask = cast("Any", row.state)
         if not np.isfinite(mask).all():
             raise ModelFailed(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionUpscalePipeline
+from diffusers.utils.torch_utils import randn_tensor
 
 from deployments.buckets import resize
-from deployments.contract import UpscaleRequest
 from deployments.images import Picture
 from deployments.pipelines import diffusion
+from deployments.pipelines.autoencoder import Autoencoder, image_tensor
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import TaskRequest, UpscaleRequest
     from deployments.pipelines.base import Pixels, Row
     from deployments.registry import ModelSpec
 
@@ -28,14 +29,14 @@ MULTIPLE = 8
 
 
 class UpscaleDiffusion:
-    """One stock call for a group of rows of one size and one set of scalars.
+    """Rows of one size share every UNet pass, whatever their noise level, steps and guidance.
 
-    The autoencoder decodes in tiles, because its attention over a 512 px input would otherwise
-    need hundreds of gigabytes.
+    The autoencoder decodes in tiles of the spec's `tile_px`, because its attention over a 512 px
+    input would otherwise need hundreds of gigabytes.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
-        self._pipeline = diffusion.load_pipeline(
+        stock = diffusion.load_pipeline(
             StableDiffusionUpscalePipeline,
             spec,
             folder,
@@ -44,60 +45,71 @@ class UpscaleDiffusion:
             safety_checker=None,
             feature_extractor=None,
         )
-        self._pipeline.vae.enable_tiling()
-        if spec.dtype == "float16":
-            # The stock call would cast the autoencoder to float32 and back on every request.
-            self._pipeline.vae.to(torch.float32)
+        self._stock = stock
+        self._texts = diffusion.PromptCache(self._encode)
+        self.autoencoder = Autoencoder(stock.vae, spec.tile_px)
+        self.denoiser = Denoiser(stock.unet, stock.scheduler)
+        self._noises = stock.low_res_scheduler.alphas_cumprod.tolist()
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         bottom, right = -picture.height_px % MULTIPLE, -picture.width_px % MULTIPLE
         return np.pad(picture.rgb, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
     def to(self, device: str) -> None:
-        self._pipeline.to(device)
+        self._stock.to(device)
+        self._texts.clear()
+
+    def cost_px(self, row: Row) -> int:
+        guided = cast("UpscaleRequest", row.request).guidance_scale > 1
+        return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
+
+    @torch.inference_mode()
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        request = cast("UpscaleRequest", row.request)
+        wanted = Condition(self._texts(request.prompt)[0])
+        guided = request.guidance_scale > 1
+        unwanted = Condition(self._texts(request.negative_prompt)[0]) if guided else None
+        yield
+        unet = self._stock.unet
+        generator = torch.Generator("cpu").manual_seed(row.seed)
+        picture = image_tensor(row.pixels).to(unet.device, unet.dtype)
+        # The stock pipeline's order: noise for the picture, then the latents.
+        noise = randn_tensor(picture.shape, generator, unet.device, unet.dtype)
+        kept = self._noises[request.noise_level]
+        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * noise
+        shape = (1, self._stock.vae.config.latent_channels, *picture.shape[2:])
+        schedule = self.denoiser.schedule(request.steps)
+        latents = randn_tensor(shape, generator, unet.device, unet.dtype).float()
+        row.state = Denoising(
+            latents * schedule.first_noise,
+            schedule,
+            wanted,
+            unwanted,
+            request.guidance_scale,
+            noisy,
+            request.noise_level,
+        )
+        row.steps_left = schedule.steps
 
     def key(self, row: Row) -> Hashable:
-        request = cast("UpscaleRequest", row.request)
-        size = row.pixels.shape[:2]
-        return (*size, request.steps, request.guidance_scale, request.noise_level)
-
-    def begin(self, row: Row) -> None:
-        """Nothing: the stock call prepares its own latents."""
+        return row.pixels.shape[:2]
 
     def step(self, rows: Sequence[Row]) -> None:
-        requests = [cast("UpscaleRequest", row.request) for row in rows]
-        with suppress(_Abandoned):
-            result = self._pipeline(
-                prompt=[r.prompt for r in requests],
-                negative_prompt=[r.negative_prompt for r in requests],
-                image=diffusion.to_tensor(rows),
-                num_inference_steps=requests[0].steps,
-                guidance_scale=requests[0].guidance_scale,
-                noise_level=requests[0].noise_level,
-                generator=diffusion.generators(rows),
-                callback=_stop_when_abandoned(rows),
-                output_type="np",
-            )
-            diffusion.set_images(rows, result.images)
+        self.denoiser.step([cast("Denoising", row.state) for row in rows])
 
-    def finish(self, row: Row) -> Pixels:
-        return diffusion.to_pixels(row.state)
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        return self.autoencoder.decode(cast("Denoising", row.state).latents)
+
+    def _encode(self, text: str) -> tuple[torch.Tensor, None]:
+        values = self._stock.encode_prompt(
+            text,
+            device=self._stock.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return values[0], None
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
         width, height = picture.width_px * SCALE, picture.height_px * SCALE
         alpha = None if picture.alpha is None else resize(picture.alpha, width, height)
         return Picture(np.ascontiguousarray(output[:height, :width]), alpha, picture.notes)
-
-
-class _Abandoned(Exception):
-    """Nobody waits any more."""
-
-
-def _stop_when_abandoned(rows: Sequence[Row]) -> Any:
-    """A step callback that ends the call early; this stock pipeline knows no other way."""
-
-    def callback(_step: int, _t: Any, _latents: Any) -> None:
-        if all(row.cancelled for row in rows):
-            raise _Abandoned
-
-    return callback

@@ -16,7 +16,7 @@ from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -78,14 +78,21 @@ class UpscaleGan:
         self._net.to(device)
         self._device = device
 
+    def cost_px(self, row: Row) -> int:
+        height, width = row.pixels.shape[:2]
+        most = self._tile_px + 2 * self._overlap_px
+        return min(height, most) * min(width, most)
+
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        height, width = row.pixels.shape[:2]
+        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
+        tiles = plan_tiles(height, width, self._tile_px, self._overlap_px)
+        row.state, row.steps_left = _Progress(canvas, tiles), len(tiles)
+        yield from ()
+
     def key(self, row: Row) -> Hashable:
         progress = cast("_Progress", row.state)
         return progress.tiles[progress.next].shape
-
-    def begin(self, row: Row) -> None:
-        height, width = row.pixels.shape[:2]
-        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
-        row.state = _Progress(canvas, plan_tiles(height, width, self._tile_px, self._overlap_px))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
@@ -96,15 +103,13 @@ class UpscaleGan:
         y = self._net(x.permute(0, 3, 1, 2).to(self._dtype) / 255).float()
         finite = y.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
         pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for row, progress, tile, out, ok in zip(
-            rows, progresses, tiles, pixels, finite, strict=True
-        ):
+        for progress, tile, out, ok in zip(progresses, tiles, pixels, finite, strict=True):
             _paste(progress.canvas, out, tile)
             progress.next += 1
             progress.finite = progress.finite and bool(ok)
-            row.done = progress.next == len(progress.tiles)
 
-    def finish(self, row: Row) -> Pixels:
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        yield from ()
         progress = cast("_Progress", row.state)
         if not progress.finite:
             raise ModelFailed(

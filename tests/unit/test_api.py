@@ -464,7 +464,7 @@ async def test_a_missed_deadline_stops_the_work() -> None:
 
             return backend
 
-    await post(app_of(Watched(), timeout_s=0.05), COMIC, PHOTO)
+    await post(app_of(Watched(), timeout_s=0.5), COMIC, PHOTO)
     assert stopped.is_set()
 
 

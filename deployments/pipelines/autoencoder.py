@@ -1,0 +1,108 @@
+"""The autoencoder between pixels and latents, in bounded pieces of work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+
+from deployments.errors import ModelFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from deployments.pipelines.base import Pixels
+
+
+class Autoencoder:
+    """Wraps a diffusers AutoencoderKL or AutoencoderTiny, for one thread at a time.
+
+    A decode is a generator that yields after each tile. Whoever drives it may do other rows' tiles
+    in between, or give it up; nothing large is alive then.
+
+    Args:
+        vae: on its device. In float32 where float16 would overflow.
+        tile_px: edge of the tiles that a larger picture is decoded in, output px; None decodes any
+            picture as one tile, which suits where buckets bound it. Tiles overlap by a quarter and
+            are blended there, as diffusers does.
+    """
+
+    def __init__(self, vae: Any, tile_px: int | None = None) -> None:
+        self.vae = vae
+        self._scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._tile = None if tile_px is None else tile_px // self._scale
+
+    @torch.inference_mode()
+    def encode(self, pixels: Pixels, generator: torch.Generator) -> torch.Tensor:
+        """Latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `generator`, scaled."""
+        image = image_tensor(pixels).to(self.vae.device, self.vae.dtype)
+        latents = retrieve_latents(self.vae.encode(image), generator)
+        return latents * self.vae.config.scaling_factor
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> Generator[None, None, Pixels]:
+        """`H x W x 3` pixels of scaled latents `(1, C, h, w)`.
+
+        Raises:
+            ModelFailed: latents or result hold NaN or infinity.
+        """
+        z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        tile = self._tile
+        if tile is None or max(z.shape[2:]) <= tile:
+            return _pixels(self.vae.decode(z, return_dict=False)[0])
+        return (yield from self._decode_tiles(z, tile))
+
+    def _decode_tiles(self, z: torch.Tensor, tile: int) -> Generator[None, None, Pixels]:
+        overlap = tile // 4
+        stride = tile - overlap
+        overlap_px, kept_px = overlap * self._scale, stride * self._scale
+        height, width = (side * self._scale for side in z.shape[2:])
+        canvas = np.empty((height, width, 3), np.uint8)
+        above: list[torch.Tensor] = []
+        for i, top in enumerate(range(0, z.shape[2], stride)):
+            row: list[torch.Tensor] = []
+            for j, left in enumerate(range(0, z.shape[3], stride)):
+                piece = z[:, :, top : top + tile, left : left + tile]
+                image = self.vae.decode(piece, return_dict=False)[0]
+                if above:
+                    _blend(above[j], image, overlap_px, dim=2)
+                if row:
+                    _blend(row[-1], image, overlap_px, dim=3)
+                row.append(image)
+                y, x = i * kept_px, j * kept_px
+                part = _pixels(image[:, :, :kept_px, :kept_px])
+                canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
+                yield
+            above = row
+        return canvas
+
+
+def image_tensor(pixels: Pixels) -> torch.Tensor:
+    """Pixels as `(1, 3, H, W)`, float32 in [-1, 1].
+
+    Left channels last, as a stock pipeline makes its tensor of a PIL image, so that both sum alike.
+    """
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+def _pixels(image: torch.Tensor) -> Pixels:
+    image = image[0].float()
+    if not image.isfinite().all().item():
+        raise ModelFailed(
+            "The model gave no valid picture for this request (NaN).",
+            remedy="Try another seed, fewer steps or a lower guidance_scale.",
+        )
+    levels = (image / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _blend(former: torch.Tensor, image: torch.Tensor, overlap_px: int, dim: int) -> None:
+    """Fade from `former`'s end into the beginning of `image`, in place."""
+    length = min(former.shape[dim], image.shape[dim], overlap_px)
+    share = torch.arange(length, device=image.device, dtype=image.dtype) / length
+    share = share.view((-1, 1) if dim == 2 else (1, -1))
+    end = former.narrow(dim, former.shape[dim] - length, length)
+    start = image.narrow(dim, 0, length)
+    start.copy_(end * (1 - share) + start * share)

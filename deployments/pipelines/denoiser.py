@@ -1,0 +1,205 @@
+"""Step-level batching: rows at different points of different schedules share a UNet pass.
+
+A diffusers UNet takes one timestep a row, so that strength, steps, guidance, seed and time of
+arrival may differ within a pass. A row with guidance takes two places in it, one without takes one.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from deployments.pipelines.schedules import (
+    DATA_LATENTS,
+    DATA_OUTPUT,
+    KEEP,
+    SCALE,
+    USE_DATA,
+    USE_FORMER,
+    make_schedule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deployments.pipelines.schedules import Schedule
+
+_SCHEDULES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What steers a place in the pass.
+
+    Attributes:
+        text: `(1, 77, D)` embeddings.
+        pooled: `(1, P)`, of an SDXL model.
+        time_ids: `(1, 5 or 6)`, of an SDXL model.
+    """
+
+    text: torch.Tensor
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Denoising:
+    """A row on its way.
+
+    Attributes:
+        latents: `(1, C, h, w)` float32.
+        schedule: shared with other rows.
+        wanted: what the picture should become.
+        unwanted: what it should not; None without guidance.
+        guidance_scale: above 1 with guidance.
+        picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
+        noise_level: class of the picture's noise, of the x4 upscaler.
+        index: the next step.
+        former: the clean latents predicted last, for a multistep schedule.
+        scheduler: the row's own, where the schedule is not linear.
+    """
+
+    latents: torch.Tensor
+    schedule: Schedule
+    wanted: Condition
+    unwanted: Condition | None
+    guidance_scale: float
+    picture: torch.Tensor | None = None
+    noise_level: int | None = None
+    index: int = 0
+    former: torch.Tensor | None = None
+    scheduler: Any = None
+
+    @property
+    def guided(self) -> bool:
+        return self.unwanted is not None
+
+
+class Denoiser:
+    """A UNet and its scheduler, for one thread.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel on its device.
+        scheduler: of diffusers; every row gets its own course from it.
+    """
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        self.unet = unet
+        self.scheduler = scheduler
+        self.schedule = lru_cache(_SCHEDULES)(self._schedule)
+
+    def _schedule(self, steps: int, skipped: int = 0) -> Schedule:
+        """The course of a row, see `make_schedule`; cached."""
+        return make_schedule(self.scheduler, steps, skipped)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Denoising]) -> None:
+        """One pass for rows of one size; if it raises, no row has changed."""
+        rows = sorted(rows, key=lambda row: not row.guided)
+        for row in rows:
+            _adopt(row)
+        steps = [f[row.index] for row in rows if (f := row.schedule.factors) is not None]
+        if not steps:
+            self._step_by_stock(rows)
+            return
+        table = np.stack(steps)
+        factors = self._send(table).T.reshape(6, -1, 1, 1, 1)
+        latents = torch.cat([row.latents for row in rows])
+        output = self._guide(rows, self._forward(rows, latents * factors[SCALE]))
+        data = factors[DATA_LATENTS] * latents + factors[DATA_OUTPUT] * output
+        after = factors[KEEP] * latents + factors[USE_DATA] * data
+        if table[:, USE_FORMER].any():
+            former = [one if row.former is None else row.former for row, one in _each(rows, data)]
+            after = after + factors[USE_FORMER] * torch.cat(former)
+        for i, row in enumerate(rows):
+            row.latents = after[i : i + 1]
+            row.former = data[i : i + 1] if row.schedule.multistep else None
+            row.index += 1
+
+    def _step_by_stock(self, rows: Sequence[Denoising]) -> None:
+        # Copies, so that a failure leaves every row as it was.
+        own = [copy.deepcopy(row.scheduler or row.schedule.scheduler) for row in rows]
+        times = [
+            scheduler.timesteps[row.index - row.schedule.steps]
+            for row, scheduler in zip(rows, own, strict=True)
+        ]
+        shown = torch.cat(
+            [
+                scheduler.scale_model_input(row.latents, t)
+                for row, scheduler, t in zip(rows, own, times, strict=True)
+            ]
+        )
+        output = self._guide(rows, self._forward(rows, shown))
+        after = [
+            scheduler.step(one, t, row.latents, return_dict=False)[0]
+            for (row, one), scheduler, t in zip(_each(rows, output), own, times, strict=True)
+        ]
+        for row, scheduler, latents in zip(rows, own, after, strict=True):
+            row.scheduler, row.latents = scheduler, latents
+            row.index += 1
+
+    def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Small host values on the device, without waiting for it."""
+        tensor = torch.as_tensor(values, dtype=dtype)
+        if self.unet.device.type == "cuda":
+            return tensor.pin_memory().to(self.unet.device, non_blocking=True)
+        return tensor.to(self.unet.device)
+
+    def _forward(self, rows: Sequence[Denoising], shown: torch.Tensor) -> torch.Tensor:
+        """The UNet's output, float32: a place for each row, then one more for each guided row."""
+        guided = [row for row in rows if row.guided]
+        places = [*rows, *guided]
+        conditions = [row.wanted for row in rows] + [row.unwanted for row in guided if row.unwanted]
+        if rows[0].picture is not None:
+            pictures = torch.cat([row.picture for row in rows if row.picture is not None])
+            shown = torch.cat([shown, pictures.to(shown.dtype)], dim=1)
+        if guided:
+            shown = torch.cat([shown, shown[: len(guided)]])
+        options: dict[str, Any] = {}
+        if rows[0].noise_level is not None:
+            levels = [row.noise_level for row in places]
+            options["class_labels"] = self._send(levels, torch.long)
+        if rows[0].wanted.pooled is not None:
+            options["added_cond_kwargs"] = {
+                "text_embeds": torch.cat([c.pooled for c in conditions if c.pooled is not None]),
+                "time_ids": torch.cat([c.time_ids for c in conditions if c.time_ids is not None]),
+            }
+        return self.unet(
+            shown.to(self.unet.dtype),
+            self._send([row.schedule.timesteps[row.index] for row in places]),
+            encoder_hidden_states=torch.cat([condition.text for condition in conditions]),
+            return_dict=False,
+            **options,
+        )[0].float()
+
+    def _guide(self, rows: Sequence[Denoising], output: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance (arXiv:2207.12598) for the rows that have it."""
+        count = len(rows)
+        guided = output.shape[0] - count
+        if not guided:
+            return output
+        scales = self._send([row.guidance_scale for row in rows[:guided]]).view(-1, 1, 1, 1)
+        unwanted = output[count:]
+        steered = unwanted + scales * (output[:guided] - unwanted)
+        return torch.cat([steered, output[guided:count]])
+
+
+def _adopt(row: Denoising) -> None:
+    """Tell the allocator that what another stream has made is read on this one from now on."""
+    if row.index or not row.latents.is_cuda:
+        return
+    stream = torch.cuda.current_stream()
+    conditions = [condition for condition in (row.wanted, row.unwanted) if condition]
+    steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids)]
+    for tensor in (row.latents, row.picture, *steering):
+        if tensor is not None:
+            tensor.record_stream(stream)
+
+
+def _each(rows: Sequence[Denoising], values: torch.Tensor) -> list[tuple[Denoising, torch.Tensor]]:
+    return list(zip(rows, values.split(1), strict=True))
