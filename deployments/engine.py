@@ -111,6 +111,8 @@ class Engine:
                 remedy="Send a smaller picture, or guidance_scale=1, which halves the work.",
             )
         yield from self._pipeline.begin(row)
+        if row.steps_left < 1:
+            raise ValueError("begin left the row no step")
         row.steps = row.steps_left
 
     def _join(self, row: Row, _: None) -> None:
@@ -269,7 +271,8 @@ def is_fatal(error: BaseException) -> bool:
 
 def _row_error(error: Exception) -> ImagenError:
     if isinstance(error, ImagenError):
-        return error
+        # Whoever holds the row would hold, by the traceback, what was on the device then.
+        return error.with_traceback(None)
     # As text: a log handler that keeps the error would keep its tensors alive.
     logger.error("A row failed:\n%s", "".join(traceback.format_exception(error)))
     return ModelFailed(

@@ -17,6 +17,8 @@ _SAMPLES = 5
 _TRIES = 3
 _GAIN = 0.95
 _AGAIN = 64
+_OVERDUE = 4
+"""Age, in twice a row's own work, from which on the oldest goes first, whatever it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,15 @@ def choose(
     """The rows of the next step: the most urgent one, and the most urgent of its key with it.
 
     Urgent is, as in shortest remaining processing time, what is nearly done and was small to begin
-    with; waiting counts ever more, in units of the row's own work, so that none waits for ever.
+    with; waiting counts ever more, in units of the row's own work. A row that is overdue by that
+    measure goes before all that are not, so that however many small ones come, none waits for ever.
     """
 
     def urgency(row: Row) -> tuple[float, float]:
         whole = pace.seconds(row.steps * row.cost_px)
         age = (now_s - row.arrived_s) / (2 * whole)
+        if age > _OVERDUE:
+            return -age, row.arrived_s
         left = row.steps_left * row.cost_px
         return left * row.steps * row.cost_px / (1 + age * age), row.arrived_s
 

@@ -89,10 +89,13 @@ class Staging:
     def _receive(self) -> bool:
         if not self._jobs and not self._closed:
             self._take(self._inbox.get())
+        self._take_all()
+        return bool(self._jobs) or not self._closed
+
+    def _take_all(self) -> None:
         with suppress(queue.Empty):
             while True:
                 self._take(self._inbox.get_nowait())
-        return bool(self._jobs) or not self._closed
 
     def _take(self, job: Job | None) -> None:
         if job is None:
@@ -120,6 +123,7 @@ class Staging:
             done = False
         else:
             if not done:
+                self._take_all()  # whoever came meanwhile is next
                 self._jobs.append(job)
             return
         # Outside the handler: the error's traceback holds the memory that the second try needs.

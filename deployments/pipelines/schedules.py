@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from deployments.errors import ConfigError
@@ -122,15 +123,9 @@ def _linear(scheduler: Any) -> Callable[[Any, Factors], Factors] | None:
 
 def _start(scheduler: Any, first: int) -> tuple[float, float]:
     """Factors of clean latents and of noise in the latents a schedule starts from."""
-    if hasattr(scheduler, "sigmas"):
-        sigma = float(scheduler.sigmas[first])
-        # Euler leaves the picture as it is; the others keep the variance.
-        if "Euler" in type(scheduler).__name__:
-            return 1.0, sigma
-        alpha = 1 / np.sqrt(1 + sigma**2)
-        return float(alpha), float(sigma * alpha)
-    kept = float(scheduler.alphas_cumprod[int(scheduler.timesteps[first])])
-    return kept**0.5, (1 - kept) ** 0.5
+    at = scheduler.timesteps[first : first + 1]
+    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return float(scheduler.add_noise(one, none, at)), float(scheduler.add_noise(none, one, at))
 
 
 _DATA: dict[str, Callable[[Factors, Factors], tuple[Factors, Factors]]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,35 +13,19 @@ from deployments.settings import enforce_offline
 enforce_offline()  # Before the first import of a hub library.
 
 import tiny  # noqa: E402
+import torch  # noqa: E402
+from gathering import Gathering  # noqa: E402
 
-from deployments.engine import Engine  # noqa: E402
+from deployments.grouping import GroupLimits  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from deployments.pipelines.base import Pipeline, Pixels, Row
+    from deployments.pipelines.base import Pipeline, Row
 
-
-class GatedPipeline:
-    """A pipeline whose rows begin only once the gate opens, so that they arrive together."""
-
-    def __init__(self, pipeline: Pipeline, gate: threading.Event) -> None:
-        self._pipeline = pipeline
-        self._gate = gate
-
-    def begin(self, row: Row) -> None:
-        assert self._gate.wait(60)
-        self._pipeline.begin(row)
-
-    def key(self, row: Row) -> Hashable:
-        return self._pipeline.key(row)
-
-    def step(self, rows: Sequence[Row]) -> None:
-        self._pipeline.step(rows)
-
-    def finish(self, row: Row) -> Pixels:
-        return self._pipeline.finish(row)
+# An engine's two threads with a pool of threads each would wait for each other most of the time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +76,37 @@ def tiny_pipeline(tiny_folder: Callable[[str], Path]) -> Callable[..., Pipeline]
     return pipeline
 
 
-@pytest.fixture
-def run_together() -> Callable[..., None]:
-    """Run rows through an engine as if all had arrived at one moment; their futures are done."""
+@pytest.fixture(scope="session")
+def stock(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The stock pipeline over a tiny model, loaded as its documentation says."""
+    loaded: dict[str, Any] = {}
 
-    def run(pipeline: Pipeline, rows: Sequence[Row], max_batch_size: int = 4) -> None:
-        gate = threading.Event()
-        engine = Engine(GatedPipeline(pipeline, gate), max_batch_size=max_batch_size)
-        engine.put(rows)
-        gate.set()
-        engine.close(timeout_s=120)
-        assert all(row.future.done() for row in rows)
+    def pipeline(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = tiny.STOCK[name].from_pretrained(tiny_folder(name))
+            loaded[name].set_progress_bar_config(disable=True)
+        return loaded[name]
+
+    return pipeline
+
+
+@pytest.fixture
+def run_together() -> Callable[..., list[list[Row]]]:
+    """Run rows through an engine, by default as if all arrived at one moment; returns the groups.
+
+    `arrivals` says after how many steps each row comes. All futures are done afterwards.
+    """
+
+    def run(
+        pipeline: Pipeline,
+        rows: Sequence[Row],
+        max_batch_size: int = 4,
+        *,
+        arrivals: Sequence[int] | None = None,
+        exact: bool = False,
+    ) -> list[list[Row]]:
+        gathering = Gathering(pipeline, GroupLimits(max_batch_size, exact=exact))
+        gathering.run(rows, [0] * len(rows) if arrivals is None else arrivals)
+        return gathering.groups
 
     return run

@@ -247,7 +247,7 @@ def test_half_precision_files_load_as_float32(name: str, own_folder: Callable[[s
         half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(half, path, {"format": "pt"})
     pipeline: Any = load_tiny(name, folder)
-    parts = [p for p in pipeline._pipeline.components.values() if isinstance(p, torch.nn.Module)]
+    parts = [p for p in pipeline._stock.components.values() if isinstance(p, torch.nn.Module)]
     assert len(parts) == 3
     for part in parts:
         assert {p.dtype for p in part.parameters()} == {torch.float32}

@@ -107,7 +107,7 @@ def spec(name: str, folder: Path, **changes: Any) -> ModelSpec:
         "licence": "none",
         "commercial": False,
         "buckets": ((64, 64),) if family == "img2img" else (),
-        "tile_px": 64,
+        "tile_px": 256 if name == "x4" else 64,
     }
     return ModelSpec.model_validate(values | changes)
 

@@ -1,0 +1,96 @@
+"""Ours beside the stock diffusers pipelines."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from PIL import Image
+
+from deployments.pipelines.base import Row
+from deployments.pipelines.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from deployments.contract import DiffusionRequest
+    from deployments.images import Picture
+    from deployments.pipelines.base import Pipeline
+
+SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
+    "dpm": (DPMSolverMultistepScheduler, {"steps_offset": 1}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+}
+"""Class and options of each scheduler, as the published models have them."""
+
+
+def with_scheduler(pipeline: Any, scheduler: SchedulerMixin) -> Any:
+    """The pipeline, ours or stock, with its own weights and another scheduler."""
+    other = copy.copy(pipeline)
+    if hasattr(pipeline, "denoiser"):
+        other.denoiser = Denoiser(pipeline._stock.unet, scheduler)
+    else:
+        other.scheduler = scheduler
+    return other
+
+
+def scheduler_like(pipeline: Any, name: str, **options: Any) -> SchedulerMixin:
+    """Scheduler `name` of the noise and the prediction that the stock pipeline's model knows."""
+    kind, published = SCHEDULERS[name]
+    config = pipeline.scheduler.config
+    model = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+    return kind(**{key: config[key] for key in model}, **published | options)
+
+
+def as_row(pipeline: Pipeline, request: Any, picture: Picture) -> Row:
+    seed = getattr(request, "seed", 0)
+    return Row(request, pipeline.fit(picture, request), seed, time.monotonic() + 120)
+
+
+def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np.ndarray:
+    """One picture by the stock pipeline, from a PIL image."""
+    wanted = {"strength", "noise_level"} & set(type(request).model_fields)
+    return pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        image=Image.fromarray(picture.rgb),
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+        **{name: getattr(request, name) for name in wanted},
+    ).images[0]
+
+
+def images_of(pipeline: Pipeline, rows: list[Row]) -> list[np.ndarray]:
+    """The float images in [0, 1] behind the pixels of finished rows."""
+    if isinstance(rows[0].state, np.ndarray):
+        return [row.state for row in rows]
+    autoencoder = pipeline.autoencoder
+    vae = autoencoder.vae
+    vae.use_tiling = autoencoder._tile is not None
+    latents = torch.cat([row.state.latents for row in rows])
+    with torch.no_grad():
+        images = vae.decode(latents / vae.config.scaling_factor).sample
+    vae.use_tiling = False
+    return list((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+
+
+def apart(pipeline: Pipeline, rows: list[Row], expected: list[np.ndarray]) -> float:
+    """The largest difference of float images; holds the 8-bit ones to one level."""
+    for row, image in zip(rows, expected, strict=True):
+        levels = (image * 255).round().astype(int)
+        assert np.abs(row.future.result() - levels).max() <= 1
+    found = zip(images_of(pipeline, rows), expected, strict=True)
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in found)

@@ -1,0 +1,261 @@
+"""Our factors beside the schedulers of diffusers, on the host alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deployments.errors import ConfigError
+from deployments.pipelines.schedules import (
+    DATA_LATENTS,
+    DATA_OUTPUT,
+    KEEP,
+    SCALE,
+    USE_DATA,
+    USE_FORMER,
+    check_scheduler,
+    make_schedule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# diffusers calls NumPy in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+_SPACINGS = ["linspace", "leading", "trailing"]
+_RNG = np.random.default_rng(0)
+CLEAN = torch.from_numpy(_RNG.normal(0, 0.5, 32))
+NOISY = torch.from_numpy(_RNG.normal(0, 1, 32))
+_MIXES = torch.from_numpy(_RNG.normal(0, 1, (7, 32)))
+
+
+def network(shown: torch.Tensor, step: int) -> torch.Tensor:
+    """Anything that depends on what it is shown."""
+    return torch.tanh(shown * _MIXES[step % 7]) + 0.1 * _MIXES[(step + 3) % 7]
+
+
+def run_stock(scheduler: Any, steps: int, skipped: int) -> tuple[list[torch.Tensor], Any]:
+    """Latents before, between and after the steps, as a stock img2img pipeline makes them."""
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    own.set_begin_index(skipped * own.order) if hasattr(own, "set_begin_index") else None
+    timesteps = own.timesteps[skipped * own.order :]
+    latents = [own.add_noise(CLEAN, NOISY, timesteps[:1])]
+    for i, t in enumerate(timesteps):
+        output = network(own.scale_model_input(latents[-1], t), i)
+        latents.append(own.step(output, t, latents[-1], return_dict=False)[0])
+    return latents, timesteps.numpy()
+
+
+def run_ours(scheduler: Any, steps: int, skipped: int) -> tuple[list[torch.Tensor], Any]:
+    schedule = make_schedule(scheduler, steps, skipped)
+    assert schedule.factors is not None
+    latents = [CLEAN * schedule.image + NOISY * schedule.noise]
+    former = torch.full_like(CLEAN, 1e9)  # must not be used before there is one
+    for i, factors in enumerate(schedule.factors[: schedule.steps]):
+        x = latents[-1]
+        data = factors[DATA_LATENTS] * x + factors[DATA_OUTPUT] * network(factors[SCALE] * x, i)
+        after = factors[KEEP] * x + factors[USE_DATA] * data
+        if factors[USE_FORMER]:
+            assert schedule.multistep
+            after = after + factors[USE_FORMER] * former
+        former = data
+        latents.append(after)
+    return latents, schedule.timesteps
+
+
+def assert_same_course(scheduler: Any, steps: int, skipped: int) -> float:
+    before = copy.deepcopy(scheduler.__dict__)
+    (theirs, told), (ours, ours_told) = (
+        run(scheduler, steps, skipped) for run in (run_stock, run_ours)
+    )
+    assert len(theirs) == len(ours)
+    assert np.abs(told - ours_told).max() <= 1e-3
+    apart = max(
+        float((a - b).abs().max() / (1 + a.abs().max())) for a, b in zip(theirs, ours, strict=True)
+    )
+    # The schedulers keep their own factors in float32.
+    assert apart <= 2e-5
+    for name, value in before.items():
+        if not isinstance(value, torch.Tensor):
+            assert scheduler.__dict__[name] == value or name in ("timesteps", "_timesteps")
+    return apart
+
+
+@st.composite
+def ddim(draw: st.DrawFn) -> Any:
+    return DDIMScheduler(
+        **NOISE,
+        clip_sample=False,
+        prediction_type=draw(st.sampled_from(_PREDICTIONS)),
+        timestep_spacing=draw(st.sampled_from(_SPACINGS)),
+        set_alpha_to_one=draw(st.booleans()),
+        steps_offset=draw(st.integers(0, 1)),
+    )
+
+
+@st.composite
+def euler(draw: st.DrawFn) -> Any:
+    spread = draw(st.sampled_from([None, "use_karras_sigmas", "use_exponential_sigmas"]))
+    return EulerDiscreteScheduler(
+        **NOISE,
+        prediction_type=draw(st.sampled_from(_PREDICTIONS)),
+        timestep_spacing=draw(st.sampled_from(_SPACINGS)),
+        steps_offset=draw(st.integers(0, 1)),
+        final_sigmas_type=draw(st.sampled_from(["zero", "sigma_min"])),
+        interpolation_type=draw(st.sampled_from(["linear", "log_linear"]))
+        if not spread
+        else "linear",
+        **({spread: True} if spread else {}),
+    )
+
+
+@st.composite
+def dpm(draw: st.DrawFn) -> Any:
+    spread = draw(
+        st.sampled_from([None, "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+    )
+    return DPMSolverMultistepScheduler(
+        **NOISE,
+        solver_order=draw(st.integers(1, 2)),
+        prediction_type=draw(st.sampled_from(_PREDICTIONS)),
+        timestep_spacing=draw(st.sampled_from(_SPACINGS)),
+        solver_type=draw(st.sampled_from(["midpoint", "heun"])),
+        lower_order_final=draw(st.booleans()),
+        euler_at_final=draw(st.booleans()),
+        # Else the last two sigmas may be equal, where the stock scheduler divides 0 by 0.
+        final_sigmas_type="zero" if spread else draw(st.sampled_from(["zero", "sigma_min"])),
+        **({spread: True} if spread else {}),
+    )
+
+
+@pytest.mark.parametrize("kind", [ddim, euler, dpm])
+def test_every_course_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -> None:
+    worst = 0.0
+
+    # Few and many steps, all and some of them; a DPM++ schedule changes its last step at 15.
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(
+        scheduler=kind(),
+        steps=st.sampled_from([1, 2, 3, 4, 7, 14, 15, 16, 20, 31]),
+        share=st.floats(0, 0.999),
+    )
+    def check(scheduler: Any, steps: int, share: float) -> None:
+        nonlocal worst
+        worst = max(worst, assert_same_course(scheduler, steps, int(steps * share)))
+
+    check()
+    print(f"{kind.__name__}: {worst:.1e} apart")
+
+
+@pytest.mark.parametrize("steps", [100, 150])
+@pytest.mark.parametrize("skipped", [0, 70])
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_long_course_too(kind: Any, steps: int, skipped: int) -> None:
+    assert_same_course(kind(**NOISE), steps, skipped)
+    assert_same_course(kind(**NOISE, use_karras_sigmas=True), steps, skipped)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        {"timestep_spacing": "leading", "rescale_betas_zero_snr": True},
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_zero_terminal_snr(kind: Any, options: dict[str, Any]) -> None:
+    more = {"clip_sample": False} if kind is DDIMScheduler else {}
+    scheduler = kind(**NOISE, prediction_type="v_prediction", **options, **more)
+    for steps, skipped in ((4, 0), (4, 1), (20, 7)):
+        assert_same_course(scheduler, steps, skipped)
+
+
+STEPPED_BY_STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
+    "clipped": (DDIMScheduler, {}),
+    "thresholded": (DPMSolverMultistepScheduler, {"thresholding": True}),
+    "third order": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "pndm whole": (PNDMScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("name", STEPPED_BY_STOCK)
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_what_is_not_linear_starts_as_the_stock_scheduler_does(name: str, skipped: int) -> None:
+    kind, options = STEPPED_BY_STOCK[name]
+    scheduler = kind(**NOISE, **options)
+    check_scheduler(scheduler)
+    schedule = make_schedule(scheduler, 8, skipped)
+    assert schedule.factors is None
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(8)
+    first = skipped * own.order
+    if hasattr(own, "set_begin_index"):
+        own.set_begin_index(first)
+    timesteps = own.timesteps[first:]
+    assert (schedule.timesteps == timesteps.numpy()).all()
+    assert schedule.steps == len(timesteps)
+    start = own.add_noise(CLEAN, NOISY, timesteps[:1])
+    assert (CLEAN * schedule.image + NOISY * schedule.noise - start).abs().max() <= 1e-5
+    assert schedule.first_noise == pytest.approx(float(own.init_noise_sigma))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (EulerAncestralDiscreteScheduler, {}),
+        (KDPM2AncestralDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        (DPMSolverSinglestepScheduler, {}),
+        (DDPMScheduler, {}),
+        (LCMScheduler, {}),
+    ],
+)
+def test_a_scheduler_that_draws_noise_is_refused(kind: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=kind.__name__) as caught:
+        check_scheduler(kind(**NOISE, **options))
+    assert "DDIMScheduler" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_one_that_does_not_is_taken(kind: Any) -> None:
+    check_scheduler(kind(**NOISE))
