@@ -62,6 +62,10 @@ bench-full-size: setup ## Pull the production registry at full size from a local
 profile-gpu: setup ## Measure what the production models take of this GPU's memory, for imagen plan
 	$(BIN)/python -m benchmarks.profile_gpu
 
+.PHONY: bench-gpu
+bench-gpu: setup ## Our GPU speed beside stock diffusers and the old worker loop (nine minutes a call)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 PEERS := .venv-peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
@@ -78,7 +82,7 @@ $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 	touch $@
 
 .PHONY: bench-peers
-bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours; ARGS=--quick: minutes)
+bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours, or ARGS=--quick)
 	$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
 .PHONY: soak-store

@@ -17,7 +17,7 @@ from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
 from deployments.errors import ConfigError, ServiceError, too_late
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, check_defaults
-from deployments.settings import Settings, Tuning, parse_settings
+from deployments.settings import Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,7 @@ class ModelDeployment:
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
+        calm_threads()
         # Imported here: the Serve controller and the ingress import this module without torch.
         from deployments.hosting import Host
 

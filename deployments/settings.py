@@ -188,6 +188,14 @@ def framework_caches(root: Path) -> dict[str, str]:
     }
 
 
+def calm_threads() -> None:
+    """Let torch's idle threads sleep rather than spin, because several models share a node's cores.
+
+    Call before the first import of torch: OpenMP reads it when it is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def enforce_offline(root: Path | None = None) -> None:
     """Shut every door to a model hub. Call before the first import of a hub library.
 

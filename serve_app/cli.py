@@ -19,11 +19,13 @@ from deployments.errors import ConfigError, ImagenError
 from deployments.images import read_metadata
 from deployments.settings import ROOT, resolve
 from serve_app.bench_cli import bench
+from serve_app.kuberay_cli import kuberay_app
 from serve_app.models_cli import models_app
 from serve_app.plan_cli import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models")
+app.add_typer(kuberay_app, name="kuberay")
 app.command()(bench)
 app.command()(plan)
 console = Console()
