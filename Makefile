@@ -85,6 +85,10 @@ $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours, or ARGS=--quick)
 	$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
+.PHONY: manifests
+manifests: setup ## Write the KubeRay manifests anew from configs/gke.yaml
+	$(BIN)/imagen kuberay render
+
 .PHONY: soak-store
 soak-store: setup ## Kill a pull 100 times, and look what it left
 	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s

@@ -1,0 +1,1 @@
+"""Kubernetes manifests: rendered from configs/gke.yaml, and checked without a cluster."""

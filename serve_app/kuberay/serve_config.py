@@ -1,0 +1,52 @@
+"""serveConfigV2: the application, and options of its six deployments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from serve_app.ingress import NAMES
+from serve_app.kuberay.sizing import application_args
+from serve_app.kuberay.source import merged
+
+if TYPE_CHECKING:
+    from deployments.contract import Task
+    from serve_app.kuberay.sizing import Sizing
+    from serve_app.kuberay.source import Values
+
+
+def serve_config(sizing: Sizing) -> Values:
+    """The Serve config of an environment."""
+    environment = sizing.environment
+    serve, timeouts_s = environment.serve, environment.timeouts_s
+    models = [_model(task, sizing) for task in sizing.registry]
+    return {
+        "proxy_location": serve.proxy_location,
+        "http_options": serve.http_options
+        | {"request_timeout_s": timeouts_s.serve, "keep_alive_timeout_s": timeouts_s.keep_alive},
+        "logging_config": serve.logging_config,
+        "applications": [
+            {
+                "name": environment.name,
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build",
+                "args": application_args(environment),
+                "deployments": [{"name": "Ingress"} | serve.ingress, *models],
+            }
+        ],
+    }
+
+
+def _model(task: Task, sizing: Sizing) -> Values:
+    """Options of one model deployment: the common ones, with its share, batch and budget."""
+    environment, placed = sizing.environment, sizing.placed.get(task)
+    actor: Values = {
+        "num_cpus": sizing.settings.model_num_cpus,
+        "num_gpus": placed.num_gpus if placed else 0,
+        "memory": sizing.replica_memory_bytes(task),
+    }
+    derived: Values = {"name": NAMES[task], "ray_actor_options": actor}
+    if placed:
+        derived["user_config"] = {"max_batch_size": placed.rows, "budget_px": placed.budget_px}
+    if environment.gpu:
+        derived["autoscaling_config"] = {"max_replicas": environment.gpu.max_nodes}
+    return merged(derived, environment.serve.model)

@@ -1,0 +1,221 @@
+"""Names, ports and selectors that must agree across objects: no schema sees them."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from serve_app.kuberay.manifests import Finding, where
+from serve_app.kuberay.quantity import parse_quantity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serve_app.kuberay.manifests import Document, Manifests, PodView
+
+CHECK = "policy"
+_CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
+_HEALTH = "/-/healthz"
+_GPU = "nvidia.com/gpu"
+Told = tuple[str, str, str]
+"""Rule, place and message."""
+
+
+def check(manifests: Manifests) -> list[Finding]:
+    """Every disagreement."""
+    told = [*_namespaces(manifests), *_references(manifests)]
+    told += _selectors(manifests) if manifests.pods else []
+    for service in manifests.of("RayService"):
+        told += [*_ray(service, manifests), *_ports(service, manifests)]
+        told += [*_groups(service, manifests), *_quota(service, manifests)]
+    told += [one for pod in manifests.pods for one in [*_cache(pod), *_gpu(pod, manifests)]]
+    return [Finding(CHECK, rule, place, message) for rule, place, message in told]
+
+
+def secrets(manifests: Manifests) -> dict[str, list[str]]:
+    """Secrets that must be there first, with their keys."""
+    found: dict[str, set[str]] = {}
+    for document in manifests.documents:
+        for node in _nodes(document):
+            if isinstance(reference := node.get("secretKeyRef"), dict):
+                found.setdefault(reference["name"], set()).add(reference["key"])
+            if name := (node.get("oauth2ClientSecret") or {}).get("name"):
+                found.setdefault(name, set()).add("key")
+            if node.get("mode") == "token" and "secretName" in node:
+                found.setdefault(node["secretName"], set()).add("auth_token")
+    return {name: sorted(keys) for name, keys in sorted(found.items())}
+
+
+def _nodes(node: Any) -> Iterator[Document]:
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, dict | list):
+            yield from _nodes(child)
+
+
+def _namespaces(manifests: Manifests) -> Iterator[Told]:
+    known = {space["metadata"]["name"] for space in manifests.of("Namespace")}
+    for one in manifests.documents:
+        if known and one["kind"] not in _CLUSTER_WIDE:
+            found = (one.get("metadata") or {}).get("namespace")
+            if found not in known:
+                yield "namespace", where(one), f"namespace {found} is none of {sorted(known)}"
+
+
+def _references(manifests: Manifests) -> Iterator[Told]:
+    accounts = {one["metadata"]["name"] for one in manifests.of("ServiceAccount")}
+    maps = {one["metadata"]["name"] for one in manifests.of("ConfigMap")}
+    for pod in manifests.pods:
+        account = pod.spec.get("serviceAccountName", "default")
+        if accounts and account not in {*accounts, "default"}:
+            yield "service-account", pod.where, f"there is no ServiceAccount {account}"
+        for container in pod.containers:
+            for source in container.get("envFrom") or []:
+                name = (source.get("configMapRef") or {}).get("name")
+                if name and name not in maps:
+                    yield "config-map", pod.where, f"there is no ConfigMap {name}"
+
+
+def _ray(service: Document, manifests: Manifests) -> Iterator[Told]:
+    cluster: Document = service["spec"]["rayClusterConfig"]
+    installed = version("ray")
+    if str(cluster.get("rayVersion")) != installed:
+        told = f"rayVersion {cluster.get('rayVersion')} is not the application's {installed}"
+        yield "ray-version", where(service), told
+    address = (cluster.get("gcsFaultToleranceOptions") or {}).get("redisAddress")
+    if address:
+        parts = urlsplit(address)
+        ports = {
+            one["metadata"]["name"]: {port["port"] for port in one["spec"].get("ports", [])}
+            for one in manifests.of("Service")
+        }
+        if ports and parts.port not in ports.get(str(parts.hostname), set()):
+            yield "redis", where(service), f"no Service answers at {address}"
+
+
+def _ports(service: Document, manifests: Manifests) -> Iterator[Told]:
+    """From the load balancer through the Service to the proxy, one port and one name."""
+    config = manifests.serve_config(service)
+    port = (config.get("http_options") or {}).get("port", 8000)
+    for pod in manifests.pods:
+        if pod.role != "other" and pod.port_names.get("serve") != port:
+            told = f"Serve listens on {port}, the port `serve` is {pod.port_names.get('serve')}"
+            yield "serve-port", pod.where, told
+        if pod.role == "worker":
+            yield from _readiness(pod, port)
+    yield from _way_in(manifests, f"{service['metadata']['name']}-serve-svc", port)
+
+
+def _way_in(manifests: Manifests, name: str, port: int) -> Iterator[Told]:
+    """What leads to the Service that KubeRay makes, whose name and port are its own choice."""
+    for route in manifests.of("HTTPRoute"):
+        rules = route["spec"].get("rules") or []
+        for backend in (one for rule in rules for one in rule.get("backendRefs") or []):
+            if (backend.get("name"), backend.get("port")) != (name, port):
+                yield "route", where(route), f"KubeRay makes the Service {name}, port {port}"
+    for one in manifests.of("HealthCheckPolicy", "GCPBackendPolicy"):
+        if one["spec"]["targetRef"].get("name") != name:
+            yield "route", where(one), f"KubeRay makes the Service {name}"
+    for one in manifests.of("HealthCheckPolicy"):
+        asked = one["spec"]["default"]["config"].get("httpHealthCheck") or {}
+        if (asked.get("port"), asked.get("requestPath")) != (port, _HEALTH):
+            yield "health-check", where(one), f"Serve answers on {port}{_HEALTH}, `/` is a 404"
+
+
+def _readiness(pod: PodView, port: int) -> Iterator[Told]:
+    asked = (pod.main.get("readinessProbe") or {}).get("httpGet") or {}
+    number = pod.port_names.get(str(asked.get("port")), asked.get("port"))
+    if (number, asked.get("path")) != (port, _HEALTH):
+        told = f"no readinessProbe by httpGet {port}{_HEALTH}: KubeRay would run wget in the image"
+        yield "readiness-probe", pod.where, told
+
+
+def _groups(service: Document, manifests: Manifests) -> Iterator[Told]:
+    cluster: Document = service["spec"]["rayClusterConfig"]
+    groups = {g["groupName"]: g for g in cluster.get("workerGroupSpecs") or []}
+    labels = {pod.group: pod.labels for pod in manifests.pods if pod.role == "worker"}
+    for application in manifests.serve_config(service).get("applications") or []:
+        for one in application.get("deployments") or []:
+            options = one.get("ray_actor_options") or {}
+            place = where(service, str(one.get("name")))
+            if options.get("accelerator_type"):
+                told = "accelerator_type does not scale from zero: use label_selector"
+                yield "accelerator-type", place, told
+            wanted = (options.get("label_selector") or {}).items()
+            held = [name for name in groups if wanted <= labels[name].items()]
+            if not held:
+                yield "label-selector", place, f"no group has the labels {dict(wanted)}"
+            if one.get("name") == "Ingress":
+                for name in (n for n in held if not groups[n].get("minReplicas")):
+                    told = f"it may run in {name}, and keep that from scaling to zero"
+                    yield "ingress-group", place, told
+
+
+def _quota(service: Document, manifests: Manifests) -> Iterator[Told]:
+    """The largest cluster must be allowed."""
+    groups = service["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []
+    gpus = sum(
+        int(g["maxReplicas"])
+        * parse_quantity(_limits(g["template"]["spec"]["containers"][0]).get(_GPU, 0))
+        for g in groups
+    )
+    for quota in manifests.of("ResourceQuota"):
+        allowed = quota["spec"]["hard"].get(f"requests.{_GPU}", 0)
+        if parse_quantity(allowed) < gpus:
+            yield "quota", where(quota), f"{allowed} GPUs are allowed, the groups may take {gpus}"
+
+
+def _selectors(manifests: Manifests) -> Iterator[Told]:
+    """A selector that matches nothing protects, monitors and routes nothing."""
+    for one in manifests.of("PodDisruptionBudget", "PodMonitoring", "NetworkPolicy", "Service"):
+        key = "podSelector" if one["kind"] == "NetworkPolicy" else "selector"
+        selector = one["spec"].get(key) or {}
+        if one["kind"] == "Service":
+            selector = {"matchLabels": selector}
+        matched = [pod for pod in manifests.pods if _matches(selector, pod.labels)]
+        if not matched:
+            yield "selector", where(one), f"no pod has what it selects: {selector}"
+        for endpoint in one["spec"].get("endpoints") or []:
+            for pod in matched:
+                if endpoint["port"] not in pod.port_names:
+                    yield "port-name", where(one), f"{pod.where} has no port {endpoint['port']}"
+
+
+def _matches(selector: Document, labels: dict[str, str]) -> bool:
+    exact = (selector.get("matchLabels") or {}).items() <= labels.items()
+    return exact and all(
+        labels.get(one["key"]) in one.get("values", []) if one["operator"] == "In" else True
+        for one in selector.get("matchExpressions") or []
+    )
+
+
+def _cache(pod: PodView) -> Iterator[Told]:
+    """The model store lies on a volume, and the volume within the pod's disk."""
+    environment = {one["name"]: one.get("value") for one in pod.main.get("env") or []}
+    mounts = {one["mountPath"]: one["name"] for one in pod.main.get("volumeMounts") or []}
+    store = environment.get("IMAGEN_MODELS")
+    if store and store not in mounts:
+        yield "cache", pod.where, f"IMAGEN_MODELS {store} is on no volume"
+    disk = _limits(pod.main).get("ephemeral-storage")
+    for volume in pod.spec.get("volumes") or []:
+        size = (volume.get("emptyDir") or {}).get("sizeLimit")
+        if size and (disk is None or parse_quantity(disk) < parse_quantity(size)):
+            told = f"ephemeral-storage {disk} is less than the {size} of {volume['name']}"
+            yield "cache", pod.where, f"{told}: the kubelet would end the pod"
+
+
+def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Told]:
+    if _limits(pod.main).get(_GPU):
+        keys = {one.get("key") for one in pod.spec.get("tolerations") or []}
+        if _GPU not in keys:
+            yield "toleration", pod.where, f"GPU nodes are tainted {_GPU}, which it does not bear"
+    wanted = (pod.spec.get("nodeSelector") or {}).get("cloud.google.com/compute-class")
+    classes = {one["metadata"]["name"] for one in manifests.of("ComputeClass")}
+    if wanted and classes and wanted not in classes:
+        yield "compute-class", pod.where, f"there is no ComputeClass {wanted}"
+
+
+def _limits(container: Document) -> Document:
+    return (container.get("resources") or {}).get("limits") or {}
