@@ -1,0 +1,239 @@
+"""Timing, memory, arithmetic and likeness of pictures."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.architectures import (
+    ARCHITECTURES,
+    build_network,
+    build_unet,
+    build_vae,
+    unet_inputs,
+)
+from benchmarks.gpu.pipelines import synchronize
+from benchmarks.gpu.systems import items
+from deployments.pipelines.schedules import make_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from benchmarks.gpu.systems import System
+    from benchmarks.gpu.workloads import Parts, Request, Workload
+    from deployments.pipelines.base import Pixels
+
+    Values = dict[str, Any]
+
+PEAK_SIZES = (4096, 8192, 12288, 16384)
+_SAMPLE_S = 1.5
+_MOST_IMAGES = 96
+
+
+@dataclass(slots=True)
+class Runs:
+    """Timed runs of one system.
+
+    Attributes:
+        images: of each run.
+        seconds: of each run.
+    """
+
+    images: int
+    seconds: list[float] = field(default_factory=list[float])
+
+    @property
+    def rates(self) -> list[float]:
+        return [self.images / seconds for seconds in self.seconds]
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds until the device is done too, whatever streams and threads it uses."""
+    synchronize()
+    start_s = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start_s
+
+
+def interleaved(
+    parts: Parts, systems: Mapping[str, System], rounds: int, enough: Callable[[], bool]
+) -> dict[str, Runs]:
+    """Runs of warm systems in turns, every other round backwards, so that a drift of the clocks
+    meets all alike. Ends early, with whole rounds, when `enough` says so.
+    """
+    runs = {name: Runs(_images(parts, system)) for name, system in systems.items()}
+    for i in range(rounds):
+        order = list(systems.items())
+        for name, system in reversed(order) if i % 2 else order:
+            load = items(parts, system.load, runs[name].images)
+            runs[name].seconds.append(timed(lambda system=system, load=load: system.run(load)))
+        if enough():
+            break
+    return runs
+
+
+def _images(parts: Parts, system: System) -> int:
+    """How many images a run takes: whole batches and whole turns of a mix, for a second or two."""
+    least = max(len(parts.workload.mixed), 1) if system.load == "mixed" else 1
+    unit = math.lcm(system.batch, least)
+    if not parts.timed:
+        return unit
+    seconds = timed(lambda: system.run(items(parts, system.load, unit)))
+    # A group is at its best only while others wait.
+    units = max(_SAMPLE_S / seconds, 4 * system.batch / unit)
+    return unit * min(math.ceil(units), max(_MOST_IMAGES // unit, 1))
+
+
+def summary(runs: Runs) -> Values:
+    rates = runs.rates
+    middle = statistics.median(rates)
+    return {
+        "images_per_s": middle,
+        "seconds_per_image": 1 / middle,
+        "spread": (max(rates) - min(rates)) / middle,
+        "runs": [round(rate, 5) for rate in rates],
+        "images_per_run": runs.images,
+    }
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Median of the rounds' ratios, and the lowest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    return statistics.median(ratios), min(ratios)
+
+
+class Footprint:
+    """What a system takes: made before it is built, asked after its first runs.
+
+    Networks that systems share are counted by `System.weights_bytes`, all else is the difference to
+    what was there before.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._on = device == "cuda"
+        if self._on:
+            free_memory()
+            self._allocated, self._reserved = _memory()
+
+    def measure(self, work: Callable[[], Any], shared_bytes: int) -> Values:
+        if not self._on:
+            work()
+            return {"peak_bytes": None, "reserved_bytes": None}
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        allocated = torch.cuda.max_memory_allocated() - self._allocated
+        reserved = torch.cuda.max_memory_reserved() - self._reserved
+        return {
+            "peak_bytes": allocated + shared_bytes,
+            "reserved_bytes": reserved + shared_bytes,
+        }
+
+
+def _memory() -> tuple[int, int]:
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def device_seconds(work: Callable[[], Any], device: str, repeats: int = 10) -> float:
+    """Median seconds of work that the device does for one thread; by events, where it has them."""
+    for _ in range(3 if device == "cuda" else 1):
+        work()
+    if device != "cuda":
+        return timed(work)
+    pairs = []
+    for _ in range(repeats):
+        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        pair[0].record()
+        work()
+        pair[1].record()
+        pairs.append(pair)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
+
+
+def matrix_peak(dtype: torch.dtype, device: str, sizes: Sequence[int]) -> Values:
+    """FLOP/s of the best of several square matrix products."""
+    rates: dict[int, float] = {}
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates[size] = 2 * size**3 / device_seconds(lambda a=a, b=b: a @ b, device)
+    best = max(rates, key=rates.__getitem__)
+    return {"flops": rates[best], "size": best, "by_size": rates}
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """Operations of matrix products, convolutions and attention; a multiply-add is two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def image_flops(workload: Workload, *, tiny: bool = False) -> Values:
+    """Of one image of the uniform load: the UNet's passes, and the autoencoder as ours runs it,
+    without the overlap of its tiles. Counted without a device.
+    """
+    architecture, side = ARCHITECTURES[workload.model], workload.size_px
+    where: Values = {"device": "meta", "tiny": tiny}
+    if architecture.unet is None:
+        network = build_network(workload.model, **where)
+        x = torch.zeros(1, 3, side, side, device="meta", dtype=torch.float16)
+        return {"row": (row := flops(lambda: network(x))), "rows": 1, "image": row}
+    unet = build_unet(workload.model, **where)
+    row = flops(lambda: unet(**unet_inputs(workload.model, unet, 1, side, side)))
+    vae = _vae_flops(workload, where)
+    rows = _network_rows(workload, workload.request)
+    found: Values = {"row": row, "rows": rows, "image": row * rows + vae}
+    if workload.mixed:
+        mean = statistics.fmean(_network_rows(workload, request) for request in workload.mixed)
+        found["image_mixed"] = row * mean + vae
+    return found
+
+
+def _network_rows(workload: Workload, request: Request) -> int:
+    """Rows of the UNet that a picture takes, over all steps; guidance takes two a step."""
+    assert workload.scheduler
+    # As many steps as the scheduler says: PNDM takes one more than it is asked for.
+    steps = make_schedule(workload.scheduler(), request.steps, request.skipped).steps
+    return steps * (2 if request.guidance_scale > 1 else 1)
+
+
+def _vae_flops(workload: Workload, where: Values) -> int:
+    architecture = ARCHITECTURES[workload.model]
+    vae: Any = build_vae(workload.model, **where)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    side = workload.size_px // architecture.latent_px
+    tile = min(side, (architecture.vae_tile_px or side * scale) // scale)
+    options: Values = {"device": "meta", "dtype": vae.dtype}
+    latents = torch.zeros(1, vae.config.latent_channels, tile, tile, **options)
+    total = round(flops(lambda: vae.decode(latents)) * (side / tile) ** 2)
+    if architecture.family == "img2img":
+        picture = torch.zeros(1, 3, workload.size_px, workload.size_px, **options)
+        total += flops(lambda: vae.encode(picture))
+    return total
+
+
+def likeness(ours: Pixels, theirs: Pixels) -> Values:
+    """PSNR in dB over the 8-bit levels, None where all are equal; the largest difference."""
+    difference = ours.astype(np.float64) - theirs.astype(np.float64)
+    power = float((difference**2).mean())
+    return {
+        "psnr_db": None if power == 0 else 10 * math.log10(255**2 / power),
+        "levels": int(np.abs(difference).max()),
+    }

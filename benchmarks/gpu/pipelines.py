@@ -1,0 +1,239 @@
+"""Our pipelines for the engine, over networks that have no files: the production code from the
+autoencoder to the denoiser, with embeddings in place of texts.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from benchmarks.architectures import ARCHITECTURES
+from deployments.pipelines.autoencoder import Autoencoder, image_tensor
+from deployments.pipelines.base import Row
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Hashable, Sequence
+
+    from benchmarks.gpu.workloads import Item, Parts, Request
+    from deployments.pipelines.base import Pipeline, Pixels
+
+_FOREVER_S = float("inf")
+
+
+class DiffusionBench:
+    """Image to image, and the x4 upscaler; a step is a pass of the UNet.
+
+    Args:
+        denoiser: over the UNet as it is tried out.
+        vae: as it is tried out.
+    """
+
+    def __init__(self, parts: Parts, denoiser: Denoiser, vae: Any) -> None:
+        self._parts = parts
+        self._denoiser = denoiser
+        self._autoencoder = Autoencoder(vae, ARCHITECTURES[parts.workload.model].vae_tile_px)
+        dtype = denoiser.unet.dtype
+        assert parts.wanted
+        assert parts.unwanted
+        self._wanted, self._unwanted = _cast(parts.wanted, dtype), _cast(parts.unwanted, dtype)
+        self._dtype = dtype
+
+    def cost_px(self, row: Row) -> int:
+        guided = _request(row).guidance_scale > 1
+        return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
+
+    @torch.inference_mode()
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        request = _request(row)
+        generator = torch.Generator("cpu").manual_seed(row.seed)
+        unwanted = self._unwanted if request.guidance_scale > 1 else None
+        upscales = self._parts.workload.family == "upscale_diffusion"
+        start = self._start_upscale if upscales else self._start_img2img
+        state = start(row, generator, unwanted)
+        yield
+        row.state, row.steps_left = state, state.schedule.steps
+
+    def _start_img2img(
+        self, row: Row, generator: torch.Generator, unwanted: Condition | None
+    ) -> Denoising:
+        request = _request(row)
+        clean = self._autoencoder.encode(row.pixels, generator)
+        noise = randn_tensor(clean.shape, generator, clean.device, self._dtype)
+        schedule = self._denoiser.schedule(request.steps, request.skipped)
+        latents = clean.float() * schedule.image + noise.float() * schedule.noise
+        return Denoising(latents, schedule, self._wanted, unwanted, request.guidance_scale)
+
+    def _start_upscale(
+        self, row: Row, generator: torch.Generator, unwanted: Condition | None
+    ) -> Denoising:
+        request, device = _request(row), torch.device(self._parts.device)
+        picture = image_tensor(row.pixels).to(device, self._dtype)
+        noise = randn_tensor(picture.shape, generator, device, self._dtype)
+        kept = self._parts.noises[request.noise_level]
+        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * noise
+        shape = (1, self._autoencoder.vae.config.latent_channels, *picture.shape[2:])
+        schedule = self._denoiser.schedule(request.steps)
+        latents = randn_tensor(shape, generator, device, self._dtype).float()
+        return Denoising(
+            latents * schedule.first_noise,
+            schedule,
+            self._wanted,
+            unwanted,
+            request.guidance_scale,
+            noisy,
+            request.noise_level,
+        )
+
+    def key(self, row: Row) -> Hashable:
+        return row.pixels.shape[:2]
+
+    def step(self, rows: Sequence[Row]) -> None:
+        self._denoiser.step([cast("Denoising", row.state) for row in rows])
+
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        return self._autoencoder.decode(cast("Denoising", row.state).latents)
+
+
+class NetworkBench:
+    """A network of one pass: matting, and a GAN on one tile."""
+
+    def __init__(self, parts: Parts, network: Any, dtype: torch.dtype) -> None:
+        self._parts = parts
+        self._network = network
+        self._dtype = dtype
+
+    def cost_px(self, row: Row) -> int:
+        return row.pixels.shape[0] * row.pixels.shape[1]
+
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        row.steps_left = 1
+        yield from ()
+
+    def key(self, row: Row) -> Hashable:
+        return row.pixels.shape[:2]
+
+    def step(self, rows: Sequence[Row]) -> None:
+        pictures = apply_network(
+            self._parts, self._network, self._dtype, [row.pixels for row in rows]
+        )
+        for row, picture in zip(rows, pictures, strict=True):
+            row.state = picture
+
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        yield from ()
+        return cast("Any", row.state)
+
+
+@torch.inference_mode()
+def apply_network(
+    parts: Parts, network: Any, dtype: torch.dtype, pictures: Sequence[Pixels]
+) -> list[Pixels]:
+    """One pass, from pixels to pixels."""
+    x = torch.from_numpy(np.stack(pictures)).to(parts.device)
+    x = x.permute(0, 3, 1, 2).to(dtype) / 255
+    if parts.workload.family == "matting":
+        values = network(x - 0.5)[0].float().sigmoid()
+        low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
+        values = (values - low) / (high - low).clamp(min=1e-6)
+    else:
+        values = network(x).float().clamp(0, 1)
+    return list((values * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+class Synchronised:
+    """A pipeline whose every step waits for the device: what a host sync in the loop costs."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def step(self, rows: Sequence[Row]) -> None:
+        self._pipeline.step(rows)
+        synchronize()
+
+
+class InTurn:
+    """A pipeline that never encodes or decodes beside a step."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def step(self, rows: Sequence[Row]) -> None:
+        with self._lock:
+            self._pipeline.step(rows)
+            synchronize()
+
+    def begin(self, row: Row) -> Generator[None, None, None]:
+        return self._alone(self._pipeline.begin(row))
+
+    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+        return self._alone(self._pipeline.finish(row))
+
+    def _alone(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+        while True:
+            with self._lock:
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    return end.value
+                finally:
+                    synchronize()
+            yield
+
+
+class PageableDenoiser(Denoiser):
+    """Sends its small values from memory that is not pinned."""
+
+    def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(self.unet.device)
+
+
+def make_row(parts: Parts, item: Item) -> Row:
+    return Row(cast("Any", item.request), parts.pixels, item.seed, _FOREVER_S)
+
+
+def drive(pipeline: Pipeline, rows: Sequence[Row]) -> list[Pixels]:
+    """Take rows through a pipeline together, on this thread, without an engine."""
+    for row in rows:
+        _exhaust(pipeline.begin(row))
+    while waiting := [row for row in rows if row.steps_left]:
+        pipeline.step(waiting)
+        for row in waiting:
+            row.steps_left -= 1
+    return [_exhaust(pipeline.finish(row)) for row in rows]
+
+
+def synchronize() -> None:
+    """Wait until the device is done, where there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _exhaust(pieces: Generator[None, None, Any]) -> Any:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def _request(row: Row) -> Request:
+    return cast("Request", row.request)
+
+
+def _cast(condition: Condition, dtype: torch.dtype) -> Condition:
+    def to(tensor: torch.Tensor | None) -> Any:
+        return None if tensor is None else tensor.to(dtype)
+
+    return Condition(to(condition.text), to(condition.pooled), to(condition.time_ids))

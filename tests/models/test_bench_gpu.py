@@ -1,0 +1,408 @@
+"""The GPU benchmark without a GPU: tiny networks on the processor; what it does with figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.gpu import measure, table
+from benchmarks.gpu import options as speed
+from benchmarks.gpu.__main__ import RESULTS, ROOT, main
+from benchmarks.gpu.bench import Bench, Budget, compare, headline_cells, winners
+from benchmarks.gpu.options import BASE, OPTIONS, Graphed, Options, Padded, Remembered
+from benchmarks.gpu.pipelines import drive, make_row
+from benchmarks.gpu.plan import run, tasks
+from benchmarks.gpu.systems import Ours, Stock, items
+from benchmarks.gpu.workloads import WORKLOADS, Item, build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Values = dict[str, Any]
+
+BLOCKED = ("ray", "pydantic", "typer", "rich", "fastapi")
+# As if those packages were not installed: libraries look whether they are there.
+RUN_WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+blocked, find = set(sys.argv.pop(1).split(",")), PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: (
+    None if name.partition(".")[0] in blocked else find(name, *rest)
+)
+from benchmarks.gpu.__main__ import main
+main(sys.argv[1:])
+assert not blocked & set(sys.modules)
+"""
+DRY_RUN = ("enhance-1024/headline", "background-1024/*")
+ALL = tasks(list(WORKLOADS.values()))
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dry run where only torch, diffusers and transformers are installed."""
+    folder = tmp_path_factory.mktemp("bench") / "out"
+    before = sorted(RESULTS.iterdir())
+    command = [sys.executable, "-c", RUN_WITHOUT, ",".join(BLOCKED), "--device", "cpu", "--tiny"]
+    done = subprocess.run(
+        [*command, "--out", str(folder), "--only", *DRY_RUN],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(RESULTS.iterdir()) == before
+    return folder
+
+
+def json_file(folder: Path) -> Path:
+    (path,) = folder.glob("gpu-*.json")
+    return path
+
+
+def load(folder: Path) -> Values:
+    return json.loads(json_file(folder).read_text(encoding="utf-8"))
+
+
+def tiny_bench(name: str, cells: Values | None = None) -> Bench:
+    workload = WORKLOADS[name].tiny()
+    return Bench(workload, "cpu", True, {} if cells is None else cells, Budget(600), rounds=1)
+
+
+def cells_of_rows(text: str, title: str) -> list[list[str]]:
+    lines = text.partition(f"### {title}\n")[2].partition("\n###")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return rows[1:]
+
+
+# -------------------------------------------------------------------------------------- the dry run
+
+
+def test_a_dry_run_measures_every_system(dry_run: Path) -> None:
+    result = load(dry_run)
+    assert result["dry_run"]
+    assert result["machine"]["gpu"] is None
+    assert result["peak"]["float32"]["flops"] > 0
+    assert result["sessions"][0]["date"]
+    for name in headline_cells(WORKLOADS["enhance-1024"]):
+        cell = result["cells"][f"enhance-1024/{name}"]
+        assert cell["status"] == "measured"
+        assert cell["images_per_s"] > 0
+        assert set(cell["times"]) == set(headline_cells(WORKLOADS["enhance-1024"])) - {name}
+    ours = result["cells"]["enhance-1024/ours"]
+    assert (ours["likeness"]["psnr_db"] or 100) > table.TARGET_DB
+    assert ours["grouped"] == 2
+
+
+def test_a_dry_run_tries_every_option(dry_run: Path) -> None:
+    cells = load(dry_run)["cells"]
+    for name in speed.applicable(WORKLOADS["background-1024"]):
+        cell = cells[f"background-1024/option:{name}"]
+        assert cell["status"] == "measured" or cell["why"] == speed.missing(name, "cpu")
+    assert cells["background-1024/winners"].get("options") == winners(
+        WORKLOADS["background-1024"], cells
+    ) or cells["background-1024/winners"]["why"].startswith("no option")
+    levels = cells["background-1024/company"]["by_level"]
+    assert set(levels) == set(table.LEVELS)
+    assert levels["exact"]["levels"] == 0
+
+
+def test_a_dry_runs_figures_are_not_in_its_table(dry_run: Path) -> None:
+    text = (dry_run / "gpu.md").read_text(encoding="utf-8")
+    for title, first in (("Systems", 2), ("Passes", 1), ("Options", 1), ("Company", 2)):
+        rows = cells_of_rows(text, title)
+        assert rows
+        for row in rows:
+            assert set(row[first:]) <= {"not measured", "does not apply"}, row
+
+
+def test_what_is_measured_is_in_the_table(dry_run: Path) -> None:
+    result = load(dry_run) | {"dry_run": False}
+    for cell in result["cells"].values():
+        if "peak_bytes" in cell:
+            cell |= {"peak_bytes": 3 * table.GIB, "reserved_bytes": 4 * table.GIB}
+    text = table.render([result])
+    rows = {tuple(row[:2]): row[2:] for row in cells_of_rows(text, "Systems")}
+    old = rows["enhance-1024", "old worker loop"]
+    assert "not measured" not in old
+    assert old[5:7] == ["3.0", "4.0"]
+    assert old[8] == "1"
+    assert set(rows["aged-768", "ours"]) == {"not measured"}
+    assert "(needs a GPU)" in text
+
+
+def test_a_second_run_does_only_what_is_missing(dry_run: Path, tmp_path: Path) -> None:
+    result = load(dry_run)
+    missing = "background-1024/unet"
+    del result["cells"][missing]
+    former = tmp_path / "gpu-former.json"
+    former.write_text(json.dumps(result), encoding="utf-8")
+    main(["--device", "cpu", "--only", *DRY_RUN, "--resume", str(former), "--out", str(tmp_path)])
+    again = load(tmp_path)
+    assert again["cells"].pop(missing)["status"] == "measured"
+    assert again["cells"] == result["cells"]
+    assert len(again["sessions"]) == 2
+    assert again["peak"] == result["peak"]
+
+
+def test_a_file_of_another_machine_is_refused(dry_run: Path, tmp_path: Path) -> None:
+    result = load(dry_run)
+    result["machine"]["gpu"] = "NVIDIA H200"
+    former = tmp_path / "gpu-other.json"
+    former.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(SystemExit, match="gpu differ"):
+        main(["--device", "cpu", "--resume", str(former), "--out", str(tmp_path)])
+    assert json.loads(former.read_text(encoding="utf-8")) == result
+
+
+def test_without_out_a_dry_run_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(RESULTS.iterdir())
+    main(["--device", "cpu", "--only", "nothing"])
+    assert "| enhance-1024 | ours | not measured |" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert sorted(RESULTS.iterdir()) == before
+
+
+# ----------------------------------------------------------------------------------- time and tasks
+
+
+def run_tasks(names: list[str], cells: Values, *, seconds: float, tiny: bool) -> int:
+    """Run tasks by name; how often the file was written."""
+    writes: list[None] = []
+    run(
+        [task for task in ALL if task.name in names],
+        {"cells": cells},
+        Budget(seconds),
+        lambda: writes.append(None),
+        device="cpu",
+        tiny=tiny,
+    )
+    return len(writes)
+
+
+def test_what_does_not_fit_the_time_says_so_and_is_tried_again() -> None:
+    cells: Values = {"comic-512/ours": {"status": "measured", "images_per_s": 1.0}}
+    run_tasks(["comic-512/headline"], cells, seconds=5, tiny=False)
+    assert cells["comic-512/ours"]["status"] == "measured"
+    gap = {"status": "not measured", "why": "time", "again": True}
+    assert cells["comic-512/stock"] == gap
+    text = table.render([{"cells": cells | {"comic-512/ours": gap}}])
+    assert "| comic-512 | ours | not measured (time) |" in text
+    run_tasks(["background-1024/unet"], cells | {"background-1024/unet": gap}, seconds=5, tiny=True)
+
+
+def test_tasks_come_in_order_of_importance() -> None:
+    names = [task.name for task in ALL]
+    assert names[0] == "enhance-1024/headline"
+    assert names.index("enhance-1024/winners") < names.index("comic-512/headline")
+    slow = names.index("enhance-1024/option:compile_max_autotune")
+    assert names.index("realesrgan-512/headline") < slow
+    assert names[slow:].count("enhance-1024/winners") == 1  # once more, with what was found since
+    assert {name.partition("/")[0] for name in names} == set(WORKLOADS)
+    assert len(set(names)) == len(names) - 1
+
+
+class Broken:
+    """A system that never comes up."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    load, batch, grouped, shared_bytes = "uniform", 1, 1, 0
+    closed = False
+
+    def warm_up(self) -> None:
+        raise self._error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_system_that_does_not_fit_leaves_the_others() -> None:
+    bench = tiny_bench("background-1024")
+    broken = Broken(torch.OutOfMemoryError("too much"))
+    cells = compare(bench, {"old": lambda _: broken, "stock": Stock})
+    assert set(cells) == {"stock"}
+    assert broken.closed
+
+
+def test_a_failure_is_told_by_its_reason_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise RuntimeError("Something about a kernel")
+
+    monkeypatch.setattr("benchmarks.gpu.systems.Stock._call", fail)
+    monkeypatch.setattr("benchmarks.gpu.pipelines.apply_network", fail)
+    cells: Values = {}
+    names = ["background-1024/headline", "background-1024/option:group_2"]
+    assert run_tasks(names, cells, seconds=600, tiny=True) >= 2
+    for name in ("stock", "option:group_2"):
+        cell = cells[f"background-1024/{name}"]
+        assert "Something about a kernel" in cell["why"]
+        assert not cell["again"]
+
+
+def test_what_gains_is_asked_again_when_more_is_known() -> None:
+    def gained(times: float) -> Values:
+        return {"status": "measured", "again": False, "times": {"ours": [times, times]}}
+
+    workload = WORKLOADS["comic-512"]
+    cells = {
+        "comic-512/option:graphs": gained(1.2),
+        "comic-512/option:compile": gained(1.3),
+        "comic-512/option:compile_max_autotune": gained(1.4),
+        "comic-512/option:padded": gained(0.9),
+        "comic-512/option:group_4": gained(1.1),
+        "comic-512/option:group_8": gained(1.05),
+        "comic-512/option:synchronised": gained(1.5),
+        "comic-512/option:fused_qkv": gained(1.001),
+    }
+    names = winners(workload, cells)
+    assert names == ["graphs", "group_4", "compile_max_autotune"]
+    assert winners(WORKLOADS["aged-768"], cells) == names  # tuned there
+    options = speed.combine(names)
+    assert options == replace(
+        BASE, graphs=True, padded=True, group=4, compiled="max-autotune-no-cudagraphs"
+    )
+
+
+# -------------------------------------------------------------------------------------- the systems
+
+
+@pytest.mark.parametrize("name", ["comic-512", "aged-768", "upscale-128"])
+def test_ours_is_stocks_picture(name: str) -> None:
+    workload = WORKLOADS[name].tiny()
+    parts = build(workload, "cpu", tiny=True)
+    item = Item(workload.request, 3)
+    (stock,) = Stock(parts).run([item])
+    assert stock.std() > 20  # else any two pictures would be alike
+    (sliced,) = Stock(parts, sliced=True, upcast=True).run([item])
+    ours = Ours(parts, BASE)
+    (mine,) = drive(ours.pipeline, [make_row(parts, item)])
+    for picture in (sliced, mine):
+        assert (measure.likeness(picture, stock)["psnr_db"] or 100) > 50
+    processors = {type(p).__name__ for p in parts.unet.attn_processors.values()}
+    assert processors == {"AttnProcessor2_0"}  # nobody else's UNet is sliced
+
+
+def test_options_leave_the_shared_networks_alone() -> None:
+    parts = build(WORKLOADS["upscale-128"].tiny(), "cpu", tiny=True)
+    before = copy.deepcopy(parts.unet.state_dict())
+    options = Options(
+        dtype=torch.bfloat16, vae_dtype=torch.bfloat16, channels_last=True, fused_qkv=True
+    )
+    ours = Ours(parts, options)
+    picture = drive(ours.pipeline, [make_row(parts, item) for item in items(parts, "mixed", 2)])[0]
+    assert picture.std() > 20
+    assert ours.shared_bytes == 0
+    assert Ours(parts, BASE).shared_bytes > 0
+    after = parts.unet.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_padded_pass_gives_what_its_rows_alone_give() -> None:
+    network, sizes = nn.Linear(4, 4), list[int]()
+
+    def module(x: torch.Tensor, *, extra: dict[str, torch.Tensor], flag: bool) -> Any:
+        assert not flag
+        sizes.append(len(x))
+        return (network(x) + extra["y"],)
+
+    padded = Padded(module, (2, 4))
+    for rows in (1, 2, 3, 4, 5):
+        x, y = torch.randn(rows, 4), torch.randn(rows, 4)
+        (out,) = padded(x, extra={"y": y}, flag=False)
+        torch.testing.assert_close(out, network(x) + y)
+    assert sizes == [2, 2, 4, 4, 5]
+
+
+def test_fixed_sizes_are_few_where_each_is_compiled() -> None:
+    assert speed.fixed_sizes(OPTIONS["graphs"], 8) == (1, 2, 4, 8)
+    assert speed.fixed_sizes(OPTIONS["graphs"], 6) == (1, 2, 4, 6)
+    assert speed.fixed_sizes(OPTIONS["compile"], 8) == (8,)
+    assert speed.fixed_sizes(Options(padded=True, one_size=True), 8) == (8,)
+
+
+def test_a_graph_is_recorded_once_a_size_and_its_outputs_are_not_overwritten() -> None:
+    recorded: list[int] = []
+
+    def record(work: Callable[[], Any]) -> Any:
+        (output,) = work()
+        recorded.append(len(output))
+        return lambda: output.copy_(work()[0]), (output,)
+
+    graphed = Graphed(lambda x, *, add, flag: (x * 2 + add,) if flag else None, record)
+    kept = []
+    for rows in (1, 2, 1, 2):
+        x = torch.randn(rows, 3)
+        kept.append((x, graphed(x, add=torch.ones(rows, 3), flag=True)[0]))
+    assert recorded == [1, 2]
+    for x, out in kept:
+        torch.testing.assert_close(out, x * 2 + 1)
+
+
+def test_wrappers_look_like_the_network() -> None:
+    parts = build(WORKLOADS["upscale-128"].tiny(), "cpu", tiny=True)
+    unet = speed.apply(parts.unet, Options(padded=True, remembered=True, attention="cudnn"), 2)
+    assert isinstance(unet, Remembered)
+    assert (unet.device, unet.dtype) == (parts.unet.device, parts.unet.dtype)
+    assert unet.config is parts.unet.config
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def test_operations_are_counted_as_two_a_multiply_add() -> None:
+    with torch.device("meta"):
+        linear, convolution = nn.Linear(64, 32), nn.Conv2d(3, 8, 3, padding=1)
+        x, picture = torch.zeros(5, 64), torch.zeros(2, 3, 16, 16)
+    assert measure.flops(lambda: linear(x)) == 2 * 5 * 64 * 32
+    assert measure.flops(lambda: convolution(picture)) == 2 * 2 * 8 * 16 * 16 * 3 * 9
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_pictures_operations_are_those_of_its_rows_and_its_autoencoder() -> None:
+    found = measure.image_flops(WORKLOADS["enhance-1024"])
+    assert found["rows"] == 18  # 9 steps of 30, with guidance
+    assert 7e12 < found["row"] < 8e12
+    assert found["row"] * 18 < found["image"] < found["row"] * 18 * 1.3
+    tiles, whole = (measure.image_flops(WORKLOADS[n]) for n in ("upscale-256", "upscale-128"))
+    autoencoder = [f["image"] - f["rows"] * f["row"] for f in (tiles, whole)]
+    assert autoencoder[0] == 4 * autoencoder[1]  # in tiles of one size
+
+
+def test_likeness_is_over_the_levels() -> None:
+    a = torch.zeros(4, 4, 3, dtype=torch.uint8).numpy()
+    b = a + 1
+    assert measure.likeness(a, a) == {"psnr_db": None, "levels": 0}
+    assert measure.likeness(a, b)["levels"] == 1
+    assert measure.likeness(a, b)["psnr_db"] == pytest.approx(48.13, abs=0.01)
+
+
+def test_a_dry_run_without_a_device_says_so_when_a_gpu_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_committed_table_is_made_of_the_committed_files() -> None:
+    files = sorted(RESULTS.glob("gpu-*.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    assert not any(result["dry_run"] for result in results)
+    assert (RESULTS / "gpu.md").read_text(encoding="utf-8") == table.render(results)
