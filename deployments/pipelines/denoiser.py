@@ -143,12 +143,18 @@ class Denoiser:
             row.scheduler, row.latents = scheduler, latents
             row.index += 1
 
+    @property
+    def _weight(self) -> torch.Tensor:
+        # `unet.device` and `unet.dtype` walk through all its modules, which takes milliseconds.
+        return next(iter(self.unet.parameters()))
+
     def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Small host values on the device, without waiting for it."""
         tensor = torch.as_tensor(values, dtype=dtype)
-        if self.unet.device.type == "cuda":
-            return tensor.pin_memory().to(self.unet.device, non_blocking=True)
-        return tensor.to(self.unet.device)
+        device = self._weight.device
+        if device.type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device)
 
     def _forward(self, rows: Sequence[Denoising], shown: torch.Tensor) -> torch.Tensor:
         """The UNet's output, float32: a place for each row, then one more for each guided row."""
@@ -170,7 +176,7 @@ class Denoiser:
                 "time_ids": torch.cat([c.time_ids for c in conditions if c.time_ids is not None]),
             }
         return self.unet(
-            shown.to(self.unet.dtype),
+            shown.to(self._weight.dtype),
             self._send([row.schedule.timesteps[row.index] for row in places]),
             encoder_hidden_states=torch.cat([condition.text for condition in conditions]),
             return_dict=False,

@@ -1,0 +1,1 @@
+"""The same five models behind other servers, to hold ours against."""

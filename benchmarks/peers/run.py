@@ -1,0 +1,250 @@
+"""The same load on Imagen and on other servers with the same models: `make bench-peers`.
+
+One system runs at a time. Ours runs first and last, so that a drift of the machine shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import psutil
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.server import NotStarted, running
+from benchmarks.peers.systems import (
+    BENTOML_BIN,
+    CALM,
+    OUR_BIN,
+    OURS,
+    PEERS_BIN,
+    SYSTEMS,
+    TRITON_BIN,
+    System,
+)
+from deployments.settings import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Run = dict[str, Any]
+"""A system's letter and title, and the name and report of one load on it, or why it `failed`."""
+
+RESULTS: Final = ROOT / "benchmarks/results"
+PLANS: Final = ROOT / "benchmarks/plans"
+PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy", "pillow", "ray")
+PEERS: Final = (*PACKAGES, "litserve", "starlette", "uvicorn", "fastapi")
+_QUICK: Final = {"requests": 8, "slowdown_requests": 4, "warm_up": 1}
+_BUSY_PERCENT: Final = 10
+console = Console(width=None if sys.stdout.isatty() else 130)
+
+
+def main(
+    systems: Annotated[str, typer.Option(help="letters; g is ours")] = ",".join(SYSTEMS),
+    loads: Annotated[str, typer.Option(help="names of benchmarks/plans")] = "uniform,mixed",
+    requests: Annotated[int | None, typer.Option(help="of each load; else the plan's")] = None,
+    rate: Annotated[float | None, typer.Option(help="per second; else the plan's")] = None,
+    quick: Annotated[bool, typer.Option(help="a few requests: does it work at all?")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
+) -> None:
+    """Compare, print a table, and write everything down."""
+    changes = dict(_QUICK) if quick else {}
+    if requests is not None:
+        changes |= {"requests": requests}
+    if rate is not None:
+        changes |= {"rate_per_s": rate}
+    order = _order(systems)
+    # So that a server under way is stopped, as it is at Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows_cost = _group_cost(quick)
+    runs = [run for letter in order for run in _measure(letter, loads.split(","), changes, quick)]
+    document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": {"imagen": _versions(OUR_BIN, PACKAGES), "peers": _peer_versions()},
+        "changes": changes,
+        "group_of_8_over_8_singles": rows_cost,
+        "runs": runs,
+    }
+    _show(runs, rows_cost)
+    file = output or RESULTS / f"peers-{datetime.now(UTC).date()}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"wrote {file}")
+    raise typer.Exit(int(any("failed" in run for run in runs)))
+
+
+def _show(runs: list[Run], rows_cost: dict[str, float]) -> None:
+    console.print(_table(runs))
+    for load in dict.fromkeys(run["load"] for run in runs if "load" in run):
+        if len(ours := _throughputs(OURS, load, runs)) == 2:
+            console.print(f"{load}: ours at the end made {ours[1] / ours[0]:.2f} of the first run.")
+    for size, ratio in rows_cost.items():
+        console.print(f"A UNet pass of 8 rows at {size} costs {ratio:.2f} of 8 passes of one.")
+
+
+def _order(letters: str) -> list[str]:
+    """Ours first and last, the others between."""
+    chosen = letters.split(",")
+    if unknown := set(chosen) - set(SYSTEMS):
+        raise typer.BadParameter(f"no such system: {', '.join(sorted(unknown))}")
+    peers = [letter for letter in chosen if letter != OURS]
+    if OURS not in chosen:
+        return peers
+    return [OURS, *peers, OURS] if peers else [OURS]
+
+
+def _group_cost(quick: bool) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.peers.group_cost"]
+    options = ["--repeats", "1"] if quick else []
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, env=os.environ | CALM, check=True, capture_output=True
+    )
+    return json.loads(done.stdout)
+
+
+def _measure(letter: str, loads: list[str], changes: dict[str, Any], quick: bool) -> list[Run]:
+    """Every load on one system, which is started for it."""
+    system = SYSTEMS[letter]
+    console.rule(f"{letter}  {system.title}")
+    busy = psutil.cpu_percent(3)
+    if busy > _BUSY_PERCENT:
+        console.print(f"[yellow]Others use {busy:.0f} % of the cores: these figures say little.")
+    runs: list[Run] = []
+    try:
+        with running(system) as url:
+            _warm_up(system, url, 1 if quick else system.warm_up_rounds)
+            for load in loads:
+                report = _bench(system, url, load, changes)
+                console.print(f"{load}: {report['images_per_s']:.3f} images/s")
+                runs.append(_run(letter, load=load, others_cpu_percent=busy, report=report))
+    except (NotStarted, subprocess.CalledProcessError) as error:
+        console.print(f"{system.title} failed: {error}", style="red", markup=False)
+        runs.append(_run(letter, failed=str(error)))
+    return runs
+
+
+def _run(letter: str, **found: Any) -> Run:
+    return {"system": letter, "title": SYSTEMS[letter].title, **found}
+
+
+def _warm_up(system: System, url: str, rounds: int) -> None:
+    """Every model by turns, then two requests at a time."""
+    tasks = 5
+    _bench(system, url, "smoke", {"warm_up": tasks * rounds, "requests": 2 * tasks})
+
+
+def _bench(system: System, url: str, load: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The report of `imagen bench`, without the single requests.
+
+    Raises:
+        CalledProcessError: it made no report, or no request got a picture.
+    """
+    plan = yaml.safe_load((PLANS / f"{load}.yaml").read_text(encoding="utf-8"))
+    plan |= changes | {"target": {**plan.get("target", {}), **system.target}}
+    with tempfile.TemporaryDirectory() as folder:
+        file, report = Path(folder) / "plan.yaml", Path(folder) / "report.json"
+        file.write_text(yaml.safe_dump(plan), encoding="utf-8")
+        command = [str(OUR_BIN / "imagen"), "bench", str(file), "--url", url]
+        options = ["--json", str(report)]
+        subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(report.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in ("records", "unloaded_s")}
+
+
+def _table(runs: list[Run]) -> Table:
+    table = Table(title="The same models and requests; throughput and p50 also over ours")
+    for name in ("system", "load"):
+        table.add_column(name, no_wrap=True)
+    percentiles = ("p50 s", "p95 s", "p99 s", "slowdown p50", "p95")
+    for name in ("images/s", "x ours", *percentiles, "p50 x ours", "errors"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        table.add_row(*_cells(run, runs))
+    return table
+
+
+def _cells(run: Run, runs: list[Run]) -> list[str]:
+    if "failed" in run:
+        return [run["title"], "did not run"]
+    report = run["report"]
+    ours = [r["report"] for r in runs if r["system"] == OURS and r.get("load") == run["load"]]
+    return [
+        run["title"],
+        run["load"],
+        f"{report['images_per_s']:.3f}",
+        _ratio(report["images_per_s"], [r["images_per_s"] for r in ours]),
+        *(_percentile(report, "latency_s", name) for name in ("p50", "p95", "p99")),
+        *(_percentile(report, "slowdown", name) for name in ("p50", "p95")),
+        _ratio(_of(report, "latency_s", "p50"), [_of(r, "latency_s", "p50") for r in ours]),
+        str(sum(n for outcome, n in report["total"]["outcomes"].items() if outcome != "ok")),
+    ]
+
+
+def _throughputs(letter: str, load: str, runs: list[Run]) -> list[float]:
+    """Pictures per second of each run of a load on a system, in order."""
+    found = [run for run in runs if (run["system"], run.get("load")) == (letter, load)]
+    return [run["report"]["images_per_s"] for run in found]
+
+
+def _of(report: dict[str, Any], quantity: str, name: str) -> float | None:
+    spread = report["total"][quantity]
+    return spread[name] if spread else None
+
+
+def _percentile(report: dict[str, Any], quantity: str, name: str) -> str:
+    value = _of(report, quantity, name)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _ratio(value: float | None, ours: Sequence[float | None]) -> str:
+    """Over the mean of our runs."""
+    known = [one for one in ours if one]
+    return f"{value * len(known) / sum(known):.2f}" if value and known else "-"
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _peer_versions() -> dict[str, str]:
+    return (
+        _versions(PEERS_BIN, PEERS)
+        | _versions(BENTOML_BIN, ("bentoml",))
+        | _versions(TRITON_BIN, ("nvidia-pytriton",))
+    )
+
+
+def _versions(binaries: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """Of those packages that an environment has."""
+    code = (
+        "import importlib.metadata as m, json, sys; have = {d.name.lower(): d.version for d in "
+        "m.distributions()}; print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+    )
+    command = [str(binaries / "python"), "-c", code, *packages]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+if __name__ == "__main__":
+    typer.run(main)
