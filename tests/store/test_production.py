@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from benchmarks.full_size_pull import PRODUCTION, files_sent, stand_in
 from deployments.contract import Task
 from deployments.errors import ConfigError, LicenceRefused
-from deployments.registry import ArtefactSpec, ModelSpec, load_catalogue
+from deployments.placement import plan
+from deployments.registry import ArtefactSpec, load_catalogue
 from deployments.settings import StoreSettings
 from deployments.store.hub import parse
 from deployments.store.lockfile import (
@@ -215,10 +216,12 @@ def test_non_commercial_models_are_refused_until_accepted_by_name() -> None:
         accepted.check_licence(CATALOGUE.find("mms-lid-126"))
 
 
-def test_the_served_models_fit_one_gpu_together() -> None:
+def test_the_served_models_shares_are_those_of_the_plan_for_an_l4() -> None:
     accepted = CATALOGUE.model_copy(update={"accept_noncommercial": ("background-rmbg14",)})
-    assert sum(spec.num_gpus for spec in accepted.served().values()) <= 1
-    assert all(isinstance(spec, ModelSpec) and spec.num_gpus > 0 for spec in CATALOGUE.models)
+    served = list(accepted.served().values())
+    placed = plan(served, "l4").placed
+    assert {spec.name: spec.num_gpus for spec in served} == {p.name: p.num_gpus for p in placed}
+    assert all(spec.num_gpus > 0 for spec in CATALOGUE.models)
 
 
 def test_the_starter_models_are_resolved_as_they_lie_here() -> None:
