@@ -89,6 +89,14 @@ bench-peers: setup $(PEERS)/.done ## The same models and load on six other serve
 manifests: setup ## Write the KubeRay manifests anew from configs/gke.yaml
 	$(BIN)/imagen kuberay render
 
+.PHONY: bench-http
+bench-http: setup ## What HTTP costs on the way to a model, beside LitServe if .venv-peers is there
+	$(BIN)/python -m benchmarks.http_overhead $(ARGS)
+
+.PHONY: soak-clients
+soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (15 minutes)
+	$(BIN)/python -m benchmarks.soak_clients $(ARGS)
+
 .PHONY: soak-store
 soak-store: setup ## Kill a pull 100 times, and look what it left
 	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s

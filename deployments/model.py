@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from deployments.engine import Engine
     from deployments.hosting import Status
 
+_SEATS = 8
+"""Requests worked on at a time: each holds a decoded picture, of up to 150 MB."""
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
 
@@ -50,6 +52,7 @@ class ModelDeployment:
         self._spec = spec
         self._limits = images.Limits(**settings.limits.model_dump())
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
+        self._seats = asyncio.Semaphore(_SEATS)
         self._configured = False
         self._defaults = spec.defaults
         self._host = Host(spec, settings)
@@ -96,15 +99,18 @@ class ModelDeployment:
         """
         try:
             async with asyncio.timeout(job.timeout_s):
-                return await self._process(job, time.monotonic() + job.timeout_s)
+                arrived_s = time.monotonic()
+                async with self._seats:
+                    return await self._process(job, arrived_s)
         except TimeoutError as error:
             raise too_late() from error
         except ServiceError as error:
             logger.warning("Request %s: %s", job.request_id, error)
             raise
 
-    async def _process(self, job: ImageJob, deadline_s: float) -> ImageResult:
+    async def _process(self, job: ImageJob, arrived_s: float) -> ImageResult:
         start_s = time.monotonic()
+        deadline_s = arrived_s + job.timeout_s
         request = complete(job.request, self._defaults, self._spec.parameters)
         # 1) Bytes to pixels, off the event loop.
         picture = await self._on_pool(images.decode, job.image, self._limits)
@@ -136,7 +142,8 @@ class ModelDeployment:
             batch_size=row.batch_size,
             gpu_seconds=row.compute_s * self._spec.num_gpus if on_gpu else 0.0,
             determinism="exact" if exact else "bounded",
-            timings_s=_timings_s(row, decoded_s - start_s, time.monotonic() - encode_s),
+            timings_s={"decode": decoded_s - start_s, "encode": time.monotonic() - encode_s}
+            | _timings_s(row, start_s - arrived_s),
             notes=result.notes,
         )
 
@@ -181,14 +188,8 @@ def _gpu_share() -> float:
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
 
 
-def _timings_s(row: Row, decode_s: float, encode_s: float) -> dict[str, float]:
-    return {
-        "decode": decode_s,
-        "queue": row.queue_s,
-        "denoise": row.run_s,
-        "vae": row.vae_s,
-        "encode": encode_s,
-    }
+def _timings_s(row: Row, waited_s: float) -> dict[str, float]:
+    return {"queue": waited_s + row.queue_s, "denoise": row.run_s, "vae": row.vae_s}
 
 
 def _seed(request: TaskRequest) -> int:

@@ -52,8 +52,10 @@ def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
     return deployment.options(
         name=name,
         autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 4},
-        max_ongoing_requests=8,
-        max_queued_requests=64,
+        # More than a replica works on: those that wait outside it are offered again only after a
+        # pause of up to half a second, in which it would stand idle.
+        max_ongoing_requests=32,
+        max_queued_requests=40,
         backpressure_config=_backpressure(settings),
         graceful_shutdown_timeout_s=60,
         health_check_period_s=10,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure.
+settings.register_profile("imagen", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("imagen")
 
 HERE = Path(__file__).parent
 
