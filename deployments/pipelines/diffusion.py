@@ -167,6 +167,9 @@ def _prepare(pipeline: Any) -> None:
     config = pipeline.vae.config
     if config.get("latents_mean") is not None:
         raise ModelCorrupt("The autoencoder shifts its latents by latents_mean: not supported.")
+    if not torch.cuda.is_available():
+        # A sixth to a quarter less time on a CPU (`make bench-options`); not measured on a GPU.
+        pipeline.unet.to(memory_format=torch.channels_last)
     upcasts = hasattr(pipeline, "upcast_vae") and config.get("force_upcast", True)
     if pipeline.vae.dtype == torch.float16 and upcasts:
         # Once, rather than to float32 and back at every call.
