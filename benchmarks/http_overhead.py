@@ -39,10 +39,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.server import NotStarted, free_port, running
-from benchmarks.peers.systems import OUR_BIN, OURS, PEERS_BIN, SYSTEMS, System
+from benchmarks.peers.server import NotStarted, running
+from benchmarks.peers.systems import OUR_BIN, OURS, PEERS_BIN, SYSTEMS, System, ray_environment
 from deployments.contract import Task
 from deployments.settings import ROOT, Settings
+from serve_app import data_plane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,7 +116,7 @@ def ours(variant: str) -> System:
         return found
 
     def environment(folder: Path) -> dict[str, str]:
-        return system.environment(folder) | VARIANTS[variant](folder)
+        return ray_environment(folder) | VARIANTS[variant](folder)
 
     return System(f"Imagen, {variant}", command, environment=environment)
 
@@ -128,36 +129,13 @@ def _asleep(config: str) -> str:
     return yaml.safe_dump(values)
 
 
-def _throughput(_: Path) -> dict[str, str]:
-    """Handles by gRPC, user code and router in the replica's own event loop, buffered logs."""
-    return {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", **_STOPPED_AT_ONCE}
-
-
-def _haproxy(folder: Path) -> dict[str, str]:
-    """HAProxy, which comes with ray[serve], before a listener in the Ingress replica itself."""
-    here = folder / "haproxy"
-    here.mkdir()
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # By default below /tmp and at fixed ports, which a second Serve on this machine has too.
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(here / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(here / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(here / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(here),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(here / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        **_STOPPED_AT_ONCE,
-    }
-
-
 # An Ingress with a listener of its own else waits 30 s for balancers to forget it.
 _STOPPED_AT_ONCE: Final = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 VARIANTS: Final[dict[str, Callable[[Path], dict[str, str]]]] = {
     "default": lambda _: {},
-    "throughput": _throughput,
-    "haproxy": _haproxy,
-    "both": lambda folder: _throughput(folder) | _haproxy(folder),
+    "throughput": lambda _: data_plane.throughput() | _STOPPED_AT_ONCE,
+    "haproxy": data_plane.haproxy,
+    "both": data_plane.fastest,
 }
 
 

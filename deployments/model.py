@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deployments.engine import Engine
     from deployments.hosting import Status
 
-_SEATS = 8
+_SEATS = 16
 """Requests worked on at a time: each holds a decoded picture, of up to 150 MB."""
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from starlette.datastructures import Headers
@@ -127,7 +127,7 @@ class _Processor:
         self._retry_after_s = settings.retry_after_s
         self._limits = images.Limits(**settings.limits.model_dump())
         # Few, because a hostile header can keep a thread busy for seconds.
-        self._header_threads = CapacityLimiter(settings.pixel_threads)
+        self._header_threads = ThreadPoolExecutor(settings.pixel_threads, "headers")
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -158,8 +158,8 @@ class _Processor:
         _check_query(request)
         typed = parse(self.task, form.fields)
         check_used(typed, self.spec.parameters)
-        header = await to_thread.run_sync(
-            images.read_header, form.image, self._limits, limiter=self._header_threads
+        header = await asyncio.get_running_loop().run_in_executor(
+            self._header_threads, images.read_header, form.image, self._limits
         )
         scale = self.spec.scale
         width_px, height_px = header.width_px * scale, header.height_px * scale

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
@@ -18,10 +20,14 @@ from rich.console import Console
 from deployments.errors import ConfigError, ImagenError
 from deployments.images import read_metadata
 from deployments.settings import ROOT, resolve
+from serve_app import data_plane
 from serve_app.bench_cli import bench
 from serve_app.kuberay_cli import kuberay_app
 from serve_app.models_cli import models_app
 from serve_app.plan_cli import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models")
@@ -58,24 +64,34 @@ def run(
         )
         raise typer.Exit(2)
     start_s = time.monotonic()
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
     # Also where whoever started us ignores Ctrl-C, as a shell does for background jobs; the server
     # inherits that.
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
-    # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-    server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603 - ours
     failed = True
-    try:
-        if _wait_ready(server, address, timeout_s):
-            _announce(address, time.monotonic() - start_s)
-            failed = server.wait() != 0
-    except KeyboardInterrupt:
-        console.print("Stopping.")
-        failed = False
-    finally:
-        _stop(server)
+    with _started(config) as server:
+        try:
+            if _wait_ready(server, address, timeout_s):
+                _announce(address, time.monotonic() - start_s)
+                failed = server.wait() != 0
+        except KeyboardInterrupt:
+            console.print("Stopping.")
+            failed = False
     raise typer.Exit(int(failed))
+
+
+@contextmanager
+def _started(config: Path) -> Generator[subprocess.Popen[bytes]]:
+    """`serve run`, stopped at the end."""
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
+    with TemporaryDirectory(prefix="imagen-run-") as folder:
+        environment = os.environ | data_plane.fastest(Path(folder))
+        # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
+        try:
+            yield server
+        finally:
+            _stop(server)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

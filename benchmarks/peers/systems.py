@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from deployments.settings import ROOT
+from serve_app import data_plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,8 @@ def _serve_run(
     return [str(serve), "run", "--address=local", f"--app-dir={ROOT}", str(file)]
 
 
-def _ray_environment(folder: Path) -> dict[str, str]:
+def ray_environment(folder: Path) -> dict[str, str]:
+    """A Ray and a model store of its own."""
     return {
         "RAY_TMPDIR": str(folder / "ray"),
         "RAY_ADDRESS": "local",
@@ -108,16 +110,18 @@ def _ray_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def _our_environment(folder: Path) -> dict[str, str]:
+    return ray_environment(folder) | data_plane.fastest(folder)
+
+
 def _bentoml_environment(folder: Path) -> dict[str, str]:
     return {"BENTOML_HOME": str(folder), "BENTOML_DO_NOT_TRACK": "True"}
 
 
 SYSTEMS: Final = {
     "a": System("old worker loop", _old_worker),
-    "b": System(
-        "Ray Serve, as its example", _ray_peer("ray_example"), environment=_ray_environment
-    ),
-    "c": System("Ray @serve.batch", _ray_peer("ray_batch"), environment=_ray_environment),
+    "b": System("Ray Serve, as its example", _ray_peer("ray_example"), environment=ray_environment),
+    "c": System("Ray @serve.batch", _ray_peer("ray_batch"), environment=ray_environment),
     "d": System("LitServe", _litserve, ready="/health"),
     "e": System("BentoML", _bentoml, warm_up_rounds=12, environment=_bentoml_environment),
     "f": System(
@@ -126,5 +130,5 @@ SYSTEMS: Final = {
         ready="/v2/health/ready",
         target={"protocol": "kserve", "shape": [1, 1]},
     ),
-    OURS: System("Imagen", _ours, environment=_ray_environment),
+    OURS: System("Imagen", _ours, environment=_our_environment),
 }

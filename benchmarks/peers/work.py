@@ -39,7 +39,7 @@ Upload = tuple[bytes, Mapping[str, str]]
 
 MODELS: Final = ROOT / "configs/models/starter.yaml"
 # As configs/local.yaml: each model is one process with these.
-TORCH_THREADS: Final = 2
+TORCH_THREADS: Final = 1
 PIXEL_THREADS: Final = 2
 MAX_BATCH: Final = {**dict.fromkeys(Task, 4), Task.BACKGROUND: 8}
 # For servers that have one: as configs/local.yaml.
