@@ -3,7 +3,7 @@
 The overhead is the p50 through the whole stack, less the p50 of the same work called in one process
 (decode, fit, model, restore, encode), at the same concurrency. Above 1 that is so many threads that
 call it in a closed loop, as clients call the server: through the engine for ours; for LitServe,
-whose worker is one thread, one model call at a time.
+through a worker thread that forms batches as LitServe's does.
 
 The servers and the direct calls take turns in short blocks, so that a drift of the machine meets
 all of them. Ours is started once for each way in which Serve can be set up, with only the
@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import queue
 import signal
 import statistics
 import subprocess
@@ -24,8 +25,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -177,24 +178,48 @@ def direct_of_ours() -> Callable[[bytes], float]:
     return lambda image: measure(spec, pipeline, engine, image)["total"]
 
 
-def direct_of_litserve() -> Callable[[bytes], float]:
-    """One request through what LitServe's worker calls; its seconds."""
+def direct_of_litserve(most: int, window_s: float) -> Callable[[bytes], float]:
+    """One request through what LitServe's worker does, in batches formed as it forms them."""
     from benchmarks.peers.work import load
 
-    work, one_worker = load(TASK), threading.Lock()
+    work, waiting = load(TASK), queue.SimpleQueue[tuple[bytes, Future[bytes]]]()
+
+    def collect() -> list[tuple[bytes, Future[bytes]]]:
+        batch, end_s = [waiting.get()], time.perf_counter() + window_s
+        with suppress(queue.Empty):
+            while len(batch) < most:
+                batch.append(waiting.get(timeout=max(end_s - time.perf_counter(), 0)))
+        return batch
+
+    def serve_forever() -> None:
+        while True:
+            batch = collect()
+            pictures = work.serve([(image, {}) for image, _ in batch])
+            for (_, future), picture in zip(batch, pictures, strict=True):
+                future.set_result(picture)
+
+    threading.Thread(target=serve_forever, daemon=True).start()
 
     def call(image: bytes) -> float:
-        start_s = time.perf_counter()
-        item = work.decode(image, {})
-        with one_worker:
-            (output,) = work.call([item])
-        work.encode(item, output)
+        start_s, future = time.perf_counter(), Future[bytes]()
+        waiting.put((image, future))
+        future.result()
         return time.perf_counter() - start_s
 
     return call
 
 
-DIRECT: Final = {"direct ours": direct_of_ours, "direct litserve": direct_of_litserve}
+def _batched() -> Callable[[bytes], float]:
+    from benchmarks.peers.work import MAX_BATCH
+
+    return direct_of_litserve(MAX_BATCH[TASK], 0.01)
+
+
+DIRECT: Final = {
+    "direct ours": direct_of_ours,
+    "direct litserve": _batched,
+    "direct litserve unbatched": lambda: direct_of_litserve(1, 0.0),
+}
 
 
 def serve_direct(name: str, photo: Path) -> None:
@@ -341,11 +366,11 @@ def measure_variant(name: str, others: dict[str, Ask], options: Options) -> Runs
 def _order(ways: dict[str, Ask], turn: int, concurrency: int) -> list[tuple[str, Ask]]:
     """All ways, then the other way round, so that no one always follows a slow block.
 
-    For time's sake the second turn of many clients is of ours and the unbatched LitServe only.
+    For time's sake the second turn of many clients is of ours and the batched LitServe only.
     """
     if turn % 2 == 0:
         return list(ways.items())
-    few = (LIT[1], "ours")
+    few = (LIT[0], "ours", f"direct {LIT[0]}", "direct ours")
     return [(n, ask) for n, ask in reversed(ways.items()) if concurrency == 1 or n in few]
 
 
@@ -369,8 +394,7 @@ def summarise(runs: Runs) -> list[dict[str, Any]]:
     for (way, concurrency), blocks in sorted(runs.items(), key=lambda item: item[0][1]):
         if way in DIRECT:
             continue
-        base = "direct ours" if way == "ours" else "direct litserve"
-        p50_s, direct_s = _p50(blocks), _p50(runs[base, concurrency])
+        p50_s, direct_s = _p50(blocks), _p50(runs[f"direct {way}", concurrency])
         done = sum(len(block.seconds) for block in blocks)
         rows.append(
             {

@@ -73,7 +73,7 @@ def ours() -> Order:
     pace = Pace()
     pace._per_px = SECONDS_PER_PX
     limits = GroupLimits(max_batch_size=1)
-    return lambda rows, now_s: choose(rows, lambda _: 0, limits, pace, now_s)[0]
+    return lambda rows, now_s: choose(rows, lambda _: 0, limits, pace, now_s).rows[0]
 
 
 def orders() -> dict[str, Order]:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deployments.errors import ImagenError, ModelFailed, NotReady, TooLarge, too_late
-from deployments.grouping import GroupLimits, Pace, choose
+from deployments.grouping import GroupLimits, Pace, Pass, choose
 from deployments.staging import Job, Staging, free_memory, mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from deployments.grouping import Closed
     from deployments.pipelines.base import Pipeline, Row
 
 _DEVICE_ERROR = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error")
@@ -47,6 +48,7 @@ class Engine:
         limits: of a pass; may be changed at any time.
         pace: decides which group sizes are worth while.
         clock: seconds, monotonic.
+        heard: told of each pass, on the engine's thread; must not raise.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Engine:
         *,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
+        heard: Callable[[Pass], None] | None = None,
     ) -> None:
         self.limits = limits or GroupLimits()
         self.fatal: BaseException | None = None
         self._pipeline = pipeline
         self._pace = pace or Pace()
         self._clock = clock
+        self._heard = heard
         self._afforded_px: int | None = None
         self._lock = threading.Lock()
         self._unresolved: set[Row] = set()
@@ -162,8 +166,8 @@ class Engine:
 
     def _turn(self) -> None:
         group = choose(self._rows, self._pipeline.key, self._fitting, self._pace, self._clock())
-        self._step(group)
-        for row in group:
+        self._step(*group)
+        for row in group.rows:
             if not row.steps_left and not row.future.done():
                 self._rows.remove(row)
                 work, then = partial(self._pipeline.finish, row), partial(self._resolve, row)
@@ -177,7 +181,7 @@ class Engine:
             return limits
         return GroupLimits(limits.max_batch_size, afforded_px, limits.exact)
 
-    def _step(self, rows: Sequence[Row]) -> None:
+    def _step(self, rows: Sequence[Row], closed: Closed) -> None:
         """Step a group; on failure, its halves, so that only the row at fault fails."""
         start_s = self._clock()
         try:
@@ -192,13 +196,15 @@ class Engine:
             self._learn(rows, error)
         else:
             self._account(rows, start_s)
+            if self._heard:
+                self._heard(Pass(rows, closed, self._clock() - start_s))
             return
         # Outside the handler: the error's traceback holds the memory the halves need.
         free_memory()
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
             if waiting := [row for row in half if not row.future.done()]:
-                self._step(waiting)
+                self._step(waiting, "memory")
 
     def _learn(self, rows: Sequence[Row], error: Exception) -> None:
         logger.warning("A step of %d rows failed; trying halves: %s", len(rows), repr(error))

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +19,27 @@ _GAIN = 0.95
 _AGAIN = 64
 _OVERDUE = 4
 """Age, in twice a row's own work, from which on the oldest goes first, whatever it is."""
+
+Closed = Literal["all", "key", "full", "exact", "budget", "pace", "memory"]
+"""Why a group took no more rows: there were no others; the others have another key; it has
+`max_batch_size`; rows step alone for exact results; the pixel budget; more rows at a time are no
+gain; or it is a part of one that ran out of memory.
+"""
+
+
+class Group(NamedTuple):
+    """Rows that step together."""
+
+    rows: list[Row]
+    closed: Closed
+
+
+class Pass(NamedTuple):
+    """A step that some rows have taken together."""
+
+    rows: Sequence[Row]
+    closed: Closed
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,7 @@ def choose(
     limits: GroupLimits,
     pace: Pace,
     now_s: float,
-) -> list[Row]:
+) -> Group:
     """The rows of the next step: the most urgent one, and the most urgent of its key with it.
 
     Urgent is, as in shortest remaining processing time, what is nearly done and was small to begin
@@ -108,7 +129,18 @@ def choose(
     shared = key(order[0])
     alike = [row for row in order if key(row) == shared]
     fitting = _within(alike, limits)
-    return fitting[: pace.best_size(fitting)]
+    group = fitting[: pace.best_size(fitting)]
+    if len(group) < len(fitting):
+        return Group(group, "pace")
+    if len(fitting) < len(alike):
+        return Group(group, _limit(fitting, limits))
+    return Group(group, "key" if len(alike) < len(rows) else "all")
+
+
+def _limit(group: Sequence[Row], limits: GroupLimits) -> Closed:
+    if limits.exact:
+        return "exact"
+    return "full" if len(group) == limits.max_batch_size else "budget"
 
 
 def _within(rows: Sequence[Row], limits: GroupLimits) -> list[Row]:

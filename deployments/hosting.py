@@ -19,14 +19,17 @@ from deployments.grouping import GroupLimits
 from deployments.images import Picture
 from deployments.loader import load
 from deployments.pipelines.base import Row
+from deployments.placement import memory_bytes
 from deployments.store.manifest import SHORT
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
-from deployments.telemetry import ModelMetrics
+from deployments.telemetry import ModelMetrics, WorkMetrics
+from deployments.tracing import BatchSpans
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from deployments.grouping import Pass
     from deployments.loader import Loaded
     from deployments.pipelines.base import Pipeline
     from deployments.registry import ModelSpec
@@ -107,6 +110,9 @@ class Host:
     Args:
         spec: which model, and how.
         settings: what all models share.
+
+    Attributes:
+        work: is told of passes and memory; requests are its user's to tell.
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
@@ -114,6 +120,7 @@ class Host:
         self._spec = spec
         self._settings = settings
         self._metrics = ModelMetrics()
+        self.work = WorkMetrics(spec.name)
         self._provider = Provider(settings.models, settings.store, self._metrics.hear)
         self._gate = Gate()
         self._served: Served | None = None
@@ -178,6 +185,10 @@ class Host:
         """Raises NotReady if this replica must be replaced; keeps its gauges alive."""
         with suppress(OSError):
             self._metrics.repeat(shutil.disk_usage(self._provider.store.root).free)
+        if self._served:
+            loaded = self._served.loaded
+            self.work.memory(memory_bytes(loaded.device, loaded.cap_bytes))
+            self._metrics.differs(self._spec.name, other=loaded.digest != self._wanted)
         if self._broken or not self._ready().engine.alive:
             raise NotReady(f"The engine of {self._spec.name} has stopped. {self._broken}".strip())
 
@@ -226,7 +237,13 @@ class Host:
 
     def _warm(self, loaded: Loaded) -> Served:
         """Run one grey picture through the whole model, so that the first client does not wait."""
-        engine = Engine(loaded.pipeline, self.limits)
+        spans = BatchSpans(self._spec.name)
+
+        def heard(done: Pass) -> None:
+            self.work.passed(done)
+            spans.add(done)
+
+        engine = Engine(loaded.pipeline, self.limits, heard=heard)
         served = Served(loaded, engine)
         grey = Picture(np.full((64, 64, 3), 127, np.uint8), None)
         spec = self._spec

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deployments.errors import ConfigError, ModelCorrupt
+from deployments.pipelines.lanes import Lanes
 from deployments.placement import cap_device
 from deployments.registry import FAMILIES
 from deployments.settings import enforce_offline
@@ -34,12 +35,14 @@ class Loaded:
         pipeline: on its device.
         digest: of its manifest, 16 hex digits.
         device: such as cpu or cuda.
+        cap_bytes: what its allocator may reserve of a GPU; None on a CPU.
         lease: keeps its folder from garbage collection until it is closed.
     """
 
     pipeline: Pipeline
     digest: str
     device: str
+    cap_bytes: int | None
     lease: ExitStack
 
 
@@ -67,7 +70,7 @@ def load(
     lease.enter_context(store.lease(digest))
     try:
         device = choose_device(settings.device)
-        cap_device(spec.num_gpus, device, spec.name)
+        cap_bytes = cap_device(spec.num_gpus, device, spec.name)
         folder = store.folder(spec.name, digest)
         _check_family(spec, read_manifest(folder, spec.name))
         with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
@@ -82,15 +85,16 @@ def load(
     except BaseException:
         lease.close()
         raise
-    return Loaded(pipeline, manifest.short, device, lease)
+    return Loaded(pipeline, manifest.short, device, cap_bytes, lease)
 
 
 def build(spec: ModelSpec, folder: Path, settings: Settings) -> Pipeline:
     """A pipeline in host memory from any folder, unchecked; raises as `load`."""
     enforce_offline(settings.store.folder)
-    torch.set_num_threads(settings.torch_threads)
+    torch.set_num_threads(1)  # lanes split the work
+    lanes = Lanes(settings.torch_threads if choose_device(settings.device) == "cpu" else 1)
     module, name = FAMILIES[spec.family].target.split(":")
-    return getattr(import_module(module), name)(spec, folder, "cpu")
+    return getattr(import_module(module), name)(spec, folder, "cpu", lanes)
 
 
 def choose_device(wanted: str) -> str:

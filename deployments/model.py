@@ -7,26 +7,32 @@ import logging
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
-from deployments import images
+from deployments import images, tracing
 from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
-from deployments.errors import ConfigError, ServiceError, too_late
+from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, check_defaults
 from deployments.settings import Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
+    from deployments.contract import OutputFormat
     from deployments.engine import Engine
     from deployments.hosting import Status
+    from deployments.images import Picture
+    from deployments.pipelines.base import Pipeline, Pixels
 
 _SEATS = 16
 """Requests worked on at a time: each holds a decoded picture, of up to 150 MB."""
+_STAGES = ("decode", "engine", "encode")
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
 
@@ -55,6 +61,7 @@ class ModelDeployment:
         self._seats = asyncio.Semaphore(_SEATS)
         self._configured = False
         self._defaults = spec.defaults
+        self._inside = 0
         self._host = Host(spec, settings)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -97,6 +104,10 @@ class ModelDeployment:
             ModelFailed: the model gave no picture for it.
             TooLate: `job.timeout_s` passed.
         """
+        with self._counted():
+            return await self._in_time(job)
+
+    async def _in_time(self, job: ImageJob) -> ImageResult:
         try:
             async with asyncio.timeout(job.timeout_s):
                 arrived_s = time.monotonic()
@@ -108,30 +119,47 @@ class ModelDeployment:
             logger.warning("Request %s: %s", job.request_id, error)
             raise
 
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        outcome = "gone"
+        self._inside += 1
+        self._host.work.holds(self._inside)
+        try:
+            yield
+            outcome = "ok"
+        except ImagenError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._inside -= 1
+            self._host.work.holds(self._inside)
+            self._host.work.answered(outcome)
+
     async def _process(self, job: ImageJob, arrived_s: float) -> ImageResult:
         start_s = time.monotonic()
         deadline_s = arrived_s + job.timeout_s
         request = complete(job.request, self._defaults, self._spec.parameters)
-        # 1) Bytes to pixels, off the event loop.
-        picture = await self._on_pool(images.decode, job.image, self._limits)
         async with self._host.use() as served:
-            pixels = await self._on_pool(served.pipeline.fit, picture, request)
+            # 1) Bytes to pixels, off the event loop.
+            picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            row = Row(request, pixels, _seed(request), deadline_s)
+            row = Row(request, pixels, _seed(request), deadline_s, trace=tracing.current())
             exact = served.engine.limits.exact
-            try:
-                await self._admit((served.engine, row))
-                output = await asyncio.wrap_future(row.future)
-            finally:
-                row.cancel()
-            result = await self._on_pool(served.pipeline.restore, output, picture, request)
-        # 3) Pixels to bytes.
-        encode_s = time.monotonic()
-        model = f"{self._spec.name}@{served.loaded.digest}"
-        metadata = self._metadata(row, model)
-        body = await self._on_pool(images.encode, result, job.output_format, metadata)
+            output = await self._step(served.engine, row)
+            # 3) Pixels to bytes.
+            encode_s = time.monotonic()
+            model = f"{self._spec.name}@{served.loaded.digest}"
+            metadata = self._metadata(row, model)
+            result, body = await self._on_pool(
+                _close, served.pipeline, output, picture, request, job.output_format, metadata
+            )
         on_gpu = served.loaded.device != "cpu"
+        gpu_seconds = row.compute_s * self._spec.num_gpus if on_gpu else 0.0
+        end_s = time.monotonic()
+        timings_s = {"decode": decoded_s - start_s, "encode": end_s - encode_s}
+        timings_s |= _timings_s(row, start_s - arrived_s)
+        self._tell(row, timings_s, gpu_seconds, (start_s, decoded_s, encode_s, end_s))
         return ImageResult(
             image=body,
             media_type=images.media_type(job.output_format),
@@ -140,12 +168,33 @@ class ModelDeployment:
             model=model,
             seed=self._seed_used(row),
             batch_size=row.batch_size,
-            gpu_seconds=row.compute_s * self._spec.num_gpus if on_gpu else 0.0,
+            gpu_seconds=gpu_seconds,
             determinism="exact" if exact else "bounded",
-            timings_s={"decode": decoded_s - start_s, "encode": time.monotonic() - encode_s}
-            | _timings_s(row, start_s - arrived_s),
+            timings_s=timings_s,
             notes=result.notes,
         )
+
+    async def _step(self, engine: Engine, row: Row) -> Pixels:
+        try:
+            await self._admit((engine, row))
+            return await asyncio.wrap_future(row.future)
+        finally:
+            row.cancel()
+
+    def _open(
+        self, job: ImageJob, request: TaskRequest, pipeline: Pipeline
+    ) -> tuple[Picture, Pixels]:
+        picture = images.decode(job.image, self._limits)
+        return picture, pipeline.fit(picture, request)
+
+    def _tell(
+        self, row: Row, timings_s: dict[str, float], gpu_seconds: float, ends_s: tuple[float, ...]
+    ) -> None:
+        self._host.work.pictured(timings_s, gpu_seconds)
+        facts = {f"{stage}_s": seconds for stage, seconds in timings_s.items()}
+        facts |= {"batch_size": row.batch_size}
+        for name, (start_s, end_s) in zip(_STAGES, pairwise(ends_s), strict=True):
+            tracing.record(name, start_s, end_s, facts)
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
     async def _admit(self, rows: list[tuple[Engine, Row]]) -> list[None]:
@@ -171,6 +220,8 @@ class ModelDeployment:
 
     async def check_health(self) -> None:
         """Called by Serve; raising gets this replica replaced."""
+        # Again, because Ray's agent forgets a gauge that is not set for a while.
+        self._host.work.holds(self._inside)
         self._host.check()
 
     def __del__(self) -> None:
@@ -181,6 +232,18 @@ class ModelDeployment:
 
     async def _on_pool(self, work: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+
+def _close(
+    pipeline: Pipeline,
+    output: Pixels,
+    picture: Picture,
+    request: TaskRequest,
+    output_format: OutputFormat,
+    metadata: dict[str, object] | None,
+) -> tuple[Picture, bytes]:
+    result = pipeline.restore(output, picture, request)
+    return result, images.encode(result, output_format, metadata)
 
 
 def _gpu_share() -> float:

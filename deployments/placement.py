@@ -583,6 +583,15 @@ def cap_device(num_gpus: float, device: str, model: str = "") -> int | None:
     return enforce_share(num_gpus, memory, weights_bytes=weights, context_bytes=context)
 
 
+def memory_bytes(device: str, cap_bytes: int | None) -> dict[str, int]:
+    """What this process holds of a GPU, by kind: reserved, peak and cap; zeros on a CPU."""
+    if cap_bytes is None:
+        return {"reserved": 0, "peak": 0, "cap": 0}
+    memory = CudaMemory(device)
+    reserved, peak = memory.reserved_bytes(), memory.peak_bytes()
+    return {"reserved": reserved, "peak": peak, "cap": cap_bytes}
+
+
 def enforce_share(
     num_gpus: float, memory: DeviceMemory, *, weights_bytes: int, context_bytes: int
 ) -> int:

@@ -108,8 +108,8 @@ class Settings(Strict):
     Attributes:
         models: YAML file that names one model per task.
         device: auto takes CUDA where there is one.
-        torch_threads: CPU threads of each model replica. Ray gives an actor with up to one CPU a
-            single torch thread, so that this must be said here.
+        torch_threads: CPU threads of each model replica, which share the rows of a pass; a GPU
+            needs none.
         pixel_threads: threads of each replica that decode and encode image files.
         model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own.
         request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.

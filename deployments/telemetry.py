@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ray.util.metrics import Counter, Gauge
+from ray.util.metrics import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deployments.grouping import Pass
     from deployments.store.events import Event
     from deployments.store.node_init import Totals
 
@@ -27,6 +30,9 @@ _SUMMED = {
     ),
 }
 _MODEL = ("model",)
+# From a background on a GPU to a cold start.
+_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640]
+_ROWS = [1, 2, 3, 4, 6, 8, 12, 16]
 
 
 class ModelMetrics:
@@ -48,7 +54,9 @@ class ModelMetrics:
         self._info = Gauge(
             "imagen_model_serving", "1 for the digest a replica serves.", ("model", "digest")
         )
-
+        self._differs = Gauge(
+            "imagen_model_differs", "1 while another digest is served than wanted.", _MODEL
+        )
         self._gauges: list[tuple[Gauge, float, dict[str, str]]] = []
 
     def hear(self, event: Event) -> None:
@@ -75,6 +83,10 @@ class ModelMetrics:
         if disk_free_bytes is not None:
             self._free.set(disk_free_bytes)
 
+    def differs(self, model: str, *, other: bool) -> None:
+        """Whether another digest is served than wanted."""
+        self._differs.set(int(other), {"model": model})
+
     def swapped(self, model: str, old: str, *, failed: bool) -> None:
         """An exchange ended."""
         self._swap.inc(1, {"model": model, "outcome": "failed" if failed else "done"})
@@ -90,3 +102,85 @@ class ModelMetrics:
             self._seconds.inc(amount, {"model": model, "stage": stage})
         elif kind == "disk_free":
             self._free.set(amount)
+
+
+class WorkMetrics:
+    """What a replica tells of its requests, its passes and its share of a GPU.
+
+    Args:
+        model: its name, the tag of all.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = {"model": model}
+        self._requests = Counter(
+            "imagen_requests",
+            "Requests a replica has answered, by outcome: ok, or the code of the error.",
+            ("model", "outcome"),
+        )
+        self._stage = Histogram(
+            "imagen_stage_seconds",
+            "Time of a picture by stage: queue, decode, denoise, vae, encode.",
+            _SECONDS,
+            ("model", "stage"),
+        )
+        self._rows = Histogram("imagen_pass_rows", "Rows of a pass.", _ROWS, _MODEL)
+        self._passes = Counter(
+            "imagen_passes",
+            "Passes, by why no more rows were in: all, key, full, exact, budget, pace, memory.",
+            ("model", "closed"),
+        )
+        self._gpu_seconds = Counter(
+            "imagen_gpu_seconds", "GPU time of pictures: share of the GPU times seconds.", _MODEL
+        )
+        self._in_flight = Gauge("imagen_rows_in_flight", "Requests inside a replica.", _MODEL)
+        self._memory = Gauge(
+            "imagen_gpu_memory_bytes",
+            "A replica's GPU memory: reserved and peak, and the cap of its allocator; 0 on a CPU.",
+            ("model", "kind"),
+        )
+
+    def answered(self, outcome: str) -> None:
+        self._requests.inc(1, self._model | {"outcome": outcome})
+
+    def pictured(self, timings_s: Mapping[str, float], gpu_seconds: float) -> None:
+        """A picture is done; seconds by stage."""
+        for stage, seconds in timings_s.items():
+            self._stage.observe(seconds, self._model | {"stage": stage})
+        if gpu_seconds > 0:
+            self._gpu_seconds.inc(gpu_seconds, self._model)
+
+    def passed(self, done: Pass) -> None:
+        self._rows.observe(len(done.rows), self._model)
+        self._passes.inc(1, self._model | {"closed": done.closed})
+
+    def holds(self, rows: int) -> None:
+        """So many requests are inside."""
+        self._in_flight.set(rows, self._model)
+
+    def memory(self, memory_bytes: Mapping[str, int]) -> None:
+        """By kind: reserved, peak, cap."""
+        for kind, amount in memory_bytes.items():
+            self._memory.set(amount, self._model | {"kind": kind})
+
+
+class HttpMetrics:
+    """What an ingress replica tells of its answers."""
+
+    def __init__(self) -> None:
+        self._answers = Counter(
+            "imagen_http_answers",
+            "Answers by route, status, and reason: ok, or the code of the problem.",
+            ("route", "status", "reason"),
+        )
+        self._seconds = Histogram(
+            "imagen_http_seconds",
+            "From the request to the end of its answer.",
+            _SECONDS,
+            ("route",),
+        )
+
+    def answered(self, route: str, status: int, reason: str, seconds: float) -> None:
+        """A request is over; status 0 if its client has left."""
+        self._answers.inc(1, {"route": route, "status": str(status), "reason": reason})
+        self._seconds.observe(seconds, {"route": route})

@@ -28,7 +28,14 @@ from deployments.errors import (
     too_late,
 )
 from serve_app import openapi, wire
-from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, InFlightLimit, RequestId
+from serve_app.middleware import (
+    AccessLog,
+    BodyLimit,
+    ErrorBoundary,
+    Heard,
+    InFlightLimit,
+    RequestId,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,8 +92,14 @@ class Backends(Protocol):
         ...
 
 
-def create_app(backends: Backends, registry: Registry, settings: Settings) -> FastAPI:
-    """The whole HTTP API around five backends. Knows neither Ray nor torch."""
+def create_app(
+    backends: Backends, registry: Registry, settings: Settings, heard: Heard | None = None
+) -> FastAPI:
+    """The whole HTTP API around five backends. Knows neither Ray nor torch.
+
+    Args:
+        heard: is told of each answer.
+    """
     limit = settings.limits.max_body_bytes
     app = FastAPIOffline(
         docs_url="/docs",
@@ -98,7 +111,7 @@ def create_app(backends: Backends, registry: Registry, settings: Settings) -> Fa
         description=openapi.DESCRIPTION,
         middleware=[
             Middleware(RequestId),
-            Middleware(AccessLog),
+            Middleware(AccessLog, heard=heard),
             Middleware(ErrorBoundary),
             Middleware(BodyLimit, max_body_bytes=limit),
             Middleware(
@@ -273,7 +286,7 @@ def _request_id(request: Request) -> str:
 
 async def _on_imagen_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ImagenError)  # noqa: S101 - Starlette dispatches by class
-    return wire.error_response(error, _request_id(request))
+    return wire.error_response(error, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -296,4 +309,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return MalformedRequest(str(error.detail), remedy="See /docs for what this route takes.")
 
     ours = known.get(error.status_code, fallback)()
-    return wire.error_response(ours, _request_id(request), error.headers)
+    return wire.error_response(ours, request.scope, error.headers)

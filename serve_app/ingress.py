@@ -19,7 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from deployments.contract import ImageJob, ImageResult, Task
 from deployments.errors import Full, ImagenError, ModelFailed, NotReady
 from deployments.store.node_init import pulling
-from serve_app.api import Details, create_app, not_ready
+from deployments.telemetry import HttpMetrics
+from serve_app.api import ROUTES, Details, create_app, not_ready
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,7 @@ NAMES: dict[Task, str] = {
     Task.AGED: "Aged",
     Task.BACKGROUND: "BackgroundRemove",
 }
+_ROUTES = {*ROUTES.values(), "/api/v1/models", "/healthz", "/readyz"}
 _STATES_TTL_S = 1.0
 _STATUS_TIMEOUT_S = 0.5
 logger = logging.getLogger("ray.serve.imagen.ingress")
@@ -193,4 +195,10 @@ class Ingress:
         registry: Registry,
         settings: Settings,
     ) -> None:
-        self.api = create_app(ServeBackends(handles, settings.retry_after_s), registry, settings)
+        backends = ServeBackends(handles, settings.retry_after_s)
+        self._metrics = HttpMetrics()
+        self.api = create_app(backends, registry, settings, self._heard)
+
+    def _heard(self, path: str, status: int, reason: str, seconds: float) -> None:
+        route = path if path in _ROUTES else "other"  # whatever clients invent is one label
+        self._metrics.answered(route, status, reason, seconds)

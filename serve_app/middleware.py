@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -44,11 +45,20 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-class AccessLog:
-    """One line a request: method, path, status, seconds, request id."""
+Heard = Callable[[str, int, str, float], None]
+"""Told of each answer: path, status, reason (`ok`, or the code of the problem), seconds."""
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class AccessLog:
+    """One line a request: method, path, status, seconds, request id.
+
+    Args:
+        heard: is told, too; of a client that left before its answer, status 0 and reason `gone`.
+    """
+
+    def __init__(self, app: ASGIApp, heard: Heard | None = None) -> None:
         self.app = app
+        self.heard = heard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,14 +74,18 @@ class AccessLog:
         try:
             await self.app(scope, receive, send_and_note)
         finally:
+            seconds = time.monotonic() - start_s
             logger.info(
                 "%s %s %s %.3f s %s",
                 scope["method"],
                 quote(scope["path"], errors="replace"),
                 status or "gone",
-                time.monotonic() - start_s,
+                seconds,
                 scope["state"]["request_id"],
             )
+            if self.heard:
+                reason = scope["state"].get("reason", "ok") if status else "gone"
+                self.heard(scope["path"], status, reason, seconds)
 
 
 class ErrorBoundary:
@@ -106,7 +120,7 @@ class ErrorBoundary:
                     remedy="Try again; if it keeps failing, report the request id.",
                     retry_after_s=5,
                 )
-            await wire.error_response(error, request_id)(scope, receive, send)
+            await wire.error_response(error, scope)(scope, receive, send)
 
 
 class InFlightLimit:
@@ -125,7 +139,7 @@ class InFlightLimit:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if self._uploads >= self.max_uploads:
-            refusal = wire.error_response(self._full(), scope["state"]["request_id"])
+            refusal = wire.error_response(self._full(), scope)
             return await refusal(scope, receive, send)
         self._uploads += 1
         try:
@@ -170,8 +184,7 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length", "0")
         if _exceeds(declared, self.max_body_bytes):
             error = self._too_large(f"{declared} bytes")
-            request_id = scope["state"]["request_id"]
-            await wire.error_response(error, request_id)(scope, receive, send)
+            await wire.error_response(error, scope)(scope, receive, send)
         else:
             await self.app(scope, limited, send)
         if not ended:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from starlette.requests import Request
+    from starlette.types import Scope
 
     from deployments.contract import ImageResult, OutputFormat
 
@@ -257,9 +258,15 @@ def problem(error: ImagenError, request_id: str) -> dict[str, Any]:
 
 
 def error_response(
-    error: ImagenError, request_id: str, headers: Mapping[str, str] | None = None
+    error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An error as a response; 429 and 503 say when to try again."""
+    """An error as a response; 429 and 503 say when to try again.
+
+    Args:
+        scope: of the request; its state has the request id, and gets the error's code.
+    """
+    scope["state"]["reason"] = error.code
+    request_id = scope["state"]["request_id"]
     own = dict(headers or {})
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))

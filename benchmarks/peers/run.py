@@ -52,7 +52,7 @@ console = Console(width=None if sys.stdout.isatty() else 130)
 
 def main(
     systems: Annotated[str, typer.Option(help="letters; g is ours")] = ",".join(SYSTEMS),
-    loads: Annotated[str, typer.Option(help="names of benchmarks/plans")] = "uniform,mixed",
+    loads: Annotated[str, typer.Option(help="names of benchmarks/plans")] = "uniform,varied,mixed",
     requests: Annotated[int | None, typer.Option(help="of each load; else the plan's")] = None,
     rate: Annotated[float | None, typer.Option(help="per second; else the plan's")] = None,
     quick: Annotated[bool, typer.Option(help="a few requests: does it work at all?")] = False,

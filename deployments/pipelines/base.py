@@ -30,6 +30,7 @@ class Row:
         deadline_s: on the clock of `time.monotonic`; past it the row is dropped.
         future: gets the output of `Pipeline.finish`, or the row's error.
         state: whatever the pipeline keeps for the row.
+        trace: the request's span context, if it is traced.
         steps, steps_left: of the model; `Pipeline.begin` sets the latter, the engine counts down.
         cost_px: network pixels of each step, see `Pipeline.cost_px`.
         batch_size: the largest group the row was stepped in.
@@ -44,6 +45,7 @@ class Row:
     deadline_s: float
     future: Future[Pixels] = field(default_factory=Future[Pixels])
     state: object = None
+    trace: object = None
     steps: int = 0
     steps_left: int = 0
     cost_px: int = 1

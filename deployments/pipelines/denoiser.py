@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.schedules import (
     DATA_LATENTS,
     DATA_OUTPUT,
@@ -86,11 +87,13 @@ class Denoiser:
     Args:
         unet: a diffusers UNet2DConditionModel on its device.
         scheduler: of diffusers; every row gets its own course from it.
+        lanes: that share the places of a pass.
     """
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
+    def __init__(self, unet: Any, scheduler: Any, lanes: Lanes | None = None) -> None:
         self.unet = unet
         self.scheduler = scheduler
+        self._lanes = lanes or Lanes()
         self.schedule = lru_cache(_SCHEDULES)(self._schedule)
 
     def _schedule(self, steps: int, skipped: int = 0) -> Schedule:
@@ -166,22 +169,35 @@ class Denoiser:
             shown = torch.cat([shown, pictures.to(shown.dtype)], dim=1)
         if guided:
             shown = torch.cat([shown, shown[: len(guided)]])
+        shown = shown.to(self._weight.dtype)
+        times = self._send([row.schedule.timesteps[row.index] for row in places])
+        texts = torch.cat([condition.text for condition in conditions])
+        options = self._options(places, conditions)
+
+        def forward(part: slice) -> torch.Tensor:
+            return self.unet(
+                shown[part],
+                times[part],
+                encoder_hidden_states=texts[part],
+                return_dict=False,
+                **_cut(options, part),
+            )[0]
+
+        return self._lanes.run(forward, len(places)).float()
+
+    def _options(
+        self, places: Sequence[Denoising], conditions: Sequence[Condition]
+    ) -> dict[str, Any]:
         options: dict[str, Any] = {}
-        if rows[0].noise_level is not None:
+        if places[0].noise_level is not None:
             levels = [row.noise_level for row in places]
             options["class_labels"] = self._send(levels, torch.long)
-        if rows[0].wanted.pooled is not None:
+        if places[0].wanted.pooled is not None:
             options["added_cond_kwargs"] = {
                 "text_embeds": torch.cat([c.pooled for c in conditions if c.pooled is not None]),
                 "time_ids": torch.cat([c.time_ids for c in conditions if c.time_ids is not None]),
             }
-        return self.unet(
-            shown.to(self._weight.dtype),
-            self._send([row.schedule.timesteps[row.index] for row in places]),
-            encoder_hidden_states=torch.cat([condition.text for condition in conditions]),
-            return_dict=False,
-            **options,
-        )[0].float()
+        return options
 
     def _guide(self, rows: Sequence[Denoising], output: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance (arXiv:2207.12598) for the rows that have it."""
@@ -193,6 +209,14 @@ class Denoiser:
         unwanted = output[count:]
         steered = unwanted + scales * (output[:guided] - unwanted)
         return torch.cat([steered, output[guided:count]])
+
+
+def _cut(options: dict[str, Any], part: slice) -> dict[str, Any]:
+    """Some places of tensors, and of dictionaries of them."""
+    return {
+        name: _cut(value, part) if isinstance(value, dict) else value[part]
+        for name, value in options.items()
+    }
 
 
 def _adopt(row: Denoising) -> None:

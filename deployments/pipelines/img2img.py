@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from deployments.contract import TaskRequest
     from deployments.pipelines.base import Pixels, Row
+    from deployments.pipelines.lanes import Lanes
     from deployments.registry import ModelSpec
 
 
@@ -34,7 +35,9 @@ class Img2Img:
     No safety checker runs. Working sizes are the spec's buckets; the result has the input's size.
     """
 
-    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
+    ) -> None:
         self._buckets = spec.buckets
         self._is_xl = "XL" in diffusion.read_index(spec, folder)["_class_name"]
         if self._is_xl:
@@ -52,7 +55,7 @@ class Img2Img:
         self._stock = stock
         self._texts = diffusion.PromptCache(self._encode)
         self.autoencoder = Autoencoder(stock.vae)
-        self.denoiser = Denoiser(stock.unet, stock.scheduler)
+        self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         bucket = choose_bucket(picture.width_px, picture.height_px, self._buckets)

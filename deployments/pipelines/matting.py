@@ -12,6 +12,7 @@ from deployments.contract import BackgroundRequest
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
+from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ class Matting:
     stretches each mask to the full range; a calibrated network does without.
     """
 
-    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
+    ) -> None:
         config = networks.read_config(spec, folder)
         self._stretch = bool(config.get("stretch", True))
         self._device = device
+        self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._input_px = int(config.get("input_px", 1024))
@@ -62,7 +66,8 @@ class Matting:
         stacked = torch.from_numpy(np.stack([row.pixels for row in rows]))
         x = stacked.to(self._device).permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
         # Half precision is fine for the network and too coarse for a soft edge.
-        alpha = self._net(x)[0].float().sigmoid()[:, 0]
+        alpha = self._lanes.run(lambda part: self._net(x[part])[0], len(rows))
+        alpha = alpha.float().sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from deployments.contract import TaskRequest, UpscaleRequest
     from deployments.pipelines.base import Pixels, Row
+    from deployments.pipelines.lanes import Lanes
     from deployments.registry import ModelSpec
 
 SCALE = 4
@@ -35,7 +36,9 @@ class UpscaleDiffusion:
     input would otherwise need hundreds of gigabytes.
     """
 
-    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
+    ) -> None:
         stock = diffusion.load_pipeline(
             StableDiffusionUpscalePipeline,
             spec,
@@ -48,7 +51,7 @@ class UpscaleDiffusion:
         self._stock = stock
         self._texts = diffusion.PromptCache(self._encode)
         self.autoencoder = Autoencoder(stock.vae, spec.tile_px)
-        self.denoiser = Denoiser(stock.unet, stock.scheduler)
+        self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
         self._noises = stock.low_res_scheduler.alphas_cumprod.tolist()
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:

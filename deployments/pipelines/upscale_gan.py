@@ -12,6 +12,7 @@ from deployments.buckets import resize
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
+from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 
@@ -62,10 +63,13 @@ class UpscaleGan:
     outlives its client.
     """
 
-    def __init__(self, spec: ModelSpec, folder: Path, device: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
+    ) -> None:
         config = networks.read_config(spec, folder)
         self._tile_px = spec.tile_px
         self._device = device
+        self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._net, self._overlap_px = build(spec, config)
@@ -100,7 +104,8 @@ class UpscaleGan:
         tiles = [p.tiles[p.next] for p in progresses]
         cuts = [_cut(row.pixels, tile) for row, tile in zip(rows, tiles, strict=True)]
         x = torch.from_numpy(np.stack(cuts)).to(self._device)
-        y = self._net(x.permute(0, 3, 1, 2).to(self._dtype) / 255).float()
+        x = x.permute(0, 3, 1, 2).to(self._dtype) / 255
+        y = self._lanes.run(lambda part: self._net(x[part]), len(rows)).float()
         finite = y.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
         pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         for progress, tile, out, ok in zip(progresses, tiles, pixels, finite, strict=True):

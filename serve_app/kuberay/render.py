@@ -8,6 +8,7 @@ from deployments.errors import ConfigError
 from serve_app.kuberay.cluster import metadata, ray_service
 from serve_app.kuberay.gke import compute_class, gateway
 from serve_app.kuberay.images import load_digests
+from serve_app.kuberay.monitoring import DASHBOARD, dashboard, rules
 from serve_app.kuberay.overlay import component
 from serve_app.kuberay.quantity import as_bytes, as_gi, parse_quantity
 from serve_app.kuberay.sizing import Sizing, check_names
@@ -35,7 +36,7 @@ def render(source: Path, lock: Path) -> Files:
     environments = load_environments(source)
     digests = load_digests(lock)
     base = environments.pop(BASE)
-    files = _base(base)
+    files = _base(base, lock.parent)
     for name, environment in environments.items():
         files[f"overlays/{name}/generated/kustomization.yaml"] = _overlay(
             base, environment, digests
@@ -43,13 +44,15 @@ def render(source: Path, lock: Path) -> Files:
     return files
 
 
-def _base(base: Environment) -> Files:
+def _base(base: Environment, folder: Path) -> Files:
     service, quota, site = _objects(base)
     files = {
         "base/rayservice.yaml": generated(service),
         "base/resource-quota.yaml": generated(quota),
         "base/site.yaml": generated(site),
         "gke/gateway.yaml": generated(*gateway(base)),
+        "gke/rules.yaml": generated(rules(base, folder)),
+        DASHBOARD: dashboard(folder),
     }
     if base.gpu:
         files["gke/compute-class.yaml"] = generated(compute_class(base, base.gpu))

@@ -14,7 +14,7 @@ import torch
 from gathering import Together, until
 
 from deployments.engine import Engine
-from deployments.grouping import GroupLimits
+from deployments.grouping import GroupLimits, Pass
 from deployments.pipelines.base import Row
 
 if TYPE_CHECKING:
@@ -143,13 +143,15 @@ class Harness:
     pipeline: FakePipeline = field(default_factory=FakePipeline)
     engines: list[Engine] = field(default_factory=list)
     turnstiles: list[Turnstile] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
 
     def start(
         self, pipeline: FakePipeline | None = None, max_batch_size: int = 4, **limits: Any
     ) -> Engine:
         self.pipeline = pipeline or self.pipeline
         limits_ = GroupLimits(max_batch_size, **limits)
-        self.engines.append(Engine(self.pipeline, limits_, pace=Together()))
+        engine = Engine(self.pipeline, limits_, pace=Together(), heard=self.passes.append)
+        self.engines.append(engine)
         return self.engines[-1]
 
     def together(self, *rows: Row) -> None:

@@ -851,3 +851,31 @@ def test_a_row_is_held_by_nobody_once_it_is_resolved(script: dict[str, Any]) -> 
         gc.enable()
     assert engine.alive
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("rows", "limits", "told"),
+    [
+        ([{}], {}, [(1, "all")]),
+        ([{}, {}], {}, [(2, "all")]),
+        ([{}, {"key": "b"}], {}, [(1, "key"), (1, "all")]),
+        ([{}, {}, {}], {"max_batch_size": 2}, [(2, "full"), (1, "all")]),
+        ([{"cost_px": 5}, {"cost_px": 5}], {"budget_px": 9}, [(1, "budget"), (1, "all")]),
+        ([{}, {}], {"exact": True}, [(1, "exact"), (1, "all")]),
+    ],
+)
+def test_each_pass_tells_its_rows_and_why_there_were_no_more(
+    harness: Harness, rows: list[dict[str, Any]], limits: dict[str, Any], told: list[Any]
+) -> None:
+    harness.start(**limits)
+    harness.together(*(row(**values) for values in rows))
+    passes = [one for one in harness.passes if one.rows[0].request.key != "held"]
+    assert [(len(one.rows), one.closed) for one in passes] == told
+    assert all(one.seconds >= 0 for one in passes)
+
+
+def test_the_halves_of_a_group_that_ran_out_of_memory_tell_so(harness: Harness) -> None:
+    harness.start(FakeMemoryPipeline(room_px=2))
+    harness.together(*(row() for _ in range(4)))
+    passes = [one for one in harness.passes if one.rows[0].request.key != "held"]
+    assert [(len(one.rows), one.closed) for one in passes] == [(2, "memory"), (2, "memory")]

@@ -47,7 +47,9 @@ class Shop:
         self._pace.record([make(1, 1)], _SECONDS_PER_PX)
 
     def turn(self) -> list[Row]:
-        group = choose(self.rows, lambda one: one.request.key, self._limits, self._pace, self.now_s)
+        group = choose(
+            self.rows, lambda one: one.request.key, self._limits, self._pace, self.now_s
+        ).rows
         seconds = sum(one.cost_px for one in group) * _SECONDS_PER_PX
         self._pace.record(group, seconds)
         self.now_s += seconds
@@ -182,7 +184,7 @@ def test_a_group_is_of_one_key_within_the_limits_and_in_order_of_urgency(
     limits = GroupLimits(most, budget_px, exact)
 
     def group(some: list[Row]) -> list[Row]:
-        return choose(some, lambda one: one.request.key, limits, Together(), 50.0)
+        return choose(some, lambda one: one.request.key, limits, Together(), 50.0).rows
 
     chosen = group(made)
     assert len({one.request.key for one in chosen}) == 1
@@ -290,3 +292,13 @@ def test_the_seconds_of_a_pixel_follow_what_is_seen() -> None:
     for _ in range(100):
         pace.record([make(1, 100)], 1.0)
     assert pace.seconds(1000) == pytest.approx(10.0, rel=0.01)
+
+
+def test_a_group_that_would_gain_nothing_from_more_rows_says_so() -> None:
+    class Alone(Together):
+        def best_size(self, rows: Iterable[Row]) -> int:
+            return 1
+
+    made = [make(1, 1), make(1, 1)]
+    group = choose(made, lambda one: one.request.key, GroupLimits(), Alone(), 0.0)
+    assert (len(group.rows), group.closed) == (1, "pace")

@@ -13,7 +13,7 @@ import yaml
 from ray import serve
 from ray.serve import RunTarget
 from ray.serve.config import BackpressureConfig
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from deployments.contract import Task
 from deployments.registry import load_registry
@@ -74,7 +74,10 @@ def cluster(
             }
         },
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90},
+        tracing_config=TracingConfig(enabled=True, sampling_ratio=1),
+    )
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message
 
     from serve_app.api import State
+    from serve_app.middleware import Heard
 
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
 
@@ -94,9 +95,14 @@ def result_of(job: ImageJob, task: Task, **changes: Any) -> ImageResult:
     return ImageResult(**values | changes)
 
 
-def app_of(backends: FakeBackends | None = None, timeout_s: float = 60, **limits: int) -> FastAPI:
+def app_of(
+    backends: FakeBackends | None = None,
+    timeout_s: float = 60,
+    heard: Heard | None = None,
+    **limits: int,
+) -> FastAPI:
     settings = Settings(request_timeout_s=timeout_s, limits=LimitSettings(**limits))
-    return create_app(backends or FakeBackends(), REGISTRY, settings)
+    return create_app(backends or FakeBackends(), REGISTRY, settings, heard)
 
 
 async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:

@@ -156,6 +156,32 @@ async def test_a_request_that_ends_without_an_answer_is_logged(
     assert caplog.messages[0].startswith("POST /x gone ")
 
 
+async def test_whoever_listens_is_told_of_each_answer_and_its_reason() -> None:
+    heard: list[tuple[str, int, str]] = []
+
+    def hear(path: str, status: int, reason: str, seconds: float) -> None:
+        assert seconds >= 0
+        heard.append((path, status, reason))
+
+    app = app_of(heard=hear)
+    await raw(app, "/healthz", chunks([b""]), method="GET")
+    await raw(app, "/nowhere", chunks([b""]))
+    too_large = app_of(max_body_bytes=1, heard=hear)
+    await raw(too_large, "/healthz", chunks([b"ab"]), {"content-length": "2"})
+
+    async def cancelled(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await raw(RequestId(AccessLog(cancelled, hear)), "/x", chunks([b""]))
+    assert heard == [
+        ("/healthz", 200, "ok"),
+        ("/nowhere", 404, "not_found"),
+        ("/healthz", 413, "too_large"),
+        ("/x", 0, "gone"),
+    ]
+
+
 # Errors
 
 

@@ -28,10 +28,17 @@ from tests.unit.fakes import chunks, result_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from starlette.types import Scope
+
     from deployments.contract import OutputFormat
 
 MULTIPART = "multipart/form-data; boundary=cut"
 IMAGE = bytes(range(256)) * 3
+
+
+def scope() -> Scope:
+    """Of a request with an id."""
+    return {"type": "http", "state": {"request_id": "id"}}
 
 
 async def read(parts: Sequence[bytes], content_type: str | None = MULTIPART) -> wire.Form:
@@ -280,7 +287,7 @@ def test_no_body_raises_anything_but_our_own_errors(parts: list[bytes]) -> None:
     for pieces in ([b"".join(parts)], parts, [PHOTO, *parts, b"\r\n--cut--"]):
         outcome = asyncio.run(attempt(pieces or [b""]))
         if isinstance(outcome, RequestError):
-            assert json.loads(bytes(wire.error_response(outcome, "id").body))["fact"]
+            assert json.loads(bytes(wire.error_response(outcome, scope()).body))["fact"]
         else:
             assert "image" not in outcome.fields
 
@@ -413,18 +420,18 @@ def test_an_error_of_one_finding_has_no_list() -> None:
 
 @pytest.mark.parametrize(("wait_s", "header"), [(2, "2"), (0.1, "1"), (2.01, "3"), (0, "0")])
 def test_a_wait_is_told_in_whole_seconds_rounded_up(wait_s: float, header: str) -> None:
-    response = wire.error_response(errors.Full("Full.", retry_after_s=wait_s), "id")
+    response = wire.error_response(errors.Full("Full.", retry_after_s=wait_s), scope())
     assert response.status_code == 429
     assert response.headers["retry-after"] == header
     assert response.headers["content-type"] == "application/problem+json"
 
 
 def test_an_error_keeps_the_headers_it_is_given() -> None:
-    response = wire.error_response(errors.MethodNotAllowed("No."), "id", {"Allow": "POST"})
+    response = wire.error_response(errors.MethodNotAllowed("No."), scope(), {"Allow": "POST"})
     assert response.headers["allow"] == "POST"
     assert "retry-after" not in response.headers
 
 
 def test_a_value_no_encoding_has_is_still_an_answer() -> None:
-    response = wire.error_response(errors.NotFound("No.", value="\ud800\xe9\n"), "id")
+    response = wire.error_response(errors.NotFound("No.", value="\ud800\xe9\n"), scope())
     assert json.loads(bytes(response.body))["value"] == "\ud800\xe9\n"

@@ -1,0 +1,94 @@
+"""Spans of our own, beside those that Serve makes where its `tracing_config` is enabled."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, set_span_in_context
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from opentelemetry.trace import Span
+
+    from deployments.grouping import Pass
+    from deployments.pipelines.base import Row
+
+_TRACER = trace.get_tracer("imagen")
+
+
+def current() -> SpanContext | None:
+    """The context of the request at hand; None if it is not traced."""
+    context = trace.get_current_span().get_span_context()
+    return context if context.is_valid and context.trace_flags.sampled else None
+
+
+def record(name: str, start_s: float, end_s: float, facts: Mapping[str, float]) -> None:
+    """A span within the request at hand, after the fact; times as of `time.monotonic`."""
+    if current() is None:
+        return
+    past_ns = time.time_ns() - time.monotonic_ns()
+    span = _TRACER.start_span(name, start_time=past_ns + int(start_s * 1e9), attributes=facts)
+    span.end(past_ns + int(end_s * 1e9))
+
+
+@dataclass(slots=True)
+class _Batch:
+    rows: frozenset[Row]
+    span: Span
+    passes: int = 0
+
+
+class BatchSpans:
+    """One span for as long as the same rows step together, linked to the request of each.
+
+    It belongs to the trace of the first of them, because a span of no trace would be sampled by a
+    dice of its own. For one thread.
+
+    Args:
+        model: its name, in the spans.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._open: list[_Batch] = []
+
+    def add(self, done: Pass) -> None:
+        """These rows have taken a step."""
+        if batch := self._batch(done):
+            batch.passes += 1
+        for batch in [b for b in self._open if any(_is_over(row) for row in b.rows)]:
+            self._end(batch)
+
+    def _batch(self, done: Pass) -> _Batch | None:
+        """The batch of exactly these rows; ends the former ones of any."""
+        rows = frozenset(done.rows)
+        for batch in list(self._open):
+            if batch.rows == rows:
+                return batch
+            if batch.rows & rows:
+                self._end(batch)
+        contexts = [row.trace for row in done.rows if isinstance(row.trace, SpanContext)]
+        if not contexts:
+            return None
+        span = _TRACER.start_span(
+            "batch",
+            context=set_span_in_context(NonRecordingSpan(contexts[0])),
+            links=[Link(context) for context in contexts],
+            start_time=time.time_ns() - int(done.seconds * 1e9),
+            attributes={"model": self._model, "rows": len(rows), "closed": done.closed},
+        )
+        self._open.append(_Batch(rows, span))
+        return self._open[-1]
+
+    def _end(self, batch: _Batch) -> None:
+        self._open.remove(batch)
+        batch.span.set_attribute("passes", batch.passes)
+        batch.span.end()
+
+
+def _is_over(row: Row) -> bool:
+    return row.steps_left < 1 or row.future.done()

@@ -1,0 +1,131 @@
+"""What the running application tells of itself: metrics that alerts read, and traces."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import ray
+
+from tests.promql import alerts, panels, selectors, shown
+from tests.serve.test_http import ROUTES, jpeg, post
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from promql_parser import VectorSelector
+
+_SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? ")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_COLLECTED_S = 90
+Samples = dict[str, list[dict[str, str]]]
+"""Labels of each series, by metric."""
+
+
+def scrape() -> Samples:
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: Samples = {}
+    for line in httpx.get(url, timeout=10, trust_env=False).text.splitlines():
+        if sample := _SAMPLE.match(line):
+            labels = dict(_LABEL.findall(sample[2] or ""))
+            found.setdefault(sample[1], []).append(labels)
+    return found
+
+
+@pytest.fixture(scope="module")
+def samples(address: str) -> Samples:
+    """The metrics after a picture of each kind, a request that was refused, and a lost route."""
+    for task in ROUTES:
+        assert post(address, task, jpeg()).status_code == 200
+    assert post(address, "comic", b"no picture").status_code == 415
+    assert httpx.get(f"{address}/nowhere", trust_env=False).status_code == 404
+    deadline_s = time.monotonic() + _COLLECTED_S
+    while not _whole(found := scrape()) and time.monotonic() < deadline_s:
+        time.sleep(2)  # each process tells Ray's agent in its own time
+    return found
+
+
+def _whole(found: Samples) -> bool:
+    models = values(found, "ray_imagen_stage_seconds_count", "model")
+    routes = values(found, "ray_imagen_http_answers_total", "route")
+    named = [selector for e in _expressions() for selector in selectors(e)]
+    return len(models) == 5 and "other" in routes and not any(missing(s, found) for s in named)
+
+
+def _expressions() -> list[str]:
+    on_a_cpu = [panel for panel in panels() if not panel.get("only_on_gpu")]
+    return [alert["expr"] for alert in alerts()] + [e for p in on_a_cpu for e in shown(p)]
+
+
+def missing(selector: VectorSelector, samples: Samples) -> str:
+    """What of a selector is not exported: the metric, or a label it is picked by."""
+    series = samples.get(str(selector.name))
+    if not series:
+        return str(selector.name)
+    labels = {matcher.name for matcher in selector.matchers.matchers}
+    absent = labels - set(series[0])
+    return f"{selector.name}{absent}" if absent else ""
+
+
+@pytest.mark.parametrize("expression", _expressions())
+def test_what_alerts_and_panels_read_is_exported(expression: str, samples: Samples) -> None:
+    assert [what for one in selectors(expression) if (what := missing(one, samples))] == []
+
+
+def values(samples: Samples, name: str, label: str) -> set[str]:
+    return {series[label] for series in samples.get(name, []) if label in series}
+
+
+def test_answers_are_counted_by_route_status_and_reason(samples: Samples) -> None:
+    answers = samples["ray_imagen_http_answers_total"]
+    told = {(one["route"], one["status"], one["reason"]) for one in answers}
+    comic = "/api/v1/images/style/comic"
+    assert {(comic, "200", "ok"), (comic, "415", "unsupported_media")} <= told
+    assert ("other", "404", "not_found") in told
+
+
+def test_every_stage_of_every_model_is_timed(samples: Samples) -> None:
+    series = samples["ray_imagen_stage_seconds_count"]
+    stages = {(one["model"], one["stage"]) for one in series}
+    models = values(samples, "ray_imagen_requests_total", "model")
+    assert len(models) == 5
+    wanted = {"queue", "decode", "denoise", "vae", "encode"}
+    assert {(model, stage) for model in models for stage in wanted} <= stages
+
+
+def spans() -> Iterator[dict[str, Any]]:
+    """Those that Serve's own exporter has written."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    decoder = json.JSONDecoder()
+    for path in session.glob("logs/serve/spans/*.json"):
+        text = path.read_text()
+        while text := text.lstrip():
+            try:
+                span, end = decoder.raw_decode(text)
+            except ValueError:  # one that is being written
+                break
+            yield span
+            text = text[end:]
+
+
+def test_a_batch_is_one_span_linked_to_the_requests_in_it(address: str) -> None:
+    with ThreadPoolExecutor(4) as clients:
+        answers = clients.map(lambda seed: post(address, "comic", jpeg(seed=seed)), range(4))
+        assert [answer.status_code for answer in answers] == [200] * 4
+    found = list(spans())
+    batches = [span for span in found if span["name"] == "batch"]
+    assert {"model", "rows", "closed", "passes"} <= set(batches[-1]["attributes"])
+    requests = {span["context"]["span_id"] for span in found} - {
+        span["context"]["span_id"] for span in batches
+    }
+    for batch in batches:
+        assert len(batch["links"]) == batch["attributes"]["rows"]
+        assert {link["context"]["span_id"] for link in batch["links"]} <= requests
+    assert {"decode", "engine", "encode"} <= {span["name"] for span in found}
