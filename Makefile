@@ -50,6 +50,10 @@ bench-options: setup ## Which speed options and group sizes gain on this machine
 bench-order: setup ## Simulate our order of steps beside others
 	$(BIN)/python -m benchmarks.order
 
+.PHONY: bench-threads
+bench-threads: setup ## How many torch threads pay where several models share the cores (4 minutes)
+	$(BIN)/python -m benchmarks.threads
+
 .PHONY: bench-store
 bench-store: setup ## Pull 2 GB beside other ways to do it; load with and without verification
 	$(BIN)/python -m benchmarks.store
@@ -85,9 +89,26 @@ $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours, or ARGS=--quick)
 	$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
-.PHONY: manifests
+.PHONY: manifests validate
 manifests: setup ## Write the KubeRay manifests anew from configs/gke.yaml
 	$(BIN)/imagen kuberay render
+
+validate: setup ## Check the manifests of every overlay without a cluster (ARGS=--allow-placeholder)
+	$(BIN)/imagen kuberay validate $(ARGS)
+
+.PHONY: image image-dev image-lock
+image: ## Build imagen-cpu and imagen-gpu, or TARGET=cpu|gpu|airgapped (ARGS=--dry-run, REGISTRY=… pushes)
+	kuberay/image.sh $(ARGS) $(TARGET)
+
+image-dev: ## Build imagen-cpu:dev, which the overlay dev runs
+	TAG=dev kuberay/image.sh $(ARGS) cpu
+
+image-lock: setup ## Ask registries for the digests of our images, or of IMAGES=python alone
+	$(BIN)/imagen kuberay lock --tag "$${TAG:-$$(git describe --always --dirty --exclude='*')}" $(IMAGES)
+
+.PHONY: deploy
+deploy: setup ## Check OVERLAY=prod, show what it changes and apply it (DRY_RUN=1 only checks and shows)
+	kuberay/deploy.sh $(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(OVERLAY)
 
 .PHONY: bench-http
 bench-http: setup ## What HTTP costs on the way to a model, beside LitServe if .venv-peers is there
@@ -100,6 +121,14 @@ soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck 
 .PHONY: soak-store
 soak-store: setup ## Kill a pull 100 times, and look what it left
 	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s
+
+.PHONY: demo-scale
+demo-scale: setup ## GPU nodes from zero and back on this machine, with the time of each stage
+	$(BIN)/python -m pytest tests/scale/test_zero_to_zero.py -s
+
+.PHONY: soak-scale
+soak-scale: setup ## Five rounds of that, of rolling deploys and of lost nodes (half an hour)
+	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale -s
 
 .PHONY: quality
 quality: setup ## Measure the starter models on photos kept out of training

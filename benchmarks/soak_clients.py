@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import httpx
 import numpy as np
 import psutil
 import typer
@@ -169,7 +170,16 @@ def judge_memory(slope: float, error: float, tolerance: float) -> str:
     return "flat" if slope + 2 * error <= tolerance else "unclear"
 
 
-def faults(leaving: Report, after: Report, busy: dict[str, float]) -> list[str]:
+def stuck(url: str) -> dict[str, int]:
+    """Requests that replicas hold, by model, where there are any."""
+    replicas = httpx.get(f"{url}/readyz", timeout=30, trust_env=False).json()["replicas"]
+    held = {model: sum(one["requests"] for one in found) for model, found in replicas.items()}
+    return {model: count for model, count in held.items() if count}
+
+
+def faults(
+    leaving: Report, after: Report, busy: dict[str, float], held: dict[str, int]
+) -> list[str]:
     """What must not be, in words; empty if all is well."""
     outcomes = leaving.total.outcomes
     found = [
@@ -187,6 +197,7 @@ def faults(leaving: Report, after: Report, busy: dict[str, float]) -> list[str]:
         for name, share in busy.items()
         if share > _IDLE_SHARE
     ]
+    found += [f"{model} holds {n} requests though nobody waits" for model, n in held.items()]
     return found
 
 
@@ -199,6 +210,7 @@ def soak(requests: int, clients: int, seed: int, tolerance: float) -> dict[str, 
         memory = Memory(requests)
         leaving = _whole(run(plan(requests, seed=seed, clients=clients), url, progress=memory))
         busy = memory.busy_share(_SILENCE_S)
+        held = stuck(url)
         after = _whole(run(plan(AFTERWARDS, leaving=0, seed=seed + 1, clients=clients), url))
     warm = sum(done <= warm_up for done in memory.requests)
     fits = {name: fit(memory.requests[warm:], mib[warm:]) for name, mib in memory.mib.items()}
@@ -219,7 +231,7 @@ def soak(requests: int, clients: int, seed: int, tolerance: float) -> dict[str, 
         "busy_share_afterwards": busy,
         "tolerance_mib_per_1000": tolerance,
         "memory": fits,
-        "faults": faults(leaving, after, busy),
+        "faults": faults(leaving, after, busy, held),
         "samples": {"requests": memory.requests, "mib": memory.mib},
     }
 

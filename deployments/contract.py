@@ -229,7 +229,7 @@ class ImageResult:
         width_px, height_px: of the result.
         model: name@digest.
         seed: None where the model uses no chance.
-        batch_size: rows in the forward pass that carried this one.
+        batch_size: rows in the passes that carried this one, the mean.
         gpu_seconds: share of the pass, times the share of the GPU; 0 without a GPU.
         determinism: exact if the bits depend on the request alone; bounded if, in company, they may
             differ by what docs/engine.md says.

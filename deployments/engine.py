@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from deployments.pipelines.base import Pipeline, Row
 
 _DEVICE_ERROR = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error")
+_IDLE_POLL_S = 0.01
+_FORGET_PASSES = 1000
+"""After so many passes, a limit that was learned by running out of memory is tried anew."""
 logger = logging.getLogger("ray.serve.imagen.engine")
 
 
@@ -67,6 +70,7 @@ class Engine:
         self._clock = clock
         self._heard = heard
         self._afforded_px: int | None = None
+        self._afforded_passes = 0
         self._lock = threading.Lock()
         self._unresolved: set[Row] = set()
         self._begun: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -96,6 +100,13 @@ class Engine:
         self._closing = True
         self._begun.put(None)
         self._thread.join(timeout_s)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no row is inside, also none that was given up in the middle of a pass."""
+        end_s = time.monotonic() + timeout_s
+        while self._unresolved and time.monotonic() < end_s:
+            time.sleep(_IDLE_POLL_S)
+        return not self._unresolved
 
     @property
     def alive(self) -> bool:
@@ -181,8 +192,11 @@ class Engine:
             return limits
         return GroupLimits(limits.max_batch_size, afforded_px, limits.exact)
 
-    def _step(self, rows: Sequence[Row], closed: Closed) -> None:
-        """Step a group; on failure, its halves, so that only the row at fault fails."""
+    def _step(self, rows: Sequence[Row], closed: Closed, *, again: bool = False) -> None:
+        """Step a group; on failure, its halves, so that only the row at fault fails.
+
+        A row alone that runs out of memory is tried a second time, with what was cached given back.
+        """
         start_s = self._clock()
         try:
             self._pipeline.step(rows)
@@ -191,9 +205,11 @@ class Engine:
             if is_fatal(error):
                 raise
             if len(rows) == 1:
-                self._fail(rows[0], _row_error(error))
-                return
-            self._learn(rows, error)
+                if again or not isinstance(error, torch.OutOfMemoryError):
+                    self._fail(rows[0], _row_error(error))
+                    return
+            else:
+                self._learn(rows, error)
         else:
             self._account(rows, start_s)
             if self._heard:
@@ -201,6 +217,9 @@ class Engine:
             return
         # Outside the handler: the error's traceback holds the memory the halves need.
         free_memory()
+        if len(rows) == 1:
+            self._step(rows, "memory", again=True)
+            return
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
             if waiting := [row for row in half if not row.future.done()]:
@@ -210,8 +229,10 @@ class Engine:
         logger.warning("A step of %d rows failed; trying halves: %s", len(rows), repr(error))
         if isinstance(error, torch.OutOfMemoryError):
             # A row alone is always tried: what it needs is not known before.
-            self._afforded_px = sum(row.cost_px for row in rows) // 2
-            logger.warning("From now on a pass holds %d network pixels at most", self._afforded_px)
+            half_px = sum(row.cost_px for row in rows) // 2
+            self._afforded_px = min(half_px, self._afforded_px or half_px)
+            self._afforded_passes = _FORGET_PASSES
+            logger.warning("For a while a pass holds %d network pixels at most", self._afforded_px)
 
     def _keep_up(self) -> None:
         """Let the host run one step ahead of the device, not more: rows join and leave in time."""
@@ -222,11 +243,14 @@ class Engine:
 
     def _account(self, rows: Sequence[Row], start_s: float) -> None:
         seconds = self._clock() - start_s
+        self._afforded_passes -= 1
+        if self._afforded_passes <= 0:
+            self._afforded_px = None
         self._pace.record(rows, seconds)
         cost_px = sum(row.cost_px for row in rows)
         for row in rows:
             row.steps_left -= 1
-            row.batch_size = max(row.batch_size, len(rows))
+            row.company += len(rows)
             row.run_s += seconds
             row.compute_s += seconds * row.cost_px / cost_px
 

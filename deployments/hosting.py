@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import shutil
 import time
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from deployments.settings import Settings, Tuning
 
 _WARM_UP_S = 600
+_IDLE_S = 60
 logger = logging.getLogger("ray.serve.imagen.hosting")
 
 
@@ -292,10 +294,16 @@ class Host:
             served = await asyncio.to_thread(self._exchange, self._ready(), staged)
             old, self._served = self._ready(), served
         await asyncio.to_thread(old.close)
+        # Engine and pipeline hold themselves in cycles, and gigabytes of weights with them.
+        del old
+        await asyncio.to_thread(gc.collect)
         self._announce(served, start_s)
 
     def _exchange(self, old: Served, staged: Loaded) -> Served:
         try:
+            # A request that was given up leaves the gate before its row leaves the engine.
+            if not old.engine.wait_idle(_IDLE_S):
+                raise NotReady("The former model does not come to rest.")
             old.pipeline.to("cpu")
             staged.pipeline.to(staged.device)
             return self._warm(staged)

@@ -70,7 +70,7 @@ def load(
     lease.enter_context(store.lease(digest))
     try:
         device = choose_device(settings.device)
-        cap_bytes = cap_device(spec.num_gpus, device, spec.name)
+        cap_bytes = cap_device(spec.num_gpus, device, spec.name, spec.dtype)
         folder = store.folder(spec.name, digest)
         _check_family(spec, read_manifest(folder, spec.name))
         with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:

@@ -19,19 +19,16 @@ from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, check_defaults
-from deployments.settings import Settings, Tuning, calm_threads, parse_settings
+from deployments.settings import SEATS, Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from deployments.contract import OutputFormat
     from deployments.engine import Engine
-    from deployments.hosting import Status
     from deployments.images import Picture
     from deployments.pipelines.base import Pipeline, Pixels
 
-_SEATS = 16
-"""Requests worked on at a time: each holds a decoded picture, of up to 150 MB."""
 _STAGES = ("decode", "engine", "encode")
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
@@ -58,7 +55,7 @@ class ModelDeployment:
         self._spec = spec
         self._limits = images.Limits(**settings.limits.model_dump())
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
-        self._seats = asyncio.Semaphore(_SEATS)
+        self._seats = asyncio.Semaphore(SEATS)
         self._configured = False
         self._defaults = spec.defaults
         self._inside = 0
@@ -92,9 +89,9 @@ class ModelDeployment:
             await asyncio.to_thread(self._host.start, tuning.digest)
             self._configured = True
 
-    async def status(self) -> Status:
-        """Which digest is served, which is wanted, and why they differ."""
-        return self._host.status
+    async def status(self) -> dict[str, str | int]:
+        """Which digest is served, which is wanted, why they differ, and the requests inside."""
+        return {**self._host.status, "requests": self._inside}
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         """Process one picture.
@@ -169,7 +166,7 @@ class ModelDeployment:
             seed=self._seed_used(row),
             batch_size=row.batch_size,
             gpu_seconds=gpu_seconds,
-            determinism="exact" if exact else "bounded",
+            determinism="exact" if exact and row.batch_size == 1 else "bounded",
             timings_s=timings_s,
             notes=result.notes,
         )

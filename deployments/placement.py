@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from deployments.errors import ConfigError, GpuTooSmall
+from deployments.settings import SEATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +37,8 @@ ESTIMATE_MARGIN = 0.25
 """On peaks that were not measured on the GPU at hand: workspaces of convolutions and products."""
 TILE_OVERLAP_PX = 34
 """The largest overlap of the GAN upscalers' tiles, on each side."""
-MAX_ROWS = 256
-"""No batch is larger, however much memory there is."""
+MAX_ROWS = SEATS
+"""No batch is larger, however much memory there is: a replica works on no more requests."""
 
 GpuName = Literal["t4", "l4", "a100-40", "h100", "h200"]
 _GUIDED = frozenset({"img2img", "upscale_diffusion"})
@@ -112,6 +113,18 @@ class MemoryProfile:
     per_row_bytes: int
     vae_size_px: tuple[int, int]
     vae_peak_bytes: int
+
+    def in_dtype(self, dtype: str) -> MemoryProfile:
+        """Profiles are of float16; in float32 every tensor is twice as large."""
+        if dtype != "float32":
+            return self
+        return replace(
+            self,
+            weights_bytes=2 * self.weights_bytes,
+            base_peak_bytes=2 * self.base_peak_bytes,
+            per_row_bytes=2 * self.per_row_bytes,
+            vae_peak_bytes=2 * self.vae_peak_bytes,
+        )
 
     @property
     def px(self) -> int:
@@ -349,7 +362,7 @@ def plan(
 
 
 def _demand(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Demand:
-    profile = choose_profile(profiles, spec.name, gpu.name)
+    profile = choose_profile(profiles, spec.name, gpu.name).in_dtype(spec.dtype)
     row_px, vae_px = profile.px, profile.vae_px
     if spec.buckets:
         row_px = vae_px = max(width * height for width, height in spec.buckets)
@@ -558,13 +571,13 @@ class FakeDeviceMemory:
         self._cap_bytes = int(fraction * self._total_bytes)
 
 
-def cap_device(num_gpus: float, device: str, model: str = "") -> int | None:
+def cap_device(num_gpus: float, device: str, model: str = "", dtype: str = "float16") -> int | None:
     """Hold this process to its share of the GPU; call it before any weights go there.
 
     Args:
         num_gpus: the share that Ray gave this replica.
         device: such as cpu or cuda.
-        model: its name, so that a share its weights cannot fit is refused.
+        model, dtype: its name and that of its weights, so that a share they cannot fit is refused.
 
     Returns:
         Bytes its allocator may reserve; None on a CPU.
@@ -578,7 +591,8 @@ def cap_device(num_gpus: float, device: str, model: str = "") -> int | None:
     memory = CudaMemory(device)
     gpu, profiles = gpu_name(memory.device_name), load_profiles()
     known = any(profile.model == model for profile in profiles)
-    weights = choose_profile(profiles, model, gpu).weights_bytes if known else 0
+    profile = choose_profile(profiles, model, gpu).in_dtype(dtype) if known else None
+    weights = profile.weights_bytes if profile else 0
     context = context_reserve_bytes(profiles, gpu)
     return enforce_share(num_gpus, memory, weights_bytes=weights, context_bytes=context)
 

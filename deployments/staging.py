@@ -166,7 +166,7 @@ def mark() -> Any:
     """An event at this point of the thread's stream; None without CUDA."""
     if not torch.cuda.is_initialized():
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
     event.record()
     return event
 

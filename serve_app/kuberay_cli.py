@@ -67,6 +67,7 @@ def render_manifests(
 
 @kuberay_app.command("lock")
 def lock_images(
+    names: Annotated[list[str] | None, typer.Argument(help="Images; unset: all")] = None,
     tag: Annotated[str | None, typer.Option(help="Of images whose source names none")] = None,
     token: Annotated[
         str | None,
@@ -79,18 +80,20 @@ def lock_images(
     source: Annotated[Path, typer.Option(help="What names the images")] = SOURCE,
     folder: Folder = FOLDER,
 ) -> None:
-    """Ask registries what the images' tags are now, and write their digests; needs a network."""
+    """Ask registries what images' tags are now, and write their digests; needs a network."""
     output = Output(as_json=False)
     with _ending(output):
         import httpx
 
-        from serve_app.kuberay.images import look_up, pulled, write_digests
+        from serve_app.kuberay.images import chosen, load_digests, look_up, pulled, write_digests
         from serve_app.kuberay.source import load_environments
 
-        images = pulled(load_environments(source).values())
+        images = chosen(pulled(load_environments(source).values()), names)
+        lock = resolve(folder) / "images.lock"
+        others = load_digests(lock) if names else {}
         with httpx.Client(follow_redirects=True) as client:
             digests = look_up(images, tag, token, client)
-        write_digests(resolve(folder) / "images.lock", digests)
+        write_digests(lock, others | digests)
     for name, digest in digests.items():
         output.say(f"{name}: {digest}", "green")
     output.say("Now run `imagen kuberay render`.")

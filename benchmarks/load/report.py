@@ -140,7 +140,7 @@ class Report(Strict):
         tasks: the same for each task.
         images_per_s: pictures over `wall_s`.
         send_lag_s: how late the generator sent, which open plans count as latency.
-        batch_sizes: pictures by the batch they came from, where the server says.
+        batch_sizes: pictures by the rows of their passes (the mean of each), where the server says.
         stages_s: mean of each Server-Timing stage.
         gpu_seconds: of all pictures; None if not measured.
         usd_per_gpu_hour: the price that was given.

@@ -134,6 +134,12 @@ def _measure(letter: str, loads: list[str], changes: dict[str, Any], quick: bool
     return runs
 
 
+def _changed(plan: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A closed plan has no rate, and only some measure the slowdown."""
+    needs = {"rate_per_s": "rate_per_s", "slowdown_requests": "slowdown"}
+    return plan | {k: v for k, v in changes.items() if k not in needs or needs[k] in plan}
+
+
 def _run(letter: str, **found: Any) -> Run:
     return {"system": letter, "title": SYSTEMS[letter].title, **found}
 
@@ -151,7 +157,8 @@ def _bench(system: System, url: str, load: str, changes: dict[str, Any]) -> dict
         CalledProcessError: it made no report, or no request got a picture.
     """
     plan = yaml.safe_load((PLANS / f"{load}.yaml").read_text(encoding="utf-8"))
-    plan |= changes | {"target": {**plan.get("target", {}), **system.target}}
+    target = {"target": {**plan.get("target", {}), **system.target}}
+    plan = _changed(plan, changes) | target
     with tempfile.TemporaryDirectory() as folder:
         file, report = Path(folder) / "plan.yaml", Path(folder) / "report.json"
         file.write_text(yaml.safe_dump(plan), encoding="utf-8")

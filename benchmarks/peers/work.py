@@ -182,6 +182,7 @@ class Img2Img(Work):
             **options,
         )
         self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline.unet.to(memory_format=torch.channels_last)  # as ours: faster on a CPU
         if self.sliced:
             self._pipeline.enable_attention_slicing()
 

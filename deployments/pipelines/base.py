@@ -33,7 +33,7 @@ class Row:
         trace: the request's span context, if it is traced.
         steps, steps_left: of the model; `Pipeline.begin` sets the latter, the engine counts down.
         cost_px: network pixels of each step, see `Pipeline.cost_px`.
-        batch_size: the largest group the row was stepped in.
+        company: rows of all its passes so far, itself counted in each.
         arrived_s: on the engine's clock.
         queue_s, run_s, vae_s: seconds waiting, being stepped, and being begun and finished.
         compute_s: the row's share of the seconds its groups ran, and all of `vae_s`.
@@ -49,12 +49,17 @@ class Row:
     steps: int = 0
     steps_left: int = 0
     cost_px: int = 1
-    batch_size: int = 0
+    company: int = 0
     arrived_s: float = 0.0
     queue_s: float = 0.0
     run_s: float = 0.0
     vae_s: float = 0.0
     compute_s: float = 0.0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of its passes, itself among them: the mean, rounded."""
+        return round(self.company / max(self.steps - self.steps_left, 1))
 
     def cancel(self) -> None:
         """Give the row up; the engine drops it before its next step. Safe to call twice."""

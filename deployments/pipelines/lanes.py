@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,11 @@ class Lanes:
         try:
             first = forward(parts[0])
         finally:
-            outputs = [other.result() for other in others]
-        return torch.cat([first, *outputs])
+            wait(others)  # a failed pass is tried again, and must be over by then
+        try:
+            return torch.cat([first, *(other.result() for other in others)])
+        finally:
+            others.clear()  # an error holds this frame, and this frame the error
 
 
 @torch.inference_mode()  # a mode of the thread

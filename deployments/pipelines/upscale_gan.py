@@ -83,9 +83,11 @@ class UpscaleGan:
         self._device = device
 
     def cost_px(self, row: Row) -> int:
-        height, width = row.pixels.shape[:2]
-        most = self._tile_px + 2 * self._overlap_px
-        return min(height, most) * min(width, most)
+        sides = [
+            min(side, _even(side, self._tile_px) + 2 * self._overlap_px)
+            for side in row.pixels.shape[:2]
+        ]
+        return sides[0] * sides[1]
 
     def begin(self, row: Row) -> Generator[None, None, None]:
         height, width = row.pixels.shape[:2]
@@ -150,12 +152,16 @@ def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
 
 
 def plan_tiles(height: int, width: int, tile_px: int, overlap_px: int) -> list[Tile]:
-    """Tiles of at most `tile_px` that cover a picture once, each with `overlap_px` around it."""
+    """Tiles of at most `tile_px` that cover a picture once, each with `overlap_px` around it.
+
+    All about alike, since a narrow rest at the edge would cost nearly as much as a whole tile.
+    """
     tiles: list[Tile] = []
-    for top in range(0, height, tile_px):
-        for left in range(0, width, tile_px):
-            inner_height = min(tile_px, height - top)
-            inner_width = min(tile_px, width - left)
+    tile_height, tile_width = _even(height, tile_px), _even(width, tile_px)
+    for top in range(0, height, tile_height):
+        for left in range(0, width, tile_width):
+            inner_height = min(tile_height, height - top)
+            inner_width = min(tile_width, width - left)
             outer = (
                 max(top - overlap_px, 0),
                 max(left - overlap_px, 0),
@@ -164,6 +170,12 @@ def plan_tiles(height: int, width: int, tile_px: int, overlap_px: int) -> list[T
             )
             tiles.append(Tile(top, left, inner_height, inner_width, outer))
     return tiles
+
+
+def _even(side_px: int, most_px: int) -> int:
+    """Of as few equal parts of a side as are at most so long."""
+    parts = -(-side_px // most_px)
+    return -(-side_px // parts)
 
 
 def _cut(pixels: Pixels, tile: Tile) -> Pixels:

@@ -13,16 +13,17 @@ from deployments.errors import ConfigError, SourceFailed
 from deployments.settings import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from serve_app.kuberay.source import Environment, Image
 
 UNRESOLVED = "unresolved"
 _HEADER = """\
-# The digest of each image that manifests name: what was built and pushed, as a registry says, never
-# typed from memory. `sha256:unresolved` is nobody's: a cluster refuses it, and so does `imagen
-# kuberay validate` without --allow-placeholder. `imagen kuberay lock` writes this file.
+# The digest of each image that manifests name, and of `python`, which ours are built upon: as a
+# registry says, never typed from memory. `sha256:unresolved` is nobody's: clusters and Docker
+# refuse it, and so does `imagen kuberay validate` without --allow-placeholder. `make image-lock`
+# writes this file.
 """
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # An index first: one digest for all architectures.
@@ -70,9 +71,24 @@ def write_digests(lock: Path, digests: Mapping[str, str]) -> None:
 
 
 def pulled(environments: Iterable[Environment]) -> dict[str, Image]:
-    """Images that nodes pull, by name."""
+    """Images that come from registries, by name."""
     images = [item for one in environments for item in one.images.items()]
     return {name: image for name, image in images if not image.local}
+
+
+def chosen(images: Mapping[str, Image], names: Sequence[str] | None) -> dict[str, Image]:
+    """The images that were named; without names, all.
+
+    Raises:
+        ConfigError: there is none of such a name.
+    """
+    if unknown := [name for name in names or () if name not in images]:
+        raise ConfigError(
+            "There is no such image to look up.",
+            value=", ".join(unknown),
+            remedy=f"Name one of {', '.join(sorted(images))}.",
+        )
+    return {name: images[name] for name in names or images}
 
 
 def look_up(

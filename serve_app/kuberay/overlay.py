@@ -36,7 +36,11 @@ def component(
     return {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",
         "kind": "Component",
-        "images": [_image(name, image, digests) for name, image in environment.images.items()],
+        "images": [
+            _image(name, image, digests)
+            for name, image in environment.images.items()
+            if not image.base
+        ],
     } | ({"patches": patches} if patches else {})
 
 

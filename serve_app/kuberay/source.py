@@ -42,11 +42,13 @@ class Image(Strict):
         repository: with the registry's host.
         tag: which one `imagen kuberay lock` looks up; None takes the one it is given.
         local: it is on the node already, under this tag, and never pulled.
+        base: images are built upon it; no manifest names it.
     """
 
     repository: str
     tag: str | None = None
     local: bool = False
+    base: bool = False
 
 
 class GpuNodes(Strict):

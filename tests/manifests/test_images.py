@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from deployments.errors import ConfigError, SourceFailed
-from serve_app.kuberay.images import load_digests, look_up, pulled, write_digests
+from serve_app.kuberay.images import chosen, load_digests, look_up, pulled, write_digests
 from serve_app.kuberay.source import Image, load_environments
 from tests.manifests.test_render import LOCK, SOURCE
 
@@ -85,9 +85,19 @@ def test_an_image_that_is_not_there_is_told() -> None:
 
 def test_placeholders_are_not_looked_up() -> None:
     images = pulled(load_environments(SOURCE).values())
-    assert set(images) == {"imagen-cpu", "imagen-gpu", "redis"}
+    assert set(images) == {"imagen-cpu", "imagen-gpu", "python", "redis"}
     with pytest.raises(ConfigError, match="unresolved-project"):
         look_up(images, "abc123", None, Registry().client)
+
+
+def test_the_base_is_looked_up_before_images_of_ours_exist() -> None:
+    images = pulled(load_environments(SOURCE).values())
+    registry = Registry()
+    assert look_up(chosen(images, ["python"]), None, None, registry.client) == {"python": DIGEST}
+    assert registry.asked[0].url.path == "/v2/library/python/manifests/3.11-slim-bookworm"
+    assert chosen(images, None) == images
+    with pytest.raises(ConfigError, match="imagen-cpu, imagen-gpu, python, redis"):
+        chosen(images, ["pithon"])
 
 
 def test_the_lock_is_written_as_it_is_read(tmp_path: Path) -> None:

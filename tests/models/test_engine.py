@@ -879,3 +879,48 @@ def test_the_halves_of_a_group_that_ran_out_of_memory_tell_so(harness: Harness) 
     harness.together(*(row() for _ in range(4)))
     passes = [one for one in harness.passes if one.rows[0].request.key != "held"]
     assert [(len(one.rows), one.closed) for one in passes] == [(2, "memory"), (2, "memory")]
+
+
+def test_a_row_alone_that_ran_out_of_memory_once_is_tried_again(harness: Harness) -> None:
+    engine = harness.start()
+    tries: list[int] = []
+
+    def once() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    one = row(step=once, result=7)
+    engine.put([one])
+    assert (one.future.result(20) == 7).all()
+    assert len(tries) == 2
+
+
+def test_what_memory_allowed_is_tried_anew_after_a_while(harness: Harness) -> None:
+    pipeline = FakeMemoryPipeline(room_px=2)
+    engine = harness.start(pipeline, max_batch_size=4)
+    harness.together(*(row() for _ in range(4)))
+    pipeline.room_px = 100
+    long = row(steps=1100)
+    engine.put([long])
+    wait_for(long)
+    rows = [row() for _ in range(4)]
+    harness.together(*rows)
+    assert [one.batch_size for one in rows] == [4] * 4
+
+
+def test_idle_is_when_also_a_row_that_was_given_up_has_left_its_pass(harness: Harness) -> None:
+    engine = harness.start()
+    harness.hold()
+    assert not engine.wait_idle(0.05)
+    for held in list(engine._unresolved):
+        held.cancel()
+    assert not engine.wait_idle(0.05), "the pass goes on"
+    harness.pipeline.gate.set()
+    assert engine.wait_idle(20)
+
+
+def test_the_batch_size_of_a_row_is_that_of_its_passes_on_the_mean() -> None:
+    one = row(steps=28)
+    one.steps, one.steps_left, one.company = 28, 0, 27 + 4
+    assert one.batch_size == 1

@@ -115,7 +115,7 @@ def test_our_own_api_reads_the_shipped_plans() -> None:
         assert report.batch_sizes == {3: report.succeeded}
         assert report.stages_s == pytest.approx({"decode": 0.001, "denoise": 1.5})
         assert report.gpu_seconds == pytest.approx(0.25 * report.succeeded)
-    assert len(backends.jobs) == 10 + 5 + 120 + 5
+    assert len(backends.jobs) == 10 + 5 + 45 + 5
 
 
 def test_a_kserve_server_gets_tensors_and_its_picture_is_counted() -> None:

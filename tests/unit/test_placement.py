@@ -31,6 +31,7 @@ from deployments.placement import (
     plan,
 )
 from deployments.registry import ModelSpec, load_catalogue
+from deployments.settings import SEATS
 
 GIB, MIB = 2**30, 2**20
 PRODUCTION = Path("configs/models/production.yaml")
@@ -57,6 +58,7 @@ def model(name: str = "a", rows: int = 4, **changes: Any) -> ModelSpec:
             "name": name,
             "task": Task.COMIC,
             "family": "img2img",
+            "dtype": "float16",
             "buckets": ((512, 512), (640, 384)),
             "origins": [{"source": "file://x", "files": ["config.json"]}],
             "summary": "-",
@@ -155,6 +157,19 @@ def test_larger_tiles_of_a_diffusion_upscaler_cost_more() -> None:
 
 
 # ------------------------------------------------------------------------- the committed profile
+
+
+def test_a_model_in_float32_takes_twice_as_much() -> None:
+    half, full = (
+        plan([one], "h200", profiles=[profile()]).placed[0].demand.need_bytes(4)
+        for one in (model(), model(dtype="float32"))
+    )
+    assert full - CONTEXT_BYTES == pytest.approx(2 * (half - CONTEXT_BYTES), abs=8)
+
+
+def test_no_batch_is_larger_than_a_replica_takes_in() -> None:
+    made = plan(five(), "h200", 3)
+    assert max(one.rows for one in made.placed) <= SEATS
 
 
 def test_the_committed_profiles_cover_every_production_model() -> None:

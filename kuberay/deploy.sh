@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Applies an overlay to the cluster of kubectl's current context: `make deploy OVERLAY=prod`.
+#
+#   kuberay/deploy.sh [--dry-run] OVERLAY
+#
+# Everything is checked before anything is applied; --dry-run ends there.
+# Exit codes: 0 applied, or would be; 1 the manifests or the cluster are not ready; 2 usage.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$root/.venv/bin:$PATH
+
+refuse() {
+  printf 'deploy.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+usage() {
+  local known
+  known=$(cd "$root/kuberay/overlays" && printf '%s ' */kustomization.yaml)
+  printf 'deploy.sh: %s Usage: deploy.sh [--dry-run] OVERLAY, one of: %s\n' \
+    "$1" "${known//\/kustomization.yaml/}" >&2
+  exit 2
+}
+
+# The context cannot change under way.
+kube() { kubectl --context "$context" "$@"; }
+
+# Of the manifests, `NAMESPACE SERVICE`, then `KIND/NAME` of every object.
+objects() {
+  "$python" - "$1" <<'PYTHON'
+import sys
+import yaml
+
+with open(sys.argv[1]) as file:
+    found = [one for one in yaml.safe_load_all(file) if one]
+about = next(one["metadata"] for one in found if one["kind"] == "RayService")
+print(about["namespace"], about["name"])
+for one in found:
+    print(f"{one['kind']}/{one['metadata']['name']}")
+PYTHON
+}
+
+# `NAME KEY` of every Secret in validate's report.
+secrets() {
+  "$python" - "$1" <<'PYTHON'
+import json
+import sys
+
+with open(sys.argv[1]) as file:
+    reports = json.load(file)["manifests"]
+for name, keys in reports[0]["secrets"].items():
+    for key in keys:
+        print(name, key)
+PYTHON
+}
+
+# The command that makes a Secret with a key, or adds the key to those it has.
+remedy() {
+  local name=$1 key=$2 keys=$3 make="kubectl --namespace $namespace create secret generic $1"
+  if [ -n "$keys" ]; then
+    echo "kubectl --namespace $namespace edit secret $name"
+    return
+  fi
+  case $name in
+    # Random, because both ends read it from there.
+    imagen-ray-token | imagen-redis) echo "$make --from-literal=$key=\"\$(openssl rand -hex 32)\"" ;;
+    *) echo "$make --from-file=$key=FILE" ;;
+  esac
+}
+
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=yes
+  shift
+fi
+overlay=${1:-}
+if [ $# -ne 1 ] || [ -z "$overlay" ]; then usage "Which overlay?"; fi
+[ -f "$root/kuberay/overlays/$overlay/kustomization.yaml" ] || usage "There is no overlay '$overlay'."
+
+command -v kubectl >/dev/null ||
+  refuse "kubectl is not on the PATH. Install it: kubernetes.io/docs/tasks/tools"
+imagen=$(command -v imagen) || refuse "imagen is not on the PATH. Run: make setup"
+python=$(dirname "$imagen")/python
+context=$(kubectl config current-context 2>/dev/null) ||
+  refuse "kubectl knows no cluster. Run: gcloud container clusters get-credentials NAME --location REGION"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+manifests=$scratch/manifests.yaml
+echo "Overlay $overlay, to the cluster of the context $context."
+
+# The fields are checked against the cluster's own definitions, those of them that it has.
+mkdir "$scratch/crds"
+kube get crd --ignore-not-found --output yaml \
+  rayservices.ray.io rayclusters.ray.io \
+  gateways.gateway.networking.k8s.io httproutes.gateway.networking.k8s.io \
+  gcpbackendpolicies.networking.gke.io healthcheckpolicies.networking.gke.io \
+  podmonitorings.monitoring.googleapis.com computeclasses.cloud.google.com \
+  >"$scratch/crds/cluster.yaml" || refuse "the cluster of $context does not answer (above)."
+grep -q 'name: rayservices\.ray\.io$' "$scratch/crds/cluster.yaml" ||
+  refuse "the cluster has no KubeRay. Install the operator first: kuberay/README.md says how."
+
+imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
+  refuse "the manifests are not what configs/gke.yaml says (above). Run: make manifests"
+kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
+  refuse "kustomize refuses the overlay (above)."
+about=$(objects "$manifests")
+read -r namespace service <<<"$about"
+validate=(imagen kuberay validate --crds "$scratch/crds" "$manifests")
+if ! "${validate[@]}" --json >"$scratch/report.json" 2>/dev/null; then
+  "${validate[@]}" || true
+  refuse "$overlay is not ready (above), and nothing was applied. Fill in configs/gke.yaml, run" \
+    "make image-lock for images and imagen models resolve for models; then make manifests"
+fi
+
+exists=$(kube get namespace "$namespace" --ignore-not-found --output name)
+missing=
+wanted=$(secrets "$scratch/report.json")
+while read -r name key; do
+  [ -n "$name" ] || continue
+  # Names of keys, never what they hold.
+  # shellcheck disable=SC2016 # the dollars are the template's
+  keys=$(kube --namespace "$namespace" get secret "$name" --ignore-not-found \
+    --output go-template='{{range $key, $_ := .data}}{{$key}} {{end}}') ||
+    refuse "Secrets cannot be looked up (above)."
+  [[ " $keys" == *" $key "* ]] && continue
+  [ -n "$exists$missing" ] || echo "  kubectl create namespace $namespace" >&2
+  echo "  $(remedy "$name" "$key" "$keys")" >&2
+  missing+="${missing:+, }$name (key $key)"
+done <<<"$wanted"
+[ -z "$missing" ] || refuse "the namespace $namespace lacks Secrets, and nothing was applied: $missing." \
+  "Make them as above, or with kuberay/gke/secrets.sh."
+
+if grep -q 'imagePullPolicy: Never' "$manifests"; then
+  echo "Its image must be on the node already: kind load docker-image imagen-cpu:dev"
+fi
+if [ -z "$exists" ]; then
+  echo "It makes:"
+  sed '1d; s/^/  /' <<<"$about"
+else
+  echo "It changes:"
+  code=0
+  # A dry run on the server, too: admission and its own rules are asked.
+  kube diff --server-side --filename "$manifests" || code=$?
+  [ "$code" -ne 0 ] || echo "  nothing"
+  [ "$code" -le 1 ] || refuse "the cluster refuses the manifests (above), and nothing was applied."
+fi
+if [ -n "$dry_run" ]; then
+  echo "Dry run: nothing was applied."
+  exit 0
+fi
+kube apply --server-side --filename "$manifests" ||
+  refuse "kubectl stopped (above); what stands before that was applied. Correct it, and run this again"
+echo "Applied. To wait until it serves:"
+echo "  kubectl --namespace $namespace wait rayservice/$service --for=condition=Ready --timeout=30m"

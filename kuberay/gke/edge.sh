@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Usage: kuberay/gke/edge.sh [--dry-run]
+#
+# Makes what the Gateway names, after configs/gke.yaml (site): a certificate for the host in
+# Certificate Manager's map, and Cloud Armor's policy against floods. Last it shows the DNS record that
+# proves the host to be yours; Google issues the certificate once that record is there.
+#
+#   --dry-run   print the commands, run none
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+for option in "$@"; do common_option "$option"; done
+settings
+configured service site
+project=--project="$IMAGEN_PROJECT"
+
+ensure gcloud certificate-manager dns-authorizations VERB "$SERVICE" "$project" -- --domain="$HOST"
+ensure gcloud certificate-manager certificates VERB "$SERVICE" "$project" \
+  -- --domains="$HOST" --dns-authorizations="$SERVICE"
+ensure gcloud certificate-manager maps VERB "$CERTIFICATE_MAP" "$project"
+ensure gcloud certificate-manager maps entries VERB "$SERVICE" --map="$CERTIFICATE_MAP" "$project" \
+  -- --certificates="$SERVICE" --hostname="$HOST"
+
+# Far above what a person or a batch client sends: it is there against floods, not for fairness.
+ensure gcloud compute security-policies VERB "$SECURITY_POLICY" "$project"
+ensure gcloud compute security-policies rules VERB 1000 --security-policy="$SECURITY_POLICY" \
+  "$project" \
+  -- --src-ip-ranges='*' --action=throttle --rate-limit-threshold-count=600 \
+  --rate-limit-threshold-interval-sec=60 --enforce-on-key=IP --conform-action=allow \
+  --exceed-action=deny-429
+
+run gcloud certificate-manager dns-authorizations describe "$SERVICE" "$project" \
+  --format='value(dnsResourceRecord.name,dnsResourceRecord.type,dnsResourceRecord.data)'

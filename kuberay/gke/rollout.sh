@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Usage: kuberay/gke/rollout.sh [--to REVISION] [--replace-cluster] [--yes] [--dry-run]
+#
+# Shows what would change, asks, applies it, and waits until KubeRay has brought it about: a rolling
+# update, or with --to a rollback. kuberay/README.md says which change costs what.
+#
+#   --to REVISION       the manifests of that commit, in place of those of the working tree
+#   --replace-cluster   where ray_service.upgradeStrategy.type is None: then end the running Ray
+#                       cluster, so that KubeRay starts one as the manifests are now. The service is
+#                       down meanwhile.
+#   --yes               do not ask
+#   --dry-run           print the commands, run none
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+REVISION=
+REPLACE=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --to)
+      REVISION=${2:-}
+      git -C "$ROOT" rev-parse --verify --quiet "$REVISION^{commit}" >/dev/null ||
+        fail "--to: no such commit: $REVISION"
+      shift
+      ;;
+    --replace-cluster) REPLACE=1 ;;
+    *) common_option "$1" ;;
+  esac
+  shift
+done
+settings
+configured service
+
+field() { # NAME PATH: of the RayService
+  look "$1" kubectl --context="$CONTEXT" --namespace="$NAMESPACE" get rayservice "$SERVICE" \
+    --output="jsonpath={$2}"
+}
+
+wait_for() { # CONDITION TIMEOUT
+  kube --namespace="$NAMESPACE" wait "rayservice/$SERVICE" --for="$1" --timeout="$2"
+}
+
+# 1) Apply.
+if [ -z "$REVISION" ]; then
+  CURRENT=
+  look CURRENT kubectl config current-context # deploy.sh goes there
+  [ -n "$DRY_RUN" ] || [ "$CURRENT" = "$CONTEXT" ] ||
+    fail "kubectl is at $CURRENT, the settings mean $CONTEXT: kubectl config use-context $CONTEXT"
+  run "$ROOT/kuberay/deploy.sh" --dry-run "$IMAGEN_OVERLAY"
+  confirm "$IMAGEN_OVERLAY"
+  run "$ROOT/kuberay/deploy.sh" "$IMAGEN_OVERLAY"
+else
+  place=$(mktemp -d)
+  trap 'rm -rf "$place"' EXIT
+  say "# kuberay/ of commit $REVISION is unpacked there:"
+  [ -n "$DRY_RUN" ] || git -C "$ROOT" archive "$REVISION" kuberay | tar -x -C "$place"
+  run kubectl kustomize "$place/kuberay/overlays/$IMAGEN_OVERLAY" --output="$place/manifests.yaml"
+  # A commit may hold placeholders. Fields were checked against the CRDs when it was deployed.
+  run "$(dirname "$PYTHON")/imagen" kuberay validate --skip-crd "$place/manifests.yaml"
+  kube diff --server-side --filename="$place/manifests.yaml" || [ $? -eq 1 ]
+  confirm "$IMAGEN_OVERLAY"
+  kube apply --server-side --filename="$place/manifests.yaml"
+fi
+
+# 2) Replace the cluster, where KubeRay does not do it by itself.
+if [ -n "$REPLACE" ]; then
+  STRATEGY='' CLUSTER=''
+  field STRATEGY .spec.upgradeStrategy.type
+  [ -n "$DRY_RUN" ] || [ "$STRATEGY" = None ] ||
+    fail "--replace-cluster is for upgradeStrategy None, and this RayService has '$STRATEGY'"
+  field CLUSTER .status.activeServiceStatus.rayClusterName
+  say "# This ends $CLUSTER and every request in it; the service is down until its successor is up."
+  confirm "$IMAGEN_CLUSTER"
+  kube --namespace="$NAMESPACE" delete raycluster "$CLUSTER" --timeout=30m
+  wait_for condition=UpgradeInProgress 5m
+fi
+
+# 3) Wait: first for KubeRay to have seen it.
+GENERATION=
+field GENERATION .metadata.generation
+wait_for jsonpath='{.status.observedGeneration}'="$GENERATION" 5m
+wait_for condition=UpgradeInProgress=false 60m
+wait_for condition=Ready 60m

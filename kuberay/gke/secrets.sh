@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Usage: kuberay/gke/secrets.sh [--oauth-file FILE] [--dry-run]
+#
+# Makes the Secrets that the prod overlays name: imagen-redis and imagen-ray-token of random bytes,
+# imagen-oauth of FILE. No value is shown, nor stands on a command line. A Secret that is there stays
+# as it is.
+#
+#   --oauth-file FILE   holds the client secret of Identity-Aware Proxy's OAuth client
+#   --dry-run           print the commands, run none
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+OAUTH_FILE=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --oauth-file)
+      OAUTH_FILE=${2:-}
+      [ -s "$OAUTH_FILE" ] || fail "--oauth-file: no such file, or it is empty: $OAUTH_FILE"
+      shift
+      ;;
+    *) common_option "$1" ;;
+  esac
+  shift
+done
+settings
+configured service
+
+random_bytes() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
+oauth_file() { tr -d '\r\n' <"$OAUTH_FILE"; } # editors end a file with a newline
+
+absent() { # SECRET
+  missing kubectl --context="$CONTEXT" --namespace="$NAMESPACE" get secret "$1"
+}
+
+put() { # SECRET KEY COMMAND: what the command prints is the value
+  local create=(
+    kubectl --context="$CONTEXT" --namespace="$NAMESPACE"
+    create secret generic "$1" --from-file="$2=/dev/stdin"
+  )
+  say "# its value goes to its standard input ($3):"
+  show "${create[@]}"
+  [ -n "$DRY_RUN" ] || "$3" | "${create[@]}"
+}
+
+if missing kubectl --context="$CONTEXT" get namespace "$NAMESPACE"; then
+  kube create namespace "$NAMESPACE" # its labels come with the first deployment
+fi
+if absent imagen-redis; then put imagen-redis password random_bytes; fi
+if absent imagen-ray-token; then put imagen-ray-token auth_token random_bytes; fi
+if absent imagen-oauth; then
+  [ -n "$OAUTH_FILE$DRY_RUN" ] || fail 'imagen-oauth is not there: give its value with --oauth-file FILE'
+  put imagen-oauth key oauth_file
+fi

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Usage: kuberay/gke/teardown.sh service|cluster|all [--yes] [--dry-run]
+#
+# Takes away what the other scripts made. It says what will be lost, and asks.
+#
+#   service     what the overlay deployed
+#   cluster     that, and the cluster
+#   all         those, and models, images, certificate and Cloud Armor policy
+#   --yes       do not ask
+#   --dry-run   print the commands, run none
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+WHAT=
+for option in "$@"; do
+  case $option in
+    service | cluster | all) WHAT=$option ;;
+    *) common_option "$option" ;;
+  esac
+done
+[ -n "$WHAT" ] || fail 'what, service, cluster or all? (see --help)'
+settings
+configured service
+[ "$WHAT" != all ] || configured bucket registry site
+
+say "This is lost:
+  the service in namespace $NAMESPACE of $CONTEXT, with every request in it, the disk of Redis,
+  all Secrets there, and the load balancer with its address (DNS names that point to it go stale)"
+[ "$WHAT" = service ] || say "  the cluster $IMAGEN_CLUSTER, with whatever else runs on it"
+[ "$WHAT" != all ] || say "  every model in gs://$BUCKET and everything else there (kept for the bucket's soft-delete time)
+  every image in $REGISTRY_LOCATION-docker.pkg.dev/$REGISTRY_PROJECT/$REGISTRY_NAME
+  the certificate of $HOST, its map $CERTIFICATE_MAP, and the policy $SECURITY_POLICY"
+confirm "$IMAGEN_CLUSTER"
+
+remove() { # gcloud ... VERB ...: delete it, if it is there
+  local word describe=() delete=()
+  for word in "$@"; do
+    if [ "$word" = VERB ]; then
+      describe+=(describe)
+      delete+=(delete --quiet)
+    else
+      describe+=("$word")
+      delete+=("$word")
+    fi
+  done
+  if present "${describe[@]}"; then run "${delete[@]}"; fi
+}
+
+project=--project="$IMAGEN_PROJECT"
+# The RayService first and alone: KubeRay clears its state in Redis by a job, and a namespace that is
+# going takes no job. Before the cluster, because the load balancer would outlive that.
+if present kubectl --context="$CONTEXT" get namespace "$NAMESPACE"; then
+  kube --namespace="$NAMESPACE" delete rayservice "$SERVICE" --ignore-not-found --timeout=5m
+  kube --namespace="$NAMESPACE" wait raycluster --all --for=delete --timeout=30m
+  kube delete --kustomize="$ROOT/kuberay/overlays/$IMAGEN_OVERLAY" --ignore-not-found --timeout=30m
+fi
+[ "$WHAT" != service ] || exit 0
+
+remove gcloud container clusters VERB "$IMAGEN_CLUSTER" "$project" --location="$IMAGEN_REGION"
+[ "$WHAT" != cluster ] || exit 0
+
+if present gcloud storage buckets describe "gs://$BUCKET" "$project"; then
+  run gcloud storage rm --recursive "gs://$BUCKET" "$project"
+fi
+remove gcloud artifacts repositories VERB "$REGISTRY_NAME" --project="$REGISTRY_PROJECT" \
+  --location="$REGISTRY_LOCATION"
+remove gcloud certificate-manager maps entries VERB "$SERVICE" --map="$CERTIFICATE_MAP" "$project"
+remove gcloud certificate-manager maps VERB "$CERTIFICATE_MAP" "$project"
+remove gcloud certificate-manager certificates VERB "$SERVICE" "$project"
+remove gcloud certificate-manager dns-authorizations VERB "$SERVICE" "$project"
+remove gcloud compute security-policies VERB "$SECURITY_POLICY" "$project"

@@ -1,0 +1,225 @@
+"""kuberay/deploy.sh with a kubectl that has no cluster: what it refuses, and what it applies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments.registry import load_catalogue
+from deployments.settings import ROOT
+from deployments.store.lockfile import conversion_of
+from serve_app.cli import app
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Deploy = Callable[..., "Deployed"]
+
+HERE = Path(__file__).parent
+SECRETS = "imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
+SCRIPTS = ["kuberay/deploy.sh", "kuberay/image.sh", "tests/manifests/fake_kubectl"]
+# Any field is right: what the real definitions say is test_overlays' matter.
+CRD = """\
+kind: CustomResourceDefinition
+metadata:
+  name: rayservices.ray.io
+spec:
+  group: ray.io
+  names: {kind: RayService}
+  versions:
+    - name: v1
+      schema:
+        openAPIV3Schema:
+          type: object
+          properties: {spec: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+"""
+
+
+class Deployed:
+    """A run of the script."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+        self.asked = log.read_text().splitlines() if log.exists() else []
+
+    @property
+    def applied(self) -> bool:
+        return any(line.startswith("apply") for line in self.asked)
+
+    @property
+    def verdict(self) -> str:
+        """Its last line."""
+        return (self.err.splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def deploy(tmp_path: Path) -> Deploy:
+    """Runs the script of a project."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not on the PATH: no overlay can be built")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kubectl").symlink_to(HERE / "fake_kubectl")
+    (tmp_path / "crds.yaml").write_text(CRD)
+
+    def run(project: Path, *arguments: str, **variables: str) -> Deployed:
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "REAL_KUBECTL": kubectl,
+            "FAKE_LOG": str(tmp_path / "log"),
+            "FAKE_CRDS": str(tmp_path / "crds.yaml"),
+        }
+        command = [project / "kuberay" / "deploy.sh", *arguments]
+        done = subprocess.run(
+            command, env=environment | variables, capture_output=True, text=True, check=False
+        )
+        return Deployed(done, tmp_path / "log")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a customer has it, who has filled in all that only he knows."""
+    root = tmp_path_factory.mktemp("filled")
+    for name in ("configs", "kuberay"):
+        shutil.copytree(ROOT / name, root / name)
+    registry = root / "configs" / "models" / "production.yaml"
+    edit(registry, "accept_noncommercial: []", "accept_noncommercial: [background-rmbg14]")
+    lock = registry.with_suffix(".lock.json")
+    locked = json.loads(lock.read_text())
+    for entry in load_catalogue(registry).entries:
+        locked["models"][entry.name] |= {"digest": "ab" * 32}
+        if how := conversion_of(entry):
+            locked["models"][entry.name] |= {"conversion": how}
+    lock.write_text(json.dumps(locked))
+    edit(root / "kuberay" / "images.lock", "sha256:unresolved", "sha256:" + "ab" * 32)
+    edit(root / "configs" / "gke.yaml", "configs/models/production.yaml", str(registry))
+    edit(root / "configs" / "gke.yaml", "unresolved", "mine")
+    render(root)
+    return root
+
+
+@pytest.fixture
+def spoiled(filled: Path, tmp_path: Path) -> Path:
+    """A copy of it, to spoil."""
+    return Path(shutil.copytree(filled, tmp_path / "project"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def render(root: Path) -> None:
+    places = ["--source", str(root / "configs" / "gke.yaml"), "--folder", str(root / "kuberay")]
+    assert CliRunner().invoke(app, ["kuberay", "render", *places]).exit_code == 0
+
+
+def test_a_project_that_is_filled_in_is_applied(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
+    assert (done.code, done.err.count("deploy.sh")) == (0, 0), done.err
+    assert "context a-cluster" in done.out
+    assert "a difference" in done.out
+    assert [line.split()[0] for line in done.asked[-2:]] == ["diff", "apply"]
+    assert done.asked[-1].startswith("apply --server-side --filename")
+    assert "wait rayservice/imagen" in done.out
+
+
+def test_a_dry_run_tells_what_a_first_deployment_makes(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "--dry-run", "dev")
+    assert (done.code, done.applied) == (0, False), done.err
+    assert "  RayService/imagen\n" in done.out
+    assert "  Namespace/imagen\n" in done.out
+    assert "kind load docker-image imagen-cpu:dev" in done.out
+
+
+def test_placeholders_are_refused(deploy: Deploy) -> None:
+    done = deploy(ROOT, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
+    assert (done.code, done.applied) == (1, False)
+    assert "sha256:unresolved is no real value" in done.err
+    assert "nothing was applied. Fill in configs/gke.yaml, run make image-lock" in done.verdict
+
+
+def test_secrets_that_are_missing_are_named_with_the_commands_that_make_them(
+    filled: Path, deploy: Deploy
+) -> None:
+    done = deploy(filled, "prod", FAKE_SECRETS="imagen-oauth:key imagen-redis:user")
+    assert (done.code, done.applied) == (1, False)
+    *_, space, token, redis, verdict = done.err.splitlines()
+    assert space.endswith("kubectl create namespace imagen")
+    assert "create secret generic imagen-ray-token --from-literal=auth_token=" in token
+    assert redis.endswith("kubectl --namespace imagen edit secret imagen-redis")
+    assert "imagen-ray-token (key auth_token), imagen-redis (key password)" in verdict
+    assert "imagen-oauth" not in done.err
+
+
+def test_what_the_cluster_refuses_is_not_applied(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "dev", FAKE_NAMESPACE="yes", FAKE_DIFF="2")
+    assert (done.code, done.applied) == (1, False)
+    assert "the cluster refuses the manifests" in done.verdict
+
+
+def test_an_image_that_is_not_pinned_is_refused(spoiled: Path, deploy: Deploy) -> None:
+    edit(spoiled / "kuberay/base/publish.yaml", "image: imagen-cpu", "image: docker.io/mine:v1")
+    done = deploy(spoiled, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
+    assert (done.code, done.applied) == (1, False)
+    assert "docker.io/mine:v1 is not pinned" in done.out
+    assert "prod is not ready" in done.verdict
+
+
+def test_manifests_that_are_out_of_date_are_refused(spoiled: Path, deploy: Deploy) -> None:
+    edit(spoiled / "kuberay/base/rayservice.yaml", "maxReplicas: 4", "maxReplicas: 5")
+    done = deploy(spoiled, "prod")
+    assert (done.code, done.applied) == (1, False)
+    assert "base/rayservice.yaml: out of date" in done.err
+    assert "Run: make manifests" in done.verdict
+
+
+@pytest.mark.parametrize(
+    ("definitions", "words"),
+    [("nothing", "has no KubeRay"), ("nowhere", "cluster of a-cluster does not answer")],
+)
+def test_a_cluster_that_is_not_ready_is_refused(
+    filled: Path, deploy: Deploy, tmp_path: Path, definitions: str, words: str
+) -> None:
+    (tmp_path / "nothing").touch()
+    done = deploy(filled, "dev", FAKE_CRDS=str(tmp_path / definitions))
+    assert (done.code, done.applied) == (1, False)
+    assert words in done.verdict
+
+
+@pytest.mark.parametrize("arguments", [[], ["prod", "dev"], ["production"], ["--dry-run"]])
+def test_an_overlay_that_is_not_there_ends_with_those_that_are(
+    filled: Path, deploy: Deploy, arguments: list[str]
+) -> None:
+    done = deploy(filled, *arguments)
+    assert (done.code, done.asked) == (2, [])
+    assert "one of: dev prod-hostpath prod" in done.verdict
+
+
+def test_without_kubectl_it_says_so(filled: Path, deploy: Deploy, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    done = deploy(filled, "prod", PATH=str(tools))
+    assert (done.code, "kubectl is not on the PATH" in done.verdict) == (1, True)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=path)
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: SCRIPTS ARE NOT LINTED")
+    done = subprocess.run([shellcheck, *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
