@@ -89,7 +89,7 @@ class ModelDeployment:
             await asyncio.to_thread(self._host.start, tuning.digest)
             self._configured = True
 
-    async def status(self) -> dict[str, str | int]:
+    async def status(self) -> dict[str, object]:
         """Which digest is served, which is wanted, why they differ, and the requests inside."""
         return {**self._host.status, "requests": self._inside}
 

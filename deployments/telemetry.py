@@ -32,7 +32,7 @@ _SUMMED = {
 _MODEL = ("model",)
 # From a background on a GPU to a cold start.
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640]
-_ROWS = [1, 2, 3, 4, 6, 8, 12, 16]
+_ROWS = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]
 
 
 class ModelMetrics:
