@@ -27,6 +27,8 @@ ENV PYTHONPATH=/app IMAGEN_MODELS=/models
 FROM scratch AS application
 COPY LICENSE /
 COPY starter_models /starter_models
+COPY benchmarks /benchmarks
+COPY docs /docs
 COPY configs /configs
 COPY deployments /deployments
 COPY serve_app /serve_app

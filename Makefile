@@ -158,11 +158,13 @@ train-background: setup ## Retrain background removal (55 minutes on one core)
 train-upscale: setup ## Retrain upscale
 	$(BIN)/python -m starter_models.training.upscaler
 
-# xformers is of the extra `gpu`, which this environment need not have.
+# What only the GPU image has, which this environment need not: xformers of the extra `gpu`, and those
+# packages beside the CUDA build of torch whose versions it leaves open.
+GPU_ONLY := ^(xformers|cuda-|nvidia-)
 .PHONY: constraints
 constraints: ## Rewrite constraints.txt from what .venv holds
-	{ $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^xformers'; \
-	  grep '^xformers' constraints.txt; } | sort -f > constraints.new && mv constraints.new constraints.txt
+	{ $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -vE '$(GPU_ONLY)'; \
+	  grep -E '$(GPU_ONLY)' constraints.txt; } | sort -f > constraints.new && mv constraints.new constraints.txt
 
 .PHONY: clean
 clean: ## Remove what make and the tests made

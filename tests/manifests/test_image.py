@@ -60,8 +60,9 @@ def ignored(path: str) -> bool:
 
 def context() -> list[str]:
     """Every file that Docker is given."""
-    tops = [one for one in ROOT.iterdir() if not ignored(one.name)]
-    files = [one for top in tops for one in (top.rglob("*") if top.is_dir() else [top])]
+    tops = {line[1:].split("/")[0] for line in IGNORE if line.startswith("!")}
+    found = [ROOT / top for top in sorted(tops)]
+    files = [one for top in found for one in (top.rglob("*") if top.is_dir() else [top])]
     paths = [str(one.relative_to(ROOT)) for one in files if one.is_file()]
     return [path for path in paths if not ignored(path)]
 
@@ -128,10 +129,10 @@ def test_the_context_holds_what_is_copied_and_nothing_private() -> None:
             assert all(any(f"{f}/".startswith(f"{one}/") for f in files) for one in sources), stage
     assert {path.split("/")[0] for path in files} == {
         *("LICENSE", "constraints.txt", "pyproject.toml"),
-        *("configs", "deployments", "serve_app", "starter_models"),
+        *("benchmarks", "configs", "deployments", "docs", "serve_app", "starter_models"),
     }
     for path in (".venv/x", ".git/config", ".env", "tests/x.py", "benchmarks/results/x.json"):
-        assert ignored(path)
+        assert ignored(path), path
     assert not [path for path in files if "__pycache__" in path or "training" in path]
     weights = {path for path in files if path.endswith((".safetensors", ".bin", ".pt", ".onnx"))}
     starter = {
@@ -158,8 +159,11 @@ import sys, yaml
 from deployments.settings import ROOT
 from serve_app.app import build
 from serve_app.cli import app
+from benchmarks.load import load_plan
+from benchmarks.load.workload import photos
 assert str(ROOT) == sys.argv[1], ROOT
 build(yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"])
+photos(load_plan(ROOT / "benchmarks/plans/smoke.yaml"))
 for arguments in (["--store", f"{ROOT}/weights"],
                   ["--store", f"{ROOT}/models", "--mirror", f"file://{ROOT}/weights/store"]):
     app(["models", "pull", "--all", *arguments], standalone_mode=False)
