@@ -1,4 +1,4 @@
-"""The application on a Cluster, as configs/gke.yaml has it, with small models and few delays."""
+"""The application on a Cluster: as configs/gke.yaml has it, with small models and short delays."""
 
 from __future__ import annotations
 
