@@ -18,8 +18,9 @@ from deployments import images, tracing
 from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.pipelines.base import Row
+from deployments.placement import SEATS
 from deployments.registry import ModelSpec, check_defaults
-from deployments.settings import SEATS, Settings, Tuning, calm_threads, parse_settings
+from deployments.settings import Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from deployments.errors import ConfigError, GpuTooSmall
-from deployments.settings import SEATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +36,8 @@ ESTIMATE_MARGIN = 0.25
 """On peaks that were not measured on the GPU at hand: workspaces of convolutions and products."""
 TILE_OVERLAP_PX = 34
 """The largest overlap of the GAN upscalers' tiles, on each side."""
+SEATS = 16
+"""Requests a model replica works on at a time: each holds a decoded picture, of up to 150 MB."""
 MAX_ROWS = SEATS
 """No batch is larger, however much memory there is: a replica works on no more requests."""
 

@@ -102,10 +102,6 @@ class StoreSettings(Strict):
         return resolve(path)
 
 
-SEATS = 16
-"""Requests a model replica works on at a time: each holds a decoded picture, of up to 150 MB."""
-
-
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 

@@ -180,7 +180,7 @@ def test_tiles_of_rows_of_different_sizes_share_a_step(
 ) -> None:
     pipeline = tiny_pipeline("srvgg", tile_px=32)
     request = UpscaleRequest()
-    sizes = [(96, 96), (32, 32), (70, 100), (33, 31)]
+    sizes = [(96, 96), (128, 96), (96, 128), (128, 128)]
     pictures = [tiny.picture(i, *size) for i, size in enumerate(sizes)]
     alone = [as_row(pipeline, request, p) for p in pictures]
     for row in alone:

@@ -56,7 +56,9 @@ def _whole(found: Samples) -> bool:
     models = values(found, "ray_imagen_stage_seconds_count", "model")
     routes = values(found, "ray_imagen_http_answers_total", "route")
     named = [selector for e in _expressions() for selector in selectors(e)]
-    return len(models) == 5 and "other" in routes and not any(missing(s, found) for s in named)
+    refused = "415" in values(found, "ray_imagen_http_answers_total", "status")
+    told = refused and "other" in routes and len(models) == 5
+    return told and not any(missing(s, found) for s in named)
 
 
 def _expressions() -> list[str]:

@@ -19,6 +19,7 @@ from deployments.placement import (
     CONTEXT_BYTES,
     ESTIMATE_MARGIN,
     GPUS,
+    SEATS,
     TILE_OVERLAP_PX,
     FakeDeviceMemory,
     MemoryProfile,
@@ -31,7 +32,6 @@ from deployments.placement import (
     plan,
 )
 from deployments.registry import ModelSpec, load_catalogue
-from deployments.settings import SEATS
 
 GIB, MIB = 2**30, 2**20
 PRODUCTION = Path("configs/models/production.yaml")
