@@ -23,6 +23,7 @@ OUR_BIN: Final = ROOT / ".venv/bin"
 # Torch's threads otherwise spin while they wait for each other: several models on a few cores then
 # take ten times as long, in every system alike.
 CALM: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
+Values = dict[str, Any]
 _LOCAL: Final = ROOT / "configs/local.yaml"
 
 
@@ -82,10 +83,25 @@ def _ray_peer(module: str) -> Callable[[int, Path], list[str]]:
     return command
 
 
-def _ours(port: int, folder: Path) -> list[str]:
-    """`imagen run` does the same, but would join a Ray that runs on this machine already."""
-    applications = yaml.safe_load(_LOCAL.read_text(encoding="utf-8"))["applications"]
-    return _serve_run(OUR_BIN / "serve", applications, port, folder)
+def _ours(
+    settings: Values | None = None, tuning: Values | None = None
+) -> Callable[[int, Path], list[str]]:
+    """`imagen run` does the same, but would join a Ray that runs on this machine already.
+
+    Args:
+        settings: over the `args` of configs/local.yaml.
+        tuning: over the `user_config` of every model.
+    """
+
+    def command(port: int, folder: Path) -> list[str]:
+        applications = yaml.safe_load(_LOCAL.read_text(encoding="utf-8"))["applications"]
+        applications[0]["args"] |= settings or {}
+        for deployment in applications[0]["deployments"]:
+            if "user_config" in deployment:
+                deployment["user_config"] |= tuning or {}
+        return _serve_run(OUR_BIN / "serve", applications, port, folder)
+
+    return command
 
 
 def _serve_run(
@@ -130,5 +146,9 @@ SYSTEMS: Final = {
         ready="/v2/health/ready",
         target={"protocol": "kserve", "shape": [1, 1]},
     ),
-    OURS: System("Imagen", _ours, environment=_our_environment),
+    "h": System("Imagen, one thread", _ours({"torch_threads": 1}), environment=_our_environment),
+    "i": System(
+        "Imagen, exact", _ours(tuning={"determinism": "exact"}), environment=_our_environment
+    ),
+    OURS: System("Imagen", _ours(), environment=_our_environment),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from deployments.contract import TaskRequest
     from deployments.pipelines.base import Pixels, Row
     from deployments.registry import ModelSpec
+
+
+@dataclass(slots=True)
+class _Mask:
+    """Left on the device, so that no pass waits for it: `H x W` in [0, 1]; without any NaN."""
+
+    alpha: torch.Tensor
+    valid: torch.Tensor
 
 
 class Matting:
@@ -55,7 +64,7 @@ class Matting:
         return self._input_px**2
 
     def begin(self, row: Row) -> Generator[None, None, None]:
-        row.steps_left = 1
+        row.state, row.steps_left = torch.from_numpy(row.pixels).to(self._device), 1
         yield from ()
 
     def key(self, row: Row) -> Hashable:
@@ -63,26 +72,27 @@ class Matting:
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
-        stacked = torch.from_numpy(np.stack([row.pixels for row in rows]))
-        x = stacked.to(self._device).permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
+        stacked = torch.stack([cast("torch.Tensor", row.state) for row in rows])
+        x = stacked.permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
         # Half precision is fine for the network and too coarse for a soft edge.
         alpha = self._lanes.run(lambda part: self._net(x[part])[0], len(rows))
         alpha = alpha.float().sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)
-        for row, mask in zip(rows, alpha.cpu().numpy(), strict=True):
-            row.state = mask
+        finite = alpha.isfinite().all(dim=2).all(dim=1)
+        for row, mask, valid in zip(rows, alpha, finite, strict=True):
+            row.state = _Mask(mask, valid)
 
     def finish(self, row: Row) -> Generator[None, None, Pixels]:
         yield from ()
-        mask = cast("Any", row.state)
-        if not np.isfinite(mask).all():
+        mask = cast("_Mask", row.state)
+        if not mask.valid.item():
             raise ModelFailed(
                 "The model gave no valid mask for this picture (NaN).",
                 remedy="Try another picture.",
             )
-        return (mask * 255).round().astype(np.uint8)
+        return (mask.alpha * 255).round().to(torch.uint8).cpu().numpy()
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
         request = cast("BackgroundRequest", request)

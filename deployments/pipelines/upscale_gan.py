@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -52,10 +52,20 @@ class Tile:
 
 @dataclass(slots=True)
 class _Progress:
-    canvas: Pixels
+    """A row under way.
+
+    Attributes:
+        source: the picture on the device, `H x W x 3` uint8.
+        tiles: all, in order.
+        outputs: of the tiles done so far, `h x w x 3` uint8 on the host; from a GPU they may still
+            be on their way.
+        valid: for each of these, on the device, whether no NaN was seen.
+    """
+
+    source: torch.Tensor
     tiles: list[Tile]
-    next: int = 0
-    finite: bool = True
+    outputs: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    valid: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
 
 class UpscaleGan:
@@ -91,39 +101,44 @@ class UpscaleGan:
 
     def begin(self, row: Row) -> Generator[None, None, None]:
         height, width = row.pixels.shape[:2]
-        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
         tiles = plan_tiles(height, width, self._tile_px, self._overlap_px)
-        row.state, row.steps_left = _Progress(canvas, tiles), len(tiles)
+        row.state = _Progress(torch.from_numpy(row.pixels).to(self._device), tiles)
+        row.steps_left = len(tiles)
         yield from ()
 
     def key(self, row: Row) -> Hashable:
         progress = cast("_Progress", row.state)
-        return progress.tiles[progress.next].shape
+        return progress.tiles[len(progress.outputs)].shape
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
         progresses = [cast("_Progress", row.state) for row in rows]
-        tiles = [p.tiles[p.next] for p in progresses]
-        cuts = [_cut(row.pixels, tile) for row, tile in zip(rows, tiles, strict=True)]
-        x = torch.from_numpy(np.stack(cuts)).to(self._device)
-        x = x.permute(0, 3, 1, 2).to(self._dtype) / 255
+        cuts = [_cut(one.source, one.tiles[len(one.outputs)]) for one in progresses]
+        x = torch.stack(cuts).permute(0, 3, 1, 2).to(self._dtype) / 255
         y = self._lanes.run(lambda part: self._net(x[part]), len(rows)).float()
-        finite = y.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
-        pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for progress, tile, out, ok in zip(progresses, tiles, pixels, finite, strict=True):
-            _paste(progress.canvas, out, tile)
-            progress.next += 1
-            progress.finite = progress.finite and bool(ok)
+        valid = y.isfinite().all(dim=3).all(dim=2).all(dim=1)
+        pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pixels = pixels.to("cpu", non_blocking=True)  # nobody waits for it before `finish`
+        for progress, output, ok in zip(progresses, pixels, valid, strict=True):
+            progress.outputs.append(output)
+            progress.valid.append(ok)
 
+    @torch.inference_mode()
     def finish(self, row: Row) -> Generator[None, None, Pixels]:
-        yield from ()
         progress = cast("_Progress", row.state)
-        if not progress.finite:
+        # Read first: that waits for the device, and so for the copies it makes of the outputs.
+        if not torch.stack(progress.valid).all().item():
             raise ModelFailed(
                 "The model gave no valid picture for this request (NaN).",
                 remedy="Try another picture.",
             )
-        return progress.canvas
+        height, width = row.pixels.shape[:2]
+        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
+        for tile, output in zip(progress.tiles, progress.outputs, strict=True):
+            _paste(canvas, output.numpy(), tile)
+            yield
+        progress.outputs.clear()
+        return canvas
 
     def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
         alpha = picture.alpha
@@ -178,7 +193,7 @@ def _even(side_px: int, most_px: int) -> int:
     return -(-side_px // parts)
 
 
-def _cut(pixels: Pixels, tile: Tile) -> Pixels:
+def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:
     top, left, bottom, right = tile.outer
     return pixels[top:bottom, left:right]
 

@@ -37,7 +37,7 @@ def serve_config(sizing: Sizing) -> Values:
 
 
 def _model(task: Task, sizing: Sizing) -> Values:
-    """Options of one model deployment: the common ones, with its share, batch and budget."""
+    """Options of one model deployment: its share, batch and budget, the common ones, its own."""
     environment, placed = sizing.environment, sizing.placed.get(task)
     actor: Values = {
         "num_cpus": sizing.settings.model_num_cpus,
@@ -49,4 +49,5 @@ def _model(task: Task, sizing: Sizing) -> Values:
         derived["user_config"] = {"max_batch_size": placed.rows, "budget_px": placed.budget_px}
     if environment.gpu:
         derived["autoscaling_config"] = {"max_replicas": environment.gpu.max_nodes}
-    return merged(derived, environment.serve.model)
+    common = merged(derived, environment.serve.model)
+    return merged(common, environment.serve.models.get(task, {}))

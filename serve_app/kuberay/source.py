@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field
 
+from deployments.contract import Task
 from deployments.errors import ConfigError
 from deployments.settings import Strict, parse_settings, resolve
 
@@ -121,6 +122,7 @@ class ServeSource(Strict):
         args: of the application; see deployments/settings.py.
         ingress: options of the Ingress deployment.
         model: options of each model deployment.
+        models: further ones of a single task's, over those.
     """
 
     proxy_location: str
@@ -129,6 +131,7 @@ class ServeSource(Strict):
     args: Values
     ingress: Values
     model: Values
+    models: dict[Task, Values] = Field(default={})
 
 
 class Common(Strict):

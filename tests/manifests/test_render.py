@@ -71,13 +71,28 @@ def test_the_command_tells_which_files_are_out_of_date(tmp_path: Path) -> None:
     assert (folder / "base" / "mine.yaml").exists()
 
 
+def deployment(files: Files, name: str) -> dict[str, Any]:
+    deployments = serve_config(files)["applications"][0]["deployments"]
+    return next(one for one in deployments if one["name"] == name)
+
+
+def test_a_model_can_have_options_of_its_own(changed: Any) -> None:
+    wanted = {"user_config": {"digest": "0123456789abcdef"}}
+    as_committed = changed(lambda base: base)
+    files = changed(lambda base: base["serve"].update(models={"comic": wanted}))
+    planned = deployment(as_committed, "Comic")["user_config"]
+    assert deployment(files, "Comic")["user_config"] == planned | wanted["user_config"]
+    assert deployment(files, "Aged") == deployment(as_committed, "Aged")
+    with pytest.raises(ConfigError, match="cartoon"):
+        changed(lambda base: base["serve"].update(models={"cartoon": wanted}))
+
+
 def test_shares_batches_and_budgets_follow_the_gpu(changed: Any) -> None:
     def on_t4(base: dict[str, Any]) -> None:
         base["gpu"] |= {"type": "t4", "machine": "n1-highmem-8"}
 
     def comic(files: Files) -> dict[str, Any]:
-        deployments = serve_config(files)["applications"][0]["deployments"]
-        return next(one for one in deployments if one["name"] == "Comic")
+        return deployment(files, "Comic")
 
     l4, t4 = comic(changed(lambda base: None)), comic(changed(on_t4))
     assert t4["ray_actor_options"]["num_gpus"] > l4["ray_actor_options"]["num_gpus"] > 0

@@ -18,6 +18,7 @@ from PIL import Image
 
 from deployments.pipelines.base import Row
 from deployments.pipelines.denoiser import Denoiser
+from deployments.pipelines.matting import Matting
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -75,8 +76,8 @@ def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np
 
 def images_of(pipeline: Pipeline, rows: list[Row]) -> list[np.ndarray]:
     """The float images in [0, 1] behind the pixels of finished rows."""
-    if isinstance(rows[0].state, np.ndarray):
-        return [row.state for row in rows]
+    if isinstance(pipeline, Matting):
+        return [row.state.alpha.numpy() for row in rows]
     autoencoder = pipeline.autoencoder
     vae = autoencoder.vae
     vae.use_tiling = autoencoder._tile is not None
