@@ -106,14 +106,24 @@ Runs = dict[tuple[str, int], list[Block]]
 # Ours, in the four ways Serve can be set up.
 
 
-def ours(variant: str) -> System:
+def local_config(threads: int | None) -> dict[str, Any]:
+    """configs/local.yaml, with another number of torch threads if one is given."""
+    config = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
+    if threads:
+        config["applications"][0]["args"]["torch_threads"] = threads
+    return config
+
+
+def ours(variant: str, threads: int | None) -> System:
     """Imagen as in configs/local.yaml, with the other four models asleep."""
     system = SYSTEMS[OURS]
 
     def command(port: int, folder: Path) -> list[str]:
         found = system.command(port, folder)
         file = folder / "serve.yaml"
-        file.write_text(_asleep(file.read_text(encoding="utf-8")), encoding="utf-8")
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values["applications"] = _asleep(local_config(threads)["applications"])
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
         return found
 
     def environment(folder: Path) -> dict[str, str]:
@@ -122,12 +132,11 @@ def ours(variant: str) -> System:
     return System(f"Imagen, {variant}", command, environment=environment)
 
 
-def _asleep(config: str) -> str:
-    values = yaml.safe_load(config)
-    for deployment in values["applications"][0]["deployments"]:
+def _asleep(applications: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for deployment in applications[0]["deployments"]:
         if deployment["name"] not in ("Ingress", DEPLOYMENT):
             deployment["autoscaling_config"] = {"min_replicas": 0, "max_replicas": 1}
-    return yaml.safe_dump(values)
+    return applications
 
 
 # An Ingress with a listener of its own else waits 30 s for balancers to forget it.
@@ -158,7 +167,7 @@ def serve_litserve(name: str, port: int) -> None:
 # The same work in one process: no server, no HTTP.
 
 
-def direct_of_ours() -> Callable[[bytes], float]:
+def direct_of_ours(threads: int | None) -> Callable[[bytes], float]:
     """One request through our engine; its seconds."""
     from benchmarks.latency import measure
     from deployments.engine import Engine
@@ -167,8 +176,7 @@ def direct_of_ours() -> Callable[[bytes], float]:
     from deployments.registry import load_registry
     from deployments.store.provider import Provider
 
-    config = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
-    application = config["applications"][0]
+    application = local_config(threads)["applications"][0]
     settings = Settings.model_validate(application["args"])
     spec = load_registry(settings.models)[TASK]
     tuning = next(d for d in application["deployments"] if d["name"] == DEPLOYMENT)["user_config"]
@@ -215,19 +223,19 @@ def _batched() -> Callable[[bytes], float]:
     return direct_of_litserve(MAX_BATCH[TASK], 0.01)
 
 
-DIRECT: Final = {
+DIRECT: Final[dict[str, Callable[[int | None], Callable[[bytes], float]]]] = {
     "direct ours": direct_of_ours,
-    "direct litserve": _batched,
-    "direct litserve unbatched": lambda: direct_of_litserve(1, 0.0),
+    "direct litserve": lambda _: _batched(),
+    "direct litserve unbatched": lambda _: direct_of_litserve(1, 0.0),
 }
 
 
-def serve_direct(name: str, photo: Path) -> None:
+def serve_direct(name: str, photo: Path, threads: int | None) -> None:
     """A block for each line of stdin: concurrency and requests."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark ends us by closing stdin
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not come between
-    image, call = photo.read_bytes(), DIRECT[name]()
+    image, call = photo.read_bytes(), DIRECT[name](threads)
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         concurrency, requests = json.loads(line)
@@ -239,12 +247,13 @@ def serve_direct(name: str, photo: Path) -> None:
 
 
 @contextmanager
-def direct(name: str, photo: Path) -> Iterator[Ask]:
+def direct(name: str, photo: Path, threads: int | None) -> Iterator[Ask]:
     """A process that calls the work directly, as a function of concurrency and requests."""
     binaries = OUR_BIN if name == "direct ours" else PEERS_BIN
     command = [str(binaries / "python"), "-m", "benchmarks.http_overhead", "--direct", name]
+    options = ["--threads", str(threads)] if threads else []
     process = subprocess.Popen(
-        [*command, "--photo", str(photo)],
+        [*command, "--photo", str(photo), *options],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -354,7 +363,7 @@ def _title(process: psutil.Process) -> str:
 def measure_variant(name: str, others: dict[str, Ask], options: Options) -> Runs:
     """Rounds over every system and concurrency, with ours set up in one way."""
     runs: Runs = {}
-    with client(ours(name), options.side_px) as ask:
+    with client(ours(name, options.threads), options.side_px) as ask:
         warm_up(ask)
         for turn in range(options.rounds):
             for concurrency, requests in options.blocks.items():
@@ -381,11 +390,14 @@ def warm_up(ask: Ask) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run: side of the square photo, rounds of each variant, requests by concurrency."""
+    """Of a run: side of the square photo, rounds of each variant, requests by concurrency, and
+    torch threads of ours.
+    """
 
     side_px: int
     rounds: int
     blocks: dict[int, int]
+    threads: int | None
 
 
 def summarise(runs: Runs) -> list[dict[str, Any]]:
@@ -512,7 +524,8 @@ def _litserve_version() -> dict[str, str]:
 def start_others(stack: ExitStack, photo: Path, options: Options) -> dict[str, Any]:
     """The direct calls and LitServe, warm; without LitServe if it is not installed."""
     names = list(DIRECT) if _litserve_version() else ["direct ours"]
-    ways: dict[str, Any] = {name: stack.enter_context(direct(name, photo)) for name in names}
+    threads = options.threads
+    ways: dict[str, Any] = {n: stack.enter_context(direct(n, photo, threads)) for n in names}
     if len(names) > 1:
         for name in LIT:
             ways[name] = stack.enter_context(client(litserve(name), options.side_px))
@@ -550,6 +563,7 @@ def main(
     side: Annotated[int, typer.Option(help="of the photo, px")] = 256,
     rounds: Annotated[int, typer.Option(help="of blocks, for each variant")] = 2,
     scale: Annotated[float, typer.Option(help="of the number of requests in a block")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="of ours; else configs/local.yaml's")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
     as_litserve: Annotated[str | None, typer.Option("--litserve", hidden=True)] = None,
     as_direct: Annotated[str | None, typer.Option("--direct", hidden=True)] = None,
@@ -560,7 +574,7 @@ def main(
     if as_litserve:
         return serve_litserve(as_litserve, port)
     if as_direct:
-        return serve_direct(as_direct, photo)
+        return serve_direct(as_direct, photo, threads)
     chosen = variants.split(",")
     if unknown := set(chosen) - set(VARIANTS):
         raise typer.BadParameter(f"no such variant: {', '.join(sorted(unknown))}")
@@ -574,9 +588,10 @@ def main(
         "photo_px": [side, side],
         "blocks": blocks,
         "rounds": rounds,
+        "threads": threads,
     }
     start_s = time.monotonic()
-    document["variants"] = measure_all(chosen, Options(side, rounds, blocks))
+    document["variants"] = measure_all(chosen, Options(side, rounds, blocks, threads))
     document["machine"]["load_after"] = os.getloadavg()[0]
     document["seconds"] = time.monotonic() - start_s
     file = output or RESULTS / f"http-{datetime.now(UTC).date()}.json"

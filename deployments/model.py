@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from deployments.registry import ModelSpec, check_defaults
 from deployments.settings import Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from deployments.contract import OutputFormat
     from deployments.engine import Engine
@@ -32,6 +32,33 @@ if TYPE_CHECKING:
 
 _STAGES = ("decode", "engine", "encode")
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
+
+
+class Seats:
+    """Requests that a replica works on at a time; large pictures take several of the places.
+
+    Without that, hostile uploads could fill its memory with as many pictures of the largest size.
+
+    Args:
+        count: of places; four pictures of the largest size take all of them.
+        largest_px: width x height of a picture, at most.
+    """
+
+    def __init__(self, count: int, largest_px: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._first = asyncio.Lock()
+        self._most = max(count // 4, 1)
+        self._px = max(largest_px // self._most, 1)
+
+    @asynccontextmanager
+    async def taken(self, px: int) -> AsyncGenerator[None]:
+        """A context with the places of a picture of so many pixels; first come, first served."""
+        async with AsyncExitStack() as stack:
+            # Those of one picture in one go, else two could each wait for the other's.
+            async with self._first:
+                for _ in range(min(max(-(-px // self._px), 1), self._most)):
+                    await stack.enter_async_context(self._free)
+            yield
 
 
 class ModelDeployment:
@@ -56,7 +83,7 @@ class ModelDeployment:
         self._spec = spec
         self._limits = images.Limits(**settings.limits.model_dump())
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
-        self._seats = asyncio.Semaphore(SEATS)
+        self._seats = Seats(SEATS, settings.limits.max_input_px)
         self._configured = False
         self._defaults = spec.defaults
         self._inside = 0
@@ -109,7 +136,7 @@ class ModelDeployment:
         try:
             async with asyncio.timeout(job.timeout_s):
                 arrived_s = time.monotonic()
-                async with self._seats:
+                async with self._seats.taken(job.most_px):
                     return await self._process(job, arrived_s)
         except TimeoutError as error:
             raise too_late() from error

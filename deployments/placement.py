@@ -37,7 +37,7 @@ ESTIMATE_MARGIN = 0.25
 TILE_OVERLAP_PX = 34
 """The largest overlap of the GAN upscalers' tiles, on each side."""
 SEATS = 16
-"""Requests a model replica works on at a time: each holds a decoded picture, of up to 150 MB."""
+"""Requests a model replica works on at a time: each holds a decoded picture."""
 MAX_ROWS = SEATS
 """No batch is larger, however much memory there is: a replica works on no more requests."""
 

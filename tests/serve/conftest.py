@@ -76,6 +76,7 @@ def cluster(
     )
     serve.start(
         http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90},
+        logging_config={"encoding": "JSON", "log_level": "INFO"},
         tracing_config=TracingConfig(enabled=True, sampling_ratio=1),
     )
     yield f"http://127.0.0.1:{port}"

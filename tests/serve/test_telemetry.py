@@ -102,11 +102,42 @@ def test_every_stage_of_every_model_is_timed(samples: Samples) -> None:
     assert {(model, stage) for model in models for stage in wanted} <= stages
 
 
+def serve_logs() -> Path:
+    return Path(ray._private.worker._global_node.get_session_dir_path(), "logs", "serve")
+
+
+def lines_about(request_id: str, file_name: str) -> list[dict[str, Any]]:
+    """Lines of the logs so named that carry the request's id; every line must be JSON."""
+    lines = [line for path in serve_logs().glob(file_name) for line in path.open()]
+    return [one for line in lines if (one := json.loads(line)).get("request_id") == request_id]
+
+
+def test_logs_are_json_and_carry_the_id_of_the_request(address: str) -> None:
+    prompt, request_id = "a prompt that is nobody's business", "logged-1"
+    answer = httpx.post(
+        f"{address}/api/v1/images/{ROUTES['comic']}",
+        files={"image": ("photo.jpg", jpeg())},
+        data={"prompt": prompt},
+        headers={"X-Request-Id": request_id},
+        timeout=120,
+        trust_env=False,
+    )
+    assert answer.status_code == 200
+    [told] = [
+        line["message"]
+        for line in lines_about(request_id, "replica_imagen_Ingress_*.log")
+        if "POST" in line["message"]
+    ]
+    assert "/api/v1/images/style/comic" in told
+    assert "200" in told
+    assert lines_about(request_id, "replica_imagen_Comic_*.log")
+    assert not any(prompt in path.read_text() for path in serve_logs().glob("*.log"))
+
+
 def spans() -> Iterator[dict[str, Any]]:
     """Those that Serve's own exporter has written."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
     decoder = json.JSONDecoder()
-    for path in session.glob("logs/serve/spans/*.json"):
+    for path in serve_logs().glob("spans/*.json"):
         text = path.read_text()
         while text := text.lstrip():
             try:
