@@ -201,11 +201,13 @@ def faults(
     return found
 
 
-def soak(requests: int, clients: int, seed: int, tolerance: float) -> dict[str, Any]:
+def soak(
+    requests: int, clients: int, seed: int, tolerance: float, wanted_warm_up: int
+) -> dict[str, Any]:
     """Everything, as one document."""
     # A short run has a shorter warm-up, to have something to fit a line to; it judges no memory,
     # which still grows then.
-    warm_up = min(WARM_UP, requests // 4)
+    warm_up = min(wanted_warm_up, requests // 2)
     with running(ours()) as url:
         memory = Memory(requests)
         leaving = _whole(run(plan(requests, seed=seed, clients=clients), url, progress=memory))
@@ -216,7 +218,7 @@ def soak(requests: int, clients: int, seed: int, tolerance: float) -> dict[str, 
     fits = {name: fit(memory.requests[warm:], mib[warm:]) for name, mib in memory.mib.items()}
     for found in fits.values():
         judged = judge_memory(found["slope"], found["standard_error"], tolerance)
-        found["verdict"] = judged if warm_up == WARM_UP else "not judged"
+        found["verdict"] = judged if warm_up >= WARM_UP else "not judged"
     return {
         "requests": requests,
         "warm_up": warm_up,
@@ -275,13 +277,14 @@ def main(
     clients: Annotated[int, typer.Option(help="at a time")] = 8,
     seed: Annotated[int, typer.Option(help="of the requests")] = 0,
     tolerance: Annotated[float, typer.Option(help="growth, MiB per 1,000 requests")] = 0.5,
+    warm_up: Annotated[int, typer.Option(help="requests before memory is judged")] = WARM_UP,
     output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
 ) -> None:
     """Run, print a verdict, and write everything down; exit code 1 if it failed."""
     # So that the server is stopped, as it is at Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     today = datetime.now(UTC).date().isoformat()
-    document = {"date": today, **soak(requests, clients, seed, tolerance)}
+    document = {"date": today, **soak(requests, clients, seed, tolerance, warm_up)}
     document["verdict"] = verdict(document)
     show(document)
     file = output or RESULTS / f"soak-{today}.json"

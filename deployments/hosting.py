@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import shutil
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -186,7 +185,7 @@ class Host:
     def check(self) -> None:
         """Raises NotReady if this replica must be replaced; keeps its gauges alive."""
         with suppress(OSError):
-            self._metrics.repeat(shutil.disk_usage(self._provider.store.root).free)
+            self._metrics.repeat(self._provider.store.free_bytes)
         if self._served:
             loaded = self._served.loaded
             self.work.memory(memory_bytes(loaded.device, loaded.cap_bytes))

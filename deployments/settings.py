@@ -53,8 +53,10 @@ class StoreSettings(Strict):
         attempts: failures in a row, without a byte between them, after which a pull gives up.
         backoff_s: base of the exponential pause between attempts.
         lock_timeout_s: how long the process that holds a model's lock may stand still.
-        gc_start_percent, gc_stop_percent: disk use at which unused models start, and cease, to be
-            removed before a pull.
+        max_bytes: what the store may take up where that is less than its disk, such as the
+            sizeLimit of an emptyDir; None for all of the disk.
+        gc_start_percent, gc_stop_percent: use of the disk, or of `max_bytes`, at which unused
+            models start, and cease, to be removed before a pull.
     """
 
     root: Path | None = None
@@ -68,6 +70,7 @@ class StoreSettings(Strict):
     attempts: int = Field(default=6, ge=1, le=100)
     backoff_s: float = Field(default=0.25, ge=0, le=30)
     lock_timeout_s: float = Field(default=120, ge=0)
+    max_bytes: int | None = Field(default=None, ge=1)
     gc_start_percent: float = Field(default=80, gt=0, le=100)
     gc_stop_percent: float = Field(default=70, gt=0, le=100)
 

@@ -33,8 +33,8 @@ from deployments.registry import ArtefactSpec, Catalogue, ModelSpec, load_catalo
 from deployments.settings import ROOT_VARIABLE, StoreSettings, framework_caches, parse_settings
 from deployments.store.cache import Store, filesystem, network_filesystem
 from deployments.store.events import Listener, ignore
-from deployments.store.folder import read_manifest
-from deployments.store.gc import Removed, collect, folder_bytes, make_room
+from deployments.store.folder import folder_bytes, read_manifest
+from deployments.store.gc import Removed, collect, make_room
 from deployments.store.lockfile import (
     Lock,
     LockedModel,

@@ -28,7 +28,14 @@ from typing import TYPE_CHECKING
 from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
 from deployments.store import locks
 from deployments.store.events import Event, Kind, Stage, ignore
-from deployments.store.folder import check_files, check_folder, compare, hash_file, list_files
+from deployments.store.folder import (
+    check_files,
+    check_folder,
+    compare,
+    folder_bytes,
+    hash_file,
+    list_files,
+)
 from deployments.store.manifest import MANIFEST, SHORT
 from deployments.store.sources import Source
 from deployments.store.transfer import Fetcher, Throttle, Wanted, retrying
@@ -78,6 +85,19 @@ class Store:
         self._settings = settings
         self._listener = listener
         self._throttle = Throttle(settings.max_bytes_per_s)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of everything in it."""
+        return folder_bytes(self.root)
+
+    @property
+    def free_bytes(self) -> int:
+        """Left on the disk, or of what the store may have of it, whichever is less."""
+        free_bytes, most_bytes = shutil.disk_usage(self.root).free, self._settings.max_bytes
+        if most_bytes is None:
+            return free_bytes
+        return min(free_bytes, max(most_bytes - self.used_bytes, 0))
 
     def lock_path(self, digest: str) -> Path:
         """The lock of a digest, held while its folder is made or removed."""
@@ -158,7 +178,7 @@ class Store:
                     self._fetch(manifest, places, holder.beat)
                 self._reap(manifest.short)
             self._set_ref(manifest)
-            self._tell("disk_free", manifest.model, shutil.disk_usage(self.root).free)
+            self._tell("disk_free", manifest.model, self.free_bytes)
         self._tell("done", manifest.model)
         return self.folder(manifest.model, manifest.digest)
 

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from crc32c import crc32c
@@ -197,3 +198,17 @@ def mismatch(name: str, where: object, expected: str, actual: str) -> ModelCorru
         f" actual {actual}.",
         remedy=f"Run `imagen models pull {name}`; it replaces what is damaged.",
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; of a file or a link, its own."""
+    total = 0
+    if folder.is_symlink() or folder.is_file():
+        with suppress(OSError):
+            total = folder.lstat().st_size
+        return total
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from deployments.errors import LockTimeout, StoreUnwritable
 from deployments.store import locks
 from deployments.store.cache import delete_folder, network_filesystem
+from deployments.store.folder import folder_bytes
 from deployments.store.manifest import SHORT
 
 if TYPE_CHECKING:
@@ -76,10 +76,21 @@ def collect(
     if not store.root.is_dir():
         return []
     removed = [*_trash(store), *_staging(store, resumable), *_quarantine(store)]
-    if not now and used(store.root) < settings.gc_start_percent:
+    if not now and _full_percent(store, settings, used) < settings.gc_start_percent:
         return removed
     stop_percent = -1.0 if now else settings.gc_stop_percent
-    return removed + _models(store, keep, lambda: used(store.root) <= stop_percent, now=now)
+
+    def enough() -> bool:
+        return _full_percent(store, settings, used) <= stop_percent
+
+    return removed + _models(store, keep, enough, now=now)
+
+
+def _full_percent(store: Store, settings: StoreSettings, used: UsedPercent) -> float:
+    """Of the disk or of what the store may have of it, whichever is fuller."""
+    if settings.max_bytes is None:
+        return used(store.root)
+    return max(used(store.root), 100 * store.used_bytes / settings.max_bytes)
 
 
 def _models(
@@ -108,25 +119,14 @@ def make_room(
     Never raises: a pull that does not fit says so itself.
     """
     try:
-        if store.root.is_dir() and used(store.root) >= settings.gc_start_percent:
+        if (
+            store.root.is_dir()
+            and _full_percent(store, settings, used) >= settings.gc_start_percent
+        ):
             return collect(store, keep, settings, resumable=keep, used=used)
     except StoreUnwritable as error:
         logger.warning("No room could be made: %s", error)
     return []
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; of a file or a link, its own."""
-    total = 0
-    if folder.is_symlink() or folder.is_file():
-        with suppress(OSError):
-            total = folder.lstat().st_size
-        return total
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
 
 
 def _unused(store: Store, keep: Collection[str]) -> list[tuple[str, str]]:

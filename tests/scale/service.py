@@ -129,13 +129,18 @@ class Service:
     def model_replicas(self) -> int:
         return sum(len(ids) for name, ids in self.replicas().items() if name in NAMES.values())
 
-    def shares(self) -> dict[str, list[float]]:
-        """What Ray promised of each GPU node to living actors."""
-        found: dict[str, list[float]] = {}
+    def shares(self) -> dict[str, list[tuple[str, float]]]:
+        """Whom Ray promised how much of each GPU node: deployments of living replicas, sorted."""
+        found: dict[str, list[tuple[str, float]]] = {}
         for actor in self.cluster.actors(state="ALIVE"):
             if share := actor["required_resources"].get("GPU"):
-                found.setdefault(actor["node_id"], []).append(share)
-        return found
+                _, deployment, _ = actor["name"].split("#")
+                found.setdefault(actor["node_id"], []).append((deployment, share))
+        return {node: sorted(shares) for node, shares in found.items()}
+
+    def fullest_share(self) -> float:
+        """The most that is promised of any GPU."""
+        return max(sum(share for _, share in shares) for shares in self.shares().values())
 
     def _is_running(self) -> bool:
         application = self._application()

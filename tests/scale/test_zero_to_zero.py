@@ -29,7 +29,7 @@ def test_nodes_come_and_go_with_the_load(service: Service, seed: int) -> None:
     service.be_patient(600)
     with Stages(f"0 -> N -> 0, round {seed}") as stages, Watch(service) as watch:
         wake_from_zero(service, watch, stages)
-        assert_packed(service)
+        assert_packed(service, stages)
         grow(service, watch, stages, seed)
         shrink(service, watch, stages)
     fresh = [actor for actor in init_actors(service) if actor["actor_id"] not in before]
@@ -88,16 +88,18 @@ def wake_from_zero(service: Service, watch: Watch, stages: Stages) -> None:
     stages.add(f"one of each at once: last picture ({slowest.task})", slowest.seconds)
 
 
-def assert_packed(service: Service) -> None:
+def assert_packed(service: Service, stages: Stages) -> None:
     """Ray alone decides which model goes where; the plan's shares must fit the fewest nodes."""
-    options = [by_name(service.config)[name]["ray_actor_options"] for name in NAMES.values()]
-    planned = [one["num_gpus"] for one in options]
+    deployments = by_name(service.config)
+    planned = {name: deployments[name]["ray_actor_options"]["num_gpus"] for name in NAMES.values()}
     found = service.shares()
-    assert sorted(share for shares in found.values() for share in shares) == sorted(planned)
+    for node in found.values():
+        stages.say("  on one GPU: " + ", ".join(f"{name} {share:g}" for name, share in node))
+    assert sorted(one for node in found.values() for one in node) == sorted(planned.items())
     # Whatever the order in which they come: no share is so large that two nodes could have no room.
-    assert len(found) == math.ceil(sum(planned))
+    assert len(found) == math.ceil(sum(planned.values()))
     assert set(found) == set(service.gpu_nodes())
-    assert max(map(sum, found.values())) <= 1 + 1e-6
+    assert service.fullest_share() <= 1 + 1e-6
 
 
 def grow(service: Service, watch: Watch, stages: Stages, seed: int) -> None:
@@ -108,7 +110,7 @@ def grow(service: Service, watch: Watch, stages: Stages, seed: int) -> None:
     with load:
         wait_until(lambda: len(service.gpu_nodes()) > nodes, LONG_S, "a further node")
         wait_until(lambda: len(service.replicas()["Upscale"]) >= 3, LONG_S, "three replicas")
-        assert max(map(sum, service.shares().values())) <= 1 + 1e-6
+        assert service.fullest_share() <= 1 + 1e-6
     assert all(answer.is_picture for answer in load.answers), load.summary()
     added = watch.first(lambda m: m.gpu_nodes > nodes, start_s) - start_s
     stages.add(f"12 clients: node {nodes + 1} is there", added)

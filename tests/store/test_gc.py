@@ -83,6 +83,19 @@ def test_the_oldest_go_first_until_the_lower_watermark(
     assert not list((store.root / ".trash").iterdir())
 
 
+def test_a_limit_below_the_disk_counts_as_the_disk(
+    store: Store, settings: StoreSettings, tmp_path: Path
+) -> None:
+    digests = fill(store, tmp_path, 5)
+    most_bytes = int(store.used_bytes / 0.9)
+    limited = settings.model_copy(update={"max_bytes": most_bytes})
+    assert 0 < Store(limited).free_bytes == most_bytes - store.used_bytes
+    assert store.free_bytes > Store(limited).free_bytes
+    removed = collect(store, [], limited, used=lambda _: 1.0)
+    assert [r.digest for r in removed] == [d[:16] for d in digests[:2]], "from 90 to 70 percent"
+    assert collect(store, [], limited, used=lambda _: 1.0) == []
+
+
 def test_below_the_upper_watermark_no_model_goes(
     store: Store, settings: StoreSettings, tmp_path: Path
 ) -> None:
