@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Applies an overlay to the cluster of kubectl's current context: `make deploy OVERLAY=prod`.
 #
-#   kuberay/deploy.sh [--dry-run] OVERLAY
+#   kuberay/deploy.sh [--dry-run] [--context NAME] OVERLAY
 #
-# Everything is checked before anything is applied; --dry-run ends there.
+# Everything is checked before anything is applied; --dry-run ends there. What is made for GKE goes to
+# the cluster that kuberay/gke/site.env means, and nothing else goes to GKE, unless --context names
+# where.
 # Exit codes: 0 applied, or would be; 1 the manifests or the cluster are not ready; 2 usage.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +19,7 @@ refuse() {
 usage() {
   local known
   known=$(cd "$root/kuberay/overlays" && printf '%s ' */kustomization.yaml)
-  printf 'deploy.sh: %s Usage: deploy.sh [--dry-run] OVERLAY, one of: %s\n' \
+  printf 'deploy.sh: %s Usage: deploy.sh [--dry-run] [--context NAME] OVERLAY, one of: %s\n' \
     "$1" "${known//\/kustomization.yaml/}" >&2
   exit 2
 }
@@ -25,7 +27,8 @@ usage() {
 # The context cannot change under way.
 kube() { kubectl --context "$context" "$@"; }
 
-# Of the manifests, `NAMESPACE SERVICE`, then `KIND/NAME` of every object.
+# Of the manifests, `NAMESPACE SERVICE`, with `google` if only GKE has such kinds, then `KIND/NAME` of
+# every object.
 objects() {
   "$python" - "$1" <<'PYTHON'
 import sys
@@ -34,10 +37,37 @@ import yaml
 with open(sys.argv[1]) as file:
     found = [one for one in yaml.safe_load_all(file) if one]
 about = next(one["metadata"] for one in found if one["kind"] == "RayService")
-print(about["namespace"], about["name"])
+google = (".gke.io/", "cloud.google.com/", "monitoring.googleapis.com/")
+for_gke = any(part in one["apiVersion"] for one in found for part in google)
+print(about["namespace"], about["name"], "google" if for_gke else "")
 for one in found:
     print(f"{one['kind']}/{one['metadata']['name']}")
 PYTHON
+}
+
+# The context that kuberay/gke/cluster.sh made, after the settings.
+site_context() (
+  # shellcheck source=/dev/null
+  source "$root/kuberay/gke/common.sh"
+  settings
+  # shellcheck disable=SC2153 # which settings gave a value
+  echo "$CONTEXT"
+)
+
+# The overlay and the cluster go together.
+check_context() {
+  local there else="or, if you mean it: kuberay/deploy.sh --context $context $overlay"
+  if [ -z "$google" ]; then
+    [[ $context != gke_* ]] ||
+      refuse "$overlay is not for GKE, and kubectl is at $context, where it would replace what runs." \
+        "Choose another: kubectl config use-context NAME; $else"
+    return
+  fi
+  there=$(site_context) ||
+    refuse "$overlay is for GKE, and which cluster is meant is not known (above). Say it there; $else"
+  [ "$context" = "$there" ] ||
+    refuse "kubectl is at $context; for $overlay, kuberay/gke/site.env and the environment mean $there." \
+      "Run: kubectl config use-context $there; $else"
 }
 
 # `NAME KEY` of every Secret in validate's report.
@@ -56,9 +86,9 @@ PYTHON
 
 # The command that makes a Secret with a key, or adds the key to those it has.
 remedy() {
-  local name=$1 key=$2 keys=$3 make="kubectl --namespace $namespace create secret generic $1"
+  local name=$1 key=$2 keys=$3 make="$typed --namespace $namespace create secret generic $1"
   if [ -n "$keys" ]; then
-    echo "kubectl --namespace $namespace edit secret $name"
+    echo "$typed --namespace $namespace edit secret $name"
     return
   fi
   case $name in
@@ -68,11 +98,19 @@ remedy() {
   esac
 }
 
-dry_run=
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
+dry_run='' context=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --context)
+      [ -n "${2:-}" ] || usage "Which context?"
+      context=$2
+      shift
+      ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 overlay=${1:-}
 if [ $# -ne 1 ] || [ -z "$overlay" ]; then usage "Which overlay?"; fi
 [ -f "$root/kuberay/overlays/$overlay/kustomization.yaml" ] || usage "There is no overlay '$overlay'."
@@ -81,12 +119,22 @@ command -v kubectl >/dev/null ||
   refuse "kubectl is not on the PATH. Install it: kubernetes.io/docs/tasks/tools"
 imagen=$(command -v imagen) || refuse "imagen is not on the PATH. Run: make setup"
 python=$(dirname "$imagen")/python
-context=$(kubectl config current-context 2>/dev/null) ||
+named=$context
+typed="kubectl${named:+ --context $named}" # for commands that we only show
+[ -n "$context" ] || context=$(kubectl config current-context 2>/dev/null) ||
   refuse "kubectl knows no cluster. Run: gcloud container clusters get-credentials NAME --location REGION"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 manifests=$scratch/manifests.yaml
 echo "Overlay $overlay, to the cluster of the context $context."
+
+imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
+  refuse "the manifests are not what configs/gke.yaml says (above). Run: make manifests"
+kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
+  refuse "kustomize refuses the overlay (above)."
+about=$(objects "$manifests")
+read -r namespace service google <<<"$about"
+[ -n "$named" ] || check_context
 
 # The fields are checked against the cluster's own definitions, those of them that it has.
 mkdir "$scratch/crds"
@@ -99,12 +147,6 @@ kube get crd --ignore-not-found --output yaml \
 grep -q 'name: rayservices\.ray\.io$' "$scratch/crds/cluster.yaml" ||
   refuse "the cluster has no KubeRay. Install the operator first: kuberay/README.md says how."
 
-imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
-  refuse "the manifests are not what configs/gke.yaml says (above). Run: make manifests"
-kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
-  refuse "kustomize refuses the overlay (above)."
-about=$(objects "$manifests")
-read -r namespace service <<<"$about"
 validate=(imagen kuberay validate --crds "$scratch/crds" "$manifests")
 if ! "${validate[@]}" --json >"$scratch/report.json" 2>/dev/null; then
   "${validate[@]}" || true
@@ -123,7 +165,7 @@ while read -r name key; do
     --output go-template='{{range $key, $_ := .data}}{{$key}} {{end}}') ||
     refuse "Secrets cannot be looked up (above)."
   [[ " $keys" == *" $key "* ]] && continue
-  [ -n "$exists$missing" ] || echo "  kubectl create namespace $namespace" >&2
+  [ -n "$exists$missing" ] || echo "  $typed create namespace $namespace" >&2
   echo "  $(remedy "$name" "$key" "$keys")" >&2
   missing+="${missing:+, }$name (key $key)"
 done <<<"$wanted"
@@ -151,4 +193,4 @@ fi
 kube apply --server-side --filename "$manifests" ||
   refuse "kubectl stopped (above); what stands before that was applied. Correct it, and run this again"
 echo "Applied. To wait until it serves:"
-echo "  kubectl --namespace $namespace wait rayservice/$service --for=condition=Ready --timeout=30m"
+echo "  $typed --namespace $namespace wait rayservice/$service --for=condition=Ready --timeout=30m"

@@ -17,6 +17,7 @@ from serve_app.kuberay.core import KUBERNETES
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
+    from serve_app.kuberay.crd import Schemas
     from serve_app.kuberay.manifests import Manifests
     from serve_app.kuberay.validate import Report
 
@@ -120,10 +121,9 @@ def validate_manifests(
     output = Output(as_json=as_json)
     with _ending(output):
         from serve_app.kuberay.crd import Schemas
-        from serve_app.kuberay.validate import validate
 
         schemas = Schemas(crds) if crds else None
-        reports = [validate(one, schemas, kubernetes) for one in _manifests(files, resolve(folder))]
+        reports = [_report(one, schemas, kubernetes) for one in _manifests(files, resolve(folder))]
     for report in reports:
         _show(report, output, allow_placeholder)
     code = _exit_code(reports, allow_placeholder=allow_placeholder, skip_crd=skip_crd)
@@ -136,6 +136,16 @@ def validate_manifests(
     output.emit({"manifests": [asdict(report) for report in reports], "exit_code": code})
     if code:
         raise typer.Exit(code)
+
+
+def _report(manifests: Manifests, schemas: Schemas | None, kubernetes: str) -> Report:
+    from serve_app.kuberay import promql
+    from serve_app.kuberay.validate import validate
+
+    report = validate(manifests, schemas, kubernetes)
+    report.findings += promql.check(manifests)
+    report.unchecked += promql.unchecked(manifests)
+    return report
 
 
 def _exit_code(reports: Sequence[Report], *, allow_placeholder: bool, skip_crd: bool) -> int:

@@ -48,17 +48,64 @@ settings() { # NAME...: read all; project, region and each of NAME must have a v
   $name: $(grep -B1 "^$name=" "$HERE/site.env.example" | sed -n '1s/^# //p')"
   done
   [ -z "$lacking" ] || fail "set in $SITE (copy site.env.example), or in the environment:$lacking"
+  check_settings
   CONTEXT="gke_${IMAGEN_PROJECT}_${IMAGEN_REGION}_${IMAGEN_CLUSTER}"
 }
 
 read_settings() { # FILE: what has no value yet takes it from there
-  local line name
+  local line name value number=0
   while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    line=$(trimmed "$line") # a carriage return at its end, too
     case $line in '' | '#'*) continue ;; esac
     name=${line%%=*}
-    grep -q "^$name=" "$HERE/site.env.example" || fail "$1: no such setting: $line"
-    [ -n "${!name:-}" ] || printf -v "$name" '%s' "${line#*=}"
+    [[ $line = *=* && $name =~ ^IMAGEN_[A-Z_]+$ ]] ||
+      fail "$1, line $number: not NAME=value: $line"
+    grep -q "^$name=" "$HERE/site.env.example" || fail "$1, line $number: no such setting: $name"
+    value=$(plain "${line#*=}") || fail "$1, line $number: what follows the quotes? $line"
+    [ -n "${!name:-}" ] || printf -v "$name" '%s' "$value"
   done <"$1"
+}
+
+trimmed() { # TEXT: without spaces around it
+  local text=$1
+  text=${text#"${text%%[![:space:]]*}"}
+  printf '%s' "${text%"${text##*[![:space:]]}"}"
+}
+
+plain() { # VALUE: without quotes around it, and without a comment after it, as a shell reads it
+  local value quote rest
+  value=$(trimmed "$1")
+  quote=${value:0:1}
+  case $value in
+    "'"*"'"* | '"'*'"'*)
+      value=${value:1}
+      rest=$(trimmed "${value#*"$quote"}")
+      case $rest in '' | '#'*) ;; *) return 1 ;; esac
+      printf '%s' "${value%%"$quote"*}"
+      ;;
+    '#'*) ;;
+    *) trimmed "${value%%[[:space:]]#*}" ;;
+  esac
+}
+
+check_settings() { # that each one which has a value can be one
+  local name pattern words wrong='' region='[a-z]+-[a-z]+[0-9]+' LC_ALL=C # no other language's a-z
+  [[ ! ${IMAGEN_REGION:-} =~ ^$region$ ]] || region=$IMAGEN_REGION
+  while read -r name pattern words; do
+    [[ -z ${!name:-} || ${!name} =~ ^($pattern)$ ]] || wrong="$wrong
+  $name='${!name}': $words"
+  done <<PATTERNS
+IMAGEN_PROJECT ([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9] the project's id, not its name or number, such as my-project
+IMAGEN_REGION [a-z]+-[a-z]+[0-9]+ a region, such as europe-west4
+IMAGEN_ZONES $region-[a-z](,$region-[a-z])* zones of IMAGEN_REGION, with commas and no spaces, such as europe-west4-a,europe-west4-b
+IMAGEN_CLUSTER [a-z]([a-z0-9-]{0,38}[a-z0-9])? small letters, digits and hyphens, at most 40
+IMAGEN_OVERLAY [a-z0-9][a-z0-9-]* a folder of kuberay/overlays, such as prod
+IMAGEN_CPU_MACHINE [a-z][a-z0-9]*(-[a-z0-9]+)+ a machine type, such as e2-standard-8
+IMAGEN_CPU_DISK_GB [1-9][0-9]* a whole number
+IMAGEN_CPU_NODES_MAX [2-9]|[1-9][0-9]+ a whole number from 2, as one node may be lost
+PATTERNS
+  [ -z "$wrong" ] || fail "settings (of $SITE, or of the environment) that cannot be right:$wrong"
 }
 
 configured() { # GROUP...: what configs/gke.yaml says; values.py has the groups and their variables

@@ -38,12 +38,14 @@ class Demand:
         resources: as Ray counts them.
         labels: of the node it must be on.
         least: replicas there always are.
+        most: replicas there may be.
     """
 
     deployment: str
     resources: dict[str, float]
     labels: dict[str, str]
     least: int
+    most: int
 
 
 def check(manifests: Manifests) -> list[Finding]:
@@ -67,7 +69,14 @@ def _service(service: Document, config: Document) -> Iterator[Finding]:
     idle, _ = nodes(ray, [])
     if idle != least:
         yield Finding(CHECK, "idle-nodes", place, f"idle, it would start {idle}, not {least}")
-    asked = demands(config)
+    for group in groups:
+        if idle.get(group["groupName"]) and _has_gpu(group):
+            told = f"{group['groupName']} keeps GPU nodes while nobody asks: minReplicas must be 0"
+            yield Finding(CHECK, "idle-gpu", place, f"{told}; min_replicas keeps a model warm")
+    yield from _feasible(place, ray, demands(config))
+
+
+def _feasible(place: str, ray: AutoscalingConfig, asked: list[Demand]) -> Iterator[Finding]:
     alone = {d.deployment for d in asked if nodes(ray, [d])[1]}
     for one in asked:
         if one.deployment in alone:
@@ -78,6 +87,15 @@ def _service(service: Document, config: Document) -> Iterator[Finding]:
     if pending:
         told = f"one replica of each deployment starts {started}, and {pending} find no room"
         yield Finding(CHECK, "too-few-nodes", place, told)
+    for one in feasible:
+        if without := nodes(ray, [one] * one.most)[1]:
+            told = f"max_replicas {one.most}: {without} find no room, even where nothing else runs"
+            yield Finding(CHECK, "max-replicas", f"{place} {one.deployment}", told)
+
+
+def _has_gpu(group: Document) -> bool:
+    (container, *_) = group["template"]["spec"]["containers"]
+    return bool((container.get("resources") or {}).get("limits", {}).get("nvidia.com/gpu"))
 
 
 def facts(manifests: Manifests) -> list[str]:
@@ -123,9 +141,11 @@ def _demand(application: str, deployment: Document) -> Demand:
     if most := deployment.get("max_replicas_per_node"):
         resources[f"{_IMPLICIT}{application}:{name}"] = 1 / most
     scaling = deployment.get("autoscaling_config") or {}
-    least = scaling.get("min_replicas", 1) if scaling else deployment.get("num_replicas", 1)
+    fixed = deployment.get("num_replicas", 1)
+    least = int(scaling.get("min_replicas", 1) if scaling else fixed)
+    most = int(scaling.get("max_replicas", 1) if scaling else fixed)
     labels = options.get("label_selector") or {}
-    return Demand(name, {k: v for k, v in resources.items() if v}, labels, int(least))
+    return Demand(name, {k: v for k, v in resources.items() if v}, labels, least, most)
 
 
 def nodes(ray: AutoscalingConfig, asked: Sequence[Demand]) -> tuple[dict[str, int], int]:

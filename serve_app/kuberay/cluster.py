@@ -101,8 +101,7 @@ def _own_cache(container: Values, cache: Cache) -> Values:
     small = {"cpu": "100m", "memory": "64Mi"}
     return {
         "name": "own-cache",
-        "image": container["image"],
-        "imagePullPolicy": container["imagePullPolicy"],
+        **{key: container[key] for key in ("image", "imagePullPolicy") if key in container},
         "command": ["chown", "1000:1000", cache.mount],
         "resources": {"requests": small, "limits": small},
         "securityContext": {

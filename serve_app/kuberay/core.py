@@ -60,9 +60,21 @@ def _validate(place: str, document: Document, version: str) -> Iterator[Finding]
 def _quantities(document: Document) -> Iterator[Finding]:
     for path, value in _amounts(document, ""):
         try:
-            parse_quantity(value)
+            amount = parse_quantity(value)
         except ValueError as error:
             yield Finding(CHECK, "quantity", where(document, path), str(error))
+            continue
+        if amount < 0 or (amount == 0 and not _may_be_none(path)):
+            told = f"{value} leaves nothing: it must be above 0"
+            yield Finding(CHECK, "quantity", where(document, path), told)
+        if "/" in path and amount % 1:
+            told = f"{value} is a part of a device: Kubernetes has whole ones only"
+            yield Finding(CHECK, "quantity", where(document, path), told)
+
+
+def _may_be_none(path: str) -> bool:
+    """A quota may allow none."""
+    return ".hard." in path
 
 
 def _amounts(node: Any, path: str) -> Iterator[tuple[str, Any]]:

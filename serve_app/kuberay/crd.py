@@ -51,7 +51,7 @@ class Schemas:
             spec = definition["spec"]
             for version in spec["versions"]:
                 key = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
-                self._validators[key] = _validator(version["schema"]["openAPIV3Schema"])
+                self._validators[key] = strict_validator(version["schema"]["openAPIV3Schema"])
         if not self._validators:
             raise ConfigError(
                 "The folder holds no CustomResourceDefinition.",
@@ -65,15 +65,23 @@ class Schemas:
     def check(self, manifests: Manifests) -> list[Finding]:
         """Every deviation of the custom resources that the folder knows."""
         return [
-            Finding(CHECK, _rule(error), where(one, _path(error)), error.message[:_LONGEST])
+            finding
             for one in manifests.documents
             if self.knows(one)
-            for error in self._errors(one)
+            for finding in deviations(CHECK, self._validators[_key(one)], one)
         ]
 
-    def _errors(self, document: Document) -> list[Any]:
-        errors = self._validators[_key(document)].iter_errors(document)
-        return sorted(errors, key=lambda error: [str(step) for step in error.absolute_path])
+
+def deviations(check: str, validator: Any, document: Document) -> list[Finding]:
+    """What a validator finds in a document, as findings of a check."""
+    errors = sorted(
+        validator.iter_errors(document),
+        key=lambda error: [str(step) for step in error.absolute_path],
+    )
+    return [
+        Finding(check, _rule(one), where(document, _path(one)), one.message[:_LONGEST])
+        for one in errors
+    ]
 
 
 def _key(document: Document) -> Key:
@@ -103,9 +111,10 @@ def _definitions(folder: Path) -> Iterator[Document]:
             )
 
 
-def _validator(schema: Document) -> Any:
+def strict_validator(schema: Document) -> Any:
+    """Of an object whose `spec` and the like OpenAPI v3 describes, without other fields."""
     strict = _strict(schema)
-    strict["properties"] = strict["properties"] | {
+    strict["properties"] = strict.get("properties", {}) | {
         "metadata": _METADATA,
         "apiVersion": {"type": "string"},
         "kind": {"type": "string"},

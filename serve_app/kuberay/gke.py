@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from deployments.errors import ConfigError
 from serve_app.kuberay.cluster import SERVE_PORT, metadata
 from serve_app.kuberay.quantity import GIB, as_bytes, parse_quantity
+from serve_app.kuberay.sizing import Sizing
 
 if TYPE_CHECKING:
     from serve_app.kuberay.source import Environment, GpuNodes, Values
@@ -29,6 +30,12 @@ _CPU_KEPT = ((1, 0.06), (1, 0.01), (2, 0.005), (float("inf"), 0.0025))
 _RAM_KEPT = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06), (float("inf"), 0.02))
 _DAEMONS = (0.4, 1.0)
 """Cores and GiB for Google's own pods on a node: logging, metrics, the driver. An estimate."""
+_SSDS = 1
+_SSD_BYTES = 375 * GIB
+_SSD_KEPT = 50 * GIB + _SSD_BYTES // 10
+"""Of one local SSD: Google's part, and what must stay free lest the kubelet ends pods."""
+_BOOT_KEPT_BYTES = 20 * 10**9
+"""Of a boot disk: the system, and images. An estimate."""
 COMPUTE_CLASS = "imagen-gpu"
 
 
@@ -79,12 +86,12 @@ def _health() -> Values:
 
 
 def _backend(environment: Environment) -> Values:
-    site = environment.site
+    site, longest_s = environment.site, environment.timeouts_s.load_balancer
     secret = {"name": "imagen-oauth"}
     return {
-        "timeoutSec": environment.timeouts_s.load_balancer,
-        # A pod that leaves ends the requests it has; KubeRay keeps the old cluster longer still.
-        "connectionDraining": {"drainingTimeoutSec": 120},
+        "timeoutSec": longest_s,
+        # A pod that leaves ends the requests it has: whatever is shorter than a request cuts it.
+        "connectionDraining": {"drainingTimeoutSec": longest_s},
         "securityPolicy": site.security_policy,
         "iap": {"enabled": True, "clientID": site.oauth_client, "oauth2ClientSecret": secret},
     }
@@ -124,7 +131,7 @@ def _nodes(gpu: GpuNodes, *, spot: bool) -> Values:
         "spot": spot,
         "gpu": accelerator,
         "storage": {
-            "localSSDCount": 1,
+            "localSSDCount": _SSDS,
             "bootDiskType": gpu.boot_disk_type,
             "bootDiskSize": gpu.boot_disk_gb,
         },
@@ -140,7 +147,11 @@ def _check_machine(environment: Environment, gpu: GpuNodes) -> None:
             value=gpu.machine,
             remedy=f"Known: {', '.join(known or others)}; add others in serve_app/kuberay/gke.py.",
         )
-    cpus, ram = known[gpu.machine]
+    _check_size(environment, gpu, *known[gpu.machine])
+    _check_disk(environment, gpu)
+
+
+def _check_size(environment: Environment, gpu: GpuNodes, cpus: int, ram: float) -> None:
     left_cpus = cpus - _kept(cpus, _CPU_KEPT) - _DAEMONS[0]
     left_ram = ram - _kept(ram, _RAM_KEPT) - _DAEMONS[1]
     size = environment.models.size
@@ -150,6 +161,29 @@ def _check_machine(environment: Environment, gpu: GpuNodes) -> None:
             f" {left_ram:.1f} GiB to pods: it would stay pending for ever.",
             value=f"{size['cpu']} CPUs, {size['memory']}",
             remedy="Lower models.size, or take a larger gpu.machine.",
+        )
+
+
+def _check_disk(environment: Environment, gpu: GpuNodes) -> None:
+    """An emptyDir lies on the local SSD, as logs do; a folder of the node on its boot disk."""
+    sizing, cache = Sizing(environment), environment.cache
+    left = _SSDS * (_SSD_BYTES - _SSD_KEPT)
+    if as_bytes(sizing.disk_size) > left:
+        raise ConfigError(
+            f"A model pod needs more disk than the {left / GIB:.0f} GiB that a node's local SSD"
+            " leaves to pods: it would stay pending for ever.",
+            value=f"{sizing.disk_size}, cache.copies {cache.copies:g}, scratch {cache.scratch}",
+            remedy="Lower cache.copies or cache.scratch.",
+        )
+    if cache.kind != "hostPath" or cache.read_only:  # that one is a disk of its own
+        return
+    usable = sizing.settings.store.gc_start_percent / 100
+    left = int(gpu.boot_disk_gb * 10**9 * usable) - _BOOT_KEPT_BYTES
+    if as_bytes(sizing.cache_size) > left:
+        raise ConfigError(
+            f"The models' folder needs more than a boot disk leaves: {left / 10**9:.0f} GB.",
+            value=f"{sizing.cache_size}, gpu.boot_disk_gb {gpu.boot_disk_gb}",
+            remedy="Raise gpu.boot_disk_gb, or lower cache.copies.",
         )
 
 

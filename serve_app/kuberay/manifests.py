@@ -193,9 +193,13 @@ def build(folder: Path) -> Manifests:
             remedy="Install it, or name files that are built already.",
         )
     command = [kubectl, "kustomize", str(folder)]
-    done = subprocess.run(  # noqa: S603 - our own arguments
-        command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own arguments
+            command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        told = f"kustomize took longer than {_BUILD_TIMEOUT_S} s."
+        raise ConfigError(told, value=folder, remedy="Does it name files elsewhere?") from error
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(
@@ -203,4 +207,10 @@ def build(folder: Path) -> Manifests:
             value=folder,
             remedy=f"Run `kubectl kustomize {folder}` to see all it says.",
         )
-    return Manifests(folder.name, parse(done.stdout))
+    try:
+        return Manifests(folder.name, parse(done.stdout))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "kustomize makes no manifests of the overlay.",
+            value=f"{folder}: {str(error).splitlines()[0]}",
+        ) from error

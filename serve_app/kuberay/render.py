@@ -10,6 +10,7 @@ from serve_app.kuberay.gke import compute_class, gateway
 from serve_app.kuberay.images import load_digests
 from serve_app.kuberay.monitoring import DASHBOARD, dashboard, rules
 from serve_app.kuberay.overlay import component
+from serve_app.kuberay.prefetch import prefetch
 from serve_app.kuberay.quantity import as_bytes, as_gi, parse_quantity
 from serve_app.kuberay.sizing import Sizing, check_names
 from serve_app.kuberay.source import BASE, load_environments
@@ -30,7 +31,7 @@ def render(source: Path, lock: Path) -> Files:
     """Every generated file.
 
     Raises:
-        ConfigError: the source, the registry or the lock of images is wrong.
+        ConfigError: the source, the registry, the lock of images or a file by hand is wrong.
         GpuTooSmall: the models do not fit the GPUs.
     """
     environments = load_environments(source)
@@ -39,7 +40,7 @@ def render(source: Path, lock: Path) -> Files:
     files = _base(base, lock.parent)
     for name, environment in environments.items():
         files[f"overlays/{name}/generated/kustomization.yaml"] = _overlay(
-            base, environment, digests
+            base, environment, digests, lock.parent
         )
     return files
 
@@ -59,13 +60,18 @@ def _base(base: Environment, folder: Path) -> Files:
     return files
 
 
-def _overlay(base: Environment, environment: Environment, digests: dict[str, str]) -> str:
+def _overlay(
+    base: Environment, environment: Environment, digests: dict[str, str], folder: Path
+) -> str:
     ours, theirs = _objects(base), _objects(environment)
     if environment.gke:
         ours, theirs = ours + gateway(base), theirs + gateway(environment)
         if base.gpu and environment.gpu:
             ours.append(compute_class(base, base.gpu))
             theirs.append(compute_class(environment, environment.gpu))
+    if environment.cache.kind == "hostPath":
+        written, wanted = prefetch(folder, environment.cache)
+        ours, theirs = [*ours, written], [*theirs, wanted]
     return generated(component(environment, digests, ours, theirs))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from serve_app.ingress import NAMES
+from serve_app.kuberay.quantity import as_bytes
 from serve_app.kuberay.sizing import application_args
 from serve_app.kuberay.source import merged
 
@@ -19,21 +20,31 @@ def serve_config(sizing: Sizing) -> Values:
     environment = sizing.environment
     serve, timeouts_s = environment.serve, environment.timeouts_s
     models = [_model(task, sizing) for task in sizing.registry]
+    tracing = {"tracing_config": serve.tracing_config} if serve.tracing_config else {}
     return {
         "proxy_location": serve.proxy_location,
         "http_options": serve.http_options
         | {"request_timeout_s": timeouts_s.serve, "keep_alive_timeout_s": timeouts_s.keep_alive},
         "logging_config": serve.logging_config,
+        **tracing,
         "applications": [
             {
                 "name": environment.name,
                 "route_prefix": "/",
                 "import_path": "serve_app.app:build",
-                "args": application_args(environment),
+                "args": _args(sizing),
                 "deployments": [{"name": "Ingress"} | serve.ingress, *models],
             }
         ],
     }
+
+
+def _args(sizing: Sizing) -> Values:
+    args, cache = application_args(sizing.environment), sizing.environment.cache
+    if cache.kind == "emptyDir":
+        # The kubelet ends a pod that takes more, and no figure of the disk shows it coming.
+        args["store"] = {"max_bytes": as_bytes(sizing.cache_size)} | args.get("store", {})
+    return args
 
 
 def _model(task: Task, sizing: Sizing) -> Values:

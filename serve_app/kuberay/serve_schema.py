@@ -70,6 +70,9 @@ def _service(service: Document, config: Any) -> Iterator[Finding]:
     for application in config["applications"]:
         if application.get("import_path") == _OURS:
             yield from _application(place, application)
+        else:
+            told = f"{application.get('import_path')} is not the application: {_OURS}"
+            yield Finding(CHECK, "import-path", f"{place} {application.get('name')}", told)
 
 
 def _unknown(values: Any, schema: type[BaseModel], path: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.placement import as_gpu
@@ -118,10 +118,12 @@ class Sizing:
 
 def application_args(environment: Environment) -> Values:
     """The `args` of the application, with what is derived."""
-    site, args = environment.site, dict(environment.serve.args)
-    store = {**args.pop("store", {})} | ({"mirror": site.mirror} if site.mirror else {})
+    args, mirror = dict(environment.serve.args), environment.site.mirror
+    store: Any = args.pop("store", {})
+    if mirror and isinstance(store, dict):
+        store = store | {"mirror": mirror}
     args["request_timeout_s"] = environment.timeouts_s.engine
-    return args | ({"store": store} if store else {})
+    return args | ({} if store == {} else {"store": store})
 
 
 def check_names(environment: Environment) -> None:

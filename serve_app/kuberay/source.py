@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import posixpath
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from deployments.contract import Task
 from deployments.errors import ConfigError
 from deployments.settings import Strict, parse_settings, resolve
+from serve_app.kuberay.quantity import Memory, Size, parse_quantity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Values = dict[str, Any]
 BASE = "base"
+_GPU = "nvidia.com/gpu"
+_OVERLAY = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # a folder of kuberay/overlays
+# Of the images: Debian's, the application's, and that of the airgapped target.
+_TAKEN = re.compile(
+    r"/(app|bin|boot|dev|etc|home|lib|lib64|proc|root|run|sbin|sys|tmp|usr|var|weights)(/|$)"
+)
+
+
+def _absolute(path: str) -> str:
+    if not re.fullmatch(r"(/[\w.-]+)+", path) or posixpath.normpath(path) != path:
+        raise ValueError(f"{path!r} is no absolute path: such as /models, without `..` or a last /")
+    return path
+
+
+def _mount(path: str) -> str:
+    if _TAKEN.match(path):
+        raise ValueError(f"{path!r} would hide what the image has there: take /models")
+    return path
+
+
+def _node_folder(path: str) -> str:
+    if path.count("/") < 2:
+        raise ValueError(f"{path!r} is no folder of ours alone: take one below it")
+    return path
+
+
+def _replicas(group: Values) -> Values:
+    """Counts that Python computes with, too; other raw fields are the CRD's matter."""
+    counts = [(k, group[k]) for k in ("minReplicas", "replicas", "maxReplicas") if k in group]
+    for name, count in counts:
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r}, and must be a whole number")
+    if counts != sorted(counts, key=lambda one: one[1]):
+        raise ValueError(
+            f"{' <= '.join(f'{name} {count}' for name, count in counts)} does not hold"
+        )
+    return group
 
 
 class Site(Strict):
@@ -59,7 +99,8 @@ class GpuNodes(Strict):
         type: as `imagen plan --gpu` knows it.
         machine: Compute Engine's machine type, with one such GPU.
         max_nodes: at a time, of one cluster.
-        during_upgrade: how many clusters run at a time while one replaces the other.
+        during_upgrade: how many clusters run at a time while one replaces the other; 1 needs
+            ray_service.upgradeStrategy {type: None}.
         spot_first: spot nodes, and on-demand ones where there are none; else on-demand alone.
         boot_disk_type, boot_disk_gb: of a node; a hostPath lies on it, an emptyDir does not.
     """
@@ -81,8 +122,8 @@ class ReplicaMemory(Strict):
         reserved: of a model pod for whatever is no replica.
     """
 
-    process: str
-    reserved: str
+    process: Memory
+    reserved: Memory
 
 
 class Cache(Strict):
@@ -90,35 +131,42 @@ class Cache(Strict):
 
     Attributes:
         kind: emptyDir ends with the pod; hostPath stays on the node.
-        mount: in the container.
-        path: on the node, for hostPath.
+        mount: in the container; absolute, and in no folder that the image has.
+        path: on the node, for hostPath; the prefetch job fills the same.
         read_only: for a hostPath or a disk that is filled before.
         copies: of all models together that it must hold.
         scratch: quantity of disk beside the cache.
     """
 
     kind: Literal["emptyDir", "hostPath"]
-    mount: str
-    path: str = "/var/lib/imagen/models"
+    mount: Annotated[str, AfterValidator(_absolute), AfterValidator(_mount)]
+    path: Annotated[str, AfterValidator(_absolute), AfterValidator(_node_folder)] = (
+        "/var/lib/imagen/models"
+    )
     read_only: bool = False
-    copies: float = Field(default=2, ge=1)
-    scratch: str
+    copies: float = Field(default=2, ge=1, le=1000)
+    scratch: Memory
 
 
 class Timeouts(Strict):
-    """Seconds, from the outside in; `imagen kuberay validate` holds them to that order."""
+    """Seconds, from the outside in; `imagen kuberay validate` holds them to that order.
 
-    client: int
-    load_balancer: int
-    serve: int
-    engine: int
-    keep_alive: int
+    Attributes:
+        load_balancer: of a request, and so of a backend that drains: Google allows that an hour.
+    """
+
+    client: int = Field(ge=1)
+    load_balancer: int = Field(ge=1, le=3600)
+    serve: int = Field(ge=1)
+    engine: int = Field(ge=1)
+    keep_alive: int = Field(ge=1)
 
 
 class ServeSource(Strict):
     """The Serve config, without what is derived.
 
     Attributes:
+        tracing_config: Serve's, as it stands; None makes no spans (docs/observability.md).
         args: of the application; see deployments/settings.py.
         ingress: options of the Ingress deployment.
         model: options of each model deployment.
@@ -128,6 +176,7 @@ class ServeSource(Strict):
     proxy_location: str
     http_options: Values
     logging_config: Values
+    tracing_config: Values | None = None
     args: Values
     ingress: Values
     model: Values
@@ -146,7 +195,7 @@ class PodSource(Strict):
 
     Attributes:
         image: a name of `images`.
-        size: resources; requests are as limits.
+        size: resources, cpu and memory at least; requests are as limits.
         labels, annotations: of the pod.
         group: raw fields of the head group or worker group.
         env: of the Ray container.
@@ -154,12 +203,18 @@ class PodSource(Strict):
     """
 
     image: str
-    size: dict[str, str]
+    size: Size
     labels: dict[str, str] = Field(default={})
     annotations: dict[str, str] = Field(default={})
     group: Values = Field(default={})
     env: dict[str, str] = Field(default={})
     pod: Values = Field(default={})
+
+
+class WorkerSource(PodSource):
+    """Pods that come and go by their number."""
+
+    group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
 
 
 class Environment(Strict):
@@ -190,8 +245,38 @@ class Environment(Strict):
     ray_cluster: Values
     every_pod: Common = Common()
     head: PodSource
-    ingress: PodSource
-    models: PodSource
+    ingress: WorkerSource
+    models: WorkerSource
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> Self:
+        derived = {"models"} if self.gpu else set[str]()  # gpu.max_nodes
+        for name, pods in (("ingress", self.ingress), ("models", self.models)):
+            if name not in derived and not pods.group.get("maxReplicas"):
+                raise ValueError(f"{name}.group.maxReplicas must be said, and be 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_gpus_it_asks_for(self) -> Self:
+        there = {"head": 0, "ingress": 0, "models": 1 if self.gpu else 0}
+        for name, pods in (("head", self.head), ("ingress", self.ingress), ("models", self.models)):
+            asked = parse_quantity(pods.size.get(_GPU, "0"))
+            if asked != there[name]:
+                raise ValueError(
+                    f"{name}.size has {_GPU} {asked}, its nodes {there[name]}: no pod would start"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _upgrades_within_its_gpus(self) -> Self:
+        strategy: Any = self.ray_service.get("upgradeStrategy")
+        kind = strategy.get("type") if isinstance(strategy, dict) else strategy
+        if self.gpu and self.gpu.during_upgrade == 1 and kind != "None":
+            raise ValueError(
+                "gpu.during_upgrade 1 has no GPUs for the second cluster of an upgrade:"
+                " write ray_service.upgradeStrategy {type: None}, or during_upgrade 2"
+            )
+        return self
 
 
 def load_environments(path: Path) -> dict[str, Environment]:
@@ -203,7 +288,7 @@ def load_environments(path: Path) -> dict[str, Environment]:
     try:
         values: Any = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
         base: Values = values[BASE]
-        overlays: Values = values.get("overlays") or {}
+        overlays: Values = dict(values.get("overlays") or {})
         unknown = set(values) - {BASE, "overlays"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(
@@ -212,7 +297,8 @@ def load_environments(path: Path) -> dict[str, Environment]:
             remedy="It needs `base` and `overlays`, as configs/gke.yaml has them.",
         ) from error
     if unknown:
-        raise ConfigError(f"{path} has unknown keys.", value=", ".join(sorted(unknown)))
+        raise ConfigError(f"{path} has unknown keys.", value=", ".join(sorted(map(str, unknown))))
+    _check_overlays(overlays)
     names = (BASE, *overlays)
     return {
         name: parse_settings(Environment, _whole(name, base, overlays), f"{name} in {path}")
@@ -220,14 +306,36 @@ def load_environments(path: Path) -> dict[str, Environment]:
     }
 
 
-def _whole(name: str, base: Any, overlays: Values) -> Any:
+def _check_overlays(overlays: Values) -> None:
+    for name, over in overlays.items():
+        if name == BASE or not _OVERLAY.fullmatch(str(name)):
+            raise ConfigError(
+                "An overlay's name is a folder's: of a-z, 0-9 and -, and another than `base`.",
+                value=name,
+                remedy="Name it otherwise.",
+            )
+        if not isinstance(over, dict):
+            raise ConfigError(
+                f"The overlay {name} is no mapping.",
+                value=over,
+                remedy="Write what differs from the base, or {} where nothing does.",
+            )
+
+
+def _whole(name: Any, base: Any, overlays: Values, upon: tuple[Any, ...] = ()) -> Any:
     """An overlay upon what it is `from`: another overlay, or the base."""
     if name == BASE:
         return base
-    if name not in overlays:
+    if not isinstance(name, str) or name not in overlays:
         raise ConfigError("No such overlay to build upon.", value=name, remedy="Correct `from`.")
+    if name in upon:
+        raise ConfigError(
+            "Overlays build upon each other in a circle.",
+            value=" from ".join((*upon, name)),
+            remedy="Let one of them build upon `base`.",
+        )
     over = dict(overlays[name])
-    return merged(_whole(over.pop("from", BASE), base, overlays), over)
+    return merged(_whole(over.pop("from", BASE), base, overlays, (*upon, name)), over)
 
 
 def merged(base: Any, over: Any) -> Any:

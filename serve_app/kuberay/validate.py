@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from serve_app.kuberay import autoscaler, core, policy, rules, serve_schema, timing, wiring
+from serve_app.kuberay import (
+    autoscaler,
+    capacity,
+    core,
+    gke_schema,
+    network,
+    policy,
+    rules,
+    serve_schema,
+    timing,
+    wiring,
+)
 from serve_app.kuberay.core import is_core
 from serve_app.kuberay.manifests import Finding
 
@@ -16,6 +27,17 @@ if TYPE_CHECKING:
     from serve_app.kuberay.crd import Schemas
     from serve_app.kuberay.manifests import Manifests
 
+_CHECKS = (
+    rules,
+    serve_schema,
+    autoscaler,
+    policy,
+    wiring,
+    capacity,
+    timing,
+    network,
+    gke_schema,
+)
 # What a check runs into where the schemas were not there to refuse a manifest first.
 _SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 
@@ -67,7 +89,7 @@ def validate(
         # The checks below rely on the shape of what they read.
         report.unchecked.append("everything else, until the fields are right")
         return report
-    for check in (rules, serve_schema, autoscaler, policy, wiring, timing):
+    for check in _CHECKS:
         _run(check.CHECK, lambda: check.check(manifests), report)  # noqa: B023 - called at once
     if not report.errors:
         report.facts = autoscaler.facts(manifests)
@@ -88,6 +110,8 @@ def _schemas(manifests: Manifests, schemas: Schemas | None, report: Report) -> N
     if schemas:
         report.findings += schemas.check(manifests)
         custom = [one for one in custom if not schemas.knows(one)]
+    _run(gke_schema.CHECK, lambda: gke_schema.fields(custom), report)
+    custom = [one for one in custom if not gke_schema.knows(one)]
     kinds = sorted({str(one.get("kind")) for one in custom})
     report.without_crd = [kind for kind in kinds if kind.startswith("Ray")]
     report.unknown = [kind for kind in kinds if not kind.startswith("Ray")]

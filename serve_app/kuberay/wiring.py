@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from serve_app.kuberay.manifests import Finding, where
 from serve_app.kuberay.quantity import parse_quantity
+from serve_app.kuberay.selectors import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,8 @@ CHECK = "policy"
 _CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
 _HEALTH = "/-/healthz"
 _GPU = "nvidia.com/gpu"
+_CLASS = "cloud.google.com/compute-class"
+_ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104 - pods, behind network policies
 Told = tuple[str, str, str]
 """Rule, place and message."""
 
@@ -28,7 +31,8 @@ def check(manifests: Manifests) -> list[Finding]:
     told += _selectors(manifests) if manifests.pods else []
     for service in manifests.of("RayService"):
         told += [*_ray(service, manifests), *_ports(service, manifests)]
-        told += [*_groups(service, manifests), *_quota(service, manifests)]
+        told += [*_groups(service, manifests), *_endpoints(service, manifests)]
+        told += _token(service, manifests)
     told += [one for pod in manifests.pods for one in [*_cache(pod), *_gpu(pod, manifests)]]
     return [Finding(CHECK, rule, place, message) for rule, place, message in told]
 
@@ -153,18 +157,32 @@ def _groups(service: Document, manifests: Manifests) -> Iterator[Told]:
                     yield "ingress-group", place, told
 
 
-def _quota(service: Document, manifests: Manifests) -> Iterator[Told]:
-    """The largest cluster must be allowed."""
-    groups = service["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []
-    gpus = sum(
-        int(g["maxReplicas"])
-        * parse_quantity(_limits(g["template"]["spec"]["containers"][0]).get(_GPU, 0))
-        for g in groups
-    )
-    for quota in manifests.of("ResourceQuota"):
-        allowed = quota["spec"]["hard"].get(f"requests.{_GPU}", 0)
-        if parse_quantity(allowed) < gpus:
-            yield "quota", where(quota), f"{allowed} GPUs are allowed, the groups may take {gpus}"
+def _endpoints(service: Document, manifests: Manifests) -> Iterator[Told]:
+    """What leaves the Service without a pod that answers, though every object is right."""
+    spec, place = service["spec"], where(service)
+    if spec.get("suspend") or spec["rayClusterConfig"].get("suspend"):
+        yield "suspend", place, "suspend is true: KubeRay would take every pod away"
+    config = manifests.serve_config(service)
+    proxies = config.get("proxy_location", "EveryNode")
+    if proxies != "EveryNode":
+        told = f"proxy_location {proxies}: no proxy runs in the ingress pods; take EveryNode"
+        yield "proxy-location", place, told
+    host = (config.get("http_options") or {}).get("host", "0.0.0.0")  # noqa: S104 - Serve's default
+    if host not in _ALL_INTERFACES:
+        yield "serve-host", place, f"Serve listens on {host} alone, where nobody outside the pod is"
+
+
+def _token(service: Document, manifests: Manifests) -> Iterator[Told]:
+    """Ray's autoscaler, beside the head, changes the RayCluster."""
+    if not service["spec"]["rayClusterConfig"].get("enableInTreeAutoscaling"):
+        return
+    key = "automountServiceAccountToken"
+    accounts = {one["metadata"]["name"]: one.get(key) for one in manifests.of("ServiceAccount")}
+    for pod in (one for one in manifests.pods if one.role == "head"):
+        account = accounts.get(pod.spec.get("serviceAccountName", "default"))
+        if pod.spec.get(key, account) is False:
+            told = f"{key} is not true: the autoscaler cannot add or remove pods"
+            yield "head-token", pod.where, told
 
 
 def _selectors(manifests: Manifests) -> Iterator[Told]:
@@ -174,21 +192,13 @@ def _selectors(manifests: Manifests) -> Iterator[Told]:
         selector = one["spec"].get(key) or {}
         if one["kind"] == "Service":
             selector = {"matchLabels": selector}
-        matched = [pod for pod in manifests.pods if _matches(selector, pod.labels)]
+        matched = [pod for pod in manifests.pods if matches(selector, pod.labels)]
         if not matched:
             yield "selector", where(one), f"no pod has what it selects: {selector}"
         for endpoint in one["spec"].get("endpoints") or []:
             for pod in matched:
                 if endpoint["port"] not in pod.port_names:
                     yield "port-name", where(one), f"{pod.where} has no port {endpoint['port']}"
-
-
-def _matches(selector: Document, labels: dict[str, str]) -> bool:
-    exact = (selector.get("matchLabels") or {}).items() <= labels.items()
-    return exact and all(
-        labels.get(one["key"]) in one.get("values", []) if one["operator"] == "In" else True
-        for one in selector.get("matchExpressions") or []
-    )
 
 
 def _cache(pod: PodView) -> Iterator[Told]:
@@ -207,14 +217,23 @@ def _cache(pod: PodView) -> Iterator[Told]:
 
 
 def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Told]:
-    if _limits(pod.main).get(_GPU):
+    gpus = parse_quantity(_limits(pod.main).get(_GPU, 0))
+    if gpus:
         keys = {one.get("key") for one in pod.spec.get("tolerations") or []}
         if _GPU not in keys:
             yield "toleration", pod.where, f"GPU nodes are tainted {_GPU}, which it does not bear"
-    wanted = (pod.spec.get("nodeSelector") or {}).get("cloud.google.com/compute-class")
-    classes = {one["metadata"]["name"] for one in manifests.of("ComputeClass")}
-    if wanted and classes and wanted not in classes:
-        yield "compute-class", pod.where, f"there is no ComputeClass {wanted}"
+    classes = {one["metadata"]["name"]: one["spec"] for one in manifests.of("ComputeClass")}
+    wanted = (pod.spec.get("nodeSelector") or {}).get(_CLASS)
+    if classes and wanted not in classes and (wanted or gpus):
+        told = (
+            f"there is no ComputeClass {wanted}" if wanted else f"its nodeSelector lacks {_CLASS}"
+        )
+        yield "compute-class", pod.where, told
+    rules = classes.get(wanted, {}).get("priorities") or []
+    counts = [one["gpu"]["count"] for one in rules if "gpu" in one]
+    if counts and gpus > max(counts):
+        told = f"it asks for {gpus} GPUs, a node of {wanted} has {max(counts)}"
+        yield "gpu-count", pod.where, told
 
 
 def _limits(container: Document) -> Document:

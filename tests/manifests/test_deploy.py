@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SECRETS = "imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
+SITE = {"IMAGEN_PROJECT": "my-project", "IMAGEN_REGION": "europe-west4"}
+GKE = "gke_my-project_europe-west4_imagen"
 SCRIPTS = ["kuberay/deploy.sh", "kuberay/image.sh", "tests/manifests/fake_kubectl"]
 # Any field is right: what the real definitions say is test_overlays' matter.
 CRD = """\
@@ -49,6 +51,8 @@ class Deployed:
     def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
         self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
         self.asked = log.read_text().splitlines() if log.exists() else []
+        contexts = Path(f"{log}.contexts")
+        self.contexts = set(contexts.read_text().splitlines()) if contexts.exists() else set()
 
     @property
     def applied(self) -> bool:
@@ -76,6 +80,9 @@ def deploy(tmp_path: Path) -> Deploy:
             "REAL_KUBECTL": kubectl,
             "FAKE_LOG": str(tmp_path / "log"),
             "FAKE_CRDS": str(tmp_path / "crds.yaml"),
+            "FAKE_CONTEXT": "a-cluster" if "dev" in arguments else GKE,
+            "IMAGEN_SITE": str(tmp_path / "site.env"),
+            **SITE,
         }
         command = [project / "kuberay" / "deploy.sh", *arguments]
         done = subprocess.run(
@@ -128,7 +135,8 @@ def render(root: Path) -> None:
 def test_a_project_that_is_filled_in_is_applied(filled: Path, deploy: Deploy) -> None:
     done = deploy(filled, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
     assert (done.code, done.err.count("deploy.sh")) == (0, 0), done.err
-    assert "context a-cluster" in done.out
+    assert f"context {GKE}" in done.out
+    assert done.contexts == {GKE}
     assert "a difference" in done.out
     assert [line.split()[0] for line in done.asked[-2:]] == ["diff", "apply"]
     assert done.asked[-1].startswith("apply --server-side --filename")
@@ -141,6 +149,46 @@ def test_a_dry_run_tells_what_a_first_deployment_makes(filled: Path, deploy: Dep
     assert "  RayService/imagen\n" in done.out
     assert "  Namespace/imagen\n" in done.out
     assert "kind load docker-image imagen-cpu:dev" in done.out
+
+
+@pytest.mark.parametrize(
+    ("overlay", "current", "words"),
+    [
+        ("prod", "minikube", f"kubectl config use-context {GKE}"),
+        ("prod", "gke_my-project_us-central1_imagen", f"kubectl config use-context {GKE}"),
+        ("prod-hostpath", "minikube", f"kubectl config use-context {GKE}"),
+        ("dev", GKE, "dev is not for GKE"),
+    ],
+)
+def test_an_overlay_goes_to_no_other_cluster(
+    filled: Path, deploy: Deploy, overlay: str, current: str, words: str
+) -> None:
+    done = deploy(filled, overlay, FAKE_CONTEXT=current)
+    assert (done.code, done.contexts) == (1, set())
+    assert words in done.verdict
+    assert f"kubectl is at {current}" in done.verdict
+    assert f"--context {current} {overlay}" in done.verdict
+
+
+def test_the_settings_say_which_cluster_is_meant(
+    filled: Path, deploy: Deploy, tmp_path: Path
+) -> None:
+    missing = deploy(filled, "prod", IMAGEN_PROJECT="")
+    assert (missing.code, missing.contexts) == (1, set())
+    assert "IMAGEN_PROJECT: id of the Google Cloud project" in missing.err
+    assert "which cluster is meant is not known" in missing.verdict
+    (tmp_path / "site.env").write_text("IMAGEN_PROJECT='my-project'\nIMAGEN_CLUSTER=green # ours\n")
+    done = deploy(filled, "--dry-run", "prod", IMAGEN_PROJECT="", FAKE_SECRETS=SECRETS)
+    assert (done.code, done.contexts) == (1, set())
+    assert "mean gke_my-project_europe-west4_green" in done.verdict
+
+
+def test_a_context_that_is_named_is_taken(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "--context", "mine", "--dry-run", "prod", IMAGEN_PROJECT="")
+    assert (done.code, done.contexts) == (1, {"mine"})
+    assert "lacks Secrets" in done.verdict
+    assert "  kubectl --context mine --namespace imagen create secret generic" in done.err
+    assert not [line for line in done.asked if line.startswith("config")]
 
 
 def test_placeholders_are_refused(deploy: Deploy) -> None:
@@ -198,7 +246,10 @@ def test_a_cluster_that_is_not_ready_is_refused(
     assert words in done.verdict
 
 
-@pytest.mark.parametrize("arguments", [[], ["prod", "dev"], ["production"], ["--dry-run"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prod", "dev"], ["production"], ["--dry-run"], ["--context"], ["--force", "dev"]],
+)
 def test_an_overlay_that_is_not_there_ends_with_those_that_are(
     filled: Path, deploy: Deploy, arguments: list[str]
 ) -> None:

@@ -190,6 +190,74 @@ def test_an_unknown_setting_is_refused(cloud: Cloud) -> None:
     assert (done.returncode, "IMAGEN_REGOIN" in done.stderr) == (2, True)
 
 
+def test_settings_are_read_as_people_write_them(cloud: Cloud) -> None:
+    lines = [
+        "# ours",
+        '  IMAGEN_PROJECT="my-project"  # not the other one',
+        "IMAGEN_REGION='europe-west4'",
+        "IMAGEN_ZONES= europe-west4-a,europe-west4-b ",
+        "",
+        "IMAGEN_CPU_NODES_MAX=9\t# for the launch",
+        "IMAGEN_CPU_DISK_GB= # as it is",
+    ]
+    (cloud.place / "site.env").write_bytes("\r\n".join(lines).encode())
+    for name in SITE:
+        cloud.variables[name] = ""
+    made = options(creation(cloud.shown("cluster.sh"), "container", "clusters"))
+    assert (made["project"], made["location"]) == ("my-project", "europe-west4")
+    assert made["node-locations"] == "europe-west4-a,europe-west4-b"
+    assert (made["total-max-nodes"], made["disk-size"]) == ("9", "250")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "IMAGEN_.*=x",
+        "IMAGEN_CLUSTER",
+        "export IMAGEN_CLUSTER=x",
+        "IMAGEN_CLUSTER = x",
+        'IMAGEN_CLUSTER="one" two',
+    ],
+)
+def test_a_line_that_is_no_setting_is_named(line: str, cloud: Cloud) -> None:
+    (cloud.place / "site.env").write_text(f"# ours\n{line}\n")
+    done = cloud.run("cluster.sh", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "site.env, line 2: " in done.stderr
+    assert line in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("IMAGEN_PROJECT", "My Project"),
+        ("IMAGEN_PROJECT", "123456789012"),
+        ("IMAGEN_PROJECT", '"my-project'),
+        ("IMAGEN_REGION", "europe-west4-a"),
+        ("IMAGEN_REGION", "europe west"),
+        ("IMAGEN_ZONES", "europe-west4-a, europe-west4-b"),
+        ("IMAGEN_ZONES", "europe-west4-a,"),
+        ("IMAGEN_ZONES", "us-central1-a"),
+        ("IMAGEN_CLUSTER", "Imagen"),
+        ("IMAGEN_OVERLAY", "kuberay/overlays/prod"),
+        ("IMAGEN_CPU_MACHINE", "large"),
+        ("IMAGEN_CPU_DISK_GB", "250GB"),
+        ("IMAGEN_CPU_NODES_MAX", "one"),
+        ("IMAGEN_CPU_NODES_MAX", "1"),
+    ],
+)
+def test_a_setting_that_cannot_be_right_is_named(name: str, value: str, cloud: Cloud) -> None:
+    done = cloud.run("cluster.sh", "--dry-run", **{name: value})
+    assert (done.returncode, done.stdout, cloud.calls) == (2, "", [])
+    assert f"\n  {name}='{value}': " in done.stderr
+
+
+def test_every_setting_is_checked(cloud: Cloud) -> None:
+    known = re.findall(r"^(IMAGEN_\w+)=", (HERE / "site.env.example").read_text(), re.M)
+    done = cloud.run("cluster.sh", "--dry-run", **dict.fromkeys(known, "?"))
+    assert re.findall(r"^  (IMAGEN_\w+)='\?'", done.stderr, re.M) == known
+
+
 @pytest.mark.parametrize(
     ("script", "key"),
     [("bucket.sh", "site.mirror"), ("registry.sh", "images.imagen-cpu"), ("edge.sh", "site.host")],
@@ -428,21 +496,6 @@ def test_iap_needs_its_secret(cloud: Cloud) -> None:
 # --- rollout ---
 
 
-def test_a_rollout_shows_asks_deploys_and_waits(cloud: Cloud) -> None:
-    commands = cloud.shown("rollout.sh")
-    deploy = [[Path(c[0]).name, *c[1:]] for c in commands if c[0].endswith("deploy.sh")]
-    assert deploy == [["deploy.sh", "--dry-run", "prod"], ["deploy.sh", "prod"]]
-    waits = [options(c)["for"] for c in commands if "wait" in c]
-    assert waits[-2:] == ["condition=UpgradeInProgress=false", "condition=Ready"]
-
-
-def test_it_deploys_to_no_other_cluster(cloud: Cloud) -> None:
-    done = cloud.run("rollout.sh", "--yes", FAKE_CONTEXT="minikube")
-    assert done.returncode == 2
-    assert "kubectl is at minikube" in done.stderr
-    assert cloud.changes == []
-
-
 @pytest.fixture
 def history(cloud: Cloud) -> Cloud:
     """The scripts in a repository with one commit."""
@@ -452,6 +505,23 @@ def history(cloud: Cloud) -> Cloud:
         subprocess.run([*git, *command], check=True, env=cloud.variables)
     cloud.gke = cloud.place / "kuberay" / "gke"
     return cloud
+
+
+def test_a_rollout_shows_asks_deploys_and_waits(cloud: Cloud) -> None:
+    commands = cloud.shown("rollout.sh")
+    deploy = [[Path(c[0]).name, *c[1:]] for c in commands if c[0].endswith("deploy.sh")]
+    there = ["--context", CONTEXT, "prod"]
+    assert deploy == [["deploy.sh", "--dry-run", *there], ["deploy.sh", *there]]
+    waits = [options(c)["for"] for c in commands if "wait" in c]
+    assert waits[-2:] == ["condition=UpgradeInProgress=false", "condition=Ready"]
+
+
+def test_it_deploys_to_our_cluster_wherever_kubectl_is(history: Cloud) -> None:
+    (history.place / "kuberay" / "deploy.sh").write_text('#!/bin/sh\necho "deploys: $*"\n')
+    done = history.run("rollout.sh", "--yes", FAKE_CONTEXT="minikube")
+    assert done.returncode == 0, done.stderr
+    assert f"deploys: --context {CONTEXT} prod" in done.stdout
+    assert "minikube" not in done.stdout + done.stderr
 
 
 def test_a_rollback_applies_the_manifests_of_a_commit(history: Cloud) -> None:
@@ -464,19 +534,51 @@ def test_a_rollback_applies_the_manifests_of_a_commit(history: Cloud) -> None:
     assert applied.startswith(f"kubectl --context={CONTEXT} apply --server-side ")
 
 
-def test_a_commit_with_placeholders_is_not_applied(history: Cloud) -> None:
+def commit(history: Cloud) -> None:
     if not history.variables["REAL_KUBECTL"]:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
-    for file in history.place.glob("kuberay/overlays/prod/generated/*.yaml"):
-        file.write_text(re.sub(r"sha256:\w+", "sha256:unresolved", file.read_text()))
     subprocess.run(
         ["git", "-c", "user.name=x", "-c", "user.email=x@example.com", "commit", "-qam", "y",
          "--allow-empty"],
         cwd=history.place, check=True, env=history.variables,
     )  # fmt: skip
+
+
+def fill_in(history: Cloud, digest: str) -> None:
+    """What stands in the place of a site's own values, in every manifest."""
+    for file in history.place.glob("kuberay/**/*.yaml"):
+        text = re.sub(r"sha256:\w+", f"sha256:{digest}", file.read_text())
+        file.write_text(text.replace("unresolved", "mine"))
+
+
+def test_a_rollback_is_held_to_no_rule_of_today(history: Cloud) -> None:
+    fill_in(history, "ab" * 32)  # as today's lock has no digest of a model
+    service = history.place / "kuberay" / "base" / "rayservice.yaml"
+    before = re.sub(r"rayVersion: .*", "rayVersion: 2.58.0", service.read_text())
+    assert before != service.read_text()
+    service.write_text(before)
+    commit(history)
+    done = history.run("rollout.sh", "--to", "HEAD", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(" apply " in call for call in history.changes)
+
+
+@pytest.mark.parametrize(
+    ("digest", "words"),
+    [("unresolved", "sha256:unresolved is no real value"), ("ab", "is not pinned")],
+)
+def test_a_commit_that_is_not_pinned_is_not_applied(
+    history: Cloud, digest: str, words: str
+) -> None:
+    if digest == "unresolved":
+        for file in history.place.glob("kuberay/overlays/prod/generated/*.yaml"):
+            file.write_text(re.sub(r"sha256:\w+", "sha256:unresolved", file.read_text()))
+    else:
+        fill_in(history, digest)
+    commit(history)
     done = history.run("rollout.sh", "--to", "HEAD", "--yes")
     assert done.returncode == 1
-    assert "sha256:unresolved is no real value" in done.stderr + done.stdout
+    assert words in done.stderr
     assert history.changes == []
 
 
@@ -554,3 +656,51 @@ def test_the_runbook_tells_the_times_of_prod(overlay: Overlay) -> None:
     ):
         assert words in cold
     assert f"stays {service['rayClusterDeletionDelaySeconds']} s" in text
+
+
+def section(heading: str) -> str:
+    """Of the runbook, from a heading to the next of its kind or above."""
+    text = (ROOT / "kuberay" / "README.md").read_text()
+    level = heading.partition(" ")[0]
+    start = text.index(f"\n{heading}\n")
+    end = re.compile(rf"^#{{2,{len(level)}}} ", re.M).search(text, start + len(heading) + 2)
+    return text[start : end.start() if end else None]
+
+
+def test_the_runbook_sends_alerts_of_every_severity_to_somebody() -> None:
+    text = section("### Alerts that reach somebody")
+    config = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    rules = yaml.safe_load((HERE / "rules.yaml").read_text())["spec"]["groups"][0]["rules"]
+    severities = {rule["labels"]["severity"] for rule in rules}
+    receivers = {one["name"] for one in config["receivers"]}
+    (page,) = config["route"]["routes"]
+    assert {config["route"]["receiver"], page["receiver"]} == receivers
+    assert page["matchers"] == ['severity="page"']
+    assert severities == {"page", "warn"}  # what has no route of its own goes to the first receiver
+    (test,) = re.findall(r"<<'YAML'\n(.*?)\nYAML\n", text, re.S)
+    test = yaml.safe_load(test)
+    (rule,) = test["spec"]["groups"][0]["rules"]
+    assert (test["kind"], rule["labels"]["severity"]) == ("Rules", "page")
+    assert f"delete rules.monitoring.googleapis.com {test['metadata']['name']}" in text
+
+
+def test_the_runbook_says_where_the_manifests_logs_go(overlay: Overlay) -> None:
+    text = section("## Logs")
+    cluster = overlay("prod").of("RayService")[0]["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        set_there = {f"{one['name']}={one.get('value')}" for one in container["env"]}
+        assert "RAY_LOG_TO_STDERR=1" in set_there
+        assert not any(one.startswith("RAY_SERVE_THROUGHPUT_OPTIMIZED") for one in set_there)
+        assert container["name"] in text
+    assert "set `RAY_LOG_TO_STDERR=1`" in text
+    assert "`RAY_SERVE_THROUGHPUT_OPTIMIZED=1` is not set" in text
+
+
+def test_the_runbook_leads_to_kind_without_google() -> None:
+    text = section("### On kind")
+    (commands,) = re.findall(r"```bash\n(.*?)```", text, re.S)
+    order = ("kind create", "kuberay/operator", "IMAGES=python", "image-dev", "OVERLAY=dev")
+    places = [commands.index(words) for words in order]
+    assert places == sorted(places)
+    assert "kuberay/gke" not in commands

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from deployments.errors import ConfigError
-from serve_app.kuberay import autoscaler, core, policy, rules, serve_schema, timing, wiring
+from serve_app.kuberay import (
+    autoscaler,
+    capacity,
+    core,
+    gke_schema,
+    network,
+    policy,
+    rules,
+    serve_schema,
+    timing,
+    wiring,
+)
 from serve_app.kuberay.crd import Schemas
 from serve_app.kuberay.manifests import Manifests
 from serve_app.kuberay.validate import validate
@@ -45,6 +56,13 @@ class Prod:
         found = [d for d in self.manifests.of(kind) if not name or d["metadata"]["name"] == name]
         return found[0]
 
+    def flow(self, name: str, way: str) -> dict[str, Any]:
+        """The first rule of a NetworkPolicy."""
+        return self.one("NetworkPolicy", name)["spec"][way][0]
+
+    def drop(self, kind: str, name: str = "") -> None:
+        self.manifests.documents.remove(self.one(kind, name))
+
     def serve(self, change: Callable[[dict[str, Any]], object]) -> None:
         """Change the Serve config inside."""
         config = yaml.safe_load(self.spec["serveConfigV2"])
@@ -74,6 +92,20 @@ class Mistake:
 def _limit(group: dict[str, Any], name: str, value: str) -> None:
     for kind in ("requests", "limits"):
         group["template"]["spec"]["containers"][0]["resources"][kind][name] = value
+
+
+def _quota(prod: Prod, name: str, value: str) -> None:
+    prod.one("ResourceQuota")["spec"]["hard"][name] = value
+
+
+def _budget(prod: Prod, **values: object) -> None:
+    spec = prod.one("PodDisruptionBudget", "imagen-ingress")["spec"]
+    spec.pop("minAvailable")
+    spec.update(values)
+
+
+def _listener(prod: Prod) -> dict[str, Any]:
+    return prod.one("Gateway")["spec"]["listeners"][0]
 
 
 MISTAKES = {
@@ -224,7 +256,7 @@ MISTAKES = {
         wiring,
         "selector",
         "gpu",
-        lambda p: p.one("PodDisruptionBudget", "imagen-models")["spec"].update(
+        lambda p: p.one("PodDisruptionBudget")["spec"].update(
             selector={"matchLabels": {"ray.io/group": "gpu"}}
         ),
     ),
@@ -253,7 +285,100 @@ MISTAKES = {
         lambda p: p.pod(p.models)["volumes"][0]["emptyDir"].update(sizeLimit="60Gi"),
     ),
     "a quota below the largest cluster": Mistake(
-        wiring, "quota", "GPUs", lambda p: p.models.update(maxReplicas=9)
+        capacity, "quota", "GPUs", lambda p: p.models.update(maxReplicas=9)
+    ),
+    "a quota of GPUs without room for an upgrade": Mistake(
+        capacity,
+        "quota",
+        "4 GPUs are allowed; two clusters",
+        lambda p: _quota(p, "requests.nvidia.com/gpu", "4"),
+    ),
+    "a quota without GPUs": Mistake(
+        capacity,
+        "quota",
+        "0 GPUs",
+        lambda p: p.one("ResourceQuota")["spec"]["hard"].pop("requests.nvidia.com/gpu"),
+    ),
+    "a quota of too few CPUs": Mistake(
+        capacity, "quota", "68 CPUs", lambda p: _quota(p, "requests.cpu", "68")
+    ),
+    "a quota of too little memory": Mistake(
+        capacity, "quota", "258Gi bytes", lambda p: _quota(p, "requests.memory", "258Gi")
+    ),
+    "a quota of too few pods": Mistake(
+        capacity, "quota", "18 pods", lambda p: _quota(p, "pods", "18")
+    ),
+    "a budget that Kubernetes cannot count": Mistake(
+        capacity, "budget", "imagen-ingress", lambda p: _budget(p, maxUnavailable=1)
+    ),
+    "a budget that says both": Mistake(
+        capacity, "budget", "imagen-ingress", lambda p: _budget(p, minAvailable=1, maxUnavailable=0)
+    ),
+    "a budget in percent": Mistake(
+        capacity, "budget", "minAvailable", lambda p: _budget(p, minAvailable="50%")
+    ),
+    "a budget that lets nobody go": Mistake(
+        capacity, "budget", "2 pods", lambda p: _budget(p, minAvailable=2)
+    ),
+    "a budget of pods that are not always there": Mistake(
+        capacity,
+        "budget",
+        "0 pods",
+        lambda p: p.one("PodDisruptionBudget")["spec"].update(
+            selector={"matchLabels": {"ray.io/group": "models"}}
+        ),
+    ),
+    "no compute class": Mistake(
+        wiring,
+        "compute-class",
+        "nodeSelector",
+        lambda p: p.pod(p.models)["nodeSelector"].pop("cloud.google.com/compute-class"),
+    ),
+    "more GPUs than a node has": Mistake(
+        wiring, "gpu-count", "2 GPUs", lambda p: _limit(p.models, "nvidia.com/gpu", "2")
+    ),
+    "a part of a GPU": Mistake(
+        core, "quantity", "0.5", lambda p: _limit(p.models, "nvidia.com/gpu", "0.5")
+    ),
+    "memory below nothing": Mistake(
+        core, "quantity", "-26Gi", lambda p: _limit(p.models, "memory", "-26Gi")
+    ),
+    "no CPU at all": Mistake(core, "quantity", "above 0", lambda p: _limit(p.ingress, "cpu", "0m")),
+    "a quota below nothing": Mistake(core, "quantity", "-1", lambda p: _quota(p, "pods", "-1")),
+    "no proxy in the ingress pods": Mistake(
+        wiring,
+        "proxy-location",
+        "HeadOnly",
+        lambda p: p.serve(lambda config: config.update(proxy_location="HeadOnly")),
+    ),
+    "proxies that only their own pod reaches": Mistake(
+        wiring,
+        "serve-host",
+        "127.0.0.1",
+        lambda p: p.serve(lambda config: config["http_options"].update(host="127.0.0.1")),
+    ),
+    "a service that is suspended": Mistake(
+        wiring, "suspend", "every pod", lambda p: p.spec.update(suspend=True)
+    ),
+    "a cluster that is suspended": Mistake(
+        wiring, "suspend", "every pod", lambda p: p.cluster.update(suspend=True)
+    ),
+    "an autoscaler without a token": Mistake(
+        wiring,
+        "head-token",
+        "autoscaler",
+        lambda p: p.pod(p.head).pop("automountServiceAccountToken"),
+    ),
+    "GPU nodes while nobody asks": Mistake(
+        autoscaler, "idle-gpu", "models", lambda p: p.models.update(minReplicas=1, replicas=1)
+    ),
+    "more ingress replicas than pods": Mistake(
+        autoscaler,
+        "max-replicas",
+        "Ingress",
+        lambda p: p.deployment(
+            "Ingress", lambda one: one["autoscaling_config"].update(max_replicas=8)
+        ),
     ),
     "a compute class that is not there": Mistake(
         wiring,
@@ -274,6 +399,40 @@ MISTAKES = {
         "keep-alive",
         "600",
         lambda p: p.serve(lambda config: config["http_options"].pop("keep_alive_timeout_s")),
+    ),
+    "connections that Serve closes before a slow answer": Mistake(
+        timing,
+        "keep-alive",
+        "900",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"].update(timeoutSec=900),
+    ),
+    "a load balancer that does not wait for pods that leave": Mistake(
+        timing,
+        "draining",
+        "drainingTimeoutSec 120",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"].update(
+            connectionDraining={"drainingTimeoutSec": 120}
+        ),
+    ),
+    "a load balancer that would wait longer than it can": Mistake(
+        timing,
+        "draining",
+        "3600",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"].update(
+            connectionDraining={"drainingTimeoutSec": 3601}
+        ),
+    ),
+    "an ingress replica that ends before its requests": Mistake(
+        timing,
+        "graceful-shutdown",
+        "540 s",
+        lambda p: p.deployment("Ingress", lambda one: one.pop("graceful_shutdown_timeout_s")),
+    ),
+    "an old cluster that goes before the load balancer gives up": Mistake(
+        timing,
+        "deletion-delay",
+        "660",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"].update(timeoutSec=900),
     ),
     "a pod that ends before its requests": Mistake(
         timing,
@@ -355,6 +514,144 @@ MISTAKES = {
         "devise",
         lambda p: p.serve(lambda config: config["applications"][0]["args"].update(devise="cpu")),
     ),
+    "an application that is not ours": Mistake(
+        serve_schema,
+        "import-path",
+        "serve_app.ap:build",
+        lambda p: p.serve(
+            lambda config: config["applications"][0].update(import_path="serve_app.ap:build")
+        ),
+    ),
+    "nothing that denies": Mistake(
+        network, "default-deny", "Ingress", lambda p: p.drop("NetworkPolicy", "default-deny")
+    ),
+    "no names": Mistake(
+        network, "closed", "port 53 (UDP)", lambda p: p.drop("NetworkPolicy", "names")
+    ),
+    "pods of Ray that do not reach each other": Mistake(
+        network,
+        "closed",
+        "every port",
+        lambda p: p.flow("ray", "egress").update(ports=[{"port": 6379}]),
+    ),
+    "another port of the dashboard": Mistake(
+        network,
+        "closed",
+        "operator reach it at port 8265",
+        lambda p: p.flow("operator", "ingress").update(ports=[{"port": 8256}, {"port": 8000}]),
+    ),
+    "another namespace of the operator": Mistake(
+        network,
+        "closed",
+        "operator reach it at port 8000",
+        lambda p: p.flow("operator", "ingress")["from"][0].update(
+            namespaceSelector={"matchLabels": {"kubernetes.io/metadata.name": "kuberay"}}
+        ),
+    ),
+    "no way to the API server": Mistake(
+        network,
+        "closed",
+        "it reach the API server",
+        lambda p: p.drop("NetworkPolicy", "autoscaler"),
+    ),
+    "load balancers shut out": Mistake(
+        network,
+        "closed",
+        "35.191.0.0/16",
+        lambda p: p.flow("load-balancer", "ingress")["from"].pop(),
+    ),
+    "model pods without a bucket": Mistake(
+        network,
+        "closed",
+        "group models: no NetworkPolicy lets it reach Google's storage",
+        lambda p: p.models["template"]["metadata"]["labels"].clear(),
+    ),
+    "an exception that takes the bucket along": Mistake(
+        network,
+        "closed",
+        "storage",
+        lambda p: p.flow("models", "egress")["to"][0]["ipBlock"]["except"].append("142.0.0.0/8"),
+    ),
+    "no tokens for the bucket": Mistake(
+        network,
+        "closed",
+        "metadata server",
+        lambda p: p.flow("metadata-server", "egress").update(ports=[{"port": 80}]),
+    ),
+    "nobody scrapes": Mistake(
+        network,
+        "closed",
+        "gke-gmp-system reach it at port 44227",
+        lambda p: p.flow("monitoring", "ingress")["ports"].pop(),
+    ),
+    "a Redis that the head does not reach": Mistake(
+        network, "closed", "it reach Redis", lambda p: p.drop("NetworkPolicy", "to-redis")
+    ),
+    "a Redis that KubeRay cannot clean up": Mistake(
+        network,
+        "closed",
+        "redis-cleanup reach it at port 6379",
+        lambda p: p.flow("redis", "ingress").update(
+            {"from": [{"podSelector": {"matchLabels": {"ray.io/node-type": "head"}}}]}
+        ),
+    ),
+    "a dashboard for everybody": Mistake(
+        network,
+        "open",
+        "the internet reach it at port 8265",
+        lambda p: p.flow("operator", "ingress").pop("from"),
+    ),
+    "a Redis for the whole namespace": Mistake(
+        network,
+        "open",
+        "another pod of the namespace reach it at port 6379",
+        lambda p: p.flow("redis", "ingress").update({"from": [{"podSelector": {}}]}),
+    ),
+    "a service without Identity-Aware Proxy": Mistake(
+        gke_schema,
+        "iap",
+        "open to everybody",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"]["iap"].update(enabled=False),
+    ),
+    "a service without a policy of its backend": Mistake(
+        gke_schema, "way-in", "open to everybody", lambda p: p.drop("GCPBackendPolicy")
+    ),
+    "a route to another Gateway": Mistake(
+        gke_schema,
+        "parent",
+        "imagn",
+        lambda p: p.one("HTTPRoute")["spec"]["parentRefs"][0].update(name="imagn"),
+    ),
+    "a route to another listener": Mistake(
+        gke_schema,
+        "parent",
+        "imagen/http",
+        lambda p: p.one("HTTPRoute")["spec"]["parentRefs"][0].update(sectionName="http"),
+    ),
+    "a route without a Gateway": Mistake(
+        gke_schema, "parent", "parentRefs", lambda p: p.one("HTTPRoute")["spec"].pop("parentRefs")
+    ),
+    "another host than the Gateway's": Mistake(
+        gke_schema,
+        "host",
+        "other.example.com",
+        lambda p: p.one("HTTPRoute")["spec"].update(hostnames=["other.example.com"]),
+    ),
+    "an address in place of a host": Mistake(
+        gke_schema,
+        "host",
+        "no DNS name",
+        lambda p: _listener(p).update(hostname="https://images.example.com"),
+    ),
+    "HTTP in the clear": Mistake(
+        gke_schema, "https", "80", lambda p: _listener(p).update(protocol="HTTP", port=80)
+    ),
+    "HTTPS without a certificate": Mistake(
+        gke_schema,
+        "https",
+        "certificate",
+        lambda p: p.one("Gateway")["metadata"].pop("annotations"),
+    ),
     "a user_config nobody reads": Mistake(
         serve_schema,
         "user-config",
@@ -381,6 +678,151 @@ def test_every_check_is_part_of_validate(overlay: Overlay) -> None:
         mistake.make(prod)
     found = {(one.check, one.rule) for one in validate(prod.manifests, None).findings}
     assert {(check.CHECK, mistake.rule) for check, mistake in chosen.items()} <= found
+
+
+# ---------------------------------------------------------------- what is right in another way
+
+RIGHT: dict[str, Callable[[Prod], object]] = {
+    "one cluster at a time, and a quota for one": lambda p: (
+        p.spec.update(upgradeStrategy={"type": "None"}),
+        _quota(p, "requests.nvidia.com/gpu", "4"),
+        _quota(p, "requests.cpu", "35"),
+    ),
+    "a quota of GPUs alone": lambda p: p.one("ResourceQuota")["spec"].update(
+        hard={"requests.nvidia.com/gpu": "8"}
+    ),
+    "a quota that allows none": lambda p: _quota(p, "services.loadbalancers", "0"),
+    "ports by name": lambda p: p.flow("operator", "ingress").update(
+        ports=[{"port": "dashboard"}, {"port": "serve"}]
+    ),
+    "a range of ports": lambda p: p.flow("operator", "ingress").update(
+        ports=[{"port": 8000, "endPort": 8300}]
+    ),
+    "every port of a protocol": lambda p: p.flow("operator", "ingress").update(
+        ports=[{"protocol": "TCP"}]
+    ),
+    "directions that follow from the rules": lambda p: p.one("NetworkPolicy", "ray")["spec"].pop(
+        "policyTypes"
+    ),
+    "names by the label of who answers": lambda p: p.flow("names", "egress")["to"][0].update(
+        podSelector={"matchLabels": {"k8s-app": "kube-dns"}}
+    ),
+    "the API server's own address": lambda p: p.flow("autoscaler", "egress").update(
+        to=[{"ipBlock": {"cidr": "172.16.0.2/32"}}]
+    ),
+    "clients of Redis by what they are not": lambda p: p.flow("redis", "ingress").update(
+        {
+            "from": [
+                {
+                    "podSelector": {
+                        "matchExpressions": [
+                            {"key": "ray.io/node-type", "operator": "Exists"},
+                            {"key": "ray.io/node-type", "operator": "NotIn", "values": ["worker"]},
+                            {"key": "imagen.dev/downloads", "operator": "DoesNotExist"},
+                        ]
+                    }
+                }
+            ]
+        }
+    ),
+    "a host below the Gateway's": lambda p: _listener(p).update(hostname="*.unresolved.example"),
+    "a certificate of the listener": lambda p: (
+        p.one("Gateway")["metadata"].pop("annotations"),
+        _listener(p).update(tls={"certificateRefs": [{"name": "imagen-tls"}]}),
+    ),
+    "models from the image": lambda p: (
+        p.models["template"]["metadata"]["labels"].clear(),
+        p.serve(
+            lambda config: config["applications"][0]["args"].update(
+                store={"mirror": "file:///weights/store"}
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_in_another_way_passes(name: str, overlay: Overlay) -> None:
+    prod = Prod(overlay("prod"))
+    RIGHT[name](prod)
+    assert [str(one) for one in validate(prod.manifests, None).errors] == []
+
+
+# ---------------------------------------------------------------- Google's kinds, without CRDs
+
+FIELDS: dict[str, tuple[str, str, Callable[[Prod], object]]] = {
+    "a deadline": (
+        "unknown-field",
+        "timeoutSecs",
+        lambda p: p.one("GCPBackendPolicy")["spec"]["default"].update(timeoutSecs=600),
+    ),
+    "a machine": (
+        "unknown-field",
+        "machinetype",
+        lambda p: p.one("ComputeClass")["spec"]["priorities"][0].update(machinetype="g2"),
+    ),
+    "a probe": (
+        "unknown-field",
+        "path",
+        lambda p: p.one("HealthCheckPolicy")["spec"]["default"]["config"]["httpHealthCheck"].update(
+            path="/"
+        ),
+    ),
+    "a route": (
+        "unknown-field",
+        "hosts",
+        lambda p: p.one("HTTPRoute")["spec"].update(hosts=[]),
+    ),
+    "a listener": (
+        "schema",
+        "'443' is not of type 'integer'",
+        lambda p: _listener(p).update(port="443"),
+    ),
+    "an interval": (
+        "schema",
+        "30sec",
+        lambda p: p.one("PodMonitoring")["spec"]["endpoints"][0].update(interval="30sec"),
+    ),
+    "an alert": (
+        "unknown-field",
+        "expression",
+        lambda p: p.one("Rules")["spec"]["groups"][0]["rules"][0].update(expression="1"),
+    ),
+    "an empty policy": (
+        "schema",
+        "'spec' is a required property",
+        lambda p: p.one("GCPBackendPolicy").pop("spec"),
+    ),
+    "a version": (
+        "api-version",
+        "networking.gke.io/v2",
+        lambda p: p.one("GCPBackendPolicy").update(apiVersion="networking.gke.io/v2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_misspelt_field_of_googles_kinds_is_caught(name: str, overlay: Overlay) -> None:
+    rule, word, make = FIELDS[name]
+    prod = Prod(overlay("prod"))
+    make(prod)
+    (found,) = validate(prod.manifests, None).errors
+    assert (found.check, found.rule) == ("gke", rule)
+    assert word in str(found)
+
+
+def test_a_crd_of_googles_kind_goes_before_what_is_known_here(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    crd = yaml.safe_load(CRD)
+    crd["spec"] |= {"group": "cloud.google.com", "names": {"kind": "ComputeClass"}}
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"] = anything
+    (tmp_path / "crd.yaml").write_text(yaml.safe_dump(crd))
+    prod = Prod(overlay("prod"))
+    prod.one("ComputeClass")["spec"]["new"] = True
+    assert [one.rule for one in validate(prod.manifests, None).errors] == ["unknown-field"]
+    assert validate(prod.manifests, Schemas(tmp_path)).errors == []
 
 
 # ------------------------------------------------------------------------- against a real CRD

@@ -15,7 +15,7 @@ from deployments.placement import plan
 from deployments.registry import load_catalogue
 from deployments.settings import ROOT
 from serve_app.cli import app
-from serve_app.kuberay import autoscaler
+from serve_app.kuberay import autoscaler, network
 from serve_app.kuberay.manifests import build
 from serve_app.kuberay.timing import timeouts
 from serve_app.kuberay.validate import validate
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def test_an_overlay_builds_offline_and_is_right(name: str, overlay: Overlay) -> None:
     report = validate(overlay(name), None)
     assert [str(finding) for finding in report.errors] == []
-    assert (report.unchecked, report.without_crd) == ([], ["RayService"])
+    assert (report.unchecked, report.without_crd, report.unknown) == ([], ["RayService"], [])
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -116,6 +116,11 @@ def test_prod_names_the_secrets_that_must_be_there(overlay: Overlay) -> None:
         "imagen-ray-token": ["auth_token"],
         "imagen-redis": ["password"],
     }
+
+
+def test_the_operator_is_where_network_policies_are_checked_to_let_it_in() -> None:
+    text = (ROOT / "kuberay" / "operator" / "kustomization.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["namespace"] == network.OPERATOR_NAMESPACE
 
 
 def test_kustomize_refusals_are_told_with_their_reason(built: object, tmp_path: Path) -> None:

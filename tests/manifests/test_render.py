@@ -76,6 +76,23 @@ def deployment(files: Files, name: str) -> dict[str, Any]:
     return next(one for one in deployments if one["name"] == name)
 
 
+def test_the_store_knows_how_much_of_the_disk_is_its_own(changed: Any) -> None:
+    def most_bytes(files: Files) -> Any:
+        return serve_config(files)["applications"][0]["args"]["store"].get("max_bytes")
+
+    as_committed = changed(lambda base: base)
+    service = yaml.safe_load(as_committed["base/rayservice.yaml"])
+    [group] = [g for g in groups(service) if g["groupName"] == "models"]
+    [cache] = [v for v in group["template"]["spec"]["volumes"] if v["name"] == "models"]
+    assert most_bytes(as_committed) == parse_quantity(cache["emptyDir"]["sizeLimit"])
+    on_host = changed(lambda base: base["cache"].update(kind="hostPath"))
+    assert most_bytes(on_host) is None
+
+
+def groups(service: Any) -> list[dict[str, Any]]:
+    return service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+
+
 def test_a_model_can_have_options_of_its_own(changed: Any) -> None:
     wanted = {"user_config": {"digest": "0123456789abcdef"}}
     as_committed = changed(lambda base: base)

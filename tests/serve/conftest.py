@@ -76,7 +76,6 @@ def cluster(
     )
     serve.start(
         http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90},
-        logging_config={"encoding": "JSON", "log_level": "INFO"},
         tracing_config=TracingConfig(enabled=True, sampling_ratio=1),
     )
     yield f"http://127.0.0.1:{port}"
@@ -98,7 +97,9 @@ def address(cluster: str, local_config: dict[str, Any]) -> str:
 def deploy(application: dict[str, Any]) -> None:
     """What `serve deploy` does with a config file's application."""
     client: Any = serve.context._get_global_client()
-    config = ServeDeploySchema.model_validate({"applications": [application]})
+    logging = {"encoding": "JSON", "log_level": "INFO"}  # as in configs/gke.yaml
+    values = {"applications": [application], "logging_config": logging}
+    config = ServeDeploySchema.model_validate(values)
     client.deploy_apps(config)
     wait_until_running("imagen")
 
