@@ -42,7 +42,7 @@ _SAMPLES: Final = 400
 _SILENCE_S: Final = 5
 _IDLE_SHARE: Final = 0.2
 _ASLEEP: Final = ("Comic", "Aged")
-_PROCESSES: Final = ("ray::ProxyActor", "ray::ServeReplica:imagen:")
+_PROCESSES: Final = ("ProxyActor", "ServeReplica:imagen:")
 _SQUARES: Final = {
     "background": (8, 32, 96, 256, 512),
     "upscale": (8, 16, 32, 64, 96),
@@ -134,10 +134,10 @@ def _server_processes() -> Iterator[tuple[str, psutil.Process]]:
     """The proxy, the ingress and the model replicas among our own descendants."""
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline()).strip()
-        for start in _PROCESSES:
-            if title.startswith(start):
-                # While it works, a worker's title ends in the method's name.
-                yield title.removeprefix("ray::").rpartition(":")[2].partition(".")[0], process
+        # While it starts, a worker's title begins with the actor's name.
+        if title.startswith("ray::") and any(kind in title for kind in _PROCESSES):
+            # While it works, it ends in the method's.
+            yield title.removeprefix("ray::").rpartition(":")[2].partition(".")[0], process
 
 
 def fit(requests: Sequence[int], mib: Sequence[float]) -> dict[str, Any]:
