@@ -45,7 +45,7 @@ bench: setup ## Latency of each task on a 512x512 photo, on this machine
 
 .PHONY: bench-options bench-order
 bench-options: setup ## Which speed options and group sizes gain on this machine's CPU
-	$(BIN)/python -m benchmarks.options
+	$(BIN)/python -m benchmarks.options $(ARGS)
 
 bench-order: setup ## Simulate our order of steps beside others
 	$(BIN)/python -m benchmarks.order

@@ -184,7 +184,7 @@ class Bench:
             x = torch.zeros(count, 3, own_px[1], own_px[0], device=self._device, dtype=self._dtype)
             matting = ARCHITECTURES[name].family == "matting"
             work = (
-                (lambda x=x: net(x)[0].float().sigmoid())
+                (lambda x=x: net(x, sides=1)[0].float().sigmoid())
                 if matting
                 else (lambda x=x: _to_bytes(net(x).float()))
             )

@@ -182,7 +182,8 @@ class Img2Img(Work):
             **options,
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        self._pipeline.unet.to(memory_format=torch.channels_last)  # as ours: faster on a CPU
+        for part in (self._pipeline.unet, self._pipeline.vae):
+            part.to(memory_format=torch.channels_last)  # as ours: faster on a CPU
         if self.sliced:
             self._pipeline.enable_attention_slicing()
 
@@ -283,7 +284,8 @@ class Matting(Work):
 
         stacked = torch.from_numpy(np.stack([item.pixels for item in items]))
         with torch.inference_mode():
-            alpha = self._net(stacked.permute(0, 3, 1, 2).float() / 255 - 0.5)[0].sigmoid()[:, 0]
+            logits = self._net(stacked.permute(0, 3, 1, 2).float() / 255 - 0.5, sides=1)[0]
+            alpha = logits.sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)

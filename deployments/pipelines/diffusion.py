@@ -168,8 +168,9 @@ def _prepare(pipeline: Any) -> None:
     if config.get("latents_mean") is not None:
         raise ModelCorrupt("The autoencoder shifts its latents by latents_mean: not supported.")
     if not torch.cuda.is_available():
-        # A sixth to a quarter less time on a CPU (`make bench-options`); not measured on a GPU.
-        pipeline.unet.to(memory_format=torch.channels_last)
+        # Up to a half of the time on a CPU (`make bench-options`); not measured on a GPU.
+        for network in (pipeline.unet, pipeline.vae):
+            network.to(memory_format=torch.channels_last)
     upcasts = hasattr(pipeline, "upcast_vae") and config.get("force_upcast", True)
     if pipeline.vae.dtype == torch.float16 and upcasts:
         # Once, rather than to float32 and back at every call.

@@ -75,7 +75,7 @@ class Matting:
         stacked = torch.stack([cast("torch.Tensor", row.state) for row in rows])
         x = stacked.permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
         # Half precision is fine for the network and too coarse for a soft edge.
-        alpha = self._lanes.run(lambda part: self._net(x[part])[0], len(rows))
+        alpha = self._lanes.run(lambda part: self._net(x[part], sides=1)[0], len(rows))
         alpha = alpha.float().sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)

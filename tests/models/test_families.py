@@ -287,8 +287,8 @@ def test_a_mask_of_nan_fails_its_row_alone(
     pipeline: Any = tiny_pipeline("isnet")
     whole = pipeline._net.forward
 
-    def spoilt(x: torch.Tensor) -> list[torch.Tensor]:
-        logits = whole(x)
+    def spoilt(x: torch.Tensor, sides: int) -> list[torch.Tensor]:
+        logits = whole(x, sides)
         logits[0][2, 0, 5, 5] = float("nan")
         return logits
 

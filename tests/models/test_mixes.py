@@ -331,11 +331,11 @@ def test_a_network_that_failed_once_leaves_no_trace(
 
     expected, calls, whole = run(), [], pipeline._net.forward
 
-    def forward(x: torch.Tensor) -> Any:
+    def forward(x: torch.Tensor, **options: Any) -> Any:
         calls.append(None)
         if len(calls) in (1, 3):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return whole(x)
+        return whole(x, **options)
 
     monkeypatch.setattr(pipeline._net, "forward", forward)
     for ours, image in zip(run(), expected, strict=True):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deployments.contract import DiffusionRequest
     from deployments.pipelines.base import Pipeline, Row
 
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5  # 1e-4 is the promise; sums are added in another order than the stock layout
 IMG2IMG = ["sd_ddim", "sd_pndm", "sd_v", "refiner"]
 PROMPTS = [
     ("comic book drawing", "blurry"),

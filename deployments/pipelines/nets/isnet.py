@@ -128,14 +128,15 @@ class ISNet(nn.Module):
         for i, channels in enumerate(sides):
             self.add_module(f"side{i + 1}", nn.Conv2d(channels, 1, 3, padding=1))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits of every side output, finest first.
+    def forward(self, x: Tensor, sides: int = 6) -> list[Tensor]:
+        """Logits of the side outputs, finest first.
 
         Args:
             x: `(B, 3, H, W)` float, RGB minus 0.5, so in [-0.5, 0.5].
+            sides: how many of them, 1 to 6.
 
         Returns:
-            Six tensors `(B, 1, H, W)`; the first is the answer, the others serve training.
+            As many tensors `(B, 1, H, W)`; the first is the answer, the others serve training.
         """
         hidden, skips = self.conv_in(x), list[Tensor]()
         for stage in range(1, 7):
@@ -150,7 +151,7 @@ class ISNet(nn.Module):
             features.insert(0, self.get_submodule(f"stage{stage}d")(joined))
         return [
             _resize_like(self.get_submodule(f"side{i + 1}")(feature), x)
-            for i, feature in enumerate(features)
+            for i, feature in enumerate(features[:sides])
         ]
 
 
