@@ -1,9 +1,12 @@
 """A repair of grpcio, which keeps about a kibibyte of every call that is cancelled.
 
-Serve's handles speak gRPC by `grpc.aio`, and a client who leaves early is a cancelled call. The
-task that waits for the call is cancelled with it, and then nobody frees the operations that it had
-started: https://github.com/grpc/grpc/issues/43360, present in every release from 1.59 to 1.85.
-`tests/unit/test_grpc_repair.py` fails once a release needs this no more.
+Serve's handles speak gRPC by `grpc.aio` in `imagen run`, and a client who leaves early is a
+cancelled call. The task that waits for the call is cancelled with it, and then nobody frees the
+operations that it had started: https://github.com/grpc/grpc/issues/43360, open as of 1.85.1.
+
+Before 1.84 a call whose operations end after it was cancelled tells its callbacks twice, by which
+Serve counts requests: hence grpcio's floor in pyproject.toml. `tests/unit/test_grpc_repair.py`
+fails once this is needed no more.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from grpc.aio._call import UnaryUnaryCall
 
 
 def free_cancelled_calls() -> None:
-    """From now on, let the operations of a cancelled call end, so that they are freed.
+    """From now on, let the operations of a cancelled unary call end, so that they are freed.
 
-    Repeated calls change nothing.
+    Whoever awaits the call is cancelled as before. If the answer had come already, the call's own
+    status is the answer's afterwards, no longer CANCELLED. Repeated calls change nothing.
     """
     unary: Any = UnaryUnaryCall
     invoke = unary._invoke

@@ -1,6 +1,7 @@
-"""How many bytes of malloc's a cancelled gRPC call leaves in use; run by test_grpc_repair.
+"""How many bytes of malloc's a cancelled gRPC call leaves in use, and how often it calls back.
 
-Arguments: `explicitly` or `with-its-task` (how calls are cancelled), and `repaired` if so.
+Run by test_grpc_repair. Arguments: `explicitly` or `with-its-task` (how calls are cancelled), and
+`repaired` if so. Prints both as JSON. `serve` is the server, in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import json
+import statistics
+import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -17,8 +22,9 @@ from grpc import aio
 
 from serve_app.grpc_repair import free_cancelled_calls
 
-CALLS = 500
+CALLS = 300
 AT_A_TIME = 10
+WINDOWS = 5
 _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
@@ -42,17 +48,33 @@ class _Slow(grpc.GenericRpcHandler):
         return b""
 
 
-async def _explicitly(method: Any) -> None:
-    call = method(b"x" * 100)
+class _Counted:
+    """A method whose calls count how often they call back."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self.called_back = 0
+
+    def __call__(self) -> Any:
+        call = self._method(b"x" * 100)
+        call.add_done_callback(self._count)
+        return call
+
+    def _count(self, _call: Any) -> None:
+        self.called_back += 1
+
+
+async def _explicitly(method: _Counted) -> None:
+    call = method()
     await asyncio.sleep(0.005)
     call.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await call
 
 
-async def _with_its_task(method: Any) -> None:
+async def _with_its_task(method: _Counted) -> None:
     async def awaits() -> None:
-        await method(b"x" * 100)
+        await method()
 
     task = asyncio.create_task(awaits())
     await asyncio.sleep(0.005)
@@ -61,25 +83,46 @@ async def _with_its_task(method: Any) -> None:
         await task
 
 
-async def _kept(cancel: Any) -> float:
+async def _serve() -> None:
     server = aio.server()
     server.add_generic_rpc_handlers((_Slow(),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     await server.start()
+    await server.wait_for_termination()
+
+
+async def _measured(cancel: Any, port: int) -> dict[str, float]:
+    used = list[int]()
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        method = channel.unary_unary("/slow/answer")
-        used = [0, 0]
-        for part in (0, 1):  # the first warms up
+        method = _Counted(channel.unary_unary("/slow/answer"))
+        for _ in range(1 + WINDOWS):  # the first warms up
             for _ in range(CALLS // AT_A_TIME):
                 await asyncio.gather(*(cancel(method) for _ in range(AT_A_TIME)))
-            used[part] = _used_bytes()
-    await server.stop(0)
-    return (used[1] - used[0]) / CALLS
+            await asyncio.sleep(0.2)
+            used.append(_used_bytes())
+    kept = statistics.median(after - before for before, after in pairwise(used))
+    calls = CALLS * (1 + WINDOWS)
+    return {"kept_bytes": kept / CALLS, "called_back": method.called_back / calls}
 
+
+def main(way: str, *, repaired: bool) -> None:
+    if repaired:
+        free_cancelled_calls()
+        free_cancelled_calls()
+    command = [sys.executable, "-m", "tests.unit.cancelled_calls", "serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            port = int(server.stdout.readline())
+            print(json.dumps(asyncio.run(_measured(WAYS[way], port))))
+        finally:
+            server.kill()
+
+
+WAYS = {"explicitly": _explicitly, "with-its-task": _with_its_task}
 
 if __name__ == "__main__":
-    if "repaired" in sys.argv:
-        free_cancelled_calls()
-        free_cancelled_calls()
-    ways = {"explicitly": _explicitly, "with-its-task": _with_its_task}
-    print(asyncio.run(_kept(ways[sys.argv[1]])))
+    if sys.argv[1] == "serve":
+        asyncio.run(_serve())
+    else:
+        main(sys.argv[1], repaired="repaired" in sys.argv)

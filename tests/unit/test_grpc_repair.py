@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks glibc what
 SCRIPT = Path(__file__).with_name("cancelled_calls.py")
 
 
-def kept_bytes(*arguments: str) -> float:
+def measured(*arguments: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit.cancelled_calls", *arguments],
         cwd=SCRIPT.parents[2],
@@ -21,14 +22,16 @@ def kept_bytes(*arguments: str) -> float:
         timeout=60,
         check=True,
     )
-    return float(done.stdout)
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("way", ["explicitly", "with-its-task"])
-def test_a_cancelled_call_keeps_nothing(way: str) -> None:
-    assert kept_bytes(way, "repaired") < 300
+def test_a_cancelled_call_keeps_nothing_and_calls_back_once(way: str) -> None:
+    found = measured(way, "repaired")
+    assert found["kept_bytes"] < 300
+    assert found["called_back"] == 1  # Serve counts requests by it
 
 
 def test_grpcio_still_needs_the_repair() -> None:
-    kept = kept_bytes("explicitly")
+    kept = measured("explicitly")["kept_bytes"]
     assert kept > 600, "grpcio frees cancelled calls itself now: delete serve_app/grpc_repair.py"
