@@ -44,7 +44,6 @@ from benchmarks.peers.server import NotStarted, running
 from benchmarks.peers.systems import OUR_BIN, OURS, PEERS_BIN, SYSTEMS, System, ray_environment
 from deployments.contract import Task
 from deployments.settings import ROOT, Settings
-from serve_app import data_plane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,7 +102,7 @@ Runs = dict[tuple[str, int], list[Block]]
 """The blocks of a system at a concurrency, in order."""
 
 
-# Ours, in the four ways Serve can be set up.
+# Ours, in the ways Serve can carry a request.
 
 
 def local_config(threads: int | None) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def ours(variant: str, threads: int | None) -> System:
         return found
 
     def environment(folder: Path) -> dict[str, str]:
-        return ray_environment(folder) | VARIANTS[variant](folder)
+        return ray_environment(folder) | VARIANTS[variant]
 
     return System(f"Imagen, {variant}", command, environment=environment)
 
@@ -139,13 +138,15 @@ def _asleep(applications: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return applications
 
 
-# An Ingress with a listener of its own else waits 30 s for balancers to forget it.
-_STOPPED_AT_ONCE: Final = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
-VARIANTS: Final[dict[str, Callable[[Path], dict[str, str]]]] = {
-    "default": lambda _: {},
-    "throughput": lambda _: data_plane.throughput() | _STOPPED_AT_ONCE,
-    "haproxy": data_plane.haproxy,
-    "both": data_plane.fastest,
+_GRPC: Final = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**28),
+}
+# What `serve run` is started with beside configs/local.yaml. Imagen itself sets none of it.
+VARIANTS: Final[dict[str, dict[str, str]]] = {
+    "default": {},
+    "grpc handles": _GRPC | {"RAY_SERVE_PROXY_USE_GRPC": "0"},
+    "grpc everywhere": _GRPC,
 }
 
 

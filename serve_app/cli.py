@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
@@ -20,7 +19,6 @@ from rich.console import Console
 from deployments.errors import ConfigError, ImagenError
 from deployments.images import read_metadata
 from deployments.settings import ROOT, resolve
-from serve_app import data_plane
 from serve_app.bench_cli import bench
 from serve_app.kuberay_cli import kuberay_app
 from serve_app.models_cli import models_app
@@ -82,16 +80,18 @@ def run(
 
 @contextmanager
 def _started(config: Path) -> Generator[subprocess.Popen[bytes]]:
-    """`serve run`, stopped at the end."""
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(resolve(config))]
-    with TemporaryDirectory(prefix="imagen-run-") as folder:
-        environment = os.environ | data_plane.fastest(Path(folder))
-        # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
-        try:
-            yield server
-        finally:
-            _stop(server)
+    """`serve run` on a Ray of its own, stopped at the end."""
+    serve = str(Path(sys.executable).parent / "serve")
+    # Without the address, it would join a Ray that already runs here, and replace what that serves.
+    command = [serve, "run", "--address=local", str(resolve(config))]
+    # Each of Ray's many threads would else keep an arena of its own: 15 MiB more a process.
+    environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
+    # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
+    try:
+        yield server
+    finally:
+        _stop(server)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,6 @@ from deployments.errors import Full, ImagenError, ModelFailed, NotReady
 from deployments.store.node_init import pulling
 from deployments.telemetry import HttpMetrics
 from serve_app.api import ROUTES, Details, create_app, not_ready
-from serve_app.grpc_repair import free_cancelled_calls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -196,7 +195,6 @@ class Ingress:
         registry: Registry,
         settings: Settings,
     ) -> None:
-        free_cancelled_calls()
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
         self.api = create_app(backends, registry, settings, self._heard)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from deployments.settings import ROOT
-from serve_app import data_plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +126,7 @@ def ray_environment(folder: Path) -> dict[str, str]:
 
 
 def _our_environment(folder: Path) -> dict[str, str]:
-    return ray_environment(folder) | data_plane.fastest(folder)
+    return ray_environment(folder) | {"MALLOC_ARENA_MAX": "1"}  # as `imagen run`
 
 
 def _bentoml_environment(folder: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from ray.serve import RunTarget
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema, TracingConfig
 
+from benchmarks.peers.server import free_port
 from deployments.contract import Task
 from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NO_NETWORK = Path(__file__).parent / "no_network"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="package")

@@ -12,7 +12,20 @@ from deployments.errors import ModelFailed
 class ScriptedModel:
     """Answers at once, or sleeps, fails, or dies, by the prompt."""
 
+    def __init__(self) -> None:
+        self._inside = 0
+
+    async def status(self) -> dict[str, object]:
+        return {"requests": self._inside}
+
     async def __call__(self, job: ImageJob) -> ImageResult:
+        self._inside += 1
+        try:
+            return await self._act(job)
+        finally:
+            self._inside -= 1
+
+    async def _act(self, job: ImageJob) -> ImageResult:
         prompt = getattr(job.request, "prompt", "")
         if prompt.startswith("sleep"):
             await asyncio.sleep(float(prompt.split()[1]))

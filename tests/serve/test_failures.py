@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+from typing import Any
 
 import httpx
 
@@ -45,6 +47,26 @@ def test_a_full_queue_says_when_to_come_back(scripted: str) -> None:
 
 def test_a_late_answer_is_504(scripted: str) -> None:
     assert is_problem(ask(scripted, "sleep 30"), 504)
+
+
+def test_no_header_of_a_client_keeps_a_request_beyond_the_deadline(scripted: str) -> None:
+    """Serve itself would honour both."""
+    url = f"{scripted}/api/v1/images/enhance"
+    endless: dict[str, Any] = {"files": {"image": jpeg()}, "data": {"prompt": "sleep 300"}}
+    unbound = {"x-request-timeout-seconds": "0", "x-request-disconnect-disabled": "?1"}
+    assert is_problem(httpx.post(url, **endless, headers=unbound, timeout=60), 504)
+
+    with suppress(httpx.ReadTimeout):
+        httpx.post(url, **endless, headers=unbound, timeout=2)
+    assert requests_inside(scripted, "enhance") == 1
+    deadline_s = time.monotonic() + 60
+    while requests_inside(scripted, "enhance"):
+        assert time.monotonic() < deadline_s
+
+
+def requests_inside(address: str, task: str) -> int:
+    replicas = httpx.get(f"{address}/readyz", timeout=30).json()["replicas"]
+    return sum(replica["requests"] for replica in replicas[task])
 
 
 def test_a_row_that_fails_keeps_its_error(scripted: str) -> None:
