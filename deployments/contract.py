@@ -210,7 +210,7 @@ class ImageJob:
         output_format: what the client will get.
         timeout_s: how long the replica may take from now on.
         request_id: for the log.
-        most_px: width x height of the upload or of the result, whichever is more.
+        width_px, height_px: of the picture in the file, upright.
     """
 
     request: TaskRequest
@@ -218,7 +218,8 @@ class ImageJob:
     output_format: OutputFormat
     timeout_s: float
     request_id: str = ""
-    most_px: int = 0
+    width_px: int = 1
+    height_px: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Engine:
     Args:
         pipeline: `begin` and `finish` are used on the staging thread, `step` on the engine's.
         limits: of a pass; may be changed at any time.
-        pace: decides which group sizes are worth while.
+        pace: decides which group sizes are worth while, and knows what passes take.
         clock: seconds, monotonic.
         heard: told of each pass, on the engine's thread; must not raise.
     """
@@ -66,7 +66,7 @@ class Engine:
         self.limits = limits or GroupLimits()
         self.fatal: BaseException | None = None
         self._pipeline = pipeline
-        self._pace = pace or Pace()
+        self.pace = pace or Pace()
         self._clock = clock
         self._heard = heard
         self._afforded_px: int | None = None
@@ -176,7 +176,7 @@ class Engine:
             self._rows.append(row)
 
     def _turn(self) -> None:
-        group = choose(self._rows, self._pipeline.key, self._fitting, self._pace, self._clock())
+        group = choose(self._rows, self._pipeline.key, self._fitting, self.pace, self._clock())
         self._step(*group)
         for row in group.rows:
             if not row.steps_left and not row.future.done():
@@ -246,7 +246,7 @@ class Engine:
         self._afforded_passes -= 1
         if self._afforded_passes <= 0:
             self._afforded_px = None
-        self._pace.record(rows, seconds)
+        self.pace.record(rows, seconds)
         cost_px = sum(row.cost_px for row in rows)
         for row in rows:
             row.steps_left -= 1

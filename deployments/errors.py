@@ -11,8 +11,9 @@
         x TooLarge             413  bytes or pixels
         x UnsupportedMedia     415  not an image, or not multipart
         x InvalidParameter     422  out of range, unknown, or contradictory
+        x TooMuchWork          422  more than an idle replica finishes in time
       + ServiceError           the client may try again
-        x Full                 429  queues are full
+        x Full                 429  queues are full, or too long for the deadline
         x ModelFailed          503  the model gave no picture for this request
         x NotReady             503  starting, failed to start, or lost
         x TooLate              504  not finished by the deadline
@@ -154,6 +155,13 @@ class InvalidParameter(RequestError):
     code = "invalid_parameter"
 
 
+class TooMuchWork(RequestError):
+    """Not even an idle replica could finish the request before its deadline."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "too_much_work"
+
+
 class ServiceError(ImagenError):
     """The service is at fault or busy; the same request may succeed later."""
 
@@ -161,7 +169,7 @@ class ServiceError(ImagenError):
 
 
 class Full(ServiceError):
-    """Every queue slot is taken."""
+    """Every queue slot is taken, or the queue is too long for the request's deadline."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "full"

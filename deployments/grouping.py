@@ -17,6 +17,8 @@ _SAMPLES = 5
 _TRIES = 3
 _GAIN = 0.95
 _AGAIN = 64
+_HURRY = 1.5
+"""A deadline is near when less than so many times the work before it still fits."""
 _OVERDUE = 4
 """Age, in twice a row's own work, from which on the oldest goes first, whatever it is."""
 
@@ -68,25 +70,50 @@ class Pace:
         self._costs: dict[tuple[int, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=_SAMPLES)
         )
+        self._alone_s_per_px: dict[int, float] = {}
         self._per_px = 0.0
         self._decisions = 0
 
     def record(self, rows: Sequence[Row], seconds: float) -> None:
         """A step of these rows took so long."""
         per_px = seconds / sum(row.cost_px for row in rows)
-        self._costs[_size_class(rows[0]), len(rows)].append(per_px)
+        costs = self._costs[_size_class(rows[0].cost_px), len(rows)]
+        costs.append(per_px)
+        if len(rows) == 1 and len(costs) >= _TRIES:
+            self._remember_alone(rows[0].cost_px, statistics.median(costs))
         self._per_px = per_px if not self._per_px else 0.9 * self._per_px + 0.1 * per_px
 
     def seconds(self, cost_px: float) -> float:
         """What so many network pixels take, about; never 0."""
         return (self._per_px or 1e-9) * cost_px
 
+    def _remember_alone(self, cost_px: int, per_px: float) -> None:
+        size_class = _size_class(cost_px)
+        # The quickest of all, because the others shared the machine with something.
+        best = min(per_px, self._alone_s_per_px.get(size_class, per_px))
+        self._alone_s_per_px[size_class] = best
+
+    def alone_s(self, cost_px: int) -> float | None:
+        """What a pass of one row takes with nothing beside it, about; from any thread.
+
+        Taken from the nearest size that was timed; None where none was.
+        """
+        known = list(self._alone_s_per_px.items())
+        if not known:
+            return None
+        wanted = _size_class(cost_px)
+        return min(known, key=lambda item: abs(item[0] - wanted))[1] * cost_px
+
+    def has_timed(self, cost_px: int) -> bool:
+        """Whether passes of about this size were timed often enough; from any thread."""
+        return _size_class(cost_px) in self._alone_s_per_px
+
     def best_size(self, rows: Sequence[Row]) -> int:
         """How many of these rows, first ones first, cost least per pixel together.
 
         What was tried too seldom comes first: a row alone, then large groups before small ones.
         """
-        size_class, most = _size_class(rows[0]), len(rows)
+        size_class, most = _size_class(rows[0].cost_px), len(rows)
         self._decisions += 1
         if self._decisions % _AGAIN == 0:
             return most
@@ -98,9 +125,9 @@ class Pace:
         return best if cost[best] <= _GAIN * cost[1] else 1
 
 
-def _size_class(row: Row) -> int:
+def _size_class(cost_px: int) -> int:
     """Rows of about the same size gain alike."""
-    return round(math.log2(row.cost_px))
+    return round(math.log2(cost_px))
 
 
 def choose(
@@ -115,6 +142,7 @@ def choose(
     Urgent is, as in shortest remaining processing time, what is nearly done and was small to begin
     with; waiting counts ever more, in units of the row's own work. A row that is overdue by that
     measure goes before all that are not, so that however many small ones come, none waits for ever.
+    Once a deadline is near, the earliest deadline goes first instead.
     """
 
     def urgency(row: Row) -> tuple[float, float]:
@@ -125,7 +153,9 @@ def choose(
         left = row.steps_left * row.cost_px
         return left * row.steps * row.cost_px / (1 + age * age), row.arrived_s
 
-    order = sorted(rows, key=urgency)
+    by_deadline = sorted(rows, key=lambda row: (row.deadline_s, row.arrived_s))
+    hurried = _is_deadline_near(by_deadline, pace, now_s)
+    order = by_deadline if hurried else sorted(rows, key=urgency)
     shared = key(order[0])
     alike = [row for row in order if key(row) == shared]
     fitting = _within(alike, limits)
@@ -135,6 +165,18 @@ def choose(
     if len(fitting) < len(alike):
         return Group(group, _limit(fitting, limits))
     return Group(group, "key" if len(alike) < len(rows) else "all")
+
+
+def _is_deadline_near(by_deadline: Sequence[Row], pace: Pace, now_s: float) -> bool:
+    """Whether a row would be late if the ones of later deadline took any more of its time."""
+    ahead_s = 0.0
+    for row in by_deadline:
+        ahead_s += pace.seconds(row.steps_left * row.cost_px)
+        left_s = row.deadline_s - now_s
+        # One that is lost already is no reason to change the order for the others.
+        if ahead_s <= left_s <= _HURRY * ahead_s:
+            return True
+    return False
 
 
 def _limit(group: Sequence[Row], limits: GroupLimits) -> Closed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from deployments.admission import Forecast
 from deployments.contract import REQUESTS, complete
 from deployments.engine import Engine
 from deployments.errors import NotReady, SetupError
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from deployments.settings import Settings, Tuning
 
 _WARM_UP_S = 600
+_WARM_UP_ROWS = 3
+_WARM_UP_PX = 64
 _IDLE_S = 60
 logger = logging.getLogger("ray.serve.imagen.hosting")
 
@@ -54,6 +57,7 @@ class Served:
 
     loaded: Loaded
     engine: Engine
+    forecast: Forecast
 
     @property
     def pipeline(self) -> Pipeline:
@@ -178,6 +182,11 @@ class Host:
             yield self._ready()
 
     @property
+    def served(self) -> Served | None:
+        """The model at present, without any promise that it stays; None before `start`."""
+        return self._served
+
+    @property
     def status(self) -> Status:
         serving = self._served.loaded.digest if self._served else ""
         return Status(serving=serving, wanted=self._wanted, error=self._error)
@@ -237,7 +246,10 @@ class Host:
             logger.error("%s", error)
 
     def _warm(self, loaded: Loaded) -> Served:
-        """Run one grey picture through the whole model, so that the first client does not wait."""
+        """Run grey pictures through the whole model, a small one and one of its largest size.
+
+        Then the first client does not wait, and admission knows how long passes take.
+        """
         spans = BatchSpans(self._spec.name)
 
         def heard(done: Pass) -> None:
@@ -245,21 +257,29 @@ class Host:
             spans.add(done)
 
         engine = Engine(loaded.pipeline, self.limits, heard=heard)
-        served = Served(loaded, engine)
-        grey = Picture(np.full((64, 64, 3), 127, np.uint8), None)
-        spec = self._spec
+        served = Served(loaded, engine, Forecast(engine.pace))
         try:
-            request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
-            pixels = loaded.pipeline.fit(grey, request)
-            row = Row(request, pixels, 0, time.monotonic() + _WARM_UP_S)
-            engine.put([row])
-            loaded.pipeline.restore(row.future.result(_WARM_UP_S), grey, request)
+            for width_px, height_px in _warm_up_sizes(self._spec):
+                self._warm_size(served, width_px, height_px)
         except BaseException:
             if engine.fatal:
                 self._broken = f"Its device failed: {engine.fatal!r}"
             served.close()
             raise
         return served
+
+    def _warm_size(self, served: Served, width_px: int, height_px: int) -> None:
+        """Run pictures of one size until its passes are timed; a model of few steps takes three."""
+        spec, pipeline = self._spec, served.pipeline
+        grey = Picture(np.full((height_px, width_px, 3), 127, np.uint8), None)
+        request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
+        pixels = pipeline.fit(grey, request)
+        for _ in range(_WARM_UP_ROWS):
+            row = Row(request, pixels, 0, time.monotonic() + _WARM_UP_S)
+            served.engine.put([row])
+            pipeline.restore(row.future.result(_WARM_UP_S), grey, request)
+            if served.engine.pace.has_timed(row.cost_px):
+                return
 
     async def _swap(self) -> None:
         """Exchange until what is served is what is wanted, or one attempt has failed."""
@@ -326,6 +346,14 @@ class Host:
         digest, device = served.loaded.digest, served.loaded.device
         self._metrics.loaded(self._spec.name, digest, seconds)
         logger.info("%s@%s ready on %s in %.1f s", self._spec.name, digest, device, seconds)
+
+
+def _warm_up_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Width and height, px: a thumbnail, and the largest size that the network works at."""
+    small = (_WARM_UP_PX, _WARM_UP_PX)
+    if spec.family == "upscale_gan":
+        return [small, (spec.tile_px, spec.tile_px)]
+    return [small, *sorted(spec.buckets, key=lambda bucket: bucket[0] * bucket[1])[-1:]]
 
 
 def _describe(error: Exception) -> str:

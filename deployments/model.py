@@ -15,8 +15,9 @@ import ray
 from ray import serve
 
 from deployments import images, tracing
+from deployments.admission import Admission, fits
 from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
-from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
+from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
 from deployments.pipelines.base import Row
 from deployments.placement import SEATS
 from deployments.registry import ModelSpec, check_defaults
@@ -25,6 +26,7 @@ from deployments.settings import Settings, Tuning, calm_threads, parse_settings
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
+    from deployments.admission import Ticket
     from deployments.contract import OutputFormat
     from deployments.engine import Engine
     from deployments.images import Picture
@@ -88,6 +90,8 @@ class ModelDeployment:
         self._defaults = spec.defaults
         self._inside = 0
         self._host = Host(spec, settings)
+        self._timeout_s = settings.request_timeout_s
+        self._admission = Admission(settings.request_timeout_s)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a new digest, batch window, limits of a pass or defaults, without a restart.
@@ -126,6 +130,8 @@ class ModelDeployment:
 
         Raises:
             RequestError: the request does not fit this model, or the image is damaged.
+            TooMuchWork: not even an idle replica could finish it in time.
+            Full: too many requests are before it for its deadline.
             ModelFailed: the model gave no picture for it.
             TooLate: `job.timeout_s` passed.
         """
@@ -134,15 +140,25 @@ class ModelDeployment:
 
     async def _in_time(self, job: ImageJob) -> ImageResult:
         try:
-            async with asyncio.timeout(job.timeout_s):
-                arrived_s = time.monotonic()
-                async with self._seats.taken(job.most_px):
-                    return await self._process(job, arrived_s)
-        except TimeoutError as error:
-            raise too_late() from error
+            request = complete(job.request, self._defaults, self._spec.parameters)
+            return await self._admitted(job, request)
         except ServiceError as error:
             logger.warning("Request %s: %s", job.request_id, error)
             raise
+
+    async def _admitted(self, job: ImageJob, request: TaskRequest) -> ImageResult:
+        seconds, arrived_s = self._estimate(job, request), time.monotonic()
+        loop, deadline = asyncio.get_running_loop(), asyncio.timeout(job.timeout_s)
+
+        def give_up() -> None:
+            deadline.reschedule(loop.time())
+
+        with self._admission.admit(seconds, job.timeout_s, give_up) as ticket:
+            try:
+                async with deadline, self._seats.taken(self._most_px(job)):
+                    return await self._process(job, request, ticket, arrived_s)
+            except TimeoutError as error:
+                raise ticket.refusal or too_late() from error
 
     @contextmanager
     def _counted(self) -> Generator[None]:
@@ -160,16 +176,46 @@ class ModelDeployment:
             self._host.work.holds(self._inside)
             self._host.work.answered(outcome)
 
-    async def _process(self, job: ImageJob, arrived_s: float) -> ImageResult:
+    def _most_px(self, job: ImageJob) -> int:
+        """Pixels of the upload or of the result, whichever has more."""
+        return job.width_px * job.height_px * self._spec.scale**2
+
+    def _estimate(self, job: ImageJob, request: TaskRequest) -> float | None:
+        """Seconds of work on an idle replica; None if nothing is known yet.
+
+        Raises:
+            TooMuchWork: more than a request may take.
+        """
+        served = self._host.served
+        if served is None:
+            return None
+        pipeline, forecast = served.pipeline, served.forecast
+
+        def seconds_of(request: TaskRequest, width_px: int, height_px: int) -> float | None:
+            work = pipeline.work(width_px, height_px, request)
+            return forecast.seconds(work, width_px * height_px * self._spec.scale**2)
+
+        seconds = seconds_of(request, job.width_px, job.height_px)
+        certain = forecast.is_certain(pipeline.work(job.width_px, job.height_px, request))
+        if certain and seconds is not None and not fits(seconds, self._timeout_s):
+            raise TooMuchWork(
+                "The model cannot finish this request in time, even with nothing else to do.",
+                value=f"about {seconds:.0f} s of work; a request may take {self._timeout_s:g} s",
+                remedy=_largest(request, job, self._timeout_s, seconds_of),
+            )
+        return seconds
+
+    async def _process(
+        self, job: ImageJob, request: TaskRequest, ticket: Ticket, arrived_s: float
+    ) -> ImageResult:
         start_s = time.monotonic()
-        deadline_s = arrived_s + job.timeout_s
-        request = complete(job.request, self._defaults, self._spec.parameters)
         async with self._host.use() as served:
             # 1) Bytes to pixels, off the event loop.
             picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            row = Row(request, pixels, _seed(request), deadline_s, trace=tracing.current())
+            row = Row(request, pixels, _seed(request), ticket.deadline_s, trace=tracing.current())
+            ticket.row = row
             exact = served.engine.limits.exact
             output = await self._step(served.engine, row)
             # 3) Pixels to bytes.
@@ -179,9 +225,12 @@ class ModelDeployment:
             result, body = await self._on_pool(
                 _close, served.pipeline, output, picture, request, job.output_format, metadata
             )
+        end_s = time.monotonic()
+        file_s = decoded_s - start_s + end_s - encode_s
+        work = served.pipeline.work(job.width_px, job.height_px, request)
+        served.forecast.record(work, self._most_px(job), stage_s=row.vae_s, file_s=file_s)
         on_gpu = served.loaded.device != "cpu"
         gpu_seconds = row.compute_s * self._spec.num_gpus if on_gpu else 0.0
-        end_s = time.monotonic()
         timings_s = {"decode": decoded_s - start_s, "encode": end_s - encode_s}
         timings_s |= _timings_s(row, start_s - arrived_s)
         self._tell(row, timings_s, gpu_seconds, (start_s, decoded_s, encode_s, end_s))
@@ -269,6 +318,27 @@ def _close(
 ) -> tuple[Picture, bytes]:
     result = pipeline.restore(output, picture, request)
     return result, images.encode(result, output_format, metadata)
+
+
+def _largest(
+    request: TaskRequest,
+    job: ImageJob,
+    limit_s: float,
+    seconds_of: Callable[[TaskRequest, int, int], float | None],
+) -> str:
+    """The largest request like one that is too large: of fewer steps, else of a smaller picture."""
+    for steps in range(getattr(request, "steps", 1) - 1, 0, -1):
+        if steps * getattr(request, "strength", 1.0) < 1:
+            break
+        fewer = request.model_copy(update={"steps": steps})
+        seconds = seconds_of(fewer, job.width_px, job.height_px) or 0.0
+        if fits(seconds, limit_s):
+            return f"Send steps={steps} at most, which takes about {seconds:.0f} s."
+    for percent in range(99, 0, -1):
+        width_px, height_px = job.width_px * percent // 100, job.height_px * percent // 100
+        if fits(seconds_of(request, max(width_px, 1), max(height_px, 1)) or 0.0, limit_s):
+            return f"Send a picture of at most {width_px} x {height_px} px."
+    return "Use another model, or a faster machine."
 
 
 def _gpu_share() -> float:

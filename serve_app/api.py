@@ -182,8 +182,15 @@ class _Processor:
         # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
         chosen = wire.choose_format(typed.output_format, accept, transparent=is_cut_out(typed))
         images.check_encodable(chosen, width_px, height_px)
-        most_px = max(header.width_px * header.height_px, width_px * height_px)
-        return ImageJob(typed, form.image, chosen, left_s(), _request_id(request), most_px)
+        return ImageJob(
+            typed,
+            form.image,
+            chosen,
+            left_s(),
+            _request_id(request),
+            header.width_px,
+            header.height_px,
+        )
 
     def _check_output(self, width_px: int, height_px: int) -> None:
         limit = self._limits.max_output_px

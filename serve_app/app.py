@@ -52,9 +52,9 @@ def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
     return deployment.options(
         name=name,
         autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 4},
-        # More than a replica works on: those that wait outside it are offered again only after a
-        # pause of up to half a second, in which it would stand idle.
-        max_ongoing_requests=32,
+        # A replica refuses by itself what it cannot finish in time (deployments/admission.py). So
+        # requests wait outside it only while there is none.
+        max_ongoing_requests=1000,
         max_queued_requests=40,
         backpressure_config=_backpressure(settings),
         graceful_shutdown_timeout_s=60,

@@ -19,6 +19,21 @@ Pixels = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request takes of a model, as far as its sizes and parameters tell.
+
+    Attributes:
+        steps: passes of the network.
+        step_px: network pixels of each, see `Pipeline.cost_px`; the mean, if they differ.
+        stage_px: working pixels of what comes before and after the passes.
+    """
+
+    steps: int
+    step_px: int
+    stage_px: int
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One request inside the engine.
@@ -74,7 +89,8 @@ class Pipeline(Protocol):
     """One model, loaded.
 
     Guarantees asked of an implementation:
-        - `fit`, `restore` and `cost_px` are pure and may run on any thread, several at a time;
+        - `fit`, `restore`, `work` and `cost_px` are pure and may run on any thread, several at a
+          time;
         - `begin` and `finish` run on one thread, `step` on another; they share no module that
           keeps state between calls;
         - `begin` and `finish` yield after every bounded piece of work, and may be called again;
@@ -84,6 +100,10 @@ class Pipeline(Protocol):
 
     def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
         """What the model will see of `picture`: scaled and padded to a size it was made for."""
+        ...
+
+    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+        """What a picture of this size will take, for estimates."""
         ...
 
     def cost_px(self, row: Row) -> int:

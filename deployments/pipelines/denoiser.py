@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 _SCHEDULES = 256
 
 
+def network_px(pixels: int, guidance_scale: float) -> int:
+    """What a pass works on for a picture of so many pixels: twice as many with guidance."""
+    return pixels * (2 if guidance_scale > 1 else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """What steers a place in the pass.

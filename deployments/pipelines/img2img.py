@@ -13,7 +13,8 @@ from deployments.contract import Img2ImgRequest
 from deployments.images import Picture
 from deployments.pipelines import diffusion
 from deployments.pipelines.autoencoder import Autoencoder
-from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
+from deployments.pipelines.base import Work
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
@@ -65,9 +66,16 @@ class Img2Img:
         self._stock.to(device)
         self._texts.clear()
 
+    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+        img2img = cast("Img2ImgRequest", request)
+        bucket_width_px, bucket_height_px = choose_bucket(width_px, height_px, self._buckets)
+        pixels = bucket_width_px * bucket_height_px
+        steps = int(img2img.steps * img2img.strength) * self._stock.scheduler.order
+        return Work(max(steps, 1), network_px(pixels, img2img.guidance_scale), pixels)
+
     def cost_px(self, row: Row) -> int:
-        guided = cast("Img2ImgRequest", row.request).guidance_scale > 1
-        return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
+        height, width = row.pixels.shape[:2]
+        return network_px(height * width, cast("Img2ImgRequest", row.request).guidance_scale)
 
     @torch.inference_mode()
     def begin(self, row: Row) -> Generator[None, None, None]:

@@ -13,6 +13,7 @@ from deployments.contract import BackgroundRequest
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
+from deployments.pipelines.base import Work
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
@@ -59,6 +60,9 @@ class Matting:
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
+
+    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+        return Work(1, self._input_px**2, self._input_px**2)
 
     def cost_px(self, row: Row) -> int:
         return self._input_px**2

@@ -13,7 +13,8 @@ from deployments.buckets import resize
 from deployments.images import Picture
 from deployments.pipelines import diffusion
 from deployments.pipelines.autoencoder import Autoencoder, image_tensor
-from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
+from deployments.pipelines.base import Work
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
@@ -62,9 +63,15 @@ class UpscaleDiffusion:
         self._stock.to(device)
         self._texts.clear()
 
+    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+        diffusion = cast("UpscaleRequest", request)
+        pixels = (width_px + -width_px % MULTIPLE) * (height_px + -height_px % MULTIPLE)
+        steps = diffusion.steps * self._stock.scheduler.order
+        return Work(steps, network_px(pixels, diffusion.guidance_scale), pixels)
+
     def cost_px(self, row: Row) -> int:
-        guided = cast("UpscaleRequest", row.request).guidance_scale > 1
-        return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
+        height, width = row.pixels.shape[:2]
+        return network_px(height * width, cast("UpscaleRequest", row.request).guidance_scale)
 
     @torch.inference_mode()
     def begin(self, row: Row) -> Generator[None, None, None]:

@@ -12,6 +12,7 @@ from deployments.buckets import resize
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
+from deployments.pipelines.base import Work
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -91,6 +92,11 @@ class UpscaleGan:
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
+
+    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+        tiles = plan_tiles(height_px, width_px, self._tile_px, self._overlap_px)
+        areas_px = [height * width for height, width in (tile.shape for tile in tiles)]
+        return Work(len(tiles), sum(areas_px) // len(tiles), width_px * height_px)
 
     def cost_px(self, row: Row) -> int:
         sides = [

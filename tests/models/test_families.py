@@ -11,7 +11,12 @@ import tiny
 import torch
 from torch import nn
 
-from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
+from deployments.contract import (
+    BackgroundRequest,
+    ComicRequest,
+    EnhanceRequest,
+    UpscaleRequest,
+)
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import upscale_gan
@@ -157,6 +162,32 @@ def test_the_network_pixels_of_a_step(
     pipeline = tiny_pipeline(name)
     pixels = pipeline.fit(tiny.picture(1, height_px, width_px), request_)
     assert pipeline.cost_px(Row(request_, pixels, 0, soon())) == cost_px
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("sd_ddim", ComicRequest(steps=10, strength=0.5, guidance_scale=5.0)),
+        ("sd_v", ComicRequest(steps=7, strength=1.0, guidance_scale=1.0)),
+        ("refiner", EnhanceRequest(steps=10, strength=0.3, guidance_scale=5.0)),
+        ("x4", UpscaleRequest(steps=3, guidance_scale=9.0)),
+        ("srvgg", UpscaleRequest()),
+        ("isnet", BackgroundRequest()),
+    ],
+)
+def test_what_a_request_is_estimated_to_take_is_what_it_takes(
+    name: str, request_: Any, tiny_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = tiny_pipeline(name)
+    for height_px, width_px in ((64, 64), (33, 70)):
+        work = pipeline.work(width_px, height_px, request_)
+        pixels = pipeline.fit(tiny.picture(1, height_px, width_px), request_)
+        row = Row(request_, pixels, 0, soon())
+        for _ in pipeline.begin(row):
+            pass
+        assert work.steps == row.steps_left
+        # Tiles at the edges are smaller than what one costs at most.
+        assert work.step_px == pytest.approx(pipeline.cost_px(row), rel=0.2)
 
 
 # --- upscaling by diffusion ---

@@ -1,0 +1,253 @@
+"""What a replica accepts: nothing that cannot end in time, and everything that can."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.admission import MAX_REQUESTS, Admission, Forecast, Ticket
+from deployments.errors import Full, TooLate
+from deployments.grouping import GroupLimits, Pace, choose
+from deployments.pipelines.base import Row, Work
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TIMEOUT_S = 60.0
+
+
+def do_nothing() -> None:
+    pass
+
+
+@dataclass
+class Clock:
+    now_s: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Replica:
+    """Accepts requests, and ends the one of the earliest deadline when it is told to work."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.admission = Admission(TIMEOUT_S, self.clock)
+        self.inside: dict[Ticket, ExitStack] = {}
+        self.given_up = 0
+
+    def take(self, seconds: float | None, timeout_s: float = TIMEOUT_S) -> Ticket:
+        stack = ExitStack()
+        ticket = stack.enter_context(self.admission.admit(seconds, timeout_s, self._give_up))
+        self.inside[ticket] = stack
+        return ticket
+
+    def _give_up(self) -> None:
+        self.given_up += 1
+
+    def take_all(self, seconds: Iterable[float]) -> int:
+        """How many were taken."""
+        before = len(self.inside)
+        for one_s in seconds:
+            try:
+                self.take(one_s)
+            except Full:
+                continue
+        return len(self.inside) - before
+
+    def finish(self, slowdown: float = 1.0) -> Ticket:
+        ticket = min(self.inside, key=lambda one: one.deadline_s)
+        self.clock.now_s += ticket.seconds * slowdown
+        ticket.row = row(steps_left=0)
+        self.inside.pop(ticket).close()
+        return ticket
+
+
+def row(steps_left: int, steps: int = 4, cost_px: int = 1, deadline_s: float = 1e9) -> Row:
+    made = Row(None, np.zeros((1, 1, 3), np.uint8), 0, deadline_s)  # pyright: ignore
+    made.steps, made.steps_left, made.cost_px = steps, steps_left, cost_px
+    return made
+
+
+def test_an_idle_replica_takes_whatever_can_be_done_in_time() -> None:
+    assert Replica().take(59.0)
+    with pytest.raises(TooLate):
+        Replica().take(11.0, timeout_s=10.0)
+
+
+def test_a_request_of_unknown_length_is_always_taken() -> None:
+    replica = Replica()
+    assert replica.take_all([1.0] * 200) < 200
+    assert replica.take(None)
+
+
+def test_a_queue_is_filled_until_time_is_up_and_then_refused() -> None:
+    replica = Replica()
+    taken = replica.take_all([2.0] * 100)
+    assert 15 <= taken <= 30
+    with pytest.raises(Full) as caught:
+        replica.take(2.0)
+    assert f"{taken} requests" in caught.value.value
+    assert caught.value.remedy
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(5, 60)), min_size=1, max_size=100))
+def test_what_is_taken_ends_in_time(requests: list[tuple[float, float]]) -> None:
+    replica = Replica()
+    for seconds, timeout_s in requests:
+        try:
+            replica.take(seconds, timeout_s)
+        except (Full, TooLate):
+            continue
+    while replica.inside:
+        assert replica.finish().deadline_s >= replica.clock.now_s
+
+
+def test_a_request_in_a_hurry_does_not_make_an_accepted_one_late() -> None:
+    replica = Replica()
+    replica.take(20.0, timeout_s=35.0)
+    with pytest.raises(Full):
+        replica.take(10.0, timeout_s=30.0)
+    assert replica.take(10.0, timeout_s=60.0)
+
+
+def test_whoever_leaves_makes_room() -> None:
+    replica = Replica()
+    replica.take_all([2.0] * 100)
+    with pytest.raises(Full):
+        replica.take(2.0)
+    replica.finish()
+    assert replica.take(2.0)
+
+
+def test_retry_after_tells_each_refused_client_of_a_time_of_its_own() -> None:
+    replica = Replica()
+    replica.take_all([2.0] * 30)
+    told: list[float] = []
+    for _ in range(40):
+        with pytest.raises(Full) as caught:
+            replica.take(2.0)
+        assert caught.value.retry_after_s is not None
+        told.append(caught.value.retry_after_s)
+    assert told == sorted(told)
+    assert 1 <= told[0] < told[10] < told[-1] == TIMEOUT_S
+
+
+def test_whoever_comes_back_when_told_is_taken() -> None:
+    replica = Replica()
+    while replica.take_all([2.0]) == 1:
+        pass
+    replica.finish()
+    assert replica.take(2.0)
+    with pytest.raises(Full) as caught:
+        replica.take(2.0)
+    back_s = replica.clock.now_s + (caught.value.retry_after_s or 0)
+    while replica.clock.now_s < back_s:
+        replica.finish()
+    assert replica.take(2.0)
+
+
+def test_a_replica_that_got_slower_takes_fewer() -> None:
+    quick, slow = Replica(), Replica()
+    for replica, slowdown in ((quick, 1.0), (slow, 3.0)):
+        for _ in range(20):
+            replica.take(1.0)
+            replica.finish(slowdown)
+    assert slow.admission.slowdown == pytest.approx(3.0)
+    assert slow.take_all([1.0] * 100) < quick.take_all([1.0] * 100) / 2
+
+
+def test_requests_that_became_late_while_they_waited_are_given_up() -> None:
+    replica = Replica()
+    taken = replica.take_all([2.0] * 100)
+    replica.finish(slowdown=4.0)
+    late = [ticket for ticket in replica.inside if ticket.refusal]
+    assert late
+    assert replica.given_up == len(late)
+    assert all(ticket.refusal and ticket.refusal.retry_after_s for ticket in late)
+    for ticket in late:
+        replica.inside.pop(ticket).close()
+    assert len(replica.inside) > taken / 4
+    while replica.inside:
+        assert replica.finish(slowdown=4.0).deadline_s >= replica.clock.now_s
+
+
+def test_no_more_requests_are_held_than_fit_the_memory() -> None:
+    replica = Replica()
+    assert replica.take_all([0.001] * 500) == MAX_REQUESTS
+    with pytest.raises(Full) as caught:
+        replica.take(0.001)
+    assert caught.value.retry_after_s == 1
+
+
+def timed(pace: Pace, cost_px: int, seconds: float, times: int = 3) -> Pace:
+    for _ in range(times):
+        pace.record([row(1, cost_px=cost_px)], seconds)
+    return pace
+
+
+def test_a_forecast_is_made_of_what_was_measured() -> None:
+    forecast = Forecast(timed(Pace(), 1000, 0.5))
+    work = Work(steps=10, step_px=1000, stage_px=100)
+    assert forecast.seconds(work, 100) == pytest.approx(5.0)
+    forecast.record(work, 100, stage_s=1.0, file_s=0.25)
+    assert forecast.seconds(work, 100) == pytest.approx(6.25)
+    assert forecast.seconds(work, 400) == pytest.approx(7.0)
+
+
+def test_a_forecast_waits_for_three_passes_of_a_row_alone() -> None:
+    work = Work(steps=10, step_px=1000, stage_px=100)
+    assert Forecast(Pace()).seconds(work, 100) is None
+    assert Forecast(timed(Pace(), 1000, 0.5, times=2)).seconds(work, 100) is None
+
+
+def test_a_size_that_was_not_timed_is_estimated_but_not_certain() -> None:
+    forecast = Forecast(timed(Pace(), 1000, 0.5))
+    other = Work(steps=1, step_px=8000, stage_px=100)
+    assert forecast.seconds(other, 100) == pytest.approx(4.0)
+    assert not forecast.is_certain(other)
+    assert forecast.is_certain(Work(steps=1, step_px=1000, stage_px=100))
+
+
+def test_a_pass_that_shared_the_machine_does_not_raise_the_forecast() -> None:
+    pace = timed(Pace(), 1000, 0.5)
+    timed(pace, 1000, 5.0, times=5)
+    assert pace.alone_s(1000) == pytest.approx(0.5)
+
+
+def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> None:
+    """The order prefers short work, but turns to deadlines before one is missed."""
+    clock, px_s = Clock(), 0.1
+    admission = Admission(TIMEOUT_S, clock)
+    pace = timed(Pace(), 1, px_s)
+    rows: dict[Row, ExitStack] = {}
+
+    def take(steps: int) -> Row | None:
+        stack = ExitStack()
+        try:
+            ticket = stack.enter_context(admission.admit(steps * px_s, TIMEOUT_S, do_nothing))
+        except Full:
+            return None
+        ticket.row = row(steps, steps, deadline_s=ticket.deadline_s)
+        ticket.row.arrived_s = clock()
+        rows[ticket.row] = stack
+        return ticket.row
+
+    long = take(350)
+    assert long
+    while long in rows:
+        while take(7):  # as many short ones as are let in
+            pass
+        (first,) = choose(list(rows), lambda one: one, GroupLimits(1), pace, clock()).rows
+        clock.now_s += px_s
+        first.steps_left -= 1
+        if not first.steps_left:
+            assert clock() <= first.deadline_s
+            rows.pop(first).close()
