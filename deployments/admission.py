@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from deployments.errors import Full, TooLate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
 
     from deployments.grouping import Pace
     from deployments.pipelines.base import Row, Work
@@ -49,10 +49,10 @@ class Forecast:
         self._stage_s_per_px: deque[float] = deque(maxlen=_SAMPLES)
         self._file_s_per_px: deque[float] = deque(maxlen=_SAMPLES)
 
-    def record(self, work: Work, file_px: int, *, stage_s: float, file_s: float) -> None:
-        """A request took so long before and after its passes, and to decode and encode."""
-        self._stage_s_per_px.append(stage_s / work.stage_px)
-        self._file_s_per_px.append(file_s / file_px)
+    def record(self, work: Work, file_px: int, timings_s: Mapping[str, float]) -> None:
+        """A request has taken so many seconds by stage, see `ImageResult.timings_s`."""
+        self._stage_s_per_px.append(timings_s["vae"] / work.stage_px)
+        self._file_s_per_px.append((timings_s["decode"] + timings_s["encode"]) / file_px)
 
     def seconds(self, work: Work, file_px: int) -> float | None:
         """About; None if the replica has timed no pass yet."""

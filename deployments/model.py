@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deployments.admission import Ticket
     from deployments.contract import OutputFormat
     from deployments.engine import Engine
+    from deployments.hosting import Served
     from deployments.images import Picture
     from deployments.pipelines.base import Pipeline, Pixels
 
@@ -226,13 +227,11 @@ class ModelDeployment:
                 _close, served.pipeline, output, picture, request, job.output_format, metadata
             )
         end_s = time.monotonic()
-        file_s = decoded_s - start_s + end_s - encode_s
-        work = served.pipeline.work(job.width_px, job.height_px, request)
-        served.forecast.record(work, self._most_px(job), stage_s=row.vae_s, file_s=file_s)
-        on_gpu = served.loaded.device != "cpu"
-        gpu_seconds = row.compute_s * self._spec.num_gpus if on_gpu else 0.0
+        gpu_seconds = self._gpu_seconds(row, served)
         timings_s = {"decode": decoded_s - start_s, "encode": end_s - encode_s}
         timings_s |= _timings_s(row, start_s - arrived_s)
+        work = served.pipeline.work(job.width_px, job.height_px, request)
+        served.forecast.record(work, self._most_px(job), timings_s)
         self._tell(row, timings_s, gpu_seconds, (start_s, decoded_s, encode_s, end_s))
         return ImageResult(
             image=body,
@@ -247,6 +246,9 @@ class ModelDeployment:
             timings_s=timings_s,
             notes=result.notes,
         )
+
+    def _gpu_seconds(self, row: Row, served: Served) -> float:
+        return row.compute_s * self._spec.num_gpus if served.loaded.device != "cpu" else 0.0
 
     async def _step(self, engine: Engine, row: Row) -> Pixels:
         try:

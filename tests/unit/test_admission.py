@@ -197,7 +197,7 @@ def test_a_forecast_is_made_of_what_was_measured() -> None:
     forecast = Forecast(timed(Pace(), 1000, 0.5))
     work = Work(steps=10, step_px=1000, stage_px=100)
     assert forecast.seconds(work, 100) == pytest.approx(5.0)
-    forecast.record(work, 100, stage_s=1.0, file_s=0.25)
+    forecast.record(work, 100, {"vae": 1.0, "decode": 0.15, "encode": 0.1, "queue": 9.0})
     assert forecast.seconds(work, 100) == pytest.approx(6.25)
     assert forecast.seconds(work, 400) == pytest.approx(7.0)
 
