@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from itertools import accumulate, product
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,27 +29,33 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 SCALE = 4
+_UNITS = 8
+"""In the edge of a tile. Windows are whole units long, so that they have few shapes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A piece of the input: what the network sees, and the part of it that is kept.
+class Window(NamedTuple):
+    """A piece of one side of a picture, in input px: what the network sees, and what is kept.
 
     Attributes:
-        top, left, height, width: of the kept part, in input px.
-        outer: the same with its overlap, as (top, left, bottom, right).
+        start, length: of what it sees. It reaches beyond the end of a picture that is smaller.
+        first, end: of what is kept.
     """
 
-    top: int
-    left: int
-    height: int
-    width: int
-    outer: tuple[int, int, int, int]
+    start: int
+    length: int
+    first: int
+    end: int
+
+
+class Tile(NamedTuple):
+    """A piece of the input, from top to bottom and from left to right."""
+
+    rows: Window
+    columns: Window
 
     @property
     def shape(self) -> tuple[int, int]:
-        top, left, bottom, right = self.outer
-        return bottom - top, right - left
+        return self.rows.length, self.columns.length
 
 
 @dataclass(slots=True)
@@ -99,18 +106,18 @@ class UpscaleGan:
         return Work(len(tiles), sum(areas_px) // len(tiles), width_px * height_px)
 
     def cost_px(self, row: Row) -> int:
-        sides = [
-            min(side, _even(side, self._tile_px) + 2 * self._overlap_px)
-            for side in row.pixels.shape[:2]
-        ]
-        return sides[0] * sides[1]
+        height, width = (self._windows(side)[0].length for side in row.pixels.shape[:2])
+        return height * width
 
     def begin(self, row: Row) -> Generator[None, None, None]:
         height, width = row.pixels.shape[:2]
-        tiles = plan_tiles(height, width, self._tile_px, self._overlap_px)
+        tiles = [Tile(*pair) for pair in product(self._windows(height), self._windows(width))]
         row.state = _Progress(torch.from_numpy(row.pixels).to(self._device), tiles)
         row.steps_left = len(tiles)
         yield from ()
+
+    def _windows(self, side_px: int) -> list[Window]:
+        return plan_side(side_px, self._tile_px, self._overlap_px)
 
     def key(self, row: Row) -> Hashable:
         progress = cast("_Progress", row.state)
@@ -119,9 +126,14 @@ class UpscaleGan:
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
         progresses = [cast("_Progress", row.state) for row in rows]
-        cuts = [_cut(one.source, one.tiles[len(one.outputs)]) for one in progresses]
-        x = torch.stack(cuts).permute(0, 3, 1, 2).to(self._dtype) / 255
-        y = self._lanes.run(lambda part: self._net(x[part]), len(rows)).float()
+        tiles = [one.tiles[len(one.outputs)] for one in progresses]
+        cuts = [_cut(one.source, tile) for one, tile in zip(progresses, tiles, strict=True)]
+        sizes = [(cut.shape[0], cut.shape[1]) for cut in cuts]
+        windows = cuts[0].new_zeros((len(rows), *tiles[0].shape, 3))
+        for window, cut, (height, width) in zip(windows, cuts, sizes, strict=True):
+            window[:height, :width] = cut
+        x = windows.permute(0, 3, 1, 2).to(self._dtype) / 255
+        y = self._lanes.run(lambda part: self._net(x[part], sizes=sizes[part]), len(rows)).float()
         valid = y.isfinite().all(dim=3).all(dim=2).all(dim=1)
         pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         pixels = pixels.to("cpu", non_blocking=True)  # nobody waits for it before `finish`
@@ -172,40 +184,34 @@ def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
     )
 
 
-def plan_tiles(height: int, width: int, tile_px: int, overlap_px: int) -> list[Tile]:
-    """Tiles of at most `tile_px` that cover a picture once, each with `overlap_px` around it.
+def plan_side(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
+    """Windows along one side of a picture, as few and as alike as can be.
 
-    All about alike, since a narrow rest at the edge would cost nearly as much as a whole tile.
+    However many sizes of picture come, the network meets few lengths: for each shape it prepares
+    anew, and keeps that. A picture shorter than its only window leaves a margin in it. Several
+    windows stay inside the picture; what is kept of each lies `overlap_px` from where it was cut.
     """
-    tiles: list[Tile] = []
-    tile_height, tile_width = _even(height, tile_px), _even(width, tile_px)
-    for top in range(0, height, tile_height):
-        for left in range(0, width, tile_width):
-            inner_height = min(tile_height, height - top)
-            inner_width = min(tile_width, width - left)
-            outer = (
-                max(top - overlap_px, 0),
-                max(left - overlap_px, 0),
-                min(top + inner_height + overlap_px, height),
-                min(left + inner_width + overlap_px, width),
-            )
-            tiles.append(Tile(top, left, inner_height, inner_width, outer))
-    return tiles
-
-
-def _even(side_px: int, most_px: int) -> int:
-    """Of as few equal parts of a side as are at most so long."""
-    parts = -(-side_px // most_px)
-    return -(-side_px // parts)
+    unit_px, around_px = tile_px // _UNITS, 2 * overlap_px
+    most_px = (tile_px + around_px) // unit_px * unit_px
+    count = -(-(side_px - around_px) // (most_px - around_px)) if side_px > most_px else 1
+    units = -(-(side_px + around_px * (count - 1)) // unit_px)
+    lengths = [(units + i) // count * unit_px for i in reversed(range(count))]
+    starts = [0, *accumulate(length - around_px for length in lengths[:-1])]
+    # Rounded up, they may be too long together: the last ones then begin earlier.
+    starts = [max(min(start, side_px - n), 0) for start, n in zip(starts, lengths, strict=True)]
+    ends = [*(start + overlap_px for start in starts[1:]), side_px]
+    firsts = [0, *ends[:-1]]
+    return [Window(*found) for found in zip(starts, lengths, firsts, ends, strict=True)]
 
 
 def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:
-    top, left, bottom, right = tile.outer
-    return pixels[top:bottom, left:right]
+    rows, columns = (slice(one.start, one.start + one.length) for one in tile)
+    return pixels[rows, columns]
 
 
 def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
-    y, x = (tile.top - tile.outer[0]) * SCALE, (tile.left - tile.outer[1]) * SCALE
-    height, width = tile.height * SCALE, tile.width * SCALE
-    top, left = tile.top * SCALE, tile.left * SCALE
-    canvas[top : top + height, left : left + width] = out[y : y + height, x : x + width]
+    to = tuple(slice(one.first * SCALE, one.end * SCALE) for one in tile)
+    of = tuple(
+        slice((one.first - one.start) * SCALE, (one.end - one.start) * SCALE) for one in tile
+    )
+    canvas[to] = out[of]

@@ -146,8 +146,8 @@ def test_only_the_working_size_keeps_rows_from_sharing_a_step(
         ("refiner", ComicRequest(guidance_scale=5.0), 8, 8, 2 * 64 * 64),
         ("x4", UpscaleRequest(guidance_scale=1.0), 33, 16, 40 * 16),
         ("x4", UpscaleRequest(guidance_scale=9.0), 33, 16, 2 * 40 * 16),
-        ("srvgg", UpscaleRequest(), 20, 30, 20 * 30),
-        ("srvgg", UpscaleRequest(), 2000, 30, (63 + 2 * 5) * 30),
+        ("srvgg", UpscaleRequest(), 20, 30, 24 * 32),
+        ("srvgg", UpscaleRequest(), 2000, 30, (64 + 8) * 32),
         ("isnet", BackgroundRequest(), 2000, 30, tiny.ISNET_PX**2),
     ],
 )
@@ -223,23 +223,27 @@ def test_a_gan_upscales_exactly_four_times(
     assert result.alpha.shape == result.rgb.shape[:2]
 
 
-@pytest.mark.parametrize(("height_px", "width_px"), [(1, 1), (64, 64), (65, 63), (257, 300)])
-def test_tiles_cover_a_picture_once(height_px: int, width_px: int) -> None:
-    covered = np.zeros((height_px, width_px), int)
-    for tile in upscale_gan.plan_tiles(height_px, width_px, 64, 10):
-        covered[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width] += 1
-        top, left, bottom, right = tile.outer
-        assert 0 <= top <= tile.top < tile.top + tile.height <= bottom <= height_px
-        assert 0 <= left <= tile.left < tile.left + tile.width <= right <= width_px
-    assert (covered == 1).all()
+@pytest.mark.parametrize(("tile_px", "overlap_px"), [(32, 5), (64, 32), (256, 10), (512, 34)])
+def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px: int) -> None:
+    for side_px in (*range(1, 3 * tile_px), 5000):
+        windows = upscale_gan.plan_side(side_px, tile_px, overlap_px)
+        ends = [window.start + window.length for window in windows]
+        assert [window.first for window in windows] == [0, *(w.end for w in windows[:-1])]
+        assert windows[-1].end == side_px
+        assert max(ends) <= side_px or len(windows) == 1
+        for window, end in zip(windows, ends, strict=True):
+            assert window.start == 0 or window.first - window.start >= overlap_px
+            assert end >= side_px or end - window.end >= overlap_px
+            assert window.first < window.end
 
 
-@pytest.mark.parametrize(("side_px", "most"), [(64, 64), (65, 33), (290, 58), (257, 52), (1, 1)])
-def test_tiles_are_about_alike_without_a_narrow_rest(side_px: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("side_px", "lengths"),
+    [(1, [8]), (64, [64]), (72, [72]), (73, [48, 40]), (290, [72, 72, 64, 64, 64]), (8, [8])],
+)
+def test_windows_are_about_alike_without_a_narrow_rest(side_px: int, lengths: list[int]) -> None:
     """So that their costs are, from which the engine learns."""
-    tiles = upscale_gan.plan_tiles(side_px, side_px, 64, 10)
-    assert max(tile.height for tile in tiles) == max(tile.width for tile in tiles) == most
-    assert min(tile.height for tile in tiles) > 0.8 * most
+    assert [w.length for w in upscale_gan.plan_side(side_px, 64, 5)] == lengths
 
 
 def test_a_tile_of_nan_fails_the_picture(
@@ -250,14 +254,46 @@ def test_a_tile_of_nan_fails_the_picture(
     pipeline: Any = tiny_pipeline("srvgg", tile_px=32)
     whole, seen = pipeline._net.forward, []
 
-    def spoilt(x: torch.Tensor) -> torch.Tensor:
+    def spoilt(x: torch.Tensor, **options: Any) -> torch.Tensor:
         seen.append(x)
-        return whole(x) * (float("nan") if len(seen) == 2 else 1)
+        return whole(x, **options) * (float("nan") if len(seen) == 2 else 1)
 
     monkeypatch.setattr(pipeline._net, "forward", spoilt)
     with pytest.raises(ModelFailed, match="NaN"):
         process(pipeline, tiny.picture(1, 64, 64), UpscaleRequest())
     assert len(seen) == 4
+
+
+# --- few shapes ---
+
+
+@pytest.mark.parametrize(("name", "most"), [("srvgg", 64), ("rrdb", 100), ("isnet", 1)])
+def test_pictures_of_many_sizes_reach_the_network_in_few_shapes(
+    name: str,
+    most: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For each shape something is prepared and kept, and malloc loses what lies between."""
+    pipeline: Any = tiny_pipeline(name, tile_px=256)
+    seen: list[tuple[int, ...]] = []
+
+    def quick(x: torch.Tensor, **_: Any) -> Any:
+        height, width = x.shape[2:]
+        seen.append((height, width))
+        if name == "isnet":
+            return [x[:, :1]]
+        return x.new_zeros(len(x), 3, 4 * height, 4 * width)
+
+    monkeypatch.setattr(pipeline._net, "forward", quick)
+    request: Any = BackgroundRequest() if name == "isnet" else UpscaleRequest()
+    sides = np.random.default_rng(0).integers(1, 500, (300, 2))
+    for height_px, width_px in sides.tolist():
+        picture = Picture(np.zeros((height_px, width_px, 3), np.uint8), None)
+        run_together(pipeline, [Row(request, pipeline.fit(picture, request), 0, soon())])
+    assert len(seen) >= 300
+    assert len(set(seen)) <= most
 
 
 # --- matting ---

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+from deployments.pipelines.nets.margin import Margin
 from deployments.pipelines.nets.rrdb import RRDB, RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 
@@ -130,6 +131,30 @@ def test_upscalers_quadruple_any_size(
     assert output.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("build", [small_rrdb, small_srvgg])
+def test_a_margin_in_the_window_leaves_a_picture_as_it_is(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    net, sizes = build(), [(7, 12), (16, 16), (16, 5), (1, 1)]
+    pictures = [torch.rand(1, 3, *size) for size in sizes]
+    window = torch.zeros(len(sizes), 3, 16, 16)
+    for place, picture in zip(window, pictures, strict=True):
+        place[:, : picture.shape[2], : picture.shape[3]] = picture[0]
+
+    def apart(output: torch.Tensor) -> list[float]:
+        found: list[float] = []
+        for one, picture, (height, width) in zip(output, pictures, sizes, strict=True):
+            different = one[:, : 4 * height, : 4 * width] - net(picture)[0]
+            found.append(float(different.abs().max()))
+        return found
+
+    assert max(apart(net(window, sizes=sizes))) < 1e-6
+    unmarked = apart(net(window))
+    assert min(unmarked[0], *unmarked[2:]) > 1e-4, "else the sizes would not matter"
+
+
 def test_isnet_answers_at_the_size_of_its_input() -> None:
     sides = small_isnet().eval()(torch.rand(1, 3, 70, 65) - 0.5)
     assert [tuple(side.shape) for side in sides] == [(1, 1, 70, 65)] * 6
@@ -149,7 +174,7 @@ def test_rrdb_scales_every_residual_by_a_fifth() -> None:
         nn.init.constant_(parameter, float(name.endswith("conv5.bias")))
     x = torch.rand(1, 4, 6, 6)
     # Each dense block adds 0.2, and a fifth of all three's output comes on top of the input.
-    torch.testing.assert_close(block(x), x + 0.2 * (x + 0.6))
+    torch.testing.assert_close(block(x, Margin(x, None)), x + 0.2 * (x + 0.6))
 
 
 def seam_error(net: SRVGGNetCompact, overlap_px: int) -> float:

@@ -175,6 +175,31 @@ def test_a_tiled_upscale_equals_the_whole(
     assert (apart > 0).mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("height_px", "width_px"), [(1, 1), (9, 31), (40, 40), (41, 100), (130, 12), (200, 205)]
+)
+@pytest.mark.parametrize("name", ["srvgg", "rrdb"])
+def test_an_upscale_of_any_size_equals_the_plain_network(
+    name: str,
+    height_px: int,
+    width_px: int,
+    tiny_pipeline: Callable[..., Pipeline],
+    run_together: Callable[..., None],
+) -> None:
+    """Whether the picture is larger than a window or smaller, alone or beside one of another."""
+    pipeline: Any = tiny_pipeline(name, tile_px=40)
+    request = UpscaleRequest()
+    picture = tiny.picture(9, height_px, width_px)
+    rows = [as_row(pipeline, request, p) for p in (picture, tiny.picture(10, 36, 35))]
+    run_together(pipeline, rows)
+    x = torch.from_numpy(picture.rgb)[None].permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        plain = pipeline._net(x)[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    apart = np.abs(rows[0].future.result() - plain)
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+
+
 def test_tiles_of_rows_of_different_sizes_share_a_step(
     tiny_pipeline: Callable[..., Pipeline], run_together: Callable[..., None]
 ) -> None:

@@ -7,9 +7,16 @@ equal those of the published weights, so that a strict load needs no key mapping
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deployments.pipelines.nets.margin import Margin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _RESIDUAL_SCALE = 0.2
 _SLOPE = 0.2
@@ -29,12 +36,13 @@ class ResidualDenseBlock(nn.Module):
             outputs = num_feat if i == 4 else num_grow_ch
             self.add_module(f"conv{i + 1}", _conv(num_feat + i * num_grow_ch, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, margin: Margin) -> Tensor:
         features = [x]
         for i in range(1, 5):
-            hidden = self.get_submodule(f"conv{i}")(torch.cat(features, 1))
+            hidden = margin.clear(self.get_submodule(f"conv{i}")(torch.cat(features, 1)))
             features.append(F.leaky_relu(hidden, _SLOPE, inplace=True))
-        return x + _RESIDUAL_SCALE * self.get_submodule("conv5")(torch.cat(features, 1))
+        last = margin.clear(self.get_submodule("conv5")(torch.cat(features, 1)))
+        return x + _RESIDUAL_SCALE * last
 
 
 class RRDB(nn.Module):
@@ -46,8 +54,11 @@ class RRDB(nn.Module):
         self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch)
         self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + _RESIDUAL_SCALE * self.rdb3(self.rdb2(self.rdb1(x)))
+    def forward(self, x: Tensor, margin: Margin) -> Tensor:
+        hidden = x
+        for block in (self.rdb1, self.rdb2, self.rdb3):
+            hidden = block(hidden, margin)
+        return x + _RESIDUAL_SCALE * hidden
 
 
 class RRDBNet(nn.Module):
@@ -85,21 +96,25 @@ class RRDBNet(nn.Module):
         self.conv_hr = _conv(num_feat, num_feat)
         self.conv_last = _conv(num_feat, num_out_ch)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Upscale.
 
         Args:
             x: `(B, 3, H, W)` float, RGB in [0, 1].
+            sizes: height and width of each picture, at the top left among zeros; None: H and W.
 
         Returns:
-            `(B, 3, 4 * H, 4 * W)`, RGB, not clamped.
+            `(B, 3, 4 * H, 4 * W)`, RGB, not clamped; beyond a picture it means nothing.
         """
-        shallow = self.conv_first(x)
-        hidden = shallow + self.conv_body(self.body(shallow))
-        for conv in (self.conv_up1, self.conv_up2):
+        margin = Margin(x, sizes)
+        shallow = hidden = margin.clear(self.conv_first(x))
+        for block in self.body:
+            hidden = block(hidden, margin)
+        hidden = shallow + margin.clear(self.conv_body(hidden))
+        for conv, scale in ((self.conv_up1, 2), (self.conv_up2, 4)):
             doubled = F.interpolate(hidden, scale_factor=2, mode="nearest")
-            hidden = F.leaky_relu(conv(doubled), _SLOPE, inplace=True)
-        hidden = F.leaky_relu(self.conv_hr(hidden), _SLOPE, inplace=True)
+            hidden = F.leaky_relu(margin.clear(conv(doubled), scale), _SLOPE, inplace=True)
+        hidden = F.leaky_relu(margin.clear(self.conv_hr(hidden), 4), _SLOPE, inplace=True)
         return self.conv_last(hidden)
 
 

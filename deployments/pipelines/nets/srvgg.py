@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional as F
 
+from deployments.pipelines.nets.margin import Margin
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -44,14 +48,20 @@ class SRVGGNetCompact(nn.Module):
         """How far, in input pixels, an output pixel sees: tiles that overlap by this are exact."""
         return self.num_conv + 2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Upscale.
 
         Args:
             x: `(B, 3, H, W)` float, RGB in [0, 1].
+            sizes: height and width of each picture, at the top left among zeros; None: H and W.
 
         Returns:
-            `(B, 3, upscale * H, upscale * W)`, RGB, not clamped.
+            `(B, 3, upscale * H, upscale * W)`, RGB, not clamped; beyond a picture it means nothing.
         """
-        details = self.upsampler(self.body(x))
+        margin, hidden = Margin(x, sizes), x
+        for layer in self.body:
+            hidden = layer(hidden)
+            if isinstance(layer, nn.Conv2d):
+                margin.clear(hidden)
+        details = self.upsampler(hidden)
         return details + F.interpolate(x, scale_factor=self.upscale, mode="nearest")
