@@ -1,8 +1,10 @@
-"""20,000 requests of which 30 % leave early, and what stays behind of them: `make soak-clients`.
+"""20,000 requests of thousands of sizes, of which 30 % leave early, and what stays behind of them:
+`make soak-clients`.
 
 Memory: the resident size of the proxy, the ingress and the model replicas is sampled under load,
-and a line is fitted to it after the warm-up. Rows: at the end nobody may be working any more, and
-100 further requests must all get their picture.
+and a line is fitted to it after the warm-up. Rows: 200 clients then ask for long work and leave;
+the request after them may take twice its time on the idle server at most. At the end nobody may be
+working any more, and 100 further requests must all get their picture.
 """
 
 from __future__ import annotations
@@ -38,15 +40,21 @@ RESULTS: Final = ROOT / "benchmarks/results"
 MIB: Final = 2**20
 WARM_UP: Final = 2000
 AFTERWARDS: Final = 100
+LEAVERS: Final = 200
+SLOWER: Final = 2
+"""How many times its idle time the request after the leavers may take."""
 _SAMPLES: Final = 400
 _SILENCE_S: Final = 5
 _IDLE_SHARE: Final = 0.2
 _ASLEEP: Final = ("Comic", "Aged")
 _PROCESSES: Final = ("ProxyActor", "ServeReplica:imagen:")
-_SQUARES: Final = {
-    "background": (8, 32, 96, 256, 512),
-    "upscale": (8, 16, 32, 64, 96),
-    "enhance": (32, 96),
+_SIZES: Final[dict[str, list[dict[str, Any]]]] = {
+    "background": [{"size": [8, 8], "up_to": [512, 512]}],
+    "upscale": [
+        {"size": [8, 8], "up_to": [96, 96], "weight": 9},
+        {"size": [97, 97], "up_to": [300, 300]},
+    ],
+    "enhance": [{"size": [32, 32], "up_to": [160, 160]}],
 }
 # By what they cost: a quarter of the time is upscale's, and enhance takes a second.
 _WEIGHTS: Final = {"background": 40, "upscale": 60, "enhance": 0.2}
@@ -59,9 +67,38 @@ def plan(
     leaving: float = 0.3,
     seed: int = 0,
     clients: int = 8,
-    tasks: Sequence[str] = tuple(_SQUARES),
+    tasks: Sequence[str] = tuple(_SIZES),
 ) -> Plan:
-    """A closed load of pictures from tiny to 512 px, with clients who leave within 100 ms."""
+    """A closed load of pictures from tiny to 512 px, with clients who leave within 100 ms.
+
+    Nearly every request to background has a size of its own; so have most of the first thousands to
+    upscale, and nearly all its large ones.
+    """
+    mix = [{"task": task, "weight": _WEIGHTS[task], "sizes": _SIZES[task]} for task in tasks]
+    return _plan(requests, clients, mix, seed=seed, leaving=leaving, after_s=(0, 0.1))
+
+
+def leavers(clients: int) -> Plan:
+    """Clients who ask for a hundred steps, and leave when these have begun."""
+    mix = [{"task": "enhance", "parameters": {"steps": 100}, "sizes": [[256, 256]]}]
+    return _plan(LEAVERS, clients, mix, leaving=1, after_s=(0.1, 0.5))
+
+
+def default_requests(count: int, warm_up: int = 0) -> Plan:
+    """Requests to the same model, one by one, with its own defaults."""
+    mix = [{"task": "enhance", "sizes": [[512, 512]]}]
+    return _plan(count, 1, mix, leaving=0).change(warm_up=warm_up)
+
+
+def _plan(
+    requests: int,
+    clients: int,
+    mix: list[dict[str, Any]],
+    *,
+    seed: int = 0,
+    leaving: float,
+    after_s: tuple[float, float] = (0, 0),
+) -> Plan:
     values: dict[str, Any] = {
         "name": "soak of leaving clients",
         "seed": seed,
@@ -70,15 +107,8 @@ def plan(
         "requests": requests,
         "timeout_s": 60,
         "disconnect_share": leaving,
-        "disconnect_after_s": [0, 0.1],
-        "mix": [
-            {
-                "task": task,
-                "weight": _WEIGHTS[task],
-                "sizes": [[side, side] for side in _SQUARES[task]],
-            }
-            for task in tasks
-        ],
+        "disconnect_after_s": after_s,
+        "mix": mix,
     }
     return parse_plan(values, "The plan of the soak")
 
@@ -201,6 +231,29 @@ def faults(
     return found
 
 
+def slow_after(idle: Report, left: Report, following: Report) -> list[str]:
+    """What leavers must not leave behind, in words: work that the next request waits for."""
+    found: list[str] = []
+    gone = left.total.outcomes["disconnected"]
+    if gone < 0.9 * len(left.records):
+        found.append(
+            f"only {gone} of {len(left.records)} clients left, so that nothing is shown:"
+            f" {left.total.outcomes} ({left.total.refusals})"
+        )
+    usual, next_ = idle.total.latency_s, following.total.latency_s
+    if usual is None or next_ is None:
+        found.append(
+            f"the request before or after the leavers got no picture: {idle.total.outcomes},"
+            f" {following.total.outcomes}"
+        )
+    elif next_.max > SLOWER * usual.p50:
+        found.append(
+            f"the request after {gone} leavers took {next_.max:.2f} s, above {SLOWER} times the"
+            f" {usual.p50:.2f} s it takes on the idle server"
+        )
+    return found
+
+
 def soak(
     requests: int, clients: int, seed: int, tolerance: float, wanted_warm_up: int
 ) -> dict[str, Any]:
@@ -209,8 +262,11 @@ def soak(
     # which still grows then.
     warm_up = min(wanted_warm_up, requests // 2)
     with running(ours()) as url:
+        idle = _whole(run(default_requests(5, warm_up=2), url))
         memory = Memory(requests)
         leaving = _whole(run(plan(requests, seed=seed, clients=clients), url, progress=memory))
+        left = _whole(run(leavers(clients), url))
+        following = _whole(run(default_requests(1), url))
         busy = memory.busy_share(_SILENCE_S)
         held = stuck(url)
         after = _whole(run(plan(AFTERWARDS, leaving=0, seed=seed + 1, clients=clients), url))
@@ -227,13 +283,17 @@ def soak(
         "machine": leaving.machine.model_dump(),
         "wall_s": leaving.wall_s,
         "outcomes": leaving.total.outcomes,
+        "distinct_sizes": len({(record.task, record.size) for record in leaving.records}),
         "tasks": {name: task.outcomes for name, task in leaving.tasks.items()},
         "latency_s": leaving.total.latency_s and leaving.total.latency_s.model_dump(),
+        "leavers": left.total.outcomes,
+        "idle_s": idle.total.latency_s and idle.total.latency_s.p50,
+        "after_leavers_s": following.total.latency_s and following.total.latency_s.max,
         "afterwards": after.total.model_dump(),
         "busy_share_afterwards": busy,
         "tolerance_mib_per_1000": tolerance,
         "memory": fits,
-        "faults": faults(leaving, after, busy, held),
+        "faults": [*faults(leaving, after, busy, held), *slow_after(idle, left, following)],
         "samples": {"requests": memory.requests, "mib": memory.mib},
     }
 
@@ -254,7 +314,15 @@ def show(document: dict[str, Any]) -> None:
         table.add_row(name, *cells, f"{found['last_mib']:.0f}", found["verdict"])
     console.print(table)
     outcomes = {name: count for name, count in document["outcomes"].items() if count}
-    console.print(f"{document['requests']} requests in {document['wall_s']:.0f} s: {outcomes}")
+    console.print(
+        f"{document['requests']} requests of {document['distinct_sizes']} sizes in"
+        f" {document['wall_s']:.0f} s: {outcomes}"
+    )
+    idle_s, after_s = (document[key] or float("nan") for key in ("idle_s", "after_leavers_s"))
+    console.print(
+        f"The request after {document['leavers']['disconnected']} leavers took {after_s:.2f} s,"
+        f" {idle_s:.2f} s on the idle server."
+    )
     got = document["afterwards"]["outcomes"]["ok"]
     slowest = (document["afterwards"]["latency_s"] or {}).get("max", float("nan"))
     console.print(

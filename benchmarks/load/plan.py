@@ -59,10 +59,23 @@ def _constant(value: Any) -> Any:
 
 
 class PhotoSize(Strict):
-    """A size of photo, in px, and how often it comes relative to the others."""
+    """A size of photo, in px, and how often it comes relative to the others.
+
+    Attributes:
+        size: width and height; with `up_to`, the least of both.
+        up_to: the most of both; each request draws its own, every pixel equally likely.
+        weight: how often it comes.
+    """
 
     size: tuple[Side, Side]
+    up_to: tuple[Side, Side] | None = None
     weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _upwards(self) -> Self:
+        if self.up_to and (self.up_to[0] < self.size[0] or self.up_to[1] < self.size[1]):
+            raise ValueError(f"up_to {list(self.up_to)} is below size {list(self.size)}")
+        return self
 
 
 def _bare_size(value: Any) -> Any:
@@ -187,12 +200,21 @@ class Plan(Strict):
         if self.slowdown_requests and not self.slowdown:
             raise ValueError("slowdown_requests needs slowdown: true")
         endless = self.mode == "closed" and self.duration_s
+        if endless and any(kind.up_to for kind in self.photo_sizes):
+            raise ValueError(
+                "sizes: up_to needs requests in a closed plan, because the photos are made before"
+            )
         if self.slowdown and endless and not self.slowdown_requests:
             raise ValueError(
                 "slowdown needs slowdown_requests, because a closed plan with duration_s does not"
                 " know how many requests it sends"
             )
         return self
+
+    @property
+    def photo_sizes(self) -> Sizes:
+        """All that are named anywhere."""
+        return (*self.sizes, *(kind for entry in self.mix for kind in entry.sizes))
 
     def change(self, **values: Any) -> Plan:
         """This plan with other values, checked; `target` may name a part of its keys.

@@ -20,7 +20,7 @@ from deployments.settings import resolve
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from benchmarks.load.plan import Distribution, Entry, Plan, Scalar
+    from benchmarks.load.plan import Distribution, Entry, Plan, Scalar, Sizes
     from deployments.contract import Task
 
 _JPEG_QUALITY = 90
@@ -71,7 +71,9 @@ def photos(plan: Plan) -> dict[Size, bytes]:
     Raises:
         ConfigError: the photo cannot be read.
     """
-    kinds = [*plan.sizes, *(size for entry in plan.mix for size in entry.sizes)]
+    sizes = {kind.size for kind in plan.photo_sizes if not kind.up_to}
+    if any(kind.up_to for kind in plan.photo_sizes):
+        sizes |= {request.size for request in (*warm_up(plan), *requests(plan))}
     try:
         with Image.open(resolve(plan.photo)) as file:
             photo = file.convert("RGB")
@@ -79,7 +81,7 @@ def photos(plan: Plan) -> dict[Size, bytes]:
         raise ConfigError(
             "The plan's photo cannot be read.", value=plan.photo, remedy="Name a picture file."
         ) from error
-    return {kind.size: _jpeg(photo, kind.size) for kind in kinds}
+    return {size: _jpeg(photo, size) for size in sizes}
 
 
 def _jpeg(photo: Image.Image, size: Size) -> bytes:
@@ -104,8 +106,7 @@ def _arrivals(plan: Plan) -> Iterator[float | None]:
 
 
 def _request(plan: Plan, entry: Entry, index: int, arrival_s: float | None) -> Request:
-    sizes = entry.sizes or plan.sizes
-    size = _stream(plan, index, "size").choices(sizes, [s.weight for s in sizes])[0].size
+    size = _size(entry.sizes or plan.sizes, _stream(plan, index, "size"))
     parameters = {
         name: _draw(distribution, _stream(plan, index, f"parameter/{name}"))
         for name, distribution in entry.parameters.items()
@@ -117,6 +118,14 @@ def _request(plan: Plan, entry: Entry, index: int, arrival_s: float | None) -> R
     return Request(
         index, entry.label, entry.task, entry.path, size, parameters, arrival_s, leaves_after_s
     )
+
+
+def _size(kinds: Sizes, stream: random.Random) -> Size:
+    kind = stream.choices(kinds, [kind.weight for kind in kinds])[0]
+    if kind.up_to is None:
+        return kind.size
+    (width, height), (most_width, most_height) = kind.size, kind.up_to
+    return stream.randint(width, most_width), stream.randint(height, most_height)
 
 
 def _stream(plan: Plan, index: int, purpose: str) -> random.Random:

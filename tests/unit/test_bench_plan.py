@@ -116,6 +116,23 @@ def test_photos_have_the_sizes_of_the_plan() -> None:
             assert (picture.format, picture.size) == ("JPEG", size)
 
 
+RANGE = {"size": [40, 20], "up_to": [80, 60]}
+
+
+def test_sizes_in_a_range_are_drawn_anew_by_each_request() -> None:
+    made = plan(sizes=[RANGE], warm_up=3)
+    comics = [r.size for r in requests(made) if r.label == "comic"]
+    assert len(set(comics)) > len(comics) / 2
+    for side, least, most in ((0, 40, 80), (1, 20, 60)):
+        found = [size[side] for size in comics]
+        assert (min(found), max(found)) == (least, most)
+        assert statistics.mean(found) == pytest.approx((least + most) / 2, abs=3)
+    found = photos(made)
+    assert {r.size for r in (*warm_up(made), *requests(made))} == found.keys() | {(32, 24)}
+    with Image.open(io.BytesIO(found[comics[0]])) as picture:
+        assert picture.size == comics[0]
+
+
 def test_photos_are_the_same_every_time() -> None:
     assert photos(plan()) == photos(plan())
 
@@ -154,6 +171,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"sizes": []}, "sizes: comic has no photo sizes"),
     ({"sizes": [[0, 4]]}, "sizes.0.size.0:"),
+    ({"sizes": [RANGE | {"up_to": [80, 10]}]}, r"sizes.0: up_to \[80, 10\] is below"),
     ({"disconnect_share": 0.1}, "disconnect_share needs disconnect_after_s"),
     ({"disconnect_share": 1.1}, "disconnect_share:"),
     ({"disconnect_after_s": [2, 1]}, "disconnect_after_s: .* downwards"),
@@ -184,6 +202,12 @@ def test_an_endless_plan_must_say_how_many_requests_run_unloaded() -> None:
     with pytest.raises(ConfigError, match="slowdown needs slowdown_requests"):
         plan(**endless)
     assert plan(**endless, slowdown_requests=3).slowdown_requests == 3
+
+
+def test_an_endless_plan_has_sizes_whose_photos_can_be_made_before() -> None:
+    endless = {"mode": "closed", "rate_per_s": None, "concurrency": 2, "requests": None}
+    with pytest.raises(ConfigError, match="sizes: up_to needs requests"):
+        plan(**endless, duration_s=1, sizes=[RANGE])
 
 
 @pytest.mark.parametrize("text", ["name: [", b"\xff\xfe\x00", "just text", "", "made: 2026-99-99"])
