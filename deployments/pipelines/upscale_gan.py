@@ -101,9 +101,9 @@ class UpscaleGan:
         self._device = device
 
     def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
-        tiles = plan_tiles(height_px, width_px, self._tile_px, self._overlap_px)
-        areas_px = [height * width for height, width in (tile.shape for tile in tiles)]
-        return Work(len(tiles), sum(areas_px) // len(tiles), width_px * height_px)
+        shapes = [tile.shape for tile in self._tiles(height_px, width_px)]
+        area_px = sum(height * width for height, width in shapes)
+        return Work(len(shapes), area_px // len(shapes), width_px * height_px)
 
     def cost_px(self, row: Row) -> int:
         height, width = (self._windows(side)[0].length for side in row.pixels.shape[:2])
@@ -111,10 +111,13 @@ class UpscaleGan:
 
     def begin(self, row: Row) -> Generator[None, None, None]:
         height, width = row.pixels.shape[:2]
-        tiles = [Tile(*pair) for pair in product(self._windows(height), self._windows(width))]
+        tiles = self._tiles(height, width)
         row.state = _Progress(torch.from_numpy(row.pixels).to(self._device), tiles)
         row.steps_left = len(tiles)
         yield from ()
+
+    def _tiles(self, height: int, width: int) -> list[Tile]:
+        return [Tile(*pair) for pair in product(self._windows(height), self._windows(width))]
 
     def _windows(self, side_px: int) -> list[Window]:
         return plan_side(side_px, self._tile_px, self._overlap_px)
