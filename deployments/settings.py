@@ -36,6 +36,23 @@ class LimitSettings(Strict):
     )
 
 
+class UploadSettings(Strict):
+    """How uploads come in, at one Ingress replica.
+
+    Attributes:
+        pause_s: a body that brings nothing for so long is refused.
+        min_bytes_per_s: and so is one that is slower for as long.
+        max_arriving: bodies on their way at a time. One more takes the room of whichever has stood
+            still longest, or gets 429 where none has.
+        max_held_bytes: of all bodies in memory, on their way or in work; beyond it likewise.
+    """
+
+    pause_s: float = Field(default=10, gt=0)
+    min_bytes_per_s: int = Field(default=1024, ge=1)
+    max_arriving: int = Field(default=1000, ge=1)
+    max_held_bytes: int = Field(default=2**30, ge=1024)
+
+
 class StoreSettings(Strict):
     """The model store of a node, and how it is filled.
 
@@ -116,7 +133,9 @@ class Settings(Strict):
         pixel_threads: threads of each replica that decode and encode image files.
         model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own.
         request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.
-        max_uploads: uploads that one Ingress replica works on at a time; more get 429.
+        max_uploads: uploads that have come in whole and that one Ingress replica works on at a
+            time; more get 429.
+        uploads: how they come in.
         retry_after_s: what a refused client is told to wait.
         limits: sizes.
         store: where models lie on a node, and how they get there.
@@ -131,7 +150,14 @@ class Settings(Strict):
     max_uploads: int = Field(default=150, ge=1)
     retry_after_s: int = Field(default=2, ge=1)
     limits: LimitSettings = LimitSettings()
+    uploads: UploadSettings = UploadSettings()
     store: StoreSettings = StoreSettings()
+
+    @model_validator(mode="after")
+    def _holds_the_largest_body(self) -> Self:
+        if self.uploads.max_held_bytes < self.limits.max_body_bytes:
+            raise ValueError("uploads.max_held_bytes must not be below limits.max_body_bytes")
+        return self
 
 
 class Tuning(Strict):

@@ -100,7 +100,6 @@ def create_app(
     Args:
         heard: is told of each answer.
     """
-    limit = settings.limits.max_body_bytes
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
@@ -113,7 +112,12 @@ def create_app(
             Middleware(RequestId),
             Middleware(AccessLog, heard=heard),
             Middleware(ErrorBoundary),
-            Middleware(BodyLimit, max_body_bytes=limit),
+            Middleware(
+                BodyLimit,
+                max_body_bytes=settings.limits.max_body_bytes,
+                uploads=settings.uploads,
+                retry_after_s=settings.retry_after_s,
+            ),
             Middleware(
                 InFlightLimit,
                 max_uploads=settings.max_uploads,

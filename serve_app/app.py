@@ -39,8 +39,9 @@ def build(args: dict[str, Any]) -> Application:
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
         name="Ingress",
-        max_ongoing_requests=settings.max_uploads + 50,
-        max_queued_requests=400,
+        # Enough that our middleware refuses, not Serve, whose refusals are plain text.
+        max_ongoing_requests=settings.max_uploads + settings.uploads.max_arriving + 50,
+        max_queued_requests=settings.uploads.max_arriving,
         backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.5},
     )

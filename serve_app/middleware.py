@@ -7,21 +7,27 @@ import logging
 import re
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
-from deployments.errors import Full, ImagenError, NotReady, TooLarge
+from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
 from serve_app import wire
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from deployments.settings import UploadSettings
+
 logger = logging.getLogger("ray.serve.imagen.access")  # Serve gives its children a handler
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_STILL_S = 1.0
+"""A body without a byte for so long makes room for one that arrives."""
 
 
 class RequestId:
@@ -123,10 +129,158 @@ class ErrorBoundary:
             await wire.error_response(error, scope)(scope, receive, send)
 
 
-class InFlightLimit:
-    """At most so many uploads at a time in this process; one more is told when to come back.
+class BodyLimit:
+    """Bodies are limited in size and in pace, each and all together.
 
-    Keep it below the Ingress's `max_ongoing_requests`: Serve's own refusal is plain text.
+    A body that stands still for `pause_s` is refused, and so is one that falls behind
+    `min_bytes_per_s`. What many hold together is bounded too: a new body, or more of one, takes the
+    room of whichever has stood still longest.
+
+    A body that no route reads is left to the server in front, which throws it away once the answer
+    is out.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, uploads: UploadSettings, retry_after_s: float
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.uploads = uploads
+        self.retry_after_s = retry_after_s
+        self._arriving: OrderedDict[_Body, None] = OrderedDict()  # longest still first
+        self._held_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if _exceeds(declared, self.max_body_bytes):
+            raise self._too_large(f"{declared} bytes")
+        announced = declared.strip("0") or "transfer-encoding" in headers
+        if scope["method"] in ("GET", "HEAD") and not announced:
+            return await self.app(scope, receive, send)
+        self._make_room(bodies=1)
+        now_s = asyncio.get_running_loop().time()
+        body = _Body(asyncio.timeout_at(now_s + self.uploads.pause_s), now_s)
+        try:
+            async with body.timer:
+                self._arriving[body] = None
+                await self.app(scope, self._limited(body, receive), send)
+        except TimeoutError as error:
+            if not body.timer.expired():
+                raise
+            raise self._too_slow(body) from error
+        finally:
+            self._arriving.pop(body, None)
+            self._held_bytes -= body.held_bytes
+
+    def _limited(self, body: _Body, receive: Receive) -> Receive:
+        async def limited() -> Message:
+            message = await receive()
+            if body in self._arriving:
+                self._take(body, message)
+            return message
+
+        return limited
+
+    def _take(self, body: _Body, message: Message) -> None:
+        some_bytes = len(message.get("body", b""))
+        body.came_bytes += some_bytes
+        self._held_bytes += some_bytes
+        if body.came_bytes > self.max_body_bytes:
+            raise self._too_large(f"more than {self.max_body_bytes} bytes")
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            body.timer.reschedule(None)
+            del self._arriving[body]
+        elif some_bytes:
+            self._arriving.move_to_end(body)
+            body.wait(some_bytes, self.uploads)
+        self._make_room()
+
+    def _make_room(self, bodies: int = 0) -> None:
+        """Give up bodies that have stood still until there is room for what has come.
+
+        Raises:
+            Full: all others are arriving.
+        """
+        uploads = self.uploads
+        still_s = asyncio.get_running_loop().time() - _STILL_S
+        while (
+            len(self._arriving) + bodies > uploads.max_arriving
+            or self._held_bytes > uploads.max_held_bytes
+        ):
+            longest = next(iter(self._arriving), None)
+            if longest is None or longest.last_s > still_s:
+                raise self._full()
+            del self._arriving[longest]
+            self._held_bytes -= longest.held_bytes
+            longest.give_up()
+
+    def _full(self) -> Full:
+        return Full(
+            "The service takes no more uploads at the moment.",
+            value=f"{len(self._arriving)} arriving, {self._held_bytes} bytes held",
+            remedy="Try again after Retry-After seconds.",
+            retry_after_s=self.retry_after_s,
+        )
+
+    def _too_large(self, size: str) -> TooLarge:
+        return TooLarge(
+            f"The body may have at most {self.max_body_bytes} bytes.",
+            value=size,
+            remedy="Send a smaller picture, or one in a compressed format.",
+        )
+
+    def _too_slow(self, body: _Body) -> SlowUpload:
+        uploads = self.uploads
+        return SlowUpload(
+            "The upload stood still, and others needed its room."
+            if body.given_up
+            else f"The upload stood still for {uploads.pause_s:g} s, or fell behind"
+            f" {uploads.min_bytes_per_s} bytes a second.",
+            value=f"{body.came_bytes} bytes came",
+            remedy="Send it again; a smaller picture, or over a faster connection.",
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    """A body on its way.
+
+    Attributes:
+        timer: ends the request unless more comes by then.
+        last_s: when the last byte came.
+        came_bytes: so far.
+        given_up: others have its room.
+    """
+
+    timer: asyncio.Timeout
+    last_s: float
+    came_bytes: int = 0
+    given_up: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.given_up else self.came_bytes
+
+    def wait(self, some_bytes: int, uploads: UploadSettings) -> None:
+        """Each byte buys time, so that a pause is made up for; but never more than one pause."""
+        self.last_s = asyncio.get_running_loop().time()
+        due_s = self.timer.when() or self.last_s
+        earned_s = some_bytes / uploads.min_bytes_per_s
+        self.timer.reschedule(min(due_s + earned_s, self.last_s + uploads.pause_s))
+
+    def give_up(self) -> None:
+        self.given_up = True
+        if not self.timer.expired():
+            self.timer.reschedule(0)
+
+
+class InFlightLimit:
+    """At most so many uploads are worked on at a time; one more is told when to come back.
+
+    Only an upload that has come in whole takes a place: whoever stops sending keeps nobody out.
     """
 
     def __init__(self, app: ASGIApp, max_uploads: int, retry_after_s: float) -> None:
@@ -138,79 +292,35 @@ class InFlightLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if self._uploads >= self.max_uploads:
-            refusal = wire.error_response(self._full(), scope)
-            return await refusal(scope, receive, send)
-        self._uploads += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._uploads -= 1
+        self._check()
+        inside = False
 
-    def _full(self) -> Full:
-        return Full(
-            "The service takes no more uploads at the moment.",
-            value=f"{self._uploads} under way",
-            remedy="Try again after Retry-After seconds.",
-            retry_after_s=self.retry_after_s,
-        )
-
-
-class BodyLimit:
-    """Bodies are limited while they stream in, and a body nobody reads is thrown away.
-
-    A proxy in front hands a body on as it arrives; left unread, it would pile up in this process.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int, drain_s: float = 10.0) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-        self.drain_s = drain_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        seen, ended = 0, False
-
-        async def limited() -> Message:
-            nonlocal seen, ended
+        async def counted() -> Message:
+            nonlocal inside
             message = await receive()
-            seen += len(message.get("body", b""))
-            ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
-            if seen > self.max_body_bytes:
-                raise self._too_large(f"more than {self.max_body_bytes} bytes")
+            whole = message["type"] == "http.request" and not message.get("more_body", False)
+            if whole and not inside:
+                self._check()
+                inside = True
+                self._uploads += 1
             return message
 
-        declared = Headers(scope=scope).get("content-length", "0")
-        if _exceeds(declared, self.max_body_bytes):
-            error = self._too_large(f"{declared} bytes")
-            await wire.error_response(error, scope)(scope, receive, send)
-        else:
-            await self.app(scope, limited, send)
-        if not ended:
-            await _discard(receive, self.drain_s)
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            self._uploads -= inside
 
-    def _too_large(self, size: str) -> TooLarge:
-        return TooLarge(
-            f"The body may have at most {self.max_body_bytes} bytes.",
-            value=size,
-            remedy="Send a smaller picture, or one in a compressed format.",
-        )
+    def _check(self) -> None:
+        if self._uploads >= self.max_uploads:
+            raise Full(
+                "The service takes no more uploads at the moment.",
+                value=f"{self._uploads} under way",
+                remedy="Try again after Retry-After seconds.",
+                retry_after_s=self.retry_after_s,
+            )
 
 
 def _exceeds(declared: str, limit: int) -> bool:
     # Compared by length first: Python refuses to read numbers of more than 4,300 digits.
     digits = declared.lstrip("0") or "0"
     return digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit)
-
-
-async def _discard(receive: Receive, limit_s: float) -> None:
-    """Read what is left of a body into nothing, for a bounded time."""
-    try:
-        async with asyncio.timeout(limit_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return

@@ -16,6 +16,7 @@ from deployments.errors import (
     InvalidParameter,
     MalformedRequest,
     NotAcceptable,
+    SlowUpload,
     UnsupportedMedia,
 )
 
@@ -260,7 +261,7 @@ def problem(error: ImagenError, request_id: str) -> dict[str, Any]:
 def error_response(
     error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An error as a response; 429 and 503 say when to try again.
+    """An error as a response; 429 and 503 say when to try again, 408 closes the connection.
 
     Args:
         scope: of the request; its state has the request id, and gets the error's code.
@@ -268,6 +269,8 @@ def error_response(
     scope["state"]["reason"] = error.code
     request_id = scope["state"]["request_id"]
     own = dict(headers or {})
+    if isinstance(error, SlowUpload):
+        own["Connection"] = "close"  # else the server in front would wait for the rest
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
     body = json.dumps(problem(error, request_id)).encode()

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from deployments.contract import Task
 from deployments.errors import Full, TooLarge
+from deployments.settings import UploadSettings
 from serve_app.api import ROUTES
 from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, InFlightLimit, RequestId
 from tests.unit.fakes import FakeBackends, app_of, chunks, raw
@@ -27,9 +28,11 @@ MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
 OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
 
 
-def stack(app: ASGIApp, max_body_bytes: int = 1024, drain_s: float = 10.0) -> ASGIApp:
+def stack(
+    app: ASGIApp, max_body_bytes: int = 1024, uploads: UploadSettings | None = None
+) -> ASGIApp:
     """The middleware in the order of the API, around any app."""
-    limited = BodyLimit(app, max_body_bytes=max_body_bytes, drain_s=drain_s)
+    limited = BodyLimit(app, max_body_bytes, uploads or UploadSettings(), retry_after_s=2)
     return RequestId(AccessLog(ErrorBoundary(limited)))
 
 
@@ -261,40 +264,101 @@ async def test_a_lie_about_the_length_does_not_lift_the_limit() -> None:
     )
 
 
-async def test_a_body_nobody_reads_is_read_away() -> None:
+async def test_a_body_nobody_reads_is_left_to_the_server_in_front() -> None:
     sender = Sender(bytes(100), 50)
     sent = await raw(stack(deaf), "/", sender.body())
     assert sent[0]["status"] == 200
-    assert sender.taken == 50
-
-
-async def test_what_a_refusal_leaves_unread_is_read_away() -> None:
-    sender = Sender(bytes(100), 50)
-    problem_of(await raw(app_of(), COMIC, sender.body(), {"content-type": "text/plain"}), 415)
-    assert sender.taken == 50
+    assert sender.taken == 0
 
 
 async def test_a_refusal_does_not_wait_for_the_rest_of_the_body() -> None:
-    sender, taken = Sender(bytes(512), 50, first=OPEN_PART), list[int]()
-    app = app_of(max_body_bytes=1024)
-    await raw(app, COMIC, sender.body(), MULTIPART, on_sent=lambda _: taken.append(sender.taken))
-    assert taken == [3, 3]
-    assert sender.taken == 50
+    sender = Sender(bytes(512), 50, first=OPEN_PART)
+    problem_of(await raw(app_of(max_body_bytes=1024), COMIC, sender.body(), MULTIPART), 413)
+    assert sender.taken == 3
 
 
-async def test_a_body_without_end_is_given_up() -> None:
-    sender = Sender(bytes(100), 10**9)
-    sent = await asyncio.wait_for(raw(stack(deaf, drain_s=0.05), "/", sender.body()), 5)
-    assert sent[0]["status"] == 200
+async def stalled(*parts: bytes) -> AsyncIterator[Message]:
+    """A body that begins and never goes on."""
+    for part in parts:
+        yield {"type": "http.request", "body": part, "more_body": True}
+    await asyncio.Event().wait()
 
 
-async def test_a_client_that_stops_sending_is_given_up() -> None:
-    async def stalled() -> AsyncIterator[Message]:
-        yield {"type": "http.request", "body": b"x", "more_body": True}
-        await asyncio.sleep(60)
+async def test_a_client_that_stops_sending_is_refused_and_cut_off() -> None:
+    app = stack(keen, uploads=UploadSettings(pause_s=0.05))
+    sent = await raw(app, "/", stalled(bytes(100)))
+    assert problem_of(sent, 408)["value"] == "100 bytes came"
+    assert headers_of(sent)["connection"] == ["close"]
 
-    sent = await asyncio.wait_for(raw(stack(deaf, drain_s=0.05), "/", stalled()), 5)
-    assert sent[0]["status"] == 200
+
+async def test_a_client_below_the_least_rate_is_refused_however_much_came_before() -> None:
+    async def trickle() -> AsyncIterator[Message]:
+        yield {"type": "http.request", "body": bytes(900), "more_body": True}
+        while True:
+            await asyncio.sleep(0.01)
+            yield {"type": "http.request", "body": b"x", "more_body": True}
+
+    app = stack(keen, uploads=UploadSettings(pause_s=0.1, min_bytes_per_s=1000))
+    assert problem_of(await raw(app, "/", trickle()), 408)["code"] == "slow_upload"
+
+
+async def test_a_body_that_keeps_the_least_rate_may_take_many_pauses() -> None:
+    async def steady() -> AsyncIterator[Message]:
+        for position in range(20):
+            await asyncio.sleep(0.02)
+            yield {"type": "http.request", "body": bytes(50), "more_body": position < 19}
+
+    app = stack(keen, uploads=UploadSettings(pause_s=0.2, min_bytes_per_s=10))
+    assert (await raw(app, "/", steady()))[1]["body"] == b"1000"
+
+
+async def test_a_body_in_whole_is_hurried_no_more() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await asyncio.sleep(0.2)
+        await Response("done")(scope, receive, send)
+
+    app = stack(slow, uploads=UploadSettings(pause_s=0.05))
+    assert (await raw(app, "/", chunks([b"all"])))[1]["body"] == b"done"
+
+
+@pytest.mark.parametrize(
+    "uploads", [{"max_arriving": 2}, {"max_held_bytes": 2400}], ids=["bodies", "bytes"]
+)
+async def test_a_body_that_arrives_takes_the_room_of_one_that_stands_still(
+    uploads: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.middleware._STILL_S", 0.02)
+    app = stack(keen, uploads=UploadSettings(**uploads))
+    first, second = (asyncio.create_task(raw(app, "/", stalled(bytes(1000)))) for _ in range(2))
+    await asyncio.sleep(0.05)
+    assert (await raw(app, "/", chunks([bytes(500), bytes(500)])))[1]["body"] == b"1000"
+    assert "its room" in problem_of(await first, 408)["fact"]
+    assert not second.done()
+    second.cancel()
+
+
+@pytest.mark.parametrize(
+    "uploads", [{"max_arriving": 1}, {"max_held_bytes": 1400}], ids=["bodies", "bytes"]
+)
+async def test_where_all_bodies_arrive_one_more_is_told_when_to_come_back(
+    uploads: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.middleware._STILL_S", 60)
+    app = stack(keen, uploads=UploadSettings(**uploads))
+    first = asyncio.create_task(raw(app, "/", stalled(bytes(1000))))
+    await asyncio.sleep(0.01)
+    refused = await raw(app, "/", chunks([bytes(500), bytes(500)]))
+    assert problem_of(refused, 429)["code"] == "full"
+    assert headers_of(refused)["retry-after"] == ["2"]
+    first.cancel()
+
+
+async def test_what_ended_bodies_held_is_free_again() -> None:
+    app = stack(keen, uploads=UploadSettings(max_arriving=1, max_held_bytes=1024))
+    for _ in range(5):
+        assert (await raw(app, "/", chunks([bytes(500), bytes(524)])))[1]["body"] == b"1024"
+        problem_of(await raw(app, "/", chunks([bytes(1025), b"x"])), 413)
 
 
 async def test_a_client_that_has_gone_is_not_waited_for() -> None:
@@ -317,7 +381,7 @@ async def test_a_flood_never_fills_the_memory() -> None:
     finally:
         tracemalloc.stop()
     problem_of(sent, 413)
-    assert sender.taken == 3200
+    assert sender.taken < 20
     assert peak < 8 * 2**20
     assert backends.jobs == []
 
@@ -338,8 +402,9 @@ async def test_one_upload_too_many_is_told_when_to_come_back() -> None:
     gate = asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
         await gate.wait()
-        await keen(scope, receive, send)
+        await Response("done")(scope, receive, send)
 
     app = stack(InFlightLimit(slow, max_uploads=1, retry_after_s=3))
     first = asyncio.create_task(raw(app, COMIC, chunks([b"one"])))
@@ -348,5 +413,30 @@ async def test_one_upload_too_many_is_told_when_to_come_back() -> None:
     assert problem_of(refused, 429)["value"] == "1 under way"
     assert headers_of(refused)["retry-after"] == ["3"]
     gate.set()
-    assert (await first)[1]["body"] == b"3"
-    assert (await raw(app, COMIC, chunks([b"again"])))[1]["body"] == b"5"
+    assert (await first)[1]["body"] == b"done"
+    assert (await raw(app, COMIC, chunks([b"again"])))[1]["body"] == b"done"
+
+
+async def test_who_stops_sending_takes_no_place_among_the_uploads_in_work() -> None:
+    app = stack(InFlightLimit(keen, max_uploads=1, retry_after_s=3))
+    others = [asyncio.create_task(raw(app, COMIC, stalled(b"x"))) for _ in range(20)]
+    await asyncio.sleep(0.01)
+    assert (await raw(app, COMIC, chunks([b"t", b"wo"])))[1]["body"] == b"3"
+    for other in others:
+        other.cancel()
+
+
+async def test_uploads_that_come_in_whole_at_once_are_counted_then() -> None:
+    gate = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await gate.wait()
+        await Response("done")(scope, receive, send)
+
+    app = stack(InFlightLimit(slow, max_uploads=1, retry_after_s=3))
+    both = [asyncio.create_task(raw(app, COMIC, chunks([b"o", b"ne"]))) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    gate.set()
+    assert sorted([(await one)[0]["status"] for one in both]) == [200, 429]
