@@ -105,8 +105,9 @@ class Pace:
         return min(known, key=lambda item: abs(item[0] - wanted))[1] * cost_px
 
     def has_timed(self, cost_px: int) -> bool:
-        """Whether passes of about this size were timed often enough; from any thread."""
-        return _size_class(cost_px) in self._alone_s_per_px
+        """Whether passes of half to twice this size were timed often enough; from any thread."""
+        wanted = _size_class(cost_px)
+        return any(abs(known - wanted) <= 1 for known in list(self._alone_s_per_px))
 
     def best_size(self, rows: Sequence[Row]) -> int:
         """How many of these rows, first ones first, cost least per pixel together.
