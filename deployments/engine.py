@@ -17,7 +17,7 @@ import torch
 
 from deployments.errors import ImagenError, ModelFailed, NotReady, TooLarge, too_late
 from deployments.grouping import GroupLimits, Pace, Pass, choose
-from deployments.staging import Job, Staging, free_memory, mark
+from deployments.staging import Job, Staging, free_memory, give_way, mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -146,6 +146,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            give_way()
             while self._receive():
                 self._rows = [row for row in self._rows if self._wanted(row)]
                 if self._rows:

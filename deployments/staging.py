@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from deployments.pipelines.base import Row
 
     Pieces = Generator[None, None, Any]
+
+
+_NICENESS = 10
+"""A tenth of the share of a core that others get who want it at the same time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +84,7 @@ class Staging:
     def _run(self) -> None:
         try:
             use_own_stream()
+            give_way()
             while self._receive():
                 self._turn()
         # Whatever ends this thread must end every row's wait too.
@@ -154,6 +160,16 @@ def use_own_stream() -> None:
     """Give the calling thread a CUDA stream of its own; nothing without CUDA."""
     if torch.cuda.is_initialized():
         torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def give_way() -> None:
+    """On a CPU, let the threads and processes that carry requests go before the calling thread.
+
+    They need little, and requests are read and refused at once though passes take every core. The
+    threads that the caller starts inherit it.
+    """
+    if not torch.cuda.is_initialized():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def finish_stream() -> None:
