@@ -9,11 +9,17 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import requests
-from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
+from google.api_core.exceptions import (
+    GoogleAPICallError,
+    NotFound,
+    PreconditionFailed,
+    RetryError,
+)
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 from google.cloud.exceptions import Forbidden, Unauthorized
+from google.cloud.storage.retry import DEFAULT_RETRY
 from google.resumable_media import DataCorruption, InvalidResponse
 
 from deployments.errors import SourceFailed
@@ -31,6 +37,10 @@ from deployments.store.sources import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
+
+_CHUNK_BYTES = 32 * 2**20
+_CHUNK_TIMEOUT_S = 120
+"""Of an upload's chunk, tries included: the library tries a chunk again, we only a whole file."""
 
 
 class BucketSource:
@@ -65,10 +75,14 @@ class BucketSource:
     def upload(self, path: str, local: Path) -> bool:
         """Upload a file unless there is one of that name; False if there was."""
         with _mending(f"{self.url}/{path}"):
-            blob = self._bucket.blob(self._object(path))
+            blob = self._bucket.blob(self._object(path), chunk_size=_CHUNK_BYTES)
             try:
                 blob.upload_from_filename(
-                    str(local), if_generation_match=0, checksum="crc32c", timeout=300
+                    str(local),
+                    if_generation_match=0,
+                    checksum="crc32c",
+                    timeout=_CHUNK_TIMEOUT_S,
+                    retry=DEFAULT_RETRY.with_timeout(_CHUNK_TIMEOUT_S),
                 )
             except PreconditionFailed:
                 return False
@@ -119,6 +133,8 @@ def _mending(url: str) -> Generator[None]:
         raise _refused(url) from error
     except (InvalidResponse, GoogleAPICallError) as error:
         raise _answer(url, error.response) from error
+    except RetryError as error:
+        raise Transient(f"{url}: {type(error.cause).__name__}") from error
     except (requests.RequestException, TransportError, DataCorruption, ConnectionError) as error:
         raise Transient(f"{url}: {type(error).__name__}") from error
     except GoogleAuthError as error:

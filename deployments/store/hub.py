@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deployments.errors import ConfigError, SourceFailed
 from deployments.store.sources import (
+    TIMEOUT_S,
     TRANSIENT,
     UNRESOLVED,
     Remote,
@@ -20,12 +21,13 @@ from deployments.store.sources import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from huggingface_hub.hf_api import ModelInfo
+
 # As the hub library wants them; at others it raises errors of its own.
 _PART = r"\w(?:[\w.-]*\w)?"
 _NOT = r"(?!.*(?:--|\.\.|\.git@|/[^/]{97,}@))"
 _URL = re.compile(rf"^hf://{_NOT}({_PART}/{_PART})@(\w+)$", re.ASCII)
 _REVISION = re.compile(r"^[0-9a-f]{40}$")
-_TIMEOUT_S = 20.0
 
 
 def parse(url: str) -> tuple[str, str]:
@@ -100,8 +102,7 @@ def resolve_revision(repo: str) -> str:
     Raises:
         Transient, SourceFailed: as `Source.stat`.
     """
-    info = _ask("repo_info", repo, timeout=_TIMEOUT_S)  # given none, it waits for ever
-    return str(info.sha)
+    return str(_info(repo).sha)
 
 
 def list_repository(repo: str, revision: str) -> list[Remote]:
@@ -110,26 +111,22 @@ def list_repository(repo: str, revision: str) -> list[Remote]:
     Raises:
         Transient, SourceFailed: as `Source.stat`.
     """
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = _ask("list_repo_tree", repo, revision=revision, recursive=True)
+    files = _info(repo, revision=revision, files_metadata=True).siblings or []
     return [
-        Remote(item.path, item.size, item.lfs.sha256 if item.lfs else None)
-        for item in tree
-        if isinstance(item, RepoFile)
+        Remote(f.rfilename, -1 if f.size is None else f.size, f.lfs.sha256 if f.lfs else None)
+        for f in files
     ]
 
 
-def _ask(method: str, repo: str, **options: Any) -> Any:
+def _info(repo: str, **options: Any) -> ModelInfo:
     import httpx2  # huggingface_hub's own
-    from huggingface_hub import HfApi, get_session
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    get_session().timeout = httpx2.Timeout(_TIMEOUT_S)  # its own is to wait for ever
     api = HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False)
     try:
-        answer = getattr(api, method)(repo, **options)
-        return list(answer) if method == "list_repo_tree" else answer
+        # Of the library's calls this one takes a timeout, and does not try again by itself.
+        return api.model_info(repo, timeout=TIMEOUT_S[1], **options)
     except OfflineModeIsEnabled as error:
         raise SourceFailed(
             "The hub is switched off by HF_HUB_OFFLINE.", value=repo, remedy="Unset it to pull."

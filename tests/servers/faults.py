@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Kind = Literal["stall", "reset", "429", "503", "500", "truncate", "flip", "overwrite"]
+Kind = Literal["silent", "stall", "reset", "429", "503", "500", "truncate", "flip", "overwrite"]
 
-BEFORE = frozenset({"overwrite"})
+BEFORE = frozenset({"silent", "overwrite"})
 REFUSALS = frozenset({"429", "503", "500"})
 BODIES = frozenset({"stall", "reset", "truncate", "flip"})
 
@@ -78,18 +78,18 @@ class Faults:
         """Plan a fault for the next `times` requests that fit (`math.inf`: for all).
 
         Args:
-            kind: "429", "503" and "500" refuse any request. "overwrite" calls
-                `callback`, then answers as usual. "stall", "reset", "truncate" and
-                "flip" strike only the body of a file, never a listing or a HEAD.
+            kind: "429", "503" and "500" refuse any request. "silent" waits, "overwrite"
+                calls `callback`, then both answer as usual. "stall", "reset", "truncate"
+                and "flip" strike only the body of a file, never a listing or a HEAD.
             path_contains: part of the unquoted path.
             times: how often.
             after_bytes: of the body; a body no longer than this is left alone.
-            seconds: how long a stall lasts, or what Retry-After says.
+            seconds: how long a stall or silence lasts, or what Retry-After says.
             callback: for "overwrite".
             method: only requests with this method.
             skip: how many requests that fit to leave alone first.
         """
-        if kind not in get_args(Kind) or (kind in BEFORE) != (callback is not None):
+        if kind not in get_args(Kind) or (kind == "overwrite") != (callback is not None):
             raise ValueError(f"not a fault: {kind} with callback {callback}")
         fault = Fault(kind, path_contains, times, after_bytes, seconds, callback, method, skip)
         with self._lock:

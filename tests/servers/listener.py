@@ -175,10 +175,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, request: Request, exchange: Exchange) -> Answer:
         faults = self.server.faults
-        overwrite = faults.take(BEFORE, request.method, request.path)
-        if overwrite is not None and overwrite.callback is not None:
-            exchange.fault = overwrite.kind
-            overwrite.callback()
+        if before := faults.take(BEFORE, request.method, request.path):
+            exchange.fault = before.kind
+            if before.callback:
+                before.callback()
+            else:
+                self.server.stopping.wait(before.seconds)
         if refusal := faults.take(REFUSALS, request.method, request.path):
             exchange.fault = refusal.kind
             return _refusal(refusal)
