@@ -131,7 +131,8 @@ class Settings(Strict):
         torch_threads: CPU threads of each model replica, which share the rows of a pass; a GPU
             needs none.
         pixel_threads: threads of each replica that decode and encode image files.
-        model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own.
+        model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own. All
+            five and the Ingress fit two cores.
         request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.
         max_uploads: uploads that have come in whole and that one Ingress replica works on at a
             time; more get 429.
@@ -145,7 +146,7 @@ class Settings(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=1, ge=1, le=256)
     pixel_threads: int = Field(default=2, ge=1, le=64)
-    model_num_cpus: float = Field(default=1, ge=0)
+    model_num_cpus: float = Field(default=0.2, ge=0)
     request_timeout_s: float = Field(default=60, gt=0)
     max_uploads: int = Field(default=150, ge=1)
     retry_after_s: int = Field(default=2, ge=1)

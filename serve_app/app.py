@@ -43,9 +43,19 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=settings.max_uploads + settings.uploads.max_arriving + 50,
         max_queued_requests=settings.uploads.max_arriving,
         backpressure_config=_backpressure(settings),
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(models, registry, settings)
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, for commands that want an application rather than its builder, such as `serve build`.
+
+    Built when it is asked for, so that an import stays cheap.
+    """
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return build({})
 
 
 def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:

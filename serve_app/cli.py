@@ -33,8 +33,8 @@ app.add_typer(kuberay_app, name="kuberay")
 app.command()(bench)
 app.command()(plan)
 console = Console()
-DASHBOARD = "http://127.0.0.1:8265"
 LOCAL = Path("configs/local.yaml")
+_BIN = Path(sys.executable).parent
 _POLL_S = 0.5
 
 
@@ -67,10 +67,10 @@ def run(
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
     failed = True
-    with _started(config) as server:
+    with _started(config) as (server, told):
         try:
             if _wait_ready(server, address, timeout_s):
-                _announce(address, time.monotonic() - start_s)
+                _announce(address, told.read_text(encoding="utf-8"), time.monotonic() - start_s)
                 failed = server.wait() != 0
         except KeyboardInterrupt:
             console.print("Stopping.")
@@ -79,19 +79,19 @@ def run(
 
 
 @contextmanager
-def _started(config: Path) -> Generator[subprocess.Popen[bytes]]:
-    """`serve run` on a Ray of its own, stopped at the end."""
-    serve = str(Path(sys.executable).parent / "serve")
-    # Without the address, it would join a Ray that already runs here, and replace what that serves.
-    command = [serve, "run", "--address=local", str(resolve(config))]
-    # Each of Ray's many threads would else keep an arena of its own: 15 MiB more a process.
-    environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
-    # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
-    try:
-        yield server
-    finally:
-        _stop(server)
+def _started(config: Path) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
+    """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard."""
+    with TemporaryDirectory(prefix="imagen-run-") as folder:
+        told = Path(folder) / "dashboard"
+        command = [sys.executable, "-m", "serve_app.serve_run", str(resolve(config)), str(told)]
+        # Each of Ray's many threads would else keep an arena of its own: 15 MiB more a process.
+        environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
+        # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
+        try:
+            yield server, told
+        finally:
+            _stop(server)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
@@ -127,18 +127,21 @@ def address_of(config: Path) -> str:
         values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
         options = values.get("http_options") or {}
         host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+        first = next(iter(values.get("applications") or ()), {})
+        prefix = str(first.get("route_prefix", "/")).rstrip("/")
     # ValueError: no UTF-8, or no date. AttributeError: no mapping.
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(
             "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
         ) from error
     host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
-    return f"http://{host}:{port}"
+    return f"http://{host}:{port}{prefix}"
 
 
 def _answers(address: str) -> bool:
     try:
-        return httpx.get(f"{address}/-/healthz", timeout=1, trust_env=False).is_success
+        health = httpx.URL(address).join("/-/healthz")
+        return httpx.get(health, timeout=1, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
@@ -156,15 +159,35 @@ def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float)
     return False
 
 
-def _announce(address: str, seconds: float) -> None:
+def _announce(address: str, dashboard: str, seconds: float) -> None:
     console.rule("[green]Imagen is ready")
-    console.print(f"API        {address}          (ready after {seconds:.0f} s)")
-    console.print(f"Reference  {address}/docs")
-    console.print(f"Dashboard  {DASHBOARD}   (Ray)")
-    console.print(
-        f"\nTry:  curl -F image=@photo.jpg {address}/api/v1/images/style/comic -o comic.png\n"
-        "Stop with Ctrl-C."
-    )
+    lines = [f"API        {address}  (ready after {seconds:.0f} s)", f"Reference  {address}/docs"]
+    if dashboard:
+        lines.append(f"Dashboard  http://{dashboard}  (Ray)")
+        if _asks_for_token(dashboard):
+            lines.append(f"           It asks for a token: {_shown(_BIN / 'ray')} get-auth-token")
+    lines += [
+        "\nTry:",
+        f"curl -F image=@{_shown(ROOT / 'docs/photo.jpg')} -o comic.png \\",
+        f"  {address}/api/v1/images/style/comic",
+        "\nStop with Ctrl-C.",
+    ]
+    # Whole lines, however narrow the terminal: people copy them.
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _asks_for_token(dashboard: str) -> bool:
+    try:
+        url = f"http://{dashboard}/api/authentication_mode"
+        answer: Any = httpx.get(url, timeout=5, trust_env=False)
+        return answer.json()["authentication_mode"] == "token"
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+
+
+def _shown(path: Path) -> Path:
+    """A path as to type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

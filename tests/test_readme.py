@@ -6,8 +6,11 @@ import os
 import re
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 BLOCKS = re.findall(
     r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
 )
-APART = {"make setup\n", "make test\n", "make run\n"}
+SERVE_RUN = ".venv/bin/serve run configs/local.yaml\n"
+APART = {"make setup\n", "make test\n", "make run\n", SERVE_RUN}
+READY = "http://127.0.0.1:8000/readyz"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,23 @@ def wait_for(words: str, log: Path, server: subprocess.Popen[bytes]) -> str:
     return text
 
 
+def test_serve_run_serves(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(SERVE_RUN.split(), cwd=ROOT, stdout=file, stderr=file)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            with suppress(httpx.TransportError):
+                if httpx.get(READY, timeout=30).is_success:
+                    return
+            time.sleep(0.5)
+        pytest.fail(log.read_text())
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(90)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with everything of the project in it, where pictures may be left."""
@@ -65,7 +87,12 @@ def test_the_first_commands_are_setup_run_and_one_curl() -> None:
 
 def test_run_says_where_to_go(running: str) -> None:
     assert "http://127.0.0.1:8000" in running
-    assert "http://127.0.0.1:8265" in running
+    assert dashboard_of(running)
+
+
+def dashboard_of(running: str) -> str:
+    [address] = re.findall(r"^Dashboard +(http\S+)", running, re.MULTILINE)
+    return address
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b not in APART])
@@ -73,6 +100,7 @@ def test_block(running: str, folder: Path, block: str) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.replace("curl ", "curl -sS ")],
         cwd=folder,
+        env=os.environ | {"RAY_DASHBOARD_ADDRESS": dashboard_of(running)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -85,5 +113,7 @@ def test_block(running: str, folder: Path, block: str) -> None:
             assert picture.size == ((1804, 1200) if name == "upscaled.png" else (451, 300))
     if "strength=0.1" in block:
         assert '"status": 422' in done.stdout
+    if "serve status" in block:
+        assert "status: RUNNING" in done.stdout
     if "imagen metadata" in block:
         assert "comic-starter@" in done.stdout

@@ -1,177 +1,199 @@
-"""The server as the README starts it: large pictures, clients who leave, two at a time."""
+"""`imagen run`, `serve run` and `serve build`, as a newcomer types them."""
 
 from __future__ import annotations
 
-import asyncio
-import io
+import os
 import re
-import socket
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import numpy as np
 import pytest
+import yaml
 from PIL import Image
+from ray.serve.schema import ServeDeploySchema
 
-from deployments import images
 from deployments.settings import ROOT
-from tests.serve.imagen_run import imagen_run
-from tests.serve.test_http import ROUTES, is_problem, jpeg, opened, post
+from tests.serve.conftest import free_port
+from tests.serve.test_http import jpeg, post
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-MB = 10**6
-ONE_SIZE = [task for task in ROUTES if task != "upscale"]
+BIN = Path(sys.executable).parent
+COLUMNS = 80
+CORES = 2
+# As `serve run`, but for the port, which it takes from a config file only, and the cores.
+SERVE_RUN = f"""
+import sys, ray
+from ray import serve
+from ray.serve.scripts import cli
+ray.init(namespace="serve", num_cpus={CORES}, include_dashboard=False)
+serve.start(http_options={{"port": int(sys.argv[1])}})
+cli(["run", sys.argv[2]])
+"""
 
 
-def with_short_deadlines(config: dict[str, Any]) -> None:
-    config["applications"][0]["args"]["request_timeout_s"] = 20
+class Server:
+    """A command that serves until it is interrupted."""
+
+    def __init__(self, address: str, log: Path, environment: dict[str, str]) -> None:
+        self.address = address
+        self.log = log
+        self.environment = environment
+
+    @property
+    def dashboard(self) -> str:
+        [found] = re.findall(r"^Dashboard +(\S+)", self.log.read_text(), re.MULTILINE)
+        return found
+
+    def shell(self, command: str, folder: Path = ROOT) -> str:
+        """What a command prints, in the environment that the server was started in."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            env=self.environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with imagen_run(with_short_deadlines) as address:
-        yield address
+def environment(models_root: Path) -> Iterator[dict[str, str]]:
+    """A user's whose home is empty; sockets of Ray want short paths."""
+    with tempfile.TemporaryDirectory(prefix="run-") as home:
+        ours = ("RAY_ADDRESS", "RAY_AUTH", "RAY_DASHBOARD")
+        yield {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
+            "HOME": home,
+            "RAY_TMPDIR": home,
+            "IMAGEN_MODELS": str(models_root),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "COLUMNS": str(COLUMNS),
+        }
 
 
-@cache
-def phone_photo() -> bytes:
-    """4000 x 3000 px, a JPEG of some 6 MB, as phones take them."""
-    grain = np.random.default_rng(0).normal(0, 20, (3000, 4000, 3))
-    smooth = np.linspace(40, 215, 4000)[None, :, None]
-    file = io.BytesIO()
-    Image.fromarray((grain + smooth).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
-    assert 5 * MB < file.tell() < 8 * MB
-    return file.getvalue()
+@contextmanager
+def serving(
+    command: list[str], port: int, log: Path, environment: dict[str, str]
+) -> Iterator[Server]:
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    try:
+        yield Server(f"http://127.0.0.1:{port}", log, environment)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
 
 
-@cache
-def noise_png(width: int, height: int) -> bytes:
-    """3 bytes a pixel: noise cannot be compressed."""
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "PNG", compress_level=0)
-    return file.getvalue()
+def wait_until(ready: Any, server: Server) -> None:
+    deadline_s = time.monotonic() + 300
+    while not ready():
+        assert time.monotonic() < deadline_s, server.log.read_text()
+        time.sleep(0.5)
 
 
-@pytest.mark.parametrize("task", ONE_SIZE)
-def test_a_phone_photo_comes_back_at_its_own_size(server: str, task: str) -> None:
-    assert opened(post(server, task, phone_photo())).size == (4000, 3000)
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=30).is_success
+    except httpx.TransportError:
+        return False
 
 
-@pytest.mark.parametrize("task", ONE_SIZE)
-def test_a_png_of_30_mb_comes_back(server: str, task: str) -> None:
-    upload = noise_png(3700, 2700)
-    assert 29 * MB < len(upload) < 31 * MB
-    assert opened(post(server, task, upload)).size == (3700, 2700)
+@pytest.fixture(scope="module")
+def pair(
+    environment: dict[str, str], local_config: dict[str, Any], tmp_path_factory: Any
+) -> Iterator[list[Server]]:
+    """Two `imagen run` beside each other; the second one's application has a prefix."""
+    folder = tmp_path_factory.mktemp("pair")
+    servers: list[Server] = []
+    with ExitStack() as stack:
+        for name, prefix in (("first", "/"), ("second", "/second")):
+            port, config = free_port(), folder / f"{name}.yaml"
+            application = local_config["applications"][0] | {"route_prefix": prefix}
+            options = local_config["http_options"] | {"port": port}
+            values = {"http_options": options, "applications": [application]}
+            config.write_text(yaml.safe_dump(local_config | values))
+            command = [str(BIN / "imagen"), "run", str(config)]
+            log = folder / f"{name}.log"
+            servers.append(stack.enter_context(serving(command, port, log, environment)))
+        for server in servers:
+            wait_until(lambda log=server.log: "Stop with Ctrl-C" in log.read_text(), server)
+        servers[1].address += "/second"
+        yield servers
 
 
-def test_the_largest_result_comes_back(server: str) -> None:
-    response = post(server, "upscale", noise_png(1024, 1024))
-    assert opened(response).size == (4096, 4096)
-    assert len(response.content) > 20 * MB
+def test_each_serves_its_own_models(pair: list[Server]) -> None:
+    for server in pair:
+        response = post(server.address, "background", jpeg())
+        assert response.status_code == 200, response.text
 
 
-def test_what_is_too_large_is_refused_with_the_limit(server: str) -> None:
-    for upload in (phone_photo(), noise_png(3700, 2700)):
-        refused = post(server, "upscale", upload)
-        assert is_problem(refused, 413)
-        assert "1048576 px" in refused.json()["remedy"]
-    assert is_problem(post(server, "comic", noise_png(3500, 3300)), 413)
+def test_each_announces_its_own_dashboard_and_how_to_get_in(pair: list[Server]) -> None:
+    for server in pair:
+        url = f"{server.dashboard}/api/serve/applications/"
+        assert httpx.get(url, timeout=30).status_code == 401
+        [command] = re.findall(r"token: (.+)", server.log.read_text())
+        headers = {"Authorization": f"Bearer {server.shell(command)}"}
+        listening = httpx.get(url, headers=headers, timeout=30).json()["http_options"]["port"]
+        assert f":{listening}" in server.address
 
 
-def leave(address: str, body: bytes, headers: str = "", after_s: float = 0.5) -> None:
-    """Send a whole request for a slow picture, and hang up without its answer."""
-    part = '--b\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
-    form = (part.format("steps") + "100\r\n" + part.format("image")).encode()
-    form += body + b"\r\n--b--\r\n"
-    host = urlsplit(address)
-    with socket.create_connection((host.hostname or "", host.port or 80)) as connection:
-        connection.sendall(
-            f"POST /api/v1/images/style/comic HTTP/1.1\r\nHost: x\r\n{headers}"
-            "Content-Type: multipart/form-data; boundary=b\r\n"
-            f"Content-Length: {len(form)}\r\n\r\n".encode()
-        )
-        connection.sendall(form)
-        time.sleep(after_s)
+def test_serve_status_works_as_the_readme_has_it(pair: list[Server]) -> None:
+    for server in pair:
+        place = f"RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS={server.dashboard}"
+        status = yaml.safe_load(server.shell(f"{place} serve status"))
+        assert status["applications"]["imagen"]["status"] == "RUNNING"
 
 
-def held(address: str) -> int:
-    """Requests inside the replicas of comic."""
-    replicas = httpx.get(f"{address}/readyz", timeout=30).json()["replicas"]
-    return sum(replica["requests"] for replica in replicas["comic"])
+def test_the_command_to_try_is_copied_whole(pair: list[Server], tmp_path: Path) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for server in pair:
+        announced = server.log.read_text().partition("Imagen is ready")[2]
+        assert max(map(len, announced.splitlines())) <= COLUMNS
+        command = announced.partition("Try:\n")[2].partition("Stop with")[0]
+        server.shell(command, tmp_path)
+        [name] = re.findall(r"-o (\S+)", command)
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (451, 300)
 
 
-def wait_until_held(address: str, count: int, deadline_s: float) -> None:
-    end_s = time.monotonic() + deadline_s
-    while (found := held(address)) != count:
-        assert time.monotonic() < end_s, f"{found} requests are inside, not {count}"
+def test_what_is_announced_is_there(pair: list[Server]) -> None:
+    for server in pair:
+        text = server.log.read_text()
+        assert re.findall(r"^API +(\S+)", text, re.MULTILINE) == [server.address]
+        [reference] = re.findall(r"^Reference +(\S+)", text, re.MULTILINE)
+        assert httpx.get(reference, timeout=30).is_success
 
 
-def test_clients_who_leave_take_their_work_along(server: str) -> None:
-    body = noise_png(600, 600)  # far more than a proxy reads at once
-    for _ in range(5):
-        leave(server, body)
-    wait_until_held(server, 0, deadline_s=15)  # one picture of 100 steps takes about as long
-    assert opened(post(server, "comic", jpeg())).size == (96, 64)
+@pytest.mark.parametrize("target", ["serve_app.app:app", "serve_app.app:build"])
+def test_without_a_config_it_fits_two_cores(
+    environment: dict[str, str], target: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", SERVE_RUN, str(port), target]
+    with serving(command, port, tmp_path / "log", environment) as server:
+        wait_until(lambda: answers(f"{server.address}/readyz"), server)
+        assert post(server.address, "background", jpeg()).status_code == 200
 
 
-def test_a_client_can_ask_for_its_work_to_go_on(server: str) -> None:
-    leave(server, jpeg(), "x-request-disconnect-disabled: ?1\r\n", after_s=1)
-    assert held(server) == 1
-    wait_until_held(server, 0, deadline_s=60)  # until it is done, or late
-
-
-def test_a_request_that_no_replica_could_finish_is_refused_with_what_fits(server: str) -> None:
-    photo = jpeg(512, 512)
-    assert opened(post(server, "comic", photo))
-    slow = {"strength": "1", "guidance_scale": "7"}
-    answer = post(server, "comic", photo, steps="150", **slow)
-    if answer.status_code == 200:
-        pytest.skip("This machine makes 150 steps in 20 s.")
-    assert is_problem(answer, 422)
-    assert answer.json()["code"] == "too_much_work"
-    fitting = re.search(r"steps=(\d+)", answer.json()["remedy"])
-    assert fitting, answer.text
-    half = str(int(fitting[1]) // 2)  # a busy machine may take twice as long
-    assert opened(post(server, "comic", photo, steps=half, **slow)).size == (512, 512)
-
-
-def test_of_many_at_once_each_gets_its_picture_or_a_time_to_come_back(server: str) -> None:
-    async def burst() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
-            url = f"{server}/api/v1/images/style/comic"
-            calls = [client.post(url, files={"image": jpeg(512, 512)}) for _ in range(80)]
-            return await asyncio.gather(*calls)
-
-    answers = asyncio.run(burst())
-    assert {answer.status_code for answer in answers} == {200, 429}
-    for refused in (answer for answer in answers if answer.status_code == 429):
-        assert is_problem(refused, 429)
-        assert 1 <= int(refused.headers["retry-after"]) <= 20
-
-
-def test_a_second_server_on_the_machine_serves_its_own_models(server: str, tmp_path: Path) -> None:
-    """Its comic takes another number of steps; every picture says how many it took."""
-    text = (ROOT / "configs/models/starter.yaml").read_text()
-    ours = '"comic style", strength: 0.75, steps: 4'
-    assert ours in text
-    (tmp_path / "starter.yaml").write_text(text.replace(ours, ours.replace("4", "8")))
-    lock = "starter.lock.json"
-    (tmp_path / lock).write_text((ROOT / "configs/models" / lock).read_text())
-
-    def other(config: dict[str, Any]) -> None:
-        config["applications"][0]["args"]["models"] = str(tmp_path / "starter.yaml")
-
-    def steps(address: str) -> Any:
-        made = images.read_metadata(post(address, "comic", jpeg()).content)
-        return cast("dict[str, Any]", made["parameters"])["steps"]
-
-    with imagen_run(other) as second:
-        assert [steps(address) for address in (second, server) * 3] == [8, 4] * 3
-    assert steps(server) == 4
+def test_serve_build_writes_a_config(environment: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "built.yaml"
+    server = Server("", tmp_path, environment)
+    server.shell(f"serve build serve_app.app:app -o {shlex.quote(str(config))}")
+    [application] = ServeDeploySchema.model_validate(
+        yaml.safe_load(config.read_text())
+    ).applications
+    assert application.import_path == "serve_app.app:app"
+    assert len(application.deployments) == 6

@@ -25,6 +25,8 @@ def config(tmp_path: Path, text: str | bytes) -> Path:
         ("http_options: {port: 9000}", "http://127.0.0.1:9000"),
         ("http_options: {host: 10.0.0.7, port: 80}", "http://10.0.0.7:80"),
         ("http_options: {host: 0.0.0.0}", "http://127.0.0.1:8000"),
+        ("applications: [{route_prefix: /}]", "http://127.0.0.1:8000"),
+        ("applications: [{route_prefix: /imagen}]", "http://127.0.0.1:8000/imagen"),
     ],
 )
 def test_the_address_is_the_one_a_config_listens_on(
@@ -47,6 +49,7 @@ BROKEN = [
     "just text",
     "http_options: [1]",
     "http_options: text",
+    "applications: [text]",
     "made: 2026-99-99",
     b"\xff\xfe\x00",
 ]
@@ -71,5 +74,5 @@ def test_a_broken_config_ends_the_command_with_one_clear_message(
 ) -> None:
     outcome = CliRunner().invoke(app, ["run", str(config(tmp_path, text))])
     assert outcome.exit_code == 2
-    assert "The Serve config cannot be read." in " ".join(outcome.output.split())
+    assert "The Serve config cannot be read (got" in " ".join(outcome.output.split())
     assert "Traceback" not in outcome.output

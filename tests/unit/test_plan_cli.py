@@ -256,7 +256,7 @@ def test_sequences_without_indentation_are_kept_as_they_are(tmp_path: Path) -> N
     path.write_text(text.replace("MODELS", str(PRODUCTION)))
     write_shares(path, shares("Comic"), PRODUCTION)
     assert (
-        "  - name: Comic # c\n    ray_actor_options: {num_cpus: 1, num_gpus: 0.35}\n"
+        "  - name: Comic # c\n    ray_actor_options: {num_cpus: 0.2, num_gpus: 0.35}\n"
         in path.read_text()
     )
     assert path.read_text().endswith("  # next\n  - name: Aged\n")
