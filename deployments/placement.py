@@ -634,14 +634,15 @@ def enforce_share(
 
 
 def as_gpu(name: str) -> GpuName:
-    """A name of the table.
+    """A name of the table, which may be written in capitals: L4 is how it is sold.
 
     Raises:
         ConfigError: there is no such GPU in it.
     """
-    if name not in GPUS:
+    known = name.lower()
+    if known not in GPUS:
         raise ConfigError("No such GPU in the table.", value=name, remedy=f"Known: {_names()}.")
-    return name
+    return known
 
 
 def _names() -> str:

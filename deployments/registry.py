@@ -262,14 +262,17 @@ class Catalogue(Strict):
         return self
 
     def find(self, name: str) -> ArtefactSpec:
-        """The entry of that name.
+        """The entry of that name, or else the model that serves the task of that name.
 
         Raises:
             ConfigError: there is none.
         """
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
+        known = {entry.name: entry for entry in self.entries}
+        for task in Task:
+            if len(candidates := self._candidates(task)) == 1:
+                known.setdefault(str(task), candidates[0])
+        if found := known.get(name.lower()):
+            return found
         names = ", ".join(entry.name for entry in self.entries)
         raise ConfigError("No such model in the registry.", value=name, remedy=f"Names: {names}.")
 
@@ -291,10 +294,13 @@ class Catalogue(Strict):
         """
         return {task: self._model(task) for task in Task}
 
+    def _candidates(self, task: Task) -> list[ModelSpec]:
+        return [
+            m for m in self.models if m.task == task and self.serving.get(task, m.name) == m.name
+        ]
+
     def _model(self, task: Task) -> ModelSpec:
-        candidates = [m for m in self.models if m.task == task]
-        if task in self.serving:
-            candidates = [m for m in candidates if m.name == self.serving[task]]
+        candidates = self._candidates(task)
         if len(candidates) != 1:
             raise ConfigError(
                 f"The model registry must name one model for the task {task}.",

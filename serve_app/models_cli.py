@@ -56,8 +56,8 @@ models_app = typer.Typer(
     help="The models of this machine: look them up, pull, verify, publish, remove.",
 )
 
-Names = Annotated[list[str] | None, typer.Argument(help="Names in the registry")]
-Name = Annotated[str, typer.Argument(help="A name in the registry")]
+Names = Annotated[list[str] | None, typer.Argument(help="Names in the registry, or tasks")]
+Name = Annotated[str, typer.Argument(help="A name in the registry, or a task")]
 Everything = Annotated[bool, typer.Option("--all", help="Every entry of the registry")]
 RegistryFile = Annotated[
     Path, typer.Option("--registry", envvar="IMAGEN_REGISTRY", help="The YAML file of models")
@@ -130,7 +130,8 @@ class Desk:
         if bool(names) == everything:
             raise ConfigError("Which models? Name some, or say --all; not both.")
         wanted = [entry.name for entry in self.catalogue.entries] if everything else names or []
-        return [self.catalogue.find(name) for name in dict.fromkeys(wanted)]
+        found = [self.catalogue.find(name) for name in wanted]
+        return list({entry.name: entry for entry in found}.values())
 
 
 @models_app.command("list")
@@ -303,6 +304,7 @@ def publish_model(
     limits = {"threads": threads, "lock_timeout_s": lock_timeout_s}
     with _desk(registry, as_json, root=store, mirror=mirror, **limits) as desk:
         entry = desk.catalogue.find(name)
+        name = entry.name
         desk.catalogue.check_licence(entry)
         open_target(
             mirror_url(target, name, ""), desk.settings
@@ -343,6 +345,7 @@ def convert_model(
     }
     with _desk(registry, as_json, root=store, **limits) as desk:
         entry = desk.catalogue.find(name)
+        name = entry.name
         desk.catalogue.check_licence(entry)
         before = desk.digest(name)
         made = again or not (before and entry.convert and desk.store.holds(name, before))
@@ -385,10 +388,9 @@ def clear(
         held = desk.store.models()
         if bool(names) == everything:
             raise ConfigError("Which models? Name some, or say --all; not both.")
-        wanted = list(dict.fromkeys(names or [model for model, _ in held]))
-        for name in wanted:
-            if name not in {model for model, _ in held}:
-                desk.catalogue.find(name)  # one that is in neither is a mistake
+        there = dict.fromkeys(model for model, _ in held)
+        found = [n if n in there else desk.catalogue.find(n).name for n in names or there]
+        wanted = list(dict.fromkeys(found))
 
         def work(name: str) -> Row:
             shorts = [short for model, short in held if model == name]

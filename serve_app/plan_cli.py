@@ -95,7 +95,7 @@ def _choose(catalogue: Catalogue, names: Sequence[str] | None) -> list[ModelSpec
         accepted = tuple(entry.name for entry in catalogue.entries)
         everything = catalogue.model_copy(update={"accept_noncommercial": accepted})
         return list(everything.served().values())
-    found = [catalogue.find(name) for name in dict.fromkeys(names)]
+    found = list({entry.name: entry for entry in map(catalogue.find, names)}.values())
     specs = [entry for entry in found if isinstance(entry, ModelSpec)]
     if len(specs) < len(found):
         artefacts = ", ".join(e.name for e in found if not isinstance(e, ModelSpec))

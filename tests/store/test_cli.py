@@ -163,6 +163,16 @@ def test_info_shows_every_file_uncut_on_any_terminal(
     assert all(f["sha256"] in text for f in origin["files"])
 
 
+def test_a_model_may_be_named_by_its_task(operator: Operator, tmp_path: Path) -> None:
+    assert operator.json("info", "upscale")["name"] == "first"
+    for command in ("resolve", "pull", "verify", "clear"):
+        rows = operator.json(command, "upscale", "Upscale", "first")["models"]
+        assert [row["name"] for row in rows] == ["first"], command
+    target = f"file://{tmp_path / 'mirror'}"
+    published = operator.json("publish", "upscale", target, "--no-smoke")
+    assert published["url"].startswith(f"{target}/first/")
+
+
 def test_where_says_place_and_room(operator: Operator) -> None:
     values = operator.json("where")
     assert values["store"] == str(operator.root)

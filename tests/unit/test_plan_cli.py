@@ -88,7 +88,7 @@ def deployments(path: Path, application: int = 0) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- printed
 
 
-@pytest.mark.parametrize("gpu", ["l4", "t4", "h200"])
+@pytest.mark.parametrize("gpu", ["l4", "t4", "h200", "L4", "A100-40"])
 def test_the_five_are_planned_without_naming_them(gpu: str) -> None:
     done = run("--gpu", gpu)
     assert done.exit_code == 0, done.output
@@ -103,6 +103,11 @@ def test_every_figure_of_an_estimate_is_marked_as_one() -> None:
     assert len(re.findall(r"\d GiB", table)) == len(re.findall(r"~\d+\.\d\d GiB", table)) == 5
     assert re.search(r"~0\.\d+", table)
     assert "estimate" in table
+
+
+def test_a_model_may_be_named_by_its_task() -> None:
+    values = json.loads(run("--gpu", "l4", "comic", "Upscale", "comic-ghibli", "--json").stdout)
+    assert sorted(m["name"] for m in values["models"]) == ["comic-ghibli", "upscale-sd-x4"]
 
 
 def test_json_holds_the_plan_and_nothing_else() -> None:
