@@ -14,6 +14,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from deployments.errors import InvalidParameter, Problem
 
@@ -41,6 +42,12 @@ def _printable(text: str) -> str:
         if ord(character) < 32 and character not in "\t\n\r":
             raise ValueError(f"character {position + 1} is a control character")
     return text
+
+
+def _contradiction(fact: str, **fields: object) -> PydanticCustomError:
+    """The error of fields that are in range, each by itself."""
+    found = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return PydanticCustomError("contradiction", "{fact}", {"fact": fact, "found": found})
 
 
 Prompt = Annotated[str, AfterValidator(_printable)]
@@ -121,9 +128,11 @@ class Img2ImgRequest(DiffusionRequest):
         # Judged only once both are known: a model's own defaults may replace the ones above.
         both_given = {"steps", "strength"} <= self.model_fields_set
         if both_given and int(self.steps * self.strength) < 1:
-            raise ValueError(
-                f"int(steps * strength) must be at least 1, "
-                f"but int({self.steps} * {self.strength}) is 0"
+            raise _contradiction(
+                "int(steps * strength) must be at least 1, "
+                f"but int({self.steps} * {self.strength}) is 0",
+                steps=self.steps,
+                strength=self.strength,
             )
         return self
 
@@ -184,9 +193,13 @@ class BackgroundRequest(ImageRequest):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if "color" in self.model_fields_set and self.output != "color":
-            raise ValueError(f"color needs output=color, but output is {self.output}")
+            raise _contradiction("color needs output=color", output=self.output, color=self.color)
         if self.output == "rgba" and self.output_format == "jpeg":
-            raise ValueError("jpeg has no transparency; use png or webp, or output=color")
+            raise _contradiction(
+                "jpeg has no transparency; use png or webp, or output=color",
+                output=self.output,
+                output_format=self.output_format,
+            )
         return self
 
 
@@ -312,7 +325,7 @@ def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
         problems = tuple(_problem(kind, detail) for detail in error.errors())
     first = problems[0]
     raise InvalidParameter(
-        "; ".join(p["fact"] for p in problems),
+        " ".join(p["fact"] for p in problems),
         value=first["value"],
         remedy=first["remedy"],
         problems=problems,
@@ -322,17 +335,18 @@ def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
 def _problem(kind: type[TaskRequest], detail: ErrorDetails) -> Problem:
     name = str(detail["loc"][0]) if detail["loc"] else "request"
     name = name.encode("utf-8", "backslashreplace").decode()[:100]
+    shown: object = detail["input"]
     if detail["type"] == "extra_forbidden":
-        fact = f"{name} is not a parameter of {kind.task}"
+        fact = f"{name} is not a parameter of {kind.task}."
         remedy = f"This route takes: image, {', '.join(kind.model_fields)}."
-    elif name == "request":
-        fact, remedy = str(detail.get("ctx", {}).get("error", detail["msg"])), "Change one of them."
+    elif not detail["loc"]:
+        fact, remedy = f"{detail['msg']}.", "Change one of them."
+        shown = detail.get("ctx", {}).get("found", shown)
     else:
-        fact = f"{name}: {detail['msg'].removeprefix('Value error, ')}"
+        fact = f"{name}: {detail['msg'].removeprefix('Value error, ')}."
         remedy = f"Send {name} as {describe(kind, name)}."
-    shown = detail["input"] if name != "request" else ""
     text = str(shown).encode("utf-8", "backslashreplace").decode()
-    return Problem(parameter=name, fact=fact, value=text[:80], remedy=remedy)
+    return Problem(parameter=name, fact=fact, value=text[:80] or "nothing", remedy=remedy)
 
 
 def describe(kind: type[BaseModel], name: str) -> str:

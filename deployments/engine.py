@@ -288,7 +288,14 @@ class Engine:
         with self._lock:
             rows, self._unresolved = self._unresolved, set()
         for row in rows:
-            self._fail(row, NotReady("The model is being replaced.", remedy="Try again shortly."))
+            self._fail(
+                row,
+                NotReady(
+                    "The model is being replaced.",
+                    value="being replaced",
+                    remedy="Try again shortly.",
+                ),
+            )
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -308,5 +315,6 @@ def _row_error(error: Exception) -> ImagenError:
     logger.error("A row failed:\n%s", "".join(traceback.format_exception(error)))
     return ModelFailed(
         "The model failed on this picture.",
+        value="failed",
         remedy="Try again; if it keeps failing, report the request id.",
     )

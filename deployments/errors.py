@@ -57,7 +57,7 @@ class ImagenError(Exception):
 
     Args:
         message: what is wrong, one sentence.
-        value: what was found, shortened to 200 characters.
+        value: what was found, shortened to 200 characters. What a client can see always has one.
         remedy: what to do about it, one sentence.
         retry_after_s: when a new try makes sense.
         problems: the single findings, where there are several.
@@ -83,8 +83,9 @@ class ImagenError(Exception):
         self.problems = problems
 
     def __str__(self) -> str:
+        fact = self.message.rstrip(".")
         got = f" (got {self.value})" if self.value else ""
-        return f"{self.message}{got} {self.remedy}".strip()
+        return f"{fact}{got}. {self.remedy}".strip()
 
 
 class RequestError(ImagenError):
@@ -166,6 +167,10 @@ class ServiceError(ImagenError):
     """The service is at fault or busy; the same request may succeed later."""
 
     code = "unavailable"
+
+    def __str__(self) -> str:
+        # Nobody sent the value: the message says what there is to say of it.
+        return f"{self.message} {self.remedy}".strip()
 
 
 class Full(ServiceError):
@@ -273,5 +278,6 @@ def too_late() -> TooLate:
     """The error of a request whose deadline has passed."""
     return TooLate(
         "The picture was not finished by its deadline.",
+        value="not finished",
         remedy="Try again, with a smaller picture or fewer steps if it happens again.",
     )

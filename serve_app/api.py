@@ -33,6 +33,7 @@ from serve_app.middleware import (
     BodyLimit,
     ErrorBoundary,
     Heard,
+    Home,
     InFlightLimit,
     RequestId,
 )
@@ -112,6 +113,7 @@ def create_app(
             Middleware(RequestId),
             Middleware(AccessLog, heard=heard),
             Middleware(ErrorBoundary),
+            Middleware(Home, path="/docs"),
             Middleware(
                 BodyLimit,
                 max_body_bytes=settings.limits.max_body_bytes,
@@ -227,7 +229,8 @@ def _check_query(request: Request) -> None:
 
 def _too_slow(timeout_s: float) -> SlowUpload:
     return SlowUpload(
-        f"The upload did not end within {timeout_s:g} s.",
+        "The upload takes too long.",
+        value=f"more than {timeout_s:g} s",
         remedy="Send a smaller picture, or use a faster connection.",
     )
 
@@ -235,7 +238,7 @@ def _too_slow(timeout_s: float) -> SlowUpload:
 def not_ready(task: Task, state: State) -> NotReady:
     """The error for a model that cannot answer now."""
     remedy = "Try again shortly." if state != "failed" else "Ask the operator; /readyz says more."
-    return NotReady(f"The model {task} is {state}.", remedy=remedy, retry_after_s=10)
+    return NotReady(f"The model {task} is {state}.", value=state, remedy=remedy, retry_after_s=10)
 
 
 def _add_image_route(app: FastAPI, path: str, processor: _Processor) -> None:
@@ -258,11 +261,12 @@ def _add_image_route(app: FastAPI, path: str, processor: _Processor) -> None:
 
 def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) -> None:
     @app.get("/api/v1/models", tags=["service"], summary="What serves each route, and its state")
-    async def models() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def models(request: Request) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         states = await backends.states()
+        routes = {task: _under_root(request, ROUTES[task]) for task in Task}
         return {
             "models": [
-                openapi.describe_model(registry[task], ROUTES[task], states.get(task, "starting"))
+                openapi.describe_model(registry[task], routes[task], states.get(task, "starting"))
                 for task in Task
             ]
         }
@@ -292,6 +296,11 @@ def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) ->
         return JSONResponse(body, 200 if ready else 503, headers)
 
 
+def _under_root(request: Request, path: str) -> str:
+    """A route as clients write it, below whatever prefix the application is deployed under."""
+    return request.scope.get("root_path", "") + path
+
+
 def _request_id(request: Request) -> str:
     return request.scope["state"]["request_id"]
 
@@ -303,7 +312,7 @@ async def _on_imagen_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - Starlette dispatches by class
-    routes = ", ".join(ROUTES.values())
+    routes = ", ".join(_under_root(request, route) for route in ROUTES.values())
     known: dict[int, Callable[[], ImagenError]] = {
         404: lambda: NotFound(
             "There is no such route.",
@@ -318,7 +327,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     }
 
     def fallback() -> ImagenError:
-        return MalformedRequest(str(error.detail), remedy="See /docs for what this route takes.")
+        return MalformedRequest(
+            f"{error.detail}.",
+            value=f"HTTP {error.status_code}",
+            remedy=f"See {_under_root(request, '/docs')} for what this route takes.",
+        )
 
     ours = known.get(error.status_code, fallback)()
     return wire.error_response(ours, request.scope, error.headers)

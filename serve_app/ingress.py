@@ -77,24 +77,28 @@ class HandleBackend:
         if isinstance(error, BackPressureError):
             return Full(
                 f"The queue of {self._task} is full.",
+                value=str(self._task),
                 remedy="Try again after Retry-After seconds.",
                 retry_after_s=self._retry_after_s,
             )
         if isinstance(error, DeploymentUnavailableError):
             return not_ready(self._task, "failed")
         if isinstance(error, RayTaskError):
-            return error.cause if isinstance(error.cause, ImagenError) else _unforeseen(error)
+            ours: Any = error.cause
+            return ours if isinstance(ours, ImagenError) else _unforeseen(self._task, error)
         return NotReady(
             f"The replica of {self._task} was lost.",
+            value=str(self._task),
             remedy="Try again; another one is being started.",
             retry_after_s=self._retry_after_s,
         )
 
 
-def _unforeseen(error: RayTaskError) -> ModelFailed:
+def _unforeseen(task: Task, error: RayTaskError) -> ModelFailed:
     logger.error("A replica raised an error of no known kind", exc_info=error)
     return ModelFailed(
-        "The model failed on this picture.",
+        f"The model {task} failed on this picture.",
+        value=str(task),
         remedy="Try again; if it keeps failing, report the request id.",
     )
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
 from serve_app import wire
@@ -52,7 +53,8 @@ class RequestId:
 
 
 Heard = Callable[[str, int, str, float], None]
-"""Told of each answer: path, status, reason (`ok`, or the code of the problem), seconds."""
+"""Told of each answer: path below the application's root, status, reason (`ok`, or the code of the
+problem), seconds."""
 
 
 class AccessLog:
@@ -91,7 +93,13 @@ class AccessLog:
             )
             if self.heard:
                 reason = scope["state"].get("reason", "ok") if status else "gone"
-                self.heard(scope["path"], status, reason, seconds)
+                self.heard(_below_root(scope), status, reason, seconds)
+
+
+def _below_root(scope: Scope) -> str:
+    """The path without the prefix that the application is deployed under."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 class ErrorBoundary:
@@ -122,11 +130,30 @@ class ErrorBoundary:
             if not isinstance(error, ImagenError):
                 logger.exception("Unforeseen error, request %s", request_id)
                 error = NotReady(
-                    "The service could not handle the request.",
+                    f"The service could not handle the request {request_id}.",
+                    value=request_id,
                     remedy="Try again; if it keeps failing, report the request id.",
                     retry_after_s=5,
                 )
             await wire.error_response(error, scope)(scope, receive, send)
+
+
+class Home:
+    """Sends whoever asks for the application's root on to a page.
+
+    No route, because below a prefix the root has no path that a route could have.
+    """
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self.app = app
+        self.path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+        if not asked or _below_root(scope) not in ("", "/"):
+            return await self.app(scope, receive, send)
+        page = RedirectResponse(scope.get("root_path", "") + self.path)
+        await page(scope, receive, send)
 
 
 class BodyLimit:

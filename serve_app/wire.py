@@ -65,15 +65,24 @@ async def read_form(request: Request) -> Form:
             remedy=_FORM_REMEDY,
         )
     if not options.get(b"boundary"):
-        raise MalformedRequest("The content-type names no boundary.", remedy=_FORM_REMEDY)
+        raise MalformedRequest(
+            "The content-type names no boundary.",
+            value=request.headers["content-type"],
+            remedy=_FORM_REMEDY,
+        )
     reader = _FormReader()
     try:
         parser = MultipartParser(options[b"boundary"], reader.callbacks())
         async for chunk in request.stream():
+            reader.seen_bytes += len(chunk)
             parser.write(chunk)
         parser.finalize()
     except FormParserError as error:
-        raise MalformedRequest("The multipart body cannot be read.", remedy=_FORM_REMEDY) from error
+        raise MalformedRequest(
+            "The multipart body cannot be read.",
+            value=f"{reader.seen_bytes} bytes so far",
+            remedy=_FORM_REMEDY,
+        ) from error
     return reader.form()
 
 
@@ -81,6 +90,7 @@ class _FormReader:
     """Collects the parser's callbacks into a Form."""
 
     def __init__(self) -> None:
+        self.seen_bytes = 0
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[str, str] = {}
         self._data = bytearray()
@@ -102,20 +112,24 @@ class _FormReader:
     def form(self) -> Form:
         if not self._ended:
             raise MalformedRequest(
-                "The multipart body ends before its closing boundary.", remedy=_FORM_REMEDY
+                "The multipart body ends before its closing boundary.",
+                value=f"{self.seen_bytes} bytes",
+                remedy=_FORM_REMEDY,
             )
         names = [name for name, _ in self._parts]
         if _IMAGE_FIELD not in names:
             raise MalformedRequest(
                 "The form has no field named image.",
-                value=", ".join(sorted(names)),
+                value=", ".join(sorted(names)) or "no field",
                 remedy="Add the picture as a file: -F image=@photo.jpg.",
             )
         form = Form()
         for name, data in self._parts:
             if names.count(name) > 1:
                 raise InvalidParameter(
-                    f"The field {name[:100]} comes more than once.", remedy="Send it once."
+                    f"The field {name[:100]} comes more than once.",
+                    value=f"{names.count(name)} times",
+                    remedy="Send it once.",
                 )
             if name == _IMAGE_FIELD:
                 form.image = data
@@ -126,7 +140,9 @@ class _FormReader:
     def _on_part_begin(self) -> None:
         if len(self._parts) == MAX_PARTS:
             raise MalformedRequest(
-                f"The form has more than {MAX_PARTS} parts.", remedy="Send each parameter once."
+                f"The form has more than {MAX_PARTS} parts.",
+                value=f"at least {MAX_PARTS + 1}",
+                remedy="Send each parameter once.",
             )
         self._headers, self._data = {}, bytearray()
 
@@ -141,16 +157,22 @@ class _FormReader:
         self._header, self._value = bytearray(), bytearray()
 
     def _on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._headers.get("content-disposition", ""))
+        disposition = self._headers.get("content-disposition", "")
+        _, options = parse_options_header(disposition)
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         if not self._name:
-            raise MalformedRequest("A part of the form has no name.", remedy=_FORM_REMEDY)
+            raise MalformedRequest(
+                "A part of the form has no name.",
+                value=disposition or "no content-disposition",
+                remedy=_FORM_REMEDY,
+            )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data.extend(data[start:end])
         if self._name != _IMAGE_FIELD and len(self._data) > MAX_FIELD_BYTES:
             raise InvalidParameter(
                 f"The field {self._name[:100]} is longer than {MAX_FIELD_BYTES} bytes.",
+                value=f"at least {len(self._data)} bytes",
                 remedy="Shorten it. The picture itself goes into the field image.",
             )
 

@@ -92,6 +92,7 @@ def _pixels(image: torch.Tensor) -> Pixels:
     if not image.isfinite().all().item():
         raise ModelFailed(
             "The model gave no valid picture for this request (NaN).",
+            value="NaN",
             remedy="Try another seed, fewer steps or a lower guidance_scale.",
         )
     levels = (image / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -94,6 +94,7 @@ class Matting:
         if not mask.valid.item():
             raise ModelFailed(
                 "The model gave no valid mask for this picture (NaN).",
+                value="NaN",
                 remedy="Try another picture.",
             )
         return (mask.alpha * 255).round().to(torch.uint8).cpu().numpy()

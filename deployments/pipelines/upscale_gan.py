@@ -151,6 +151,7 @@ class UpscaleGan:
         if not torch.stack(progress.valid).all().item():
             raise ModelFailed(
                 "The model gave no valid picture for this request (NaN).",
+                value="NaN",
                 remedy="Try another picture.",
             )
         height, width = row.pixels.shape[:2]

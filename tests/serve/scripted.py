@@ -30,7 +30,7 @@ class ScriptedModel:
         if prompt.startswith("sleep"):
             await asyncio.sleep(float(prompt.split()[1]))
         if prompt == "fail":
-            raise ModelFailed("Scripted to fail.", remedy="Do not ask for it.")
+            raise ModelFailed("Scripted to fail.", value="fail", remedy="Do not ask for it.")
         if prompt == "break":
             raise ZeroDivisionError("at /srv/secret/path.py")
         if prompt == "die":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from typing import TYPE_CHECKING
 
 import httpx
@@ -54,8 +55,10 @@ def is_problem(response: httpx.Response, status: int) -> bool:
     body = response.json()
     assert response.headers["content-type"] == "application/problem+json"
     assert response.status_code == status == body["status"], body
-    assert body["fact"], body
-    assert body["remedy"], body
+    assert body["value"], body
+    for sentence in (body["fact"], body["remedy"], body["detail"]):
+        assert re.fullmatch(r"\S.*[^.\s]\.", sentence, re.DOTALL), sentence
+        assert ". (" not in sentence
     assert body["request_id"] == response.headers["x-request-id"]
     assert "Traceback" not in response.text
     return True

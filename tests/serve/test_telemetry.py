@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? ")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _COLLECTED_S = 90
+COMIC = "/api/v1/images/style/comic"
 Samples = dict[str, list[dict[str, str]]]
 """Labels of each series, by metric."""
 
@@ -40,12 +41,15 @@ def scrape() -> Samples:
 
 
 @pytest.fixture(scope="module")
-def samples(address: str) -> Samples:
-    """The metrics after a picture of each kind, a request that was refused, and a lost route."""
+def samples(address: str, scripted: str) -> Samples:
+    """The metrics after a picture of each kind, a request that was refused, and a lost route; and
+    after a wrong method, below a prefix.
+    """
     for task in ROUTES:
         assert post(address, task, jpeg()).status_code == 200
     assert post(address, "comic", b"no picture").status_code == 415
     assert httpx.get(f"{address}/nowhere", trust_env=False).status_code == 404
+    assert httpx.post(f"{scripted}/api/v1/models", trust_env=False).status_code == 405
     deadline_s = time.monotonic() + _COLLECTED_S
     while not _whole(found := scrape()) and time.monotonic() < deadline_s:
         time.sleep(2)  # each process tells Ray's agent in its own time
@@ -54,11 +58,11 @@ def samples(address: str) -> Samples:
 
 def _whole(found: Samples) -> bool:
     models = values(found, "ray_imagen_stage_seconds_count", "model")
-    routes = values(found, "ray_imagen_http_answers_total", "route")
+    answers = found.get("ray_imagen_http_answers_total", [])
+    statuses = {(one["route"], one["status"]) for one in answers}
+    wanted = {(COMIC, "415"), ("other", "404"), ("/api/v1/models", "405")}
     named = [selector for e in _expressions() for selector in selectors(e)]
-    refused = "415" in values(found, "ray_imagen_http_answers_total", "status")
-    told = refused and "other" in routes and len(models) == 5
-    return told and not any(missing(s, found) for s in named)
+    return wanted <= statuses and len(models) == 5 and not any(missing(s, found) for s in named)
 
 
 def _expressions() -> list[str]:
@@ -88,9 +92,9 @@ def values(samples: Samples, name: str, label: str) -> set[str]:
 def test_answers_are_counted_by_route_status_and_reason(samples: Samples) -> None:
     answers = samples["ray_imagen_http_answers_total"]
     told = {(one["route"], one["status"], one["reason"]) for one in answers}
-    comic = "/api/v1/images/style/comic"
-    assert {(comic, "200", "ok"), (comic, "415", "unsupported_media")} <= told
+    assert {(COMIC, "200", "ok"), (COMIC, "415", "unsupported_media")} <= told
     assert ("other", "404", "not_found") in told
+    assert ("/api/v1/models", "405", "method_not_allowed") in told, "of the one below a prefix"
 
 
 def test_every_stage_of_every_model_is_timed(samples: Samples) -> None:

@@ -60,8 +60,10 @@ def refused(response: httpx.Response, status: int, backends: FakeBackends | None
     assert problem["status"] == status
     assert problem["type"] == f"urn:imagen:problem:{problem['code']}"
     assert problem["request_id"] == response.headers["x-request-id"]
-    assert problem["fact"]
-    assert problem["remedy"]
+    assert problem["value"]
+    for sentence in ("fact", "remedy", "detail"):
+        assert re.fullmatch(r"\S.*[^.\s]\.", problem[sentence], re.DOTALL), problem[sentence]
+        assert ". (" not in problem[sentence]
     if backends is not None:
         assert backends.jobs == []
     return problem
@@ -396,7 +398,7 @@ async def test_a_models_own_error_is_told_as_it_is(kind: type[ImagenError]) -> N
 
 @pytest.mark.parametrize("kind", SERVICE_ERRORS)
 async def test_a_client_who_may_try_again_is_always_told_when(kind: type[ImagenError]) -> None:
-    error = kind("The fact.", remedy="Try again.")
+    error = kind("The fact.", value="42", remedy="Try again.")
     response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
     refused(response, kind.status)
     assert response.headers["retry-after"] == "2"
@@ -405,7 +407,7 @@ async def test_a_client_who_may_try_again_is_always_told_when(kind: type[ImagenE
 @pytest.mark.parametrize("kind", RequestError.__subclasses__())
 async def test_what_a_model_refuses_is_the_clients_error(kind: type[ImagenError]) -> None:
     finding = Problem(parameter="steps", fact="wrong", value="3", remedy="Another.")
-    error = kind("The fact.", remedy="The remedy.", problems=(finding,))
+    error = kind("The fact.", value="3", remedy="The remedy.", problems=(finding,))
     response = await post(app_of(FakeBackends(error=error)), COMIC, PHOTO)
     assert refused(response, kind.status)["errors"] == [finding]
     assert "retry-after" not in response.headers
@@ -509,7 +511,7 @@ async def test_parameters_behind_the_question_mark_are_refused() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
+        "/index.html",
         "/api/v1/images",
         "/api/v1/images/sharpen",
         "/docs/static/x",
@@ -626,6 +628,29 @@ async def test_readiness_tells_what_is_served_and_what_is_pulled() -> None:
     assert response.status_code == 200, "the former model goes on serving"
     assert response.json()["replicas"] == {"comic": [served]}
     assert response.json()["pulling_percent"] == {"comic-starter": 43.2}
+
+
+# Below a prefix, as Serve hands it over: in the path, and as root_path
+
+
+@pytest.mark.parametrize(("path", "root"), [("/", ""), ("/below", "/below"), ("/below/", "/below")])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_the_root_leads_to_the_reference(path: str, root: str, method: str) -> None:
+    [start, *_] = await raw(app_of(), path, chunks([b""]), method=method, root_path=root)
+    assert start["status"] == 307
+    assert dict(start["headers"])[b"location"] == f"{root}/docs".encode()
+
+
+async def test_a_picture_is_not_posted_to_the_root() -> None:
+    refused(await post(app_of(), "/", PHOTO), 404)
+
+
+async def test_answers_are_heard_of_by_the_route_below_the_prefix() -> None:
+    paths: list[str] = []
+    app = app_of(heard=lambda path, *_: paths.append(path))
+    for root in ("", "/below"):
+        await raw(app, f"{root}/healthz", chunks([b""]), method="GET", root_path=root)
+    assert paths == ["/healthz", "/healthz"]
 
 
 # Documentation

@@ -87,7 +87,7 @@ def test_the_edges_of_a_range_are_inside(task: Task, name: str, text: str, value
 def test_beyond_a_range_is_refused_by_name(task: Task, name: str, text: str) -> None:
     error = refused(task, {name: text})
     assert error.problems[0]["parameter"] == name
-    assert error.problems[0]["value"] == text[:80]
+    assert error.problems[0]["value"] == (text[:80] or "nothing")
     assert error.message.startswith(f"{name}: ")
     assert describe(REQUESTS[task], name) in error.remedy
 
@@ -173,7 +173,7 @@ def test_any_prompt_is_taken_as_it_is_or_refused(prompt: str) -> None:
 @pytest.mark.parametrize("name", ["stepps", "Steps", "task", "request", "model_config"])
 def test_unknown_fields_are_refused_by_name_with_the_known_ones(task: Task, name: str) -> None:
     error = refused(task, {name: "1"})
-    assert error.message == f"{name} is not a parameter of {task}"
+    assert error.message == f"{name} is not a parameter of {task}."
     assert all(known in error.remedy for known in ("image", *REQUESTS[task].model_fields))
 
 

@@ -57,6 +57,7 @@ async def refusal(
         await read([body], content_type)
     assert type(caught.value) is kind
     assert caught.value.message
+    assert caught.value.value
     return caught.value
 
 
@@ -405,7 +406,7 @@ def test_an_error_is_told_with_fact_value_and_remedy() -> None:
         "title": error.status.phrase,
         "status": 422,
         "code": "invalid_parameter",
-        "detail": "Too many. (got 151) Send fewer.",
+        "detail": "Too many (got 151). Send fewer.",
         "fact": "Too many.",
         "value": "151",
         "remedy": "Send fewer.",
