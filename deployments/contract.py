@@ -103,6 +103,7 @@ class DiffusionRequest(ImageRequest):
         default=None,
         ge=0,
         le=2**32 - 1,
+        examples=[7],
         description="Same request and seed, same image. Unset: chosen at random and returned.",
     )
 
@@ -181,11 +182,13 @@ class BackgroundRequest(ImageRequest):
     task = Task.BACKGROUND
     output: Literal["rgba", "mask", "color"] = Field(
         default="rgba",
+        examples=["color"],
         description="rgba: the picture with a transparent background. mask: the alpha alone, as "
         "a grey picture. color: the foreground on `color`.",
     )
     color: str = Field(
         default="#ffffff",
+        examples=["#2060a0"],
         pattern=r"^#[0-9a-fA-F]{6}$",
         description="Background with output=color, as #rrggbb in sRGB.",
     )

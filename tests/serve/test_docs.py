@@ -1,0 +1,97 @@
+"""`/docs`, as a newcomer clicks through it; and the way there."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.serve.test_http import ROUTES, jpeg
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def prefilled(field: dict[str, Any]) -> str:
+    """What Swagger UI puts into a form's field, as it was seen to do in a browser."""
+    if examples := field.get("examples"):
+        return str(examples[0])
+    if "default" in field:
+        return str(field["default"])
+    field = field.get("anyOf", [field])[0]
+    if "enum" in field:
+        return field["enum"][0]
+    if "pattern" in field:
+        return "#1AFF80"  # by chance, of what the pattern allows
+    return str(field.get("maximum", "string"))
+
+
+@pytest.mark.parametrize("route", ROUTES.values())
+def test_try_it_out_gives_a_picture_untouched(address: str, route: str) -> None:
+    description = httpx.get(f"{address}/openapi.json", timeout=30).json()
+    path = f"/api/v1/images/{route}"
+    body = description["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]
+    fields = {name: prefilled(f) for name, f in body["schema"]["properties"].items()}
+    del fields["image"]
+    response = httpx.post(
+        f"{address}{path}", files={"image": ("photo.jpg", jpeg())}, data=fields, timeout=120
+    )
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("image/")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("prefix", ["address", "scripted"])
+def test_try_it_out_in_a_browser(
+    prefix: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(jpeg())
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"{request.getfixturevalue(prefix)}/docs")
+        page.wait_for_selector(".opblock")
+        answered = {}
+        for block in page.query_selector_all(".opblock"):
+            block.query_selector(".opblock-summary-control").click()
+            block.wait_for_selector(".try-out__btn").click()
+            block.wait_for_selector(".execute")
+            if chooser := block.query_selector("input[type=file]"):
+                chooser.set_input_files(photo)
+            with page.expect_response("**", timeout=120_000) as response:
+                block.query_selector(".execute").click()
+            answered[response.value.url] = response.value.status
+            block.query_selector(".opblock-summary-control").click()
+        browser.close()
+    assert len(answered) == len(ROUTES) + 3
+    assert set(answered.values()) == {200}, answered
+
+
+@pytest.mark.parametrize("prefix", ["address", "scripted"])
+def test_whoever_asks_for_the_root_is_sent_to_the_reference(
+    prefix: str, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(prefix)
+    for url in (root, f"{root}/"):
+        page = httpx.get(url, follow_redirects=True, timeout=30)
+        assert str(page.url) == f"{root}/docs"
+        assert "swagger-ui" in page.text
+
+
+def test_below_a_prefix_the_models_tell_routes_that_are_there(cluster: str, scripted: str) -> None:
+    models = httpx.get(f"{scripted}/api/v1/models", timeout=30).json()["models"]
+    for model in models:
+        url = f"{cluster}{model['route']}"
+        assert url.startswith(scripted)
+        assert httpx.post(url, files={"image": jpeg()}, timeout=30).status_code == 200
+
+
+def test_below_a_prefix_a_wrong_route_is_told_the_right_ones(scripted: str) -> None:
+    problem = httpx.get(f"{scripted}/nowhere", timeout=30).json()
+    assert "/scripted/api/v1/images/style/comic" in problem["remedy"]
