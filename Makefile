@@ -114,6 +114,10 @@ deploy: setup ## Check OVERLAY=prod, show what it changes and apply it (DRY_RUN=
 bench-http: setup ## What HTTP costs on the way to a model, beside LitServe if .venv-peers is there
 	$(BIN)/python -m benchmarks.http_overhead $(ARGS)
 
+.PHONY: bench-recovery
+bench-recovery: setup ## kill -9 of each process five times: what clients see, and for how long
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
 .PHONY: soak-clients
 soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (15 minutes)
 	$(BIN)/python -m benchmarks.soak_clients $(ARGS)

@@ -78,6 +78,8 @@ class ModelDeployment:
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
+        self._began_s = time.monotonic()
+        self._start_s = 0.0
         calm_threads()
         # Imported here: the Serve controller and the ingress import this module without torch.
         from deployments.hosting import Host
@@ -121,10 +123,12 @@ class ModelDeployment:
         else:
             await asyncio.to_thread(self._host.start, tuning.digest)
             self._configured = True
+            self._start_s = time.monotonic() - self._began_s
 
     async def status(self) -> dict[str, object]:
-        """Which digest is served, which is wanted, why they differ, and the requests inside."""
-        return {**self._host.status, "requests": self._inside}
+        """Digest served and wanted, why they differ, requests inside, seconds the start took."""
+        start_s = round(self._start_s, 1)
+        return {**self._host.status, "requests": self._inside, "start_s": start_s}
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         """Process one picture.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
     State = Literal["ready", "idle", "starting", "failed"]
 
+_OPERATOR_S = 60
+"""A model that gave up starting needs somebody: nobody knows how long."""
 ROUTES: dict[Task, str] = {
     Task.UPSCALE: "/api/v1/images/upscale",
     Task.ENHANCE: "/api/v1/images/enhance",
@@ -83,6 +86,10 @@ class Backends(Protocol):
     """The five models, and how they are."""
 
     def __getitem__(self, task: Task) -> Backend: ...
+
+    def recovery_s(self, task: Task) -> float:
+        """Seconds after which a model that is not ready will probably answer."""
+        ...
 
     async def states(self) -> Mapping[Task, State]:
         """ready, idle (no replica, wakes on demand), starting or failed."""
@@ -210,7 +217,9 @@ class _Processor:
 
     async def _why_late(self) -> ImagenError:
         state = (await self._backends.states()).get(self.task, "starting")
-        return too_late() if state == "ready" else not_ready(self.task, state)
+        if state == "ready":
+            return too_late()
+        return not_ready(self.task, state, self._backends.recovery_s(self.task))
 
 
 def is_cut_out(request: TaskRequest) -> bool:
@@ -235,10 +244,17 @@ def _too_slow(timeout_s: float) -> SlowUpload:
     )
 
 
-def not_ready(task: Task, state: State) -> NotReady:
+def not_ready(task: Task, state: State, recovery_s: float) -> NotReady:
     """The error for a model that cannot answer now."""
-    remedy = "Try again shortly." if state != "failed" else "Ask the operator; /readyz says more."
-    return NotReady(f"The model {task} is {state}.", value=state, remedy=remedy, retry_after_s=10)
+    failed = state == "failed"
+    return NotReady(
+        f"The model {task} is {state}.",
+        value=state,
+        remedy="Ask the operator; /readyz says more."
+        if failed
+        else "Try again after Retry-After seconds.",
+        retry_after_s=max(recovery_s, _OPERATOR_S) if failed else recovery_s,
+    )
 
 
 def _add_image_route(app: FastAPI, path: str, processor: _Processor) -> None:
@@ -284,7 +300,8 @@ def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) ->
     async def readyz() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         states = await backends.states()
         models = {str(task): states.get(task, "starting") for task in Task}
-        ready = all(state in ("ready", "idle") for state in models.values())
+        waiting = [task for task in Task if models[task] not in ("ready", "idle")]
+        ready = not waiting
         details = await backends.details()
         body = {
             "status": "ready" if ready else "not ready",
@@ -292,8 +309,10 @@ def _add_service_routes(app: FastAPI, backends: Backends, registry: Registry) ->
             "replicas": {str(task): found for task, found in details.replicas.items()},
             "pulling_percent": {m: round(p, 1) for m, p in details.pulling.items()},
         }
-        headers = {} if ready else {"Retry-After": "5"}
-        return JSONResponse(body, 200 if ready else 503, headers)
+        if ready:
+            return JSONResponse(body)
+        recovery_s = max(backends.recovery_s(task) for task in waiting)
+        return JSONResponse(body, 503, {"Retry-After": str(math.ceil(recovery_s))})
 
 
 def _under_root(request: Request, path: str) -> str:

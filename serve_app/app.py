@@ -11,7 +11,7 @@ from deployments.model import ModelDeployment
 from deployments.registry import load_registry
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
-from serve_app.ingress import NAMES, Ingress
+from serve_app.ingress import NAMES, NOTICE_S, Ingress
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -42,6 +42,7 @@ def build(args: dict[str, Any]) -> Application:
         # Enough that our middleware refuses, not Serve, whose refusals are plain text.
         max_ongoing_requests=settings.max_uploads + settings.uploads.max_arriving + 50,
         max_queued_requests=settings.uploads.max_arriving,
+        health_check_period_s=NOTICE_S,
         backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.1},
     )
@@ -69,7 +70,7 @@ def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
         max_queued_requests=40,
         backpressure_config=_backpressure(settings),
         graceful_shutdown_timeout_s=60,
-        health_check_period_s=10,
+        health_check_period_s=NOTICE_S,
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": settings.model_num_cpus, "num_gpus": spec.num_gpus},
         user_config={},

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -42,8 +42,15 @@ NAMES: dict[Task, str] = {
     Task.BACKGROUND: "BackgroundRemove",
 }
 _ROUTES = {*ROUTES.values(), "/api/v1/models", "/healthz", "/readyz"}
-_STATES_TTL_S = 1.0
+NOTICE_S = 2
+"""How often Serve looks whether a replica lives: a lost one is replaced no sooner."""
+_PROCESS_S = 3
+"""A new process, before the model's own start in it."""
+_START_S = 20
+"""The start of a model on two busy cores, until a replica has said how long its own took."""
+_VIEW_TTL_S = 1.0
 _STATUS_TIMEOUT_S = 0.5
+_GAVE_UP = {"REPLICA_STARTUP_FAILED", "DEPLOYMENT_ACTOR_FAILED", "INTERNAL_ERROR"}
 logger = logging.getLogger("ray.serve.imagen.ingress")
 
 
@@ -54,24 +61,56 @@ class HandleBackend:
         self._task = task
         self._handle = handle
         self._retry_after_s = retry_after_s
+        self._start_s: float | None = None
+        self._lost_s: float | None = None
+        self._asked: asyncio.Task[Any] | None = None
 
-    async def replicas(self) -> list[Any]:
-        """What each running replica says of its model; empty where none answers in time."""
+    @property
+    def recovery_s(self) -> float:
+        """Until there is a replica again, if the last one has been lost; at least a pause."""
+        whole_s = NOTICE_S + _PROCESS_S + (self._start_s or _START_S)
+        since_s = 0 if self._lost_s is None else time.monotonic() - self._lost_s
+        return max(whole_s - since_s, self._retry_after_s)
+
+    async def replicas(self) -> list[Any] | None:
+        """What each running replica says of its model; None where that cannot be told in time."""
         try:
             # Past the queues, so that busy replicas answer too.
-            return await self._handle.broadcast("status").results_async(timeout_s=_STATUS_TIMEOUT_S)
-        except (RayServeException, RayError, TimeoutError):
+            answers = await self._handle.broadcast("status").results_async(
+                timeout_s=_STATUS_TIMEOUT_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
             return []
+        except (RayServeException, RayError, TimeoutError):
+            return None
+        found = [answer for answer in answers if not isinstance(answer, Exception)]
+        if found:
+            self._start_s = max(status["start_s"] for status in found)
+            self._lost_s = None
+        elif all(isinstance(answer, ActorDiedError) for answer in answers):
+            self._lose()
+        else:
+            return None
+        return found
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         response = self._handle.remote(job)
         try:
-            return await response
+            result = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
         except (RayServeException, RayError) as error:
             raise self._translate(error) from None
+        self._lost_s = None
+        if self._start_s is None and self._asked is None:
+            # While there is one to ask: how long the next one will take is known from the last.
+            self._asked = asyncio.create_task(self.replicas())
+        return result
+
+    def _lose(self) -> None:
+        if self._lost_s is None:
+            self._lost_s = time.monotonic()
 
     def _translate(self, error: Exception) -> ImagenError:
         if isinstance(error, BackPressureError):
@@ -79,18 +118,19 @@ class HandleBackend:
                 f"The queue of {self._task} is full.",
                 value=str(self._task),
                 remedy="Try again after Retry-After seconds.",
-                retry_after_s=self._retry_after_s,
+                retry_after_s=self._retry_after_s if self._lost_s is None else self.recovery_s,
             )
         if isinstance(error, DeploymentUnavailableError):
-            return not_ready(self._task, "failed")
+            return not_ready(self._task, "failed", self.recovery_s)
         if isinstance(error, RayTaskError):
             ours: Any = error.cause
             return ours if isinstance(ours, ImagenError) else _unforeseen(self._task, error)
+        self._lose()
         return NotReady(
             f"The replica of {self._task} was lost.",
             value=str(self._task),
-            remedy="Try again; another one is being started.",
-            retry_after_s=self._retry_after_s,
+            remedy="Try again after Retry-After seconds; another one is being started.",
+            retry_after_s=self.recovery_s,
         )
 
 
@@ -110,47 +150,78 @@ class ServeBackends:
         self._backends = {t: HandleBackend(t, h, retry_after_s) for t, h in handles.items()}
         self._application = serve.get_replica_context().app_name
         self._states: Mapping[Task, State] = {}
+        self._details = Details({}, {})
         self._stale_s = 0.0
         self._lock = asyncio.Lock()
-        self._details = Details({}, {})
-        self._details_stale_s = 0.0
-        self._details_lock = asyncio.Lock()
+        self._asked: asyncio.Future[Any] | None = None
 
     def __getitem__(self, task: Task) -> HandleBackend:
         return self._backends[task]
 
+    def recovery_s(self, task: Task) -> float:
+        return self._backends[task].recovery_s
+
     async def states(self) -> Mapping[Task, State]:
-        """As the Serve controller sees them, at most a second old."""
-        async with self._lock:
-            if time.monotonic() >= self._stale_s:
-                status = await asyncio.to_thread(serve.status)
-                deployments = status.applications[self._application].deployments
-                self._states = {t: _state(deployments.get(n)) for t, n in NAMES.items()}
-                self._stale_s = time.monotonic() + _STATES_TTL_S
+        """As replicas and the Serve controller tell it, at most a second old."""
+        await self._look()
         return self._states
 
     async def details(self) -> Details:
-        """As replicas and nodes tell it, at most a second old; takes half a second at most."""
-        async with self._details_lock:
-            if time.monotonic() >= self._details_stale_s:
-                running = [t for t, state in (await self.states()).items() if state == "ready"]
-                replicas = asyncio.gather(*(self._backends[t].replicas() for t in running))
-                percent = await pulling()
-                self._details = Details(dict(zip(running, await replicas, strict=True)), percent)
-                self._details_stale_s = time.monotonic() + _STATES_TTL_S
+        """As replicas and nodes tell it, at most a second old."""
+        await self._look()
         return self._details
 
+    async def _look(self) -> None:
+        async with self._lock:
+            if time.monotonic() < self._stale_s:
+                return
+            told = asyncio.gather(*(self._backends[task].replicas() for task in NAMES))
+            deployments, percent = await asyncio.gather(self._deployments(), pulling())
+            replicas = dict(zip(NAMES, await told, strict=True))
+            self._states = {
+                task: _state(deployments.get(name), replicas[task], self._states.get(task))
+                for task, name in NAMES.items()
+            }
+            self._details = Details({t: found for t, found in replicas.items() if found}, percent)
+            self._stale_s = time.monotonic() + _VIEW_TTL_S
 
-def _state(deployment: Any) -> State:
-    """One deployment's state from its Serve status."""
-    if deployment is None:
-        return "starting"
-    if deployment.replica_states.get("RUNNING", 0) > 0:
+    async def _deployments(self) -> Mapping[str, Any]:
+        """As the Serve controller sees them; nothing while it is away.
+
+        A call to a controller that restarts lasts until it is back: whoever asks next waits for
+        the same one.
+        """
+        if self._asked is None:
+            self._asked = asyncio.ensure_future(asyncio.to_thread(serve.status))
+        if not (await asyncio.wait({self._asked}, timeout=_STATUS_TIMEOUT_S))[0]:
+            return {}
+        asked, self._asked = self._asked, None
+        try:
+            application = asked.result().applications.get(self._application)
+        except (RayServeException, RayError):
+            return {}
+        return application.deployments if application else {}
+
+
+def _state(deployment: Any, replicas: list[Any] | None, last: State | None) -> State:
+    """One model's state.
+
+    Args:
+        deployment: its Serve status; None while the controller is away.
+        replicas: those that answered; None if that is unknown.
+        last: the state before.
+    """
+    if replicas:
         return "ready"
-    if deployment.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+    if deployment is None:
+        kept = last if replicas is None or last != "ready" else None
+        return kept or "starting"
+    if replicas is None and deployment.replica_states.get("RUNNING", 0) > 0:
+        return "ready"  # too busy to answer in time
+    if deployment.status_trigger in _GAVE_UP:
         return "failed"
-    idle = deployment.status == "HEALTHY" and not any(deployment.replica_states.values())
-    return "idle" if idle else "starting"
+    rests = deployment.status == "HEALTHY" or last == "idle"
+    return "idle" if rests and not any(deployment.replica_states.values()) else "starting"
 
 
 class _ReplicaApp:

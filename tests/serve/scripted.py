@@ -16,7 +16,7 @@ class ScriptedModel:
         self._inside = 0
 
     async def status(self) -> dict[str, object]:
-        return {"requests": self._inside}
+        return {"requests": self._inside, "start_s": 4.2}
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         self._inside += 1

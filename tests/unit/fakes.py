@@ -58,6 +58,9 @@ class FakeBackends:
     def __getitem__(self, task: Task) -> FakeBackend:
         return FakeBackend(self, task)
 
+    def recovery_s(self, task: Task) -> float:
+        return 12.3
+
     async def states(self) -> Mapping[Task, State]:
         if self.states_error is not None:
             raise self.states_error

@@ -1,0 +1,290 @@
+"""How long Imagen takes to recover from kill -9 of each process, and what clients see meanwhile.
+
+`make bench-recovery` starts `serve run` on configs/local.yaml, keeps two clients and a reader of
+`/readyz` busy, and kills one process at a time, of those it started itself. Both times are from the
+kill on: until pictures come again and none fails any more, and until `/readyz` says ready and stays
+so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
+
+import httpx
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.server import running
+from benchmarks.peers.systems import OURS, SYSTEMS, System, ray_environment
+from deployments.settings import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+ROUTE: Final = "/api/v1/images/background/remove"
+KINDS: Final = {
+    "replica": "ray::ServeReplica:imagen:BackgroundRemove",
+    "ingress": "ray::ServeReplica:imagen:Ingress",
+    "proxy": "ray::ProxyActor",
+    "controller": "ray::ServeController",
+}
+"""How the processes are called, in the order they are killed in."""
+_QUIET_S: Final = 8
+_LIMIT_S: Final = 180
+_PAUSE_S: Final = 0.1
+console = Console(width=None if sys.stdout.isatty() else 130)
+
+
+def process_of(kind: str) -> psutil.Process | None:
+    """The process of that kind among those that this one has started."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = process.cmdline()[:1]
+        except psutil.Error:
+            continue
+        if title and title[0].partition(".")[0].removesuffix("()") == KINDS[kind]:
+            return process
+    return None
+
+
+class Answer(NamedTuple):
+    """One request.
+
+    Attributes:
+        sent_s, came_s: on the monotonic clock.
+        outcome: `200`; status and code of a problem; `refused`, `cut off`; status and `plain text`.
+        retry_after_s: as told, if it was.
+        models: states by task, of `/readyz`.
+    """
+
+    sent_s: float
+    came_s: float
+    outcome: str
+    retry_after_s: int | None = None
+    models: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+
+def ask(call: Callable[[], httpx.Response]) -> Answer:
+    """One request and what came of it."""
+    sent_s = time.monotonic()
+    try:
+        response = call()
+    except httpx.ConnectError:
+        return Answer(sent_s, time.monotonic(), "refused")
+    except httpx.HTTPError as error:
+        cut = "no answer" if isinstance(error, httpx.TimeoutException) else "cut off"
+        return Answer(sent_s, time.monotonic(), cut)
+    came_s = time.monotonic()
+    told = response.headers.get("retry-after")
+    kind = response.headers.get("content-type", "").partition(";")[0]
+    outcome, models = str(response.status_code), dict[str, str]()
+    if kind == "application/problem+json":
+        outcome += f" {response.json()['code']}"
+    elif kind == "application/json":
+        models = response.json().get("models", {})
+    elif not response.is_success:
+        outcome += " plain text"
+    return Answer(sent_s, came_s, outcome, int(told) if told else None, models)
+
+
+class Watch:
+    """Clients in a closed loop, each request on a new connection, until the end of the block.
+
+    Attributes:
+        pictures: answers of the image route.
+        readiness: answers of `/readyz`.
+    """
+
+    def __init__(self, url: str, picture: bytes, clients: int = 2) -> None:
+        self.pictures: list[Answer] = []
+        self.readiness: list[Answer] = []
+        self._ended = threading.Event()
+
+        def post() -> httpx.Response:
+            files = {"image": picture}
+            return httpx.post(url + ROUTE, files=files, timeout=120, trust_env=False)
+
+        def ready() -> httpx.Response:
+            return httpx.get(url + "/readyz", timeout=120, trust_env=False)
+
+        loops = [(post, self.pictures)] * clients + [(ready, self.readiness)]
+        self._threads = [threading.Thread(target=self._loop, args=loop) for loop in loops]
+
+    def _loop(self, call: Callable[[], httpx.Response], answers: list[Answer]) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            answers.append(ask(call))
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def settle(self, kind: str, killed: psutil.Process, limit_s: float = _LIMIT_S) -> None:
+        """Wait until another process has taken its place, and all has been well for a while.
+
+        Raises:
+            TimeoutError: it does not come to that.
+        """
+        deadline_s = time.monotonic() + limit_s
+        while time.monotonic() < deadline_s:
+            time.sleep(0.2)
+            successor = process_of(kind)
+            if successor and successor.pid != killed.pid and self._well_since(_QUIET_S):
+                return
+        raise TimeoutError(f"The {kind} has not recovered within {limit_s:g} s.")
+
+    def _well_since(self, seconds: float) -> bool:
+        from_s = time.monotonic() - seconds
+        for answers in (list(self.pictures), list(self.readiness)):
+            late = [one for one in answers if one.came_s > from_s]
+            if not late or any(one.outcome != "200" for one in late):
+                return False
+        return True
+
+
+def recovered_s(answers: Sequence[Answer], killed_s: float) -> float:
+    """Seconds from the kill to the first good answer after which all are good."""
+    after = [one for one in answers if one.sent_s >= killed_s]
+    bad_s = max((one.sent_s for one in after if one.outcome != "200"), default=killed_s)
+    good = (one.came_s for one in after if one.outcome == "200" and one.sent_s >= bad_s)
+    return min(good) - killed_s
+
+
+@dataclass
+class Kill:
+    """What one kill did.
+
+    Attributes:
+        pictures_s, ready_s: until pictures came, and `/readyz` said ready, and went on to.
+        seen: answers of the image route that were not 200, by outcome.
+        states: of the killed model, as `/readyz` said them in turn.
+        told_s: each Retry-After, and what it would have taken.
+    """
+
+    kind: str
+    pictures_s: float = 0.0
+    ready_s: float = 0.0
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+    ready_seen: dict[str, int] = field(default_factory=dict[str, int])
+    states: list[str] = field(default_factory=list[str])
+    told_s: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+
+def kill(kind: str, url: str, picture: bytes) -> Kill:
+    """Kill one process under light load, and wait until all is well again."""
+    with Watch(url, picture) as watch:
+        time.sleep(2)
+        victim = process_of(kind)
+        if victim is None:
+            raise LookupError(f"There is no process of the {kind}.")
+        killed_s = time.monotonic()
+        victim.kill()
+        watch.settle(kind, victim)
+    found = Kill(kind)
+    found.pictures_s = recovered_s(watch.pictures, killed_s)
+    found.ready_s = recovered_s(watch.readiness, killed_s)
+    found.seen = _bad(watch.pictures, killed_s)
+    found.ready_seen = _bad(watch.readiness, killed_s)
+    for answer in watch.readiness:
+        state = answer.models.get("background")
+        if state and found.states[-1:] != [state]:
+            found.states.append(state)
+    well_s = killed_s + found.pictures_s
+    found.told_s = [
+        (one.retry_after_s, round(well_s - one.came_s, 1))
+        for one in watch.pictures
+        if one.retry_after_s is not None and one.came_s >= killed_s
+    ]
+    return found
+
+
+def _bad(answers: Sequence[Answer], killed_s: float) -> dict[str, int]:
+    late = (one.outcome for one in answers if one.came_s >= killed_s)
+    return dict(Counter(outcome for outcome in late if outcome != "200"))
+
+
+def table(kills: Sequence[Kill]) -> Table:
+    """Medians by kind, and the sum of what was seen."""
+    found = Table("killed", "pictures again, s", "/readyz again, s", "clients saw", "/readyz said")
+    for kind in KINDS:
+        these = [one for one in kills if one.kind == kind]
+        if not these:
+            continue
+        seen, said = Counter[str](), Counter[str]()
+        for one in these:
+            seen.update(one.seen)
+            said.update(one.ready_seen)
+        found.add_row(
+            kind,
+            _spread([one.pictures_s for one in these]),
+            _spread([one.ready_s for one in these]),
+            _counts(seen),
+            _counts(said),
+        )
+    return found
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+
+
+def _counts(seen: Counter[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in seen.most_common()) or "200 only"
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Kills of each process")] = 5,
+    only: Annotated[str, typer.Option(help="One kind: replica, ingress, proxy, controller")] = "",
+) -> None:
+    """Kill each process of a running server so many times, and tell how it recovered."""
+    picture = (ROOT / "docs/photo.jpg").read_bytes()
+    system = System("Imagen", SYSTEMS[OURS].command, environment=ray_environment)
+    kills: list[Kill] = []
+    load: list[float] = []
+    with running(system) as url:
+        for number in range(rounds):
+            for kind in [only] if only else KINDS:
+                kills.append(kill(kind, url, picture))
+                load.append(os.getloadavg()[0])
+                last = kills[-1]
+                console.print(f"{number + 1} {asdict(last)} load {load[-1]:.1f}")
+    console.print(table(kills))
+    console.print(f"Load average: {min(load):.1f} to {max(load):.1f}")
+    day = datetime.now(UTC).date().isoformat()
+    values: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "ray": version("ray"),
+        "load": [round(one, 1) for one in load],
+        "kills": [asdict(one) for one in kills],
+    }
+    file = ROOT / f"benchmarks/results/recovery-{day}.json"
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Written to {file.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
