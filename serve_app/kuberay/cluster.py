@@ -66,7 +66,7 @@ def _head(environment: Environment) -> Values:
 
 def _ingress(environment: Environment) -> Values:
     container = _container("ray-worker", environment.ingress, environment, _WORKER_PORTS)
-    return _group(environment.ingress, environment, container | {"readinessProbe": _READINESS})
+    return _worker_group(environment.ingress, environment, container)
 
 
 def _models(sizing: Sizing) -> Values:
@@ -81,7 +81,7 @@ def _models(sizing: Sizing) -> Values:
     container = _container("ray-worker", filled, environment, _WORKER_PORTS)
     mount = {"name": "models", "mountPath": cache.mount}
     container["volumeMounts"] = [mount | ({"readOnly": True} if cache.read_only else {})]
-    group = _group(filled, environment, container | {"readinessProbe": _READINESS})
+    group = _worker_group(filled, environment, container)
     pod = group["template"]["spec"]
     pod["volumes"] = [_volume(cache, sizing.cache_size)]
     if cache.kind == "hostPath" and not cache.read_only:
@@ -128,8 +128,18 @@ def _container(
     return container | environment.every_pod.container
 
 
+def _worker_group(source: PodSource, environment: Environment, container: Values) -> Values:
+    group = _group(source, environment, container | {"readinessProbe": _READINESS})
+    return group | {"scaleStrategy": {}}  # see _group
+
+
 def _group(source: PodSource, environment: Environment, container: Values) -> Values:
+    """A group as the operator writes it back: its empty mappings stand there from the start.
+
+    Else that write changes the list of worker groups, which makes the operator its owner, and the
+    next `kubectl apply --server-side` conflicts with it.
+    """
     pod = merged(environment.every_pod.pod, source.pod) | {"containers": [container]}
     about = {"labels": source.labels, "annotations": source.annotations}
     about = {key: values for key, values in about.items() if values}
-    return source.group | {"template": ({"metadata": about} if about else {}) | {"spec": pod}}
+    return source.group | {"template": {"metadata": about, "spec": pod}}
