@@ -27,8 +27,8 @@ usage() {
 # The context cannot change under way.
 kube() { kubectl --context "$context" "$@"; }
 
-# Of the manifests, `NAMESPACE SERVICE`, with `google` if only GKE has such kinds, then `KIND/NAME` of
-# every object.
+# Of the manifests, `NAMESPACE SERVICE google|any STRATEGY IMAGE…`: whether only GKE has such kinds,
+# how pods are replaced, and images that no node pulls. Then `KIND/NAME` of every object.
 objects() {
   "$python" - "$1" <<'PYTHON'
 import sys
@@ -36,13 +36,52 @@ import yaml
 
 with open(sys.argv[1]) as file:
     found = [one for one in yaml.safe_load_all(file) if one]
-about = next(one["metadata"] for one in found if one["kind"] == "RayService")
+service = next(one for one in found if one["kind"] == "RayService")
+about, cluster = service["metadata"], service["spec"]["rayClusterConfig"]
 google = (".gke.io/", "cloud.google.com/", "monitoring.googleapis.com/")
 for_gke = any(part in one["apiVersion"] for one in found for part in google)
-print(about["namespace"], about["name"], "google" if for_gke else "")
+groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+ours = [one for group in groups for one in group["template"]["spec"]["containers"]]
+local = {one["image"] for one in ours if one.get("imagePullPolicy") == "Never"}
+strategy = service["spec"]["upgradeStrategy"]["type"]
+where = "google" if for_gke else "any"
+print(about["namespace"], about["name"], where, strategy, *sorted(local))
 for one in found:
     print(f"{one['kind']}/{one['metadata']['name']}")
 PYTHON
+}
+
+# Marks the pods with what they are made of: the images' ids, which a new build changes under the same
+# tag, and their definition. Prints the mark.
+mark() {
+  "$python" - "$1" "$2" <<'PYTHON'
+import hashlib
+import sys
+import yaml
+
+with open(sys.argv[1]) as file:
+    found = [one for one in yaml.safe_load_all(file) if one]
+cluster = next(one for one in found if one["kind"] == "RayService")["spec"]["rayClusterConfig"]
+mark = hashlib.sha256((sys.argv[2] + yaml.safe_dump(cluster)).encode()).hexdigest()[:16]
+about = cluster["headGroupSpec"]["template"]["metadata"]
+about["annotations"] = about.get("annotations", {}) | {"imagen.dev/made-of": mark}
+with open(sys.argv[1], "w") as file:
+    yaml.safe_dump_all(found, file)
+print(mark)
+PYTHON
+}
+
+# Ends the Ray clusters whose pods are marked otherwise; KubeRay starts one as it was applied. Only on
+# a machine of one's own: elsewhere, with upgradeStrategy None, somebody chooses the moment.
+replace_clusters() {
+  local clusters name mark
+  clusters=$(kube --namespace "$namespace" get raycluster \
+    --selector "ray.io/originated-from-cr-name=$service" --output go-template='{{range .items -}}
+      {{.metadata.name}} {{with .spec.headGroupSpec.template.metadata.annotations -}}
+      {{index . "imagen.dev/made-of"}}{{end}}{{"\n"}}{{end}}') || return
+  while read -r name mark; do
+    [ -z "$name" ] || [ "$mark" = "$1" ] || kube --namespace "$namespace" delete raycluster "$name"
+  done <<<"$clusters"
 }
 
 # The context that kuberay/gke/cluster.sh made, after the settings.
@@ -57,7 +96,7 @@ site_context() (
 # The overlay and the cluster go together.
 check_context() {
   local there else="or, if you mean it: kuberay/deploy.sh --context $context $overlay"
-  if [ -z "$google" ]; then
+  if [ "$google" != google ]; then
     [[ $context != gke_* ]] ||
       refuse "$overlay is not for GKE, and kubectl is at $context, where it would replace what runs." \
         "Choose another: kubectl config use-context NAME; $else"
@@ -133,8 +172,15 @@ imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/
 kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
   refuse "kustomize refuses the overlay (above)."
 about=$(objects "$manifests")
-read -r namespace service google <<<"$about"
+read -r namespace service google strategy local_images <<<"$about"
 [ -n "$named" ] || check_context
+
+if [ -n "$local_images" ]; then
+  # shellcheck disable=SC2086 # several
+  ids=$(docker image inspect --format '{{.Id}}' $local_images) ||
+    refuse "$overlay runs images of this machine, and they are not here (above). Run: make image-dev"
+  made_of=$(mark "$manifests" "$ids")
+fi
 
 # The fields are checked against the cluster's own definitions, those of them that it has.
 mkdir "$scratch/crds"
@@ -148,6 +194,12 @@ grep -q 'name: rayservices\.ray\.io$' "$scratch/crds/cluster.yaml" ||
   refuse "the cluster has no KubeRay. Install the operator first: kuberay/README.md says how."
 
 validate=(imagen kuberay validate --crds "$scratch/crds" "$manifests")
+if [ "$google" != google ]; then # GKE's nodes come when they are needed
+  nodes=$(kube get nodes --output go-template='{{range .items -}}
+    cpu={{.status.allocatable.cpu}},memory={{.status.allocatable.memory}}{{"\n"}}{{end}}') ||
+    refuse "the nodes cannot be looked up (above)."
+  for node in $nodes; do validate+=(--node "$node"); done
+fi
 if ! "${validate[@]}" --json >"$scratch/report.json" 2>/dev/null; then
   "${validate[@]}" || true
   refuse "$overlay is not ready (above), and nothing was applied. Fill in configs/gke.yaml, run" \
@@ -172,9 +224,6 @@ done <<<"$wanted"
 [ -z "$missing" ] || refuse "the namespace $namespace lacks Secrets, and nothing was applied: $missing." \
   "Make them as above, or with kuberay/gke/secrets.sh."
 
-if grep -q 'imagePullPolicy: Never' "$manifests"; then
-  echo "Its image must be on the node already: kind load docker-image imagen-cpu:dev"
-fi
 if [ -z "$exists" ]; then
   echo "It makes:"
   sed '1d; s/^/  /' <<<"$about"
@@ -190,7 +239,14 @@ if [ -n "$dry_run" ]; then
   echo "Dry run: nothing was applied."
   exit 0
 fi
+if [[ -n $local_images && $context = kind-* ]]; then
+  # shellcheck disable=SC2086 # several
+  kind load docker-image $local_images --name "${context#kind-}" || refuse "kind stopped (above)."
+elif [ -n "$local_images" ]; then
+  echo "Its nodes must have $local_images already, as built last."
+fi
 kube apply --server-side --filename "$manifests" ||
   refuse "kubectl stopped (above); what stands before that was applied. Correct it, and run this again"
+if [[ -n $local_images && $strategy = None ]]; then replace_clusters "$made_of"; fi
 echo "Applied. To wait until it serves:"
 echo "  $typed --namespace $namespace wait rayservice/$service --for=condition=Ready --timeout=30m"

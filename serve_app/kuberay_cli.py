@@ -111,6 +111,9 @@ def validate_manifests(
         bool, typer.Option("--allow-placeholder", help="Pass with `unresolved` values in it")
     ] = False,
     kubernetes: Annotated[str, typer.Option(help="Version whose kinds are meant")] = KUBERNETES,
+    node: Annotated[
+        list[str] | None, typer.Option(help="All must fit nodes like cpu=4,memory=12Gi; each once")
+    ] = None,
     folder: Folder = FOLDER,
     as_json: AsJson = False,
 ) -> None:
@@ -123,7 +126,10 @@ def validate_manifests(
         from serve_app.kuberay.crd import Schemas
 
         schemas = Schemas(crds) if crds else None
-        reports = [_report(one, schemas, kubernetes) for one in _manifests(files, resolve(folder))]
+        nodes = [_resources(one) for one in node or []]
+        reports = [
+            _report(one, schemas, kubernetes, nodes) for one in _manifests(files, resolve(folder))
+        ]
     for report in reports:
         _show(report, output, allow_placeholder)
     code = _exit_code(reports, allow_placeholder=allow_placeholder, skip_crd=skip_crd)
@@ -138,11 +144,32 @@ def validate_manifests(
         raise typer.Exit(code)
 
 
-def _report(manifests: Manifests, schemas: Schemas | None, kubernetes: str) -> Report:
+def _resources(text: str) -> dict[str, str]:
+    from serve_app.kuberay.quantity import parse_quantity
+
+    found = {name: amount for name, _, amount in (part.partition("=") for part in text.split(","))}
+    try:
+        for name in {"cpu", "memory", *found}:
+            parse_quantity(found.get(name, f"no {name}"))
+    except ValueError as error:
+        raise ConfigError(
+            f"A node is not what was expected: {error}.",
+            value=text,
+            remedy="Write it like cpu=4,memory=12Gi.",
+        ) from error
+    return found
+
+
+def _report(
+    manifests: Manifests,
+    schemas: Schemas | None,
+    kubernetes: str,
+    nodes: Sequence[dict[str, str]],
+) -> Report:
     from serve_app.kuberay import promql
     from serve_app.kuberay.validate import validate
 
-    report = validate(manifests, schemas, kubernetes)
+    report = validate(manifests, schemas, kubernetes, nodes)
     report.findings += promql.check(manifests)
     report.unchecked += promql.unchecked(manifests)
     return report

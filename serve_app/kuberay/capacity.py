@@ -1,4 +1,4 @@
-"""How many: quotas allow the largest clusters, and budgets let a drain go on."""
+"""How many: quotas and nodes hold the largest clusters, and budgets let a drain go on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serve_app.kuberay.quantity import parse_quantity
 from serve_app.kuberay.selectors import matches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from decimal import Decimal
 
     from serve_app.kuberay.manifests import Document, Manifests
@@ -19,6 +19,8 @@ _GPU = "requests.nvidia.com/gpu"
 _COUNTED = {"requests.cpu": "CPUs", "requests.memory": "bytes of memory", _GPU: "GPUs"}
 _ALONE = ("StatefulSet", "Deployment")
 _RUNNING = {1: "one cluster", 2: "two clusters"}
+# What pods of kind itself and the operator ask for.
+_KUBERNETES = {"cpu": "1050m", "memory": "802Mi"}
 Counted = tuple[int, list["Document"]]
 """How many pods, and what each one's containers are given."""
 Told = tuple[str, str, str]
@@ -31,6 +33,27 @@ def check(manifests: Manifests) -> list[Finding]:
     for service in manifests.of("RayService"):
         told += _quota(service, manifests)
     return [Finding(CHECK, rule, place, message) for rule, place, message in told]
+
+
+def room(manifests: Manifests, nodes: Sequence[Document]) -> list[Finding]:
+    """What the largest cluster lacks on nodes, beside its successor while an upgrade runs both.
+
+    Args:
+        nodes: what pods may have of each, by resource.
+    """
+    found: list[Finding] = []
+    for service in manifests.of("RayService"):
+        running, counted = _most(service, manifests)
+        for key, name in _COUNTED.items():
+            resource = key.removeprefix("requests.")
+            have = sum(parse_quantity(node.get(resource, 0)) for node in nodes)
+            needed = _sum(counted, resource)
+            others = parse_quantity(_KUBERNETES.get(resource, 0))
+            if needed and needed + others > have:
+                told = f"the nodes have {have:f} {name}; {running} may take {needed:f}"
+                message = f"{told}, and Kubernetes' own pods {others:f}"
+                found.append(Finding(CHECK, "room", where(service), message))
+    return found
 
 
 def _budgets(manifests: Manifests) -> Iterator[Told]:
@@ -58,22 +81,28 @@ def _budgets(manifests: Manifests) -> Iterator[Told]:
 
 def _quota(service: Document, manifests: Manifests) -> Iterator[Told]:
     """The largest cluster must be allowed, beside its successor while an upgrade runs both."""
-    strategy = (service["spec"].get("upgradeStrategy") or {}).get("type", "NewCluster")
-    clusters = 1 if strategy == "None" else 2
-    counted = [(n * clusters, sizes) for n, sizes in _cluster(service)] + _beside(manifests)
+    running, counted = _most(service, manifests)
     needed = {key: _sum(counted, key.removeprefix("requests.")) for key in _COUNTED}
-    told = f"{_RUNNING[clusters]} at a time, with what is beside, may take"
     for quota in manifests.of("ResourceQuota"):
         hard = quota["spec"]["hard"]
         for key, name in _COUNTED.items():
             # Without a line there is no ceiling: of GPUs there must be one.
             allowed = hard.get(key, 0 if key == _GPU else needed[key])
             if parse_quantity(allowed) < needed[key]:
-                message = f"{allowed} {name} are allowed; {told} {needed[key]:f}"
+                message = f"{allowed} {name} are allowed; {running} may take {needed[key]:f}"
                 yield "quota", where(quota), message
         pods = sum(n for n, _ in counted)
         if parse_quantity(hard.get("pods", pods)) < pods:
-            yield "quota", where(quota), f"{hard['pods']} pods are allowed; {told} {pods}"
+            message = f"{hard['pods']} pods are allowed; {running} may take {pods}"
+            yield "quota", where(quota), message
+
+
+def _most(service: Document, manifests: Manifests) -> tuple[str, list[Counted]]:
+    """The most that there is at a time, in words and counted."""
+    strategy = (service["spec"].get("upgradeStrategy") or {}).get("type", "NewCluster")
+    clusters = 1 if strategy == "None" else 2
+    counted = [(n * clusters, sizes) for n, sizes in _cluster(service)] + _beside(manifests)
+    return f"{_RUNNING[clusters]} at a time, with what is beside,", counted
 
 
 def _cluster(service: Document) -> Iterator[Counted]:

@@ -85,7 +85,7 @@ def _objects(environment: Environment) -> list[Values]:
 def _quota(environment: Environment) -> Values:
     """A ceiling on what a mistake can cost: the largest cluster, as often as an upgrade runs it."""
     models, gpu = environment.models, environment.gpu
-    clusters = gpu.during_upgrade if gpu else 2
+    clusters = gpu.during_upgrade if gpu else environment.clusters
     most = {"ingress": environment.ingress.group["maxReplicas"]}
     most["models"] = gpu.max_nodes if gpu else models.group["maxReplicas"]
     counted: list[tuple[PodSource, int]] = [(environment.head, 1)]

@@ -267,11 +267,16 @@ class Environment(Strict):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _upgrades_within_its_gpus(self) -> Self:
+    @property
+    def clusters(self) -> int:
+        """How many run at a time, at most."""
         strategy: Any = self.ray_service.get("upgradeStrategy")
         kind = strategy.get("type") if isinstance(strategy, dict) else strategy
-        if self.gpu and self.gpu.during_upgrade == 1 and kind != "None":
+        return 1 if kind == "None" else 2
+
+    @model_validator(mode="after")
+    def _upgrades_within_its_gpus(self) -> Self:
+        if self.gpu and self.gpu.during_upgrade < self.clusters:
             raise ValueError(
                 "gpu.during_upgrade 1 has no GPUs for the second cluster of an upgrade:"
                 " write ray_service.upgradeStrategy {type: None}, or during_upgrade 2"

@@ -22,10 +22,10 @@ from serve_app.kuberay.core import is_core
 from serve_app.kuberay.manifests import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from serve_app.kuberay.crd import Schemas
-    from serve_app.kuberay.manifests import Manifests
+    from serve_app.kuberay.manifests import Document, Manifests
 
 _CHECKS = (
     rules,
@@ -76,9 +76,12 @@ class Report:
 
 
 def validate(
-    manifests: Manifests, schemas: Schemas | None, kubernetes: str = core.KUBERNETES
+    manifests: Manifests,
+    schemas: Schemas | None,
+    kubernetes: str = core.KUBERNETES,
+    nodes: Sequence[Document] = (),
 ) -> Report:
-    """Run every check that can be run here."""
+    """Run every check that can be run here; whether all fits `nodes`, only if there are any."""
     report = Report(manifests.name, len(manifests.documents))
     _schemas(manifests, schemas, report)
     if find_spec("kubernetes_validate"):
@@ -91,6 +94,8 @@ def validate(
         return report
     for check in _CHECKS:
         _run(check.CHECK, lambda: check.check(manifests), report)  # noqa: B023 - called at once
+    if nodes:
+        _run(capacity.CHECK, lambda: capacity.room(manifests, nodes), report)
     if not report.errors:
         report.facts = autoscaler.facts(manifests)
         report.secrets = wiring.secrets(manifests)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from deployments.registry import load_catalogue
@@ -46,11 +47,13 @@ spec:
 
 
 class Deployed:
-    """A run of the script."""
+    """A run of the script, and the manifests that were applied last."""
 
     def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
         self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
         self.asked = log.read_text().splitlines() if log.exists() else []
+        applied = Path(f"{log}.applied")
+        self.applied_text = applied.read_text() if applied.exists() else ""
         contexts = Path(f"{log}.contexts")
         self.contexts = set(contexts.read_text().splitlines()) if contexts.exists() else set()
 
@@ -73,6 +76,14 @@ def deploy(tmp_path: Path) -> Deploy:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(HERE / "fake_kubectl")
     (tmp_path / "crds.yaml").write_text(CRD)
+    for tool, answer in (
+        ("docker", 'echo "$FAKE_IMAGE_ID"; test -n "$FAKE_IMAGE_ID"'),
+        ("kind", ""),
+    ):
+        (tmp_path / "bin" / tool).write_text(
+            f'#!/bin/sh\necho "{tool} $*" >>"$FAKE_LOG"\n{answer}\n'
+        )
+        (tmp_path / "bin" / tool).chmod(0o755)
 
     def run(project: Path, *arguments: str, **variables: str) -> Deployed:
         environment = {
@@ -81,6 +92,7 @@ def deploy(tmp_path: Path) -> Deploy:
             "FAKE_LOG": str(tmp_path / "log"),
             "FAKE_CRDS": str(tmp_path / "crds.yaml"),
             "FAKE_CONTEXT": "a-cluster" if "dev" in arguments else GKE,
+            "FAKE_IMAGE_ID": "sha256:first",
             "IMAGEN_SITE": str(tmp_path / "site.env"),
             **SITE,
         }
@@ -148,7 +160,71 @@ def test_a_dry_run_tells_what_a_first_deployment_makes(filled: Path, deploy: Dep
     assert (done.code, done.applied) == (0, False), done.err
     assert "  RayService/imagen\n" in done.out
     assert "  Namespace/imagen\n" in done.out
-    assert "kind load docker-image imagen-cpu:dev" in done.out
+
+
+def mark(deployed: Deployed) -> str:
+    """What says in the pods that were applied last what they are made of."""
+    documents = [one for one in yaml.safe_load_all(deployed.applied_text) if one]
+    [service] = [one for one in documents if one["kind"] == "RayService"]
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
+    return head["template"]["metadata"]["annotations"]["imagen.dev/made-of"]
+
+
+def test_an_image_that_is_built_anew_under_its_tag_rolls_the_pods(
+    filled: Path, deploy: Deploy
+) -> None:
+    kind = {"FAKE_CONTEXT": "kind-mine", "FAKE_NAMESPACE": "yes"}
+    first = deploy(filled, "dev", **kind)
+    assert first.code == 0, first.err
+    running = f"imagen-abcde {mark(first)}"
+    same = deploy(filled, "dev", **kind, FAKE_CLUSTERS=running)
+    assert mark(same) == mark(first)
+    assert not [line for line in same.asked if " delete " in line]
+    rebuilt = deploy(filled, "dev", **kind, FAKE_CLUSTERS=running, FAKE_IMAGE_ID="sha256:second")
+    assert mark(rebuilt) != mark(first)
+    load, apply, _, delete = rebuilt.asked[-4:]
+    assert load == "kind load docker-image imagen-cpu:dev --name mine"
+    assert apply.startswith("apply --server-side")
+    assert delete == "--namespace imagen delete raycluster imagen-abcde"
+
+
+def test_pods_of_another_size_replace_those_of_dev(spoiled: Path, deploy: Deploy) -> None:
+    first = deploy(spoiled, "dev", FAKE_NAMESPACE="yes")
+    edit(
+        spoiled / "configs/gke.yaml",
+        "size: {cpu: 500m, memory: 2Gi}",
+        "size: {cpu: 500m, memory: 1Gi}",
+    )
+    render(spoiled)
+    done = deploy(spoiled, "dev", FAKE_NAMESPACE="yes", FAKE_CLUSTERS=f"imagen-abcde {mark(first)}")
+    assert done.asked[-1] == "--namespace imagen delete raycluster imagen-abcde"
+
+
+def test_prod_is_replaced_by_nobody_but_its_operator(filled: Path, deploy: Deploy) -> None:
+    clusters = {"FAKE_CLUSTERS": "imagen-abcde other", "FAKE_NAMESPACE": "yes"}
+    done = deploy(filled, "prod", FAKE_SECRETS=SECRETS, **clusters)
+    assert done.code == 0, done.err
+    assert "made-of" not in done.applied_text
+    assert not [line for line in done.asked if "raycluster" in line.split()]
+
+
+def test_an_image_that_is_not_built_is_refused(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "dev", FAKE_IMAGE_ID="")
+    assert (done.code, done.applied) == (1, False)
+    assert "make image-dev" in done.verdict
+
+
+def test_a_node_without_room_for_an_upgrade_is_refused(spoiled: Path, deploy: Deploy) -> None:
+    edit(
+        spoiled / "configs/gke.yaml",
+        "ray_service: {upgradeStrategy: {type: None}}",
+        "ray_service: {}",
+    )
+    render(spoiled)
+    done = deploy(spoiled, "dev", FAKE_NAMESPACE="yes")
+    assert (done.code, done.applied) == (1, False)
+    assert "the nodes have 4 CPUs; two clusters at a time" in done.out
+    assert deploy(spoiled, "dev", FAKE_NODES="cpu=8,memory=24Gi").code == 0
 
 
 @pytest.mark.parametrize(
