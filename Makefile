@@ -131,7 +131,7 @@ demo-scale: setup ## GPU nodes from zero and back on this machine, with the time
 	$(BIN)/python -m pytest tests/scale/test_zero_to_zero.py -s
 
 .PHONY: soak-scale
-soak-scale: setup ## Five rounds of that, of rolling deploys and of lost nodes (half an hour)
+soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and lost heads (an hour)
 	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale -s
 
 .PHONY: quality

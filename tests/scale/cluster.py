@@ -33,7 +33,13 @@ HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"
 """As the provider calls it."""
 NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
-_START_S = 120
+_FAKE_NODES = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    NODE_ID: HEAD_ID,
+}
+_START_S = 240
 _END_S = 30
 
 
@@ -84,26 +90,16 @@ class Cluster:
         self._folder = Path(tempfile.mkdtemp(prefix="scale"))
         self.address = f"{ray.util.get_node_ip_address()}:{free_port()}"
         self._dashboard_port = free_port()
-        config = _autoscaling(groups, self.address, self._folder / "stores", proxy_ports)
-        self._config = self._folder / "autoscaling.json"
-        self._config.write_text(json.dumps(config))
-        self.environment = os.environ | _head_environment() | environment
+        self._groups, self._proxy_ports = groups, proxy_ports
+        self.environment = os.environ | _environment() | environment
+        self._started: list[subprocess.Popen[bytes]] = []
         self._client = httpx.Client(
             base_url=f"http://127.0.0.1:{self._dashboard_port}", timeout=60, trust_env=False
         )
 
     def __enter__(self) -> Self:
-        with (self._folder / "head.log").open("wb") as log:
-            self._head = subprocess.Popen(
-                self._command(),
-                env=self.environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # by which its processes are found again
-            )
         try:
-            wait_until(self._answers, _START_S, "the dashboard answers")
+            self.begin()
         except BaseException:
             self.__exit__()
             raise
@@ -111,13 +107,18 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
-        deadline_s = time.monotonic() + _END_S
-        while living := [p for p in _processes() if p.session == self._head.pid]:
-            assert time.monotonic() < deadline_s, living
-            _kill(p.pid for p in living)
-            self._head.wait(_END_S)
-            time.sleep(0.2)
+        self._end(self._started)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def begin(self) -> None:
+        """Start whatever is there at the beginning."""
+        config = _autoscaling(
+            self._groups, self.address, self._folder / "stores", self._proxy_ports
+        )
+        path = self._folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        options = [f"--autoscaling-config={path}", f"--temp-dir={self._folder / 'ray'}"]
+        self._start_head(_FAKE_NODES, options)
 
     def deploy(self, config: dict[str, Any]) -> None:
         """What `serve deploy` and KubeRay do with a Serve config."""
@@ -146,7 +147,8 @@ class Cluster:
 
     def kill(self, node_id: str) -> None:
         """End a node as a machine ends: every process of its raylet's tree, by SIGKILL."""
-        ours = [p for p in _processes() if p.session == self._head.pid]
+        sessions = {process.pid for process in self._started}
+        ours = [p for p in _processes() if p.session in sessions]
         mark = f"{NODE_ID}={node_id}".encode()
         tree = {p.pid for p in ours if p.name == "raylet" and mark in p.environment()}
         assert tree, node_id
@@ -154,10 +156,43 @@ class Cluster:
             tree |= more
         _kill(tree)
 
+    def _start(
+        self, name: str, command: list[str], environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """A process, and a log of its name, without what was there before."""
+        with (self._folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=self.environment | environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # by which its processes are found again
+            )
+        self._started.append(process)
+        return process
+
+    def _end(self, started: list[subprocess.Popen[bytes]]) -> None:
+        """Kill these and all that they started."""
+        deadline_s = time.monotonic() + _END_S
+        sessions = {process.pid for process in started}
+        while living := [p for p in _processes() if p.session in sessions]:
+            assert time.monotonic() < deadline_s, living
+            _kill(p.pid for p in living)
+            time.sleep(0.2)
+        for process in started:
+            process.wait(_END_S)
+        self._started = [one for one in self._started if one not in started]
+
+    def _start_head(self, environment: dict[str, str], options: list[str]) -> None:
+        self._head = self._start("head", [*self._command(), *options], environment)
+        wait_until(self._answers, _START_S, "the dashboard answers")
+
     def _answers(self) -> bool:
-        assert self._head.poll() is None, (self._folder / "head.log").read_text()
+        log = (self._folder / "head.log").read_text()
+        assert self._head.poll() is None, log
         try:
-            return bool(self._states("nodes", state="ALIVE"))
+            return "Ray runtime started" in log and bool(self._states("nodes", state="ALIVE"))
         except httpx.HTTPError:
             return False
 
@@ -183,20 +218,14 @@ class Cluster:
             *("start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"),
             *("--num-cpus=0", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
             f"--node-ip-address={self.address.partition(':')[0]}",
-            f"--temp-dir={self._folder / 'ray'}",
-            f"--autoscaling-config={self._config}",
             *(f"--{name}={port}" for name, port in ports.items()),
         ]
 
 
-def _head_environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     return {
         "PYTHONPATH": str(ROOT),  # for the provider
         "RAY_AUTH_MODE": "disabled",  # else a token that another Ray left behind decides
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        NODE_ID: HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "DASHBOARD_METRIC_PORT": str(free_port()),

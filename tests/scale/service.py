@@ -44,6 +44,16 @@ _IMPATIENT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A replica and its process, which the controller does not know in every state."""
+
+    deployment: str
+    replica_id: str
+    pid: int | None
+    state: str
+
+
 class Service:
     """A context: the application on an ingress node that is always there, and GPU nodes from zero.
 
@@ -53,14 +63,14 @@ class Service:
         url: of the ingress node's proxy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: type[Cluster] = Cluster) -> None:
         environment = load_environments(Path("configs/gke.yaml"))["prod"]
         ports = {"head": free_port(), "ingress": free_port()}
         self._gpu_labels = environment.models.group["labels"]
         self.url = f"http://127.0.0.1:{ports['ingress']}"
         self.config = _small(serve_config(Sizing(environment)), ports["head"])
         self.client = httpx.Client(base_url=self.url, timeout=CLIENT_S, trust_env=False)
-        self.cluster = Cluster(
+        self.cluster = cluster(
             _groups(environment),
             {environment.ingress.group["groupName"]: ports["ingress"]},
             {"RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1"},
@@ -124,6 +134,18 @@ class Service:
         return {
             name: {r["replica_id"] for r in one["replicas"] if r["state"] == "RUNNING"}
             for name, one in found.items()
+        }
+
+    def processes(self) -> set[Process]:
+        """All replicas; none while Serve's controller is away."""
+        try:
+            found = self._application().get("deployments", {})
+        except httpx.HTTPError:
+            return set()
+        return {
+            Process(name, replica["replica_id"], replica.get("pid"), replica["state"])
+            for name, one in found.items()
+            for replica in one["replicas"]
         }
 
     def model_replicas(self) -> int:
