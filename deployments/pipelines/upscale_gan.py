@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 SCALE = 4
-_UNITS = 8
-"""In the edge of a tile. Windows are whole units long, so that they have few shapes."""
+_UNIT_PX = 32
+"""Windows are multiples of it long, so that they have few shapes."""
 
 
 class Window(NamedTuple):
@@ -195,17 +195,24 @@ def plan_side(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
     anew, and keeps that. A picture shorter than its only window leaves a margin in it. Several
     windows stay inside the picture; what is kept of each lies `overlap_px` from where it was cut.
     """
-    unit_px, around_px = tile_px // _UNITS, 2 * overlap_px
-    most_px = (tile_px + around_px) // unit_px * unit_px
-    count = -(-(side_px - around_px) // (most_px - around_px)) if side_px > most_px else 1
-    units = -(-(side_px + around_px * (count - 1)) // unit_px)
-    lengths = [(units + i) // count * unit_px for i in reversed(range(count))]
+    around_px = 2 * overlap_px
+    count = max(-(-(side_px - around_px) // tile_px), 1)
+    lengths = _lengths(side_px + around_px * (count - 1), count, tile_px, tile_px + around_px)
     starts = [0, *accumulate(length - around_px for length in lengths[:-1])]
     # Rounded up, they may be too long together: the last ones then begin earlier.
     starts = [max(min(start, side_px - n), 0) for start, n in zip(starts, lengths, strict=True)]
     ends = [*(start + overlap_px for start in starts[1:]), side_px]
     firsts = [0, *ends[:-1]]
     return [Window(*found) for found in zip(starts, lengths, firsts, ends, strict=True)]
+
+
+def _lengths(least_px: int, count: int, tile_px: int, most_px: int) -> list[int]:
+    """So many lengths that add up to `least_px` at least, of two neighbours among those allowed."""
+    allowed = [*range(_UNIT_PX, tile_px + 1, _UNIT_PX), most_px]
+    i = next(i for i, length in enumerate(allowed) if length * count >= least_px)
+    above, below = allowed[i], allowed[i - 1] if i else 0
+    shorter = (above * count - least_px) // (above - below)
+    return [above] * (count - shorter) + [below] * shorter
 
 
 def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:

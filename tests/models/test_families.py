@@ -146,8 +146,8 @@ def test_only_the_working_size_keeps_rows_from_sharing_a_step(
         ("refiner", ComicRequest(guidance_scale=5.0), 8, 8, 2 * 64 * 64),
         ("x4", UpscaleRequest(guidance_scale=1.0), 33, 16, 40 * 16),
         ("x4", UpscaleRequest(guidance_scale=9.0), 33, 16, 2 * 40 * 16),
-        ("srvgg", UpscaleRequest(), 20, 30, 24 * 32),
-        ("srvgg", UpscaleRequest(), 2000, 30, (64 + 8) * 32),
+        ("srvgg", UpscaleRequest(), 20, 40, 32 * 64),
+        ("srvgg", UpscaleRequest(), 2000, 30, (64 + 2 * 5) * 32),
         ("isnet", BackgroundRequest(), 2000, 30, tiny.ISNET_PX**2),
     ],
 )
@@ -239,7 +239,7 @@ def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px
 
 @pytest.mark.parametrize(
     ("side_px", "lengths"),
-    [(1, [8]), (64, [64]), (72, [72]), (73, [48, 40]), (290, [72, 72, 64, 64, 64]), (8, [8])],
+    [(1, [32]), (33, [64]), (65, [74]), (75, [64, 32]), (138, [74, 74]), (290, [74, *[64] * 4])],
 )
 def test_windows_are_about_alike_without_a_narrow_rest(side_px: int, lengths: list[int]) -> None:
     """So that their costs are, from which the engine learns."""
@@ -267,7 +267,7 @@ def test_a_tile_of_nan_fails_the_picture(
 # --- few shapes ---
 
 
-@pytest.mark.parametrize(("name", "most"), [("srvgg", 64), ("rrdb", 100), ("isnet", 1)])
+@pytest.mark.parametrize(("name", "most"), [("srvgg", 81), ("rrdb", 81), ("isnet", 1)])
 def test_pictures_of_many_sizes_reach_the_network_in_few_shapes(
     name: str,
     most: int,
