@@ -33,6 +33,9 @@ _WRONG, _UNCHECKED = 1, 3
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
 Folder = Annotated[Path, typer.Option(help="Where the manifests are")]
 Built = Annotated[list[Path] | None, typer.Argument(help="Built manifests; unset: every overlay")]
+Nodes = Annotated[
+    list[str] | None, typer.Option(help="All must fit nodes like cpu=4,memory=12Gi; each once")
+]
 Crds = Annotated[
     Path | None,
     typer.Option(envvar=CRDS_VARIABLE, help="Folder of CustomResourceDefinitions, in YAML"),
@@ -111,9 +114,7 @@ def validate_manifests(
         bool, typer.Option("--allow-placeholder", help="Pass with `unresolved` values in it")
     ] = False,
     kubernetes: Annotated[str, typer.Option(help="Version whose kinds are meant")] = KUBERNETES,
-    node: Annotated[
-        list[str] | None, typer.Option(help="All must fit nodes like cpu=4,memory=12Gi; each once")
-    ] = None,
+    node: Nodes = None,
     folder: Folder = FOLDER,
     as_json: AsJson = False,
 ) -> None:
@@ -127,9 +128,8 @@ def validate_manifests(
 
         schemas = Schemas(crds) if crds else None
         nodes = [_resources(one) for one in node or []]
-        reports = [
-            _report(one, schemas, kubernetes, nodes) for one in _manifests(files, resolve(folder))
-        ]
+        built = _manifests(files, resolve(folder))
+        reports = [_report(one, schemas, kubernetes, nodes) for one in built]
     for report in reports:
         _show(report, output, allow_placeholder)
     code = _exit_code(reports, allow_placeholder=allow_placeholder, skip_crd=skip_crd)
