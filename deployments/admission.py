@@ -114,7 +114,7 @@ class Admission:
         self._tickets: dict[Ticket, None] = {}
         self._since_s = 0.0
         self._window: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
-        self._announced: deque[tuple[float, float]] = deque()
+        self._announced: deque[tuple[float, float]] = deque(maxlen=MAX_REQUESTS)
 
     @contextmanager
     def admit(
@@ -200,10 +200,8 @@ class Admission:
 
     def _retry_after_s(self, refused: Ticket, ahead_s: float, now_s: float) -> float:
         """When there is room for the request, after all who were told to come back before it."""
-        while self._announced and self._announced[0][0] <= now_s:
-            self._announced.popleft()
         own_s = self.slowdown * refused.seconds
-        before_s = sum(seconds for _, seconds in self._announced)
+        before_s = sum(seconds for back_s, seconds in self._announced if back_s > now_s)
         room_s = self._timeout_s / _QUEUE_RESERVE - own_s
         if len(self._tickets) >= MAX_REQUESTS:
             room_s = min(room_s, ahead_s * (1 - 1 / len(self._tickets)))

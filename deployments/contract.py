@@ -224,9 +224,10 @@ class ImageJob:
         request: validated; fields the client did not set still await the model's defaults.
         image: the uploaded file.
         output_format: what the client will get.
-        timeout_s: how long the replica may take from now on.
+        timeout_s: until the request's deadline, when it was sent.
         request_id: for the log.
         width_px, height_px: of the picture in the file, upright.
+        sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
     """
 
     request: TaskRequest
@@ -236,6 +237,15 @@ class ImageJob:
     request_id: str = ""
     width_px: int = 1
     height_px: int = 1
+    sent_unix_s: float = 0.0
+
+    def left_s(self, now_unix_s: float) -> float:
+        """Seconds until the deadline, less what the request has waited for a replica.
+
+        Whoever sent it gives up at the deadline, so that a longer wait is a clock that is wrong.
+        """
+        waited_s = now_unix_s - self.sent_unix_s
+        return self.timeout_s - waited_s if 0 <= waited_s < self.timeout_s else self.timeout_s
 
 
 @dataclass(frozen=True, slots=True)

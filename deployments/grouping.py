@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _SAMPLES = 5
 _TRIES = 3
+_MEDIANS = 200
 _GAIN = 0.95
 _AGAIN = 64
 _HURRY = 1.5
@@ -71,6 +72,7 @@ class Pace:
             lambda: deque(maxlen=_SAMPLES)
         )
         self._alone_s_per_px: dict[int, float] = {}
+        self._medians: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_MEDIANS))
         self._per_px = 0.0
         self._decisions = 0
 
@@ -88,10 +90,10 @@ class Pace:
         return (self._per_px or 1e-9) * cost_px
 
     def _remember_alone(self, cost_px: int, per_px: float) -> None:
-        size_class = _size_class(cost_px)
-        # The quickest of all, because the others shared the machine with something.
-        best = min(per_px, self._alone_s_per_px.get(size_class, per_px))
-        self._alone_s_per_px[size_class] = best
+        medians = self._medians[_size_class(cost_px)]
+        medians.append(per_px)
+        # The quickest of the last ones, because the others shared the machine with something.
+        self._alone_s_per_px[_size_class(cost_px)] = min(medians)
 
     def alone_s(self, cost_px: int) -> float | None:
         """What a pass of one row takes with nothing beside it, about; from any thread.

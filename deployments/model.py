@@ -153,12 +153,14 @@ class ModelDeployment:
 
     async def _admitted(self, job: ImageJob, request: TaskRequest) -> ImageResult:
         seconds, arrived_s = self._estimate(job, request), time.monotonic()
-        loop, deadline = asyncio.get_running_loop(), asyncio.timeout(job.timeout_s)
+        timeout_s = job.left_s(time.time())
+        loop, deadline = asyncio.get_running_loop(), asyncio.timeout(timeout_s)
 
         def give_up() -> None:
-            deadline.reschedule(loop.time())
+            if not deadline.expired():
+                deadline.reschedule(loop.time())
 
-        with self._admission.admit(seconds, job.timeout_s, give_up) as ticket:
+        with self._admission.admit(seconds, timeout_s, give_up) as ticket:
             try:
                 async with deadline, self._seats.taken(self._most_px(job)):
                     return await self._process(job, request, ticket, arrived_s)
@@ -186,7 +188,7 @@ class ModelDeployment:
         return job.width_px * job.height_px * self._spec.scale**2
 
     def _estimate(self, job: ImageJob, request: TaskRequest) -> float | None:
-        """Seconds of work on an idle replica; None if nothing is known yet.
+        """Seconds of work on an idle replica; None if passes of this size were not timed yet.
 
         Raises:
             TooMuchWork: more than a request may take.
@@ -201,8 +203,9 @@ class ModelDeployment:
             return forecast.seconds(work, width_px * height_px * self._spec.scale**2)
 
         seconds = seconds_of(request, job.width_px, job.height_px)
-        certain = forecast.is_certain(pipeline.work(job.width_px, job.height_px, request))
-        if certain and seconds is not None and not fits(seconds, self._timeout_s):
+        if not forecast.is_certain(pipeline.work(job.width_px, job.height_px, request)):
+            return None
+        if seconds is not None and not fits(seconds, self._timeout_s):
             raise TooMuchWork(
                 "The model cannot finish this request in time, even with nothing else to do.",
                 value=f"about {seconds:.0f} s of work; a request may take {self._timeout_s:g} s",

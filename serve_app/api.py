@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -203,6 +204,7 @@ class _Processor:
             _request_id(request),
             header.width_px,
             header.height_px,
+            time.time(),
         )
 
     def _check_output(self, width_px: int, height_px: int) -> None:

@@ -63,7 +63,8 @@ def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
     deployment: Any = serve.deployment(ModelDeployment)
     return deployment.options(
         name=name,
-        autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 4},
+        # A replica accepts few requests of a slow model: it would never hold a larger target.
+        autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 2},
         # A replica refuses by itself what it cannot finish in time (deployments/admission.py). So
         # requests wait outside it only while there is none.
         max_ongoing_requests=1000,

@@ -87,8 +87,10 @@ class HandleBackend:
         if found:
             self._start_s = max(status["start_s"] for status in found)
             self._lost_s = None
-        elif all(isinstance(answer, ActorDiedError) for answer in answers):
+        elif answers and all(isinstance(answer, ActorDiedError) for answer in answers):
             self._lose()
+        elif not answers:
+            return []
         else:
             return None
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,12 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.admission import MAX_REQUESTS, Admission, Forecast, Ticket
+from deployments.contract import ComicRequest, ImageJob
 from deployments.errors import Full, TooLate
 from deployments.grouping import GroupLimits, Pace, choose
+from deployments.model import ModelDeployment, Seats
 from deployments.pipelines.base import Row, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from deployments.contract import TaskRequest
 
 TIMEOUT_S = 60.0
 
@@ -179,6 +184,22 @@ def test_requests_that_became_late_while_they_waited_are_given_up() -> None:
         assert replica.finish(slowdown=4.0).deadline_s >= replica.clock.now_s
 
 
+def test_a_crowd_of_refused_clients_does_not_keep_later_ones_away() -> None:
+    replica = Replica()
+    replica.take_all([2.0] * 1000)
+    while replica.inside:
+        replica.finish()
+    replica.clock.now_s += TIMEOUT_S
+    while replica.take_all([2.0]) == 1:
+        pass
+    replica.finish()
+    assert replica.take(2.0)
+    with pytest.raises(Full) as caught:
+        replica.take(2.0)
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s < 10
+
+
 def test_no_more_requests_are_held_than_fit_the_memory() -> None:
     replica = Replica()
     assert replica.take_all([0.001] * 500) == MAX_REQUESTS
@@ -251,3 +272,31 @@ def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> N
         if not first.steps_left:
             assert clock() <= first.deadline_s
             rows.pop(first).close()
+
+
+async def test_requests_whose_time_is_up_at_one_moment_all_hear_that_they_are_late() -> None:
+    class Waiting(ModelDeployment):
+        """Its only seat is taken, and every request takes a millisecond."""
+
+        def __init__(self) -> None:
+            self._admission = Admission(TIMEOUT_S)
+            self._seats = Seats(1, 1)
+
+        def _estimate(self, job: ImageJob, request: TaskRequest) -> float:
+            return 0.001
+
+        def _most_px(self, job: ImageJob) -> int:
+            return 1
+
+    model, request = Waiting(), ComicRequest()
+    job = ImageJob(request, b"", "png", timeout_s=0.05)
+    async with model._seats.taken(1):
+        calls = [model._admitted(job, request) for _ in range(6)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(answer) for answer in answers} <= {TooLate, Full}
+
+
+def test_waiting_for_a_replica_takes_from_the_time_that_is_left() -> None:
+    job = ImageJob(ComicRequest(), b"", "png", timeout_s=60, sent_unix_s=1000.0)
+    assert job.left_s(1025.0) == 35
+    assert job.left_s(5000.0) == job.left_s(900.0) == 60  # a clock that is wrong
