@@ -80,17 +80,18 @@ class HandleBackend:
                 timeout_s=_STATUS_TIMEOUT_S, return_exceptions=True
             )
         except DeploymentUnavailableError:
-            return []
+            answers = []
         except (RayServeException, RayError, TimeoutError):
             return None
+        if not answers:
+            # None that this process knows of: a new one is told a moment after it starts.
+            return None if self._lost_s is None else []
         found = [answer for answer in answers if not isinstance(answer, Exception)]
         if found:
             self._start_s = max(status["start_s"] for status in found)
             self._lost_s = None
-        elif answers and all(isinstance(answer, ActorDiedError) for answer in answers):
-            self._lose()
-        elif not answers:
-            return []
+        elif all(isinstance(answer, ActorDiedError) for answer in answers):
+            self.lose()
         else:
             return None
         return found
@@ -110,7 +111,8 @@ class HandleBackend:
             self._asked = asyncio.create_task(self.replicas())
         return result
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """From now on a new replica is awaited."""
         if self._lost_s is None:
             self._lost_s = time.monotonic()
 
@@ -127,7 +129,7 @@ class HandleBackend:
         if isinstance(error, RayTaskError):
             ours: Any = error.cause
             return ours if isinstance(ours, ImagenError) else _unforeseen(self._task, error)
-        self._lose()
+        self.lose()
         return NotReady(
             f"The replica of {self._task} was lost.",
             value=str(self._task),
@@ -180,10 +182,14 @@ class ServeBackends:
             told = asyncio.gather(*(self._backends[task].replicas() for task in NAMES))
             deployments, percent = await asyncio.gather(self._deployments(), pulling())
             replicas = dict(zip(NAMES, await told, strict=True))
+            last = self._states
             self._states = {
-                task: _state(deployments.get(name), replicas[task], self._states.get(task))
+                task: _state(deployments.get(name), replicas[task], last.get(task))
                 for task, name in NAMES.items()
             }
+            for task, backend in self._backends.items():
+                if (last.get(task), self._states[task]) == ("ready", "starting"):
+                    backend.lose()
             self._details = Details({t: found for t, found in replicas.items() if found}, percent)
             self._stale_s = time.monotonic() + _VIEW_TTL_S
 
