@@ -32,9 +32,11 @@ COLUMNS = 80
 CORES = 2
 # As `serve run`, but for the port, which it takes from a config file only, and the cores.
 SERVE_RUN = f"""
-import sys, ray
+import signal, sys, ray
 from ray import serve
 from ray.serve.scripts import cli
+# A shell's background jobs ignore Ctrl-C, and so does whatever they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ray.init(namespace="serve", num_cpus={CORES}, include_dashboard=False)
 serve.start(http_options={{"port": int(sys.argv[1])}})
 cli(["run", sys.argv[2]])
