@@ -56,7 +56,14 @@ def wait_for(words: str, log: Path, server: subprocess.Popen[bytes]) -> str:
 def test_serve_run_serves(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:
-        server = subprocess.Popen(SERVE_RUN.split(), cwd=ROOT, stdout=file, stderr=file)
+        server = subprocess.Popen(
+            SERVE_RUN.split(),
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            # A shell's background jobs ignore Ctrl-C, and so does whatever they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         for _ in range(600):
             assert server.poll() is None, log.read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +80,7 @@ def cluster(
 @pytest.fixture(scope="package")
 def address(cluster: str, local_config: dict[str, Any]) -> str:
     """The URL of the whole application, as configs/local.yaml has it; models take 0.2 of a GPU."""
-    application = copy.deepcopy(local_config["applications"][0])
+    application = local_config["applications"][0]
     for deployment in application["deployments"]:
         if deployment["name"] != "Ingress":
             deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.2}

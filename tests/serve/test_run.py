@@ -114,11 +114,10 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pair(
-    environment: dict[str, str], local_config: dict[str, Any], tmp_path_factory: Any
-) -> Iterator[list[Server]]:
+def pair(environment: dict[str, str], tmp_path_factory: Any) -> Iterator[list[Server]]:
     """Two `imagen run` beside each other; the second one's application has a prefix."""
     folder = tmp_path_factory.mktemp("pair")
+    local_config: dict[str, Any] = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     servers: list[Server] = []
     with ExitStack() as stack:
         for name, prefix in (("first", "/"), ("second", "/second")):
