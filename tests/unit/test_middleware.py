@@ -305,10 +305,10 @@ async def test_a_client_below_the_least_rate_is_refused_however_much_came_before
 async def test_a_body_that_keeps_the_least_rate_may_take_many_pauses() -> None:
     async def steady() -> AsyncIterator[Message]:
         for position in range(20):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             yield {"type": "http.request", "body": bytes(50), "more_body": position < 19}
 
-    app = stack(keen, uploads=UploadSettings(pause_s=0.2, min_bytes_per_s=10))
+    app = stack(keen, uploads=UploadSettings(pause_s=1.0, min_bytes_per_s=10))
     assert (await raw(app, "/", steady()))[1]["body"] == b"1000"
 
 
