@@ -32,6 +32,8 @@ _QUEUE_RESERVE = 1.5
 """Likewise for a queue, whose requests slow each other down while they arrive."""
 MAX_REQUESTS = 64
 """Accepted by a replica at a time, so that their files fit its memory."""
+_ROUNDING_S = 1e-6
+"""A request that has exactly as long as it needs is in time, whatever the sums' last digit."""
 _SAMPLES = 20
 _WINDOW = 16
 _LEAST_SLOWDOWN, _MOST_SLOWDOWN = 0.5, 10.0
@@ -165,15 +167,17 @@ class Admission:
         """Whether the new request ends in time, and makes none of later deadline end late."""
         if not self._tickets or not new.seconds:
             return True
-        ahead_s = 0.0
+        new_s = self.slowdown * new.seconds
+        accepted_s = 0.0
         for ticket in sorted([*self._tickets, new], key=lambda one: one.deadline_s):
-            ahead_s += self.slowdown * ticket.seconds_left
+            if ticket is not new:
+                accepted_s += self.slowdown * ticket.seconds_left
             if ticket.deadline_s < new.deadline_s:
                 continue  # goes first
             left_s = ticket.deadline_s - now_s
-            # One that is late without the new one is no reason to refuse it.
-            is_late = ticket is not new and ahead_s - self.slowdown * new.seconds > left_s
-            if ahead_s * _QUEUE_RESERVE > left_s and not is_late:
+            # A request that is late without the new one is no reason to refuse the new one.
+            is_late = ticket is not new and accepted_s > left_s + _ROUNDING_S
+            if (accepted_s + new_s) * _QUEUE_RESERVE > left_s and not is_late:
                 return False
         return True
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deployments.admission import MAX_REQUESTS, Admission, Forecast, Ticket
@@ -103,6 +103,7 @@ def test_a_queue_is_filled_until_time_is_up_and_then_refused() -> None:
     assert caught.value.remedy
 
 
+@example([(24.31016388269027, 24.31016388269027), (1.0, 5.0)])
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(5, 60)), min_size=1, max_size=100))
 def test_what_is_taken_ends_in_time(requests: list[tuple[float, float]]) -> None:
     replica = Replica()
@@ -112,7 +113,7 @@ def test_what_is_taken_ends_in_time(requests: list[tuple[float, float]]) -> None
         except (Full, TooLate):
             continue
     while replica.inside:
-        assert replica.finish().deadline_s >= replica.clock.now_s
+        assert replica.finish().deadline_s >= replica.clock.now_s - 1e-6
 
 
 def test_a_request_in_a_hurry_does_not_make_an_accepted_one_late() -> None:
