@@ -31,7 +31,9 @@ COPY benchmarks /benchmarks
 COPY docs /docs
 COPY configs /configs
 COPY deployments /deployments
+COPY kuberay /kuberay
 COPY serve_app /serve_app
+COPY cli /cli
 
 FROM base AS gpu
 # GKE mounts the driver here, and tells the linker nothing of it.

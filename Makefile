@@ -64,7 +64,7 @@ bench-full-size: setup ## Pull the production registry at full size from a local
 
 .PHONY: profile-gpu
 profile-gpu: setup ## Measure what the production models take of this GPU's memory, for imagen plan
-	$(BIN)/python -m benchmarks.profile_gpu
+	$(BIN)/python -m benchmarks.gpu.profile
 
 .PHONY: bench-gpu
 bench-gpu: setup ## Our GPU speed beside stock diffusers and the old worker loop (nine minutes a call)

@@ -171,8 +171,8 @@ def serve_litserve(name: str, port: int) -> None:
 def direct_of_ours(threads: int | None) -> Callable[[bytes], float]:
     """One request through our engine; its seconds."""
     from benchmarks.latency import measure
-    from deployments.engine import Engine
-    from deployments.grouping import GroupLimits
+    from deployments.engine.engine import Engine
+    from deployments.engine.grouping import GroupLimits
     from deployments.loader import build
     from deployments.registry import load_registry
     from deployments.store.provider import Provider

@@ -19,17 +19,17 @@ from rich.table import Table
 
 from deployments import images
 from deployments.contract import REQUESTS, complete
-from deployments.engine import Engine
-from deployments.grouping import GroupLimits
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits
+from deployments.engine.row import Row
 from deployments.loader import build
-from deployments.pipelines.base import Row
 from deployments.registry import ModelSpec, load_registry
 from deployments.settings import Settings
 from deployments.store.provider import Provider
 from starter_models.training.data import photo_bytes
 
 if TYPE_CHECKING:
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
 
 TARGET_S = 1.5
 STAGES = ("decode", "model", "encode", "total")

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.grouping import GroupLimits, Pace, choose
-from deployments.pipelines.base import Row
+from deployments.engine.grouping import GroupLimits, Pace, choose
+from deployments.engine.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable

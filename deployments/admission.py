@@ -23,8 +23,9 @@ from deployments.errors import Full, TooLate
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
-    from deployments.grouping import Pace
-    from deployments.pipelines.base import Row, Work
+    from deployments.engine.grouping import Pace
+    from deployments.engine.pipeline import Work
+    from deployments.engine.row import Row
 
 RESERVE = 1.2
 """What an idle replica takes is multiplied by this before it is held against a limit."""

@@ -14,13 +14,13 @@ import numpy as np
 
 from deployments.admission import Forecast
 from deployments.contract import REQUESTS, complete
-from deployments.engine import Engine
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits
+from deployments.engine.row import Row
 from deployments.errors import NotReady, SetupError
-from deployments.grouping import GroupLimits
+from deployments.gpu.cap import memory_bytes
 from deployments.images import Picture
 from deployments.loader import load
-from deployments.pipelines.base import Row
-from deployments.placement import memory_bytes
 from deployments.store.manifest import SHORT
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
@@ -30,9 +30,9 @@ from deployments.tracing import BatchSpans
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from deployments.grouping import Pass
+    from deployments.engine.grouping import Pass
+    from deployments.engine.pipeline import Pipeline
     from deployments.loader import Loaded
-    from deployments.pipelines.base import Pipeline
     from deployments.registry import ModelSpec
     from deployments.settings import Settings, Tuning
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from deployments.errors import ConfigError, ModelCorrupt
+from deployments.gpu.cap import cap_device
 from deployments.pipelines.lanes import Lanes
-from deployments.placement import cap_device
 from deployments.registry import FAMILIES
 from deployments.settings import enforce_offline
 from deployments.store.folder import read_manifest
@@ -20,7 +20,7 @@ from deployments.store.folder import read_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
     from deployments.registry import ModelSpec
     from deployments.settings import Settings
     from deployments.store.cache import Store

@@ -17,21 +17,21 @@ from ray import serve
 from deployments import images, tracing
 from deployments.admission import Admission, fits
 from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
+from deployments.engine.row import Row
 from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
-from deployments.pipelines.base import Row
-from deployments.placement import SEATS
 from deployments.registry import ModelSpec, check_defaults
-from deployments.settings import Settings, Tuning, calm_threads, parse_settings
+from deployments.settings import SEATS, Settings, Tuning, calm_threads, parse_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
     from deployments.admission import Ticket
     from deployments.contract import OutputFormat
-    from deployments.engine import Engine
+    from deployments.engine.engine import Engine
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Pixels
     from deployments.hosting import Served
     from deployments.images import Picture
-    from deployments.pipelines.base import Pipeline, Pixels
 
 _STAGES = ("decode", "engine", "encode")
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """Relative paths in configuration files are relative to the project, whatever the cwd."""
 ROOT_VARIABLE = "IMAGEN_MODELS"
 """Names the model store's root; every cache of every framework lies below it."""
+SEATS = 16
+"""Requests a model replica works on at a time: each holds a decoded picture."""
 
 
 class Strict(BaseModel):

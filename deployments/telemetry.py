@@ -11,7 +11,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from deployments.grouping import Pass
+    from deployments.engine.grouping import Pass
     from deployments.store.events import Event
     from deployments.store.node_init import Totals
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import Span
 
-    from deployments.grouping import Pass
-    from deployments.pipelines.base import Row
+    from deployments.engine.grouping import Pass
+    from deployments.engine.row import Row
 
 _TRACER = trace.get_tracer("imagen")
 

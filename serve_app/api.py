@@ -29,7 +29,6 @@ from deployments.errors import (
     TooLarge,
     too_late,
 )
-from serve_app import openapi, wire
 from serve_app.middleware import (
     AccessLog,
     BodyLimit,
@@ -39,6 +38,7 @@ from serve_app.middleware import (
     InFlightLimit,
     RequestId,
 )
+from serve_app.protocols import native, openapi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -169,18 +169,18 @@ class _Processor:
         deadline_s = loop.time() + self._timeout_s
         try:
             async with asyncio.timeout_at(deadline_s):
-                form = await wire.read_form(request)
+                form = await native.read_form(request)
         except TimeoutError as error:
             raise _too_slow(self._timeout_s) from error
         try:
             async with asyncio.timeout_at(deadline_s):
                 job = await self._job(request, form, lambda: deadline_s - loop.time())
-                return wire.image_response(await self._backends[self.task](job))
+                return native.image_response(await self._backends[self.task](job))
         except TimeoutError as error:
             raise await self._why_late() from error
 
     async def _job(
-        self, request: Request, form: wire.Form, left_s: Callable[[], float]
+        self, request: Request, form: native.Form, left_s: Callable[[], float]
     ) -> ImageJob:
         _check_query(request)
         typed = parse(self.task, form.fields)
@@ -194,7 +194,7 @@ class _Processor:
             self._check_output(width_px, height_px)
         accept = ", ".join(request.headers.getlist("accept"))
         # A cut-out needs alpha; any other picture may lose it if that is all the client takes.
-        chosen = wire.choose_format(typed.output_format, accept, transparent=is_cut_out(typed))
+        chosen = native.choose_format(typed.output_format, accept, transparent=is_cut_out(typed))
         images.check_encodable(chosen, width_px, height_px)
         return ImageJob(
             typed,
@@ -328,7 +328,7 @@ def _request_id(request: Request) -> str:
 
 async def _on_imagen_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ImagenError)  # noqa: S101 - Starlette dispatches by class
-    return wire.error_response(error, request.scope)
+    return native.error_response(error, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -355,4 +355,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         )
 
     ours = known.get(error.status_code, fallback)()
-    return wire.error_response(ours, request.scope, error.headers)
+    return native.error_response(ours, request.scope, error.headers)

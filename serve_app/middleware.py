@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
-from serve_app import wire
+from serve_app.protocols import native
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -135,7 +135,7 @@ class ErrorBoundary:
                     remedy="Try again; if it keeps failing, report the request id.",
                     retry_after_s=5,
                 )
-            await wire.error_response(error, scope)(scope, receive, send)
+            await native.error_response(error, scope)(scope, receive, send)
 
 
 class Home:

@@ -16,15 +16,15 @@ from PIL import Image
 
 from deployments import images
 from deployments.contract import REQUESTS, Task, complete
-from deployments.engine import Engine
+from deployments.engine.engine import Engine
+from deployments.engine.row import Row
 from deployments.loader import build
-from deployments.pipelines.base import Row
 from deployments.registry import load_registry
 from deployments.settings import Settings
 from deployments.store.sources import local_folder
 
 if TYPE_CHECKING:
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
     from deployments.registry import ModelSpec
     from starter_models.training.data import Picture
 

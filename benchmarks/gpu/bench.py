@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.systems import System
     from benchmarks.gpu.workloads import Parts, Workload
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
     Values = dict[str, Any]
     Make = Callable[[Parts], System]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.architectures import (
+from benchmarks.gpu.architectures import (
     ARCHITECTURES,
     build_network,
     build_unet,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.systems import System
     from benchmarks.gpu.workloads import Parts, Request, Workload
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
     Values = dict[str, Any]
 

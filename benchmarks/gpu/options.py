@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from benchmarks.architectures import ARCHITECTURES
+from benchmarks.gpu.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

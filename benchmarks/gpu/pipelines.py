@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from benchmarks.architectures import ARCHITECTURES
+from benchmarks.gpu.architectures import ARCHITECTURES
+from deployments.engine.row import Row
 from deployments.pipelines.autoencoder import Autoencoder, image_tensor
-from deployments.pipelines.base import Row
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
 
     from benchmarks.gpu.workloads import Item, Parts, Request
-    from deployments.pipelines.base import Pipeline, Pixels
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Pixels
 
 _FOREVER_S = float("inf")
 

@@ -27,7 +27,7 @@ from benchmarks.gpu.bench import (
 from benchmarks.gpu.options import OPTIONS
 from benchmarks.gpu.systems import quiet
 from benchmarks.gpu.workloads import WORKLOADS
-from deployments.engine import is_fatal
+from deployments.engine.engine import is_fatal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,8 +18,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from benchmarks.architectures import is_xl
 from benchmarks.gpu import options as speed
+from benchmarks.gpu.architectures import is_xl
 from benchmarks.gpu.pipelines import (
     DiffusionBench,
     InTurn,
@@ -31,8 +31,8 @@ from benchmarks.gpu.pipelines import (
     make_row,
 )
 from benchmarks.gpu.workloads import Item, low_res_scheduler
-from deployments.engine import Engine
-from deployments.grouping import GroupLimits, Pace
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits, Pace
 from deployments.pipelines.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.options import Options
     from benchmarks.gpu.workloads import Parts
-    from deployments.pipelines.base import Pixels, Row
+    from deployments.engine.row import Pixels, Row
 
 Load = Literal["uniform", "mixed"]
 _RESULT_TIMEOUT_S = 300

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from benchmarks.architectures import (
+from benchmarks.gpu.architectures import (
     ARCHITECTURES,
     TEXT_TOKENS,
     build_network,
@@ -24,7 +24,7 @@ from deployments.pipelines.denoiser import Condition
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
 _TINY_PX = {"img2img": 128, "upscale_diffusion": 32, "matting": 64, "upscale_gan": 32}
 _TINY_STEPS = 2

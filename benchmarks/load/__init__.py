@@ -3,7 +3,7 @@
     report = run(load_plan(Path("benchmarks/plans/mixed.yaml")), "http://127.0.0.1:8000")
 
 plan.py (what to send) → workload.py (the requests as data) → runner.py (when) → client.py and
-protocols.py (one request) → report.py (what it adds up to) → show.py (table and plot).
+protocols.py (one request) → report.py (what it adds up to).
 """
 
 from benchmarks.load.plan import Plan, load_plan, parse_plan

@@ -13,7 +13,7 @@ from deployments.errors import ModelFailed
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
 
 class Autoencoder:

@@ -10,10 +10,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from deployments.buckets import choose_bucket, fit_to_bucket, resize, restore_from_bucket
 from deployments.contract import Img2ImgRequest
+from deployments.engine.pipeline import Work
 from deployments.images import Picture
 from deployments.pipelines import diffusion
 from deployments.pipelines.autoencoder import Autoencoder
-from deployments.pipelines.base import Work
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.contract import TaskRequest
-    from deployments.pipelines.base import Pixels, Row
+    from deployments.engine.row import Pixels, Row
     from deployments.pipelines.lanes import Lanes
     from deployments.registry import ModelSpec
 

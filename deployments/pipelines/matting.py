@@ -10,10 +10,10 @@ import torch
 
 from deployments.buckets import resize
 from deployments.contract import BackgroundRequest
+from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
-from deployments.pipelines.base import Work
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.contract import TaskRequest
-    from deployments.pipelines.base import Pixels, Row
+    from deployments.engine.row import Pixels, Row
     from deployments.registry import ModelSpec
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from deployments.buckets import resize
+from deployments.engine.pipeline import Work
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
-from deployments.pipelines.base import Work
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deployments.contract import TaskRequest
-    from deployments.pipelines.base import Pixels, Row
+    from deployments.engine.row import Pixels, Row
     from deployments.registry import ModelSpec
 
 SCALE = 4

@@ -43,8 +43,8 @@ pinned() { # MANIFESTS: whether nothing in them is a placeholder, and every imag
 import sys
 from pathlib import Path
 
-from serve_app.kuberay import policy
-from serve_app.kuberay.manifests import read
+from kuberay.checks import policy
+from kuberay.checks.manifests import read
 
 rules = ("placeholder", "image-unpinned")
 found = [one for one in policy.check(read(Path(sys.argv[1]))) if one.rule in rules]

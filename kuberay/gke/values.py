@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
-from serve_app.kuberay.source import load_environments
+from kuberay.render.source import load_environments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.kuberay.source import Environment
+    from kuberay.render.source import Environment
 
     Group = Callable[[Environment], dict[str, object]]
 
@@ -65,7 +65,7 @@ def site(environment: Environment) -> dict[str, object]:
 def gpu(environment: Environment) -> dict[str, object]:
     """GPU nodes, as kuberay/gke/compute-class.yaml has them."""
     # Here, because the manifests' code comes with Ray, which takes a second.
-    from serve_app.kuberay.gke import COMPUTE_CLASS, compute_class
+    from kuberay.render.gke import COMPUTE_CLASS, compute_class
 
     if environment.gpu is None:
         raise ConfigError("This overlay has no GPU nodes.", remedy="Name another one.")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.settings import ROOT
-from serve_app.kuberay.crd import Schemas
-from serve_app.kuberay.manifests import Manifests, build
+from kuberay.checks.crd import Schemas
+from kuberay.checks.manifests import Manifests, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cli.main import app
 from deployments.registry import load_catalogue
 from deployments.settings import ROOT
 from deployments.store.lockfile import conversion_of
-from serve_app.cli import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable

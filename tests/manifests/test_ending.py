@@ -15,7 +15,7 @@ from tests.manifests.conftest import OVERLAYS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.kuberay.manifests import Manifests
+    from kuberay.checks.manifests import Manifests
 
     Overlay = Callable[[str], Manifests]
 

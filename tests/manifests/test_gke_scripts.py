@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from deployments.settings import ROOT
-from serve_app.kuberay.quantity import GIB, as_bytes, parse_quantity
-from serve_app.kuberay.validate import validate
+from kuberay.checks.validate import validate
+from kuberay.quantity import GIB, as_bytes, parse_quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.kuberay.manifests import Manifests
+    from kuberay.checks.manifests import Manifests
 
     Overlay = Callable[[str], Manifests]
 

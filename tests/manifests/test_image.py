@@ -13,8 +13,8 @@ import pytest
 
 from deployments.settings import ROOT
 from deployments.store.lockfile import load_lock
-from serve_app.kuberay.images import UNRESOLVED
-from serve_app.kuberay.source import BASE, load_environments
+from kuberay.render.images import UNRESOLVED
+from kuberay.render.source import BASE, load_environments
 from tests.manifests.test_render import SOURCE
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -129,7 +129,8 @@ def test_the_context_holds_what_is_copied_and_nothing_private() -> None:
             assert all(any(f"{f}/".startswith(f"{one}/") for f in files) for one in sources), stage
     assert {path.split("/")[0] for path in files} == {
         *("LICENSE", "constraints.txt", "pyproject.toml"),
-        *("benchmarks", "configs", "deployments", "docs", "serve_app", "starter_models"),
+        *("benchmarks", "cli", "configs", "deployments", "docs", "kuberay", "serve_app"),
+        "starter_models",
     }
     for path in (".venv/x", ".git/config", ".env", "tests/x.py", "benchmarks/results/x.json"):
         assert ignored(path), path
@@ -158,7 +159,7 @@ def test_what_is_copied_serves_the_starter_models_and_refills_a_store(tmp_path: 
 import sys, yaml
 from deployments.settings import ROOT
 from serve_app.app import build
-from serve_app.cli import app
+from cli.main import app
 from benchmarks.load import load_plan
 from benchmarks.load.workload import photos
 assert str(ROOT) == sys.argv[1], ROOT

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from deployments.errors import ConfigError, SourceFailed
-from serve_app.kuberay.images import chosen, load_digests, look_up, pulled, write_digests
-from serve_app.kuberay.source import Image, load_environments
+from kuberay.render.images import chosen, load_digests, look_up, pulled, write_digests
+from kuberay.render.source import Image, load_environments
 from tests.manifests.test_render import LOCK, SOURCE
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.errors import ConfigError
-from serve_app.kuberay import (
+from kuberay.checks import (
     autoscaler,
     capacity,
     core,
@@ -21,9 +21,9 @@ from serve_app.kuberay import (
     timing,
     wiring,
 )
-from serve_app.kuberay.crd import Schemas
-from serve_app.kuberay.manifests import Manifests
-from serve_app.kuberay.validate import validate
+from kuberay.checks.crd import Schemas
+from kuberay.checks.manifests import Manifests
+from kuberay.checks.validate import validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

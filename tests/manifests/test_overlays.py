@@ -11,22 +11,22 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from deployments.placement import plan
+from cli.main import app
+from deployments.gpu.plan import plan
 from deployments.registry import load_catalogue
 from deployments.settings import ROOT
-from serve_app.cli import app
-from serve_app.kuberay import autoscaler, network
-from serve_app.kuberay.manifests import build
-from serve_app.kuberay.timing import timeouts
-from serve_app.kuberay.validate import validate
+from kuberay.checks import autoscaler, network
+from kuberay.checks.manifests import build
+from kuberay.checks.timing import timeouts
+from kuberay.checks.validate import validate
 from tests.manifests.conftest import OVERLAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from serve_app.kuberay.crd import Schemas
-    from serve_app.kuberay.manifests import Manifests
+    from kuberay.checks.crd import Schemas
+    from kuberay.checks.manifests import Manifests
 
     Overlay = Callable[[str], Manifests]
 

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from cli.main import app
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.settings import ROOT
-from serve_app.cli import app
-from serve_app.kuberay.overlay import difference
-from serve_app.kuberay.quantity import parse_quantity
-from serve_app.kuberay.render import Files, out_of_date, render
-from serve_app.kuberay.source import load_environments, merged
-from serve_app.kuberay.yamls import GENERATED
+from kuberay.quantity import parse_quantity
+from kuberay.render.overlay import difference
+from kuberay.render.render import Files, out_of_date, render
+from kuberay.render.source import load_environments, merged
+from kuberay.render.yamls import GENERATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serve_app.kuberay.quantity import parse_quantity
+from kuberay.quantity import parse_quantity
 from tests.manifests.conftest import OVERLAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.kuberay.manifests import Manifests
+    from kuberay.checks.manifests import Manifests
 
     Overlay = Callable[[str], Manifests]
 

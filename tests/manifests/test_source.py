@@ -10,10 +10,10 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
 
+from cli.main import app
 from deployments.settings import ROOT
-from serve_app.cli import app
-from serve_app.kuberay import promql
-from serve_app.kuberay.manifests import Manifests, build
+from kuberay.checks import promql
+from kuberay.checks.manifests import Manifests, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,13 +16,14 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from gathering import Gathering  # noqa: E402
 
-from deployments.grouping import GroupLimits  # noqa: E402
+from deployments.engine.grouping import GroupLimits  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from deployments.pipelines.base import Pipeline, Row
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Row
 
 # An engine's two threads with a pool of threads each would wait for each other most of the time.
 torch.set_num_threads(1)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from gathering import Together, until
 
-from deployments.engine import Engine
-from deployments.grouping import GroupLimits, Pass
-from deployments.pipelines.base import Row
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits, Pass
+from deployments.engine.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
     Act = Callable[[], object]
 

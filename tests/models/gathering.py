@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deployments.engine import Engine
-from deployments.grouping import GroupLimits, Pace
-from deployments.pipelines.base import Row
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits, Pace
+from deployments.engine.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
 
-    from deployments.pipelines.base import Pipeline, Pixels
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Pixels
 
 
 class Together(Pace):

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from deployments.pipelines.base import Row
+from deployments.engine.row import Row
 from deployments.pipelines.denoiser import Denoiser
 from deployments.pipelines.matting import Matting
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from deployments.contract import DiffusionRequest
+    from deployments.engine.pipeline import Pipeline
     from deployments.images import Picture
-    from deployments.pipelines.base import Pipeline
 
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),

@@ -18,7 +18,7 @@ from deployments.pipelines.autoencoder import Autoencoder, image_tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
 
 
 def drain(pieces: Generator[None, None, Any]) -> tuple[int, Any]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from benchmarks import profile_gpu
-from benchmarks.architectures import (
+from benchmarks.gpu import profile as profile_gpu
+from benchmarks.gpu.architectures import (
     ARCHITECTURES,
     build_network,
     build_text_encoder,
@@ -22,16 +22,12 @@ from benchmarks.architectures import (
     unet_inputs,
     weights_bytes,
 )
-from deployments import placement
-from deployments.engine import is_fatal
+from benchmarks.gpu.fake_device import FakeDeviceMemory
+from deployments.engine.engine import is_fatal
 from deployments.errors import GpuTooSmall
-from deployments.placement import (
-    FakeDeviceMemory,
-    cap_device,
-    context_reserve_bytes,
-    enforce_share,
-    load_profiles,
-)
+from deployments.gpu import cap as cap_module
+from deployments.gpu.cap import cap_device, enforce_share
+from deployments.gpu.profiles import context_reserve_bytes, load_profiles
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
@@ -122,7 +118,7 @@ class FakeCuda(FakeDeviceMemory):
 def test_a_replica_is_capped_by_its_share_and_its_models_profile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(placement, "CudaMemory", FakeCuda)
+    monkeypatch.setattr(cap_module, "CudaMemory", FakeCuda)
     context = context_reserve_bytes(load_profiles(), "l4")
     cap = cap_device(0.5, "cuda", "enhance-sdxl-refiner")
     assert cap == 11 * GIB - context
@@ -138,7 +134,7 @@ def test_a_replica_is_capped_by_its_share_and_its_models_profile(
 def test_a_cuda_allocator_is_held_to_its_cap() -> None:
     code = (
         "import torch\n"
-        "from deployments.placement import cap_device, CudaMemory\n"
+        "from deployments.gpu.cap import cap_device, CudaMemory\n"
         "cap = cap_device(0.1, 'cuda')\n"
         "inside = torch.empty(int(cap * 0.9), dtype=torch.uint8, device='cuda')\n"
         "try:\n"
@@ -270,7 +266,7 @@ def test_a_dry_run_cannot_reach_the_committed_file(args: list[str]) -> None:
 
 
 def test_profiling_needs_torch_and_the_networks_alone() -> None:
-    code = "import benchmarks.profile_gpu, sys; print(*sys.modules)"
+    code = "import benchmarks.gpu.profile, sys; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -285,5 +281,5 @@ def test_profiling_needs_torch_and_the_networks_alone() -> None:
     ours = {name for name in loaded if name.startswith(("deployments.", "serve_app"))}
     assert {name for name in ours if not name.startswith("deployments.pipelines")} == {
         "deployments.errors",
-        "deployments.placement",
+        "deployments.gpu.cap",
     }

@@ -27,7 +27,9 @@ from fakes import (
 )
 from gathering import Together, until
 
-from deployments.engine import Engine, is_fatal
+from deployments.engine.engine import Engine, is_fatal
+from deployments.engine.grouping import GroupLimits
+from deployments.engine.row import Row
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -36,13 +38,11 @@ from deployments.errors import (
     TooLarge,
     TooLate,
 )
-from deployments.grouping import GroupLimits
-from deployments.pipelines.base import Row
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from deployments.pipelines.base import Pixels
+    from deployments.engine.row import Pixels
 
 STAGES = ["begin", "step", "finish"]
 

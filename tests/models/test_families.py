@@ -17,15 +17,15 @@ from deployments.contract import (
     EnhanceRequest,
     UpscaleRequest,
 )
+from deployments.engine.row import Row
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import upscale_gan
-from deployments.pipelines.base import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
 
 FAST = ComicRequest(steps=2, strength=0.5, guidance_scale=1.0, seed=1)
 EXTREMES = [(1, 1), (1, 10_000), (10_000, 1), (1, 2), (63, 65)]

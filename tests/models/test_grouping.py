@@ -13,12 +13,12 @@ from gathering import Together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.grouping import GroupLimits, Pace, choose
+from deployments.engine.grouping import GroupLimits, Pace, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from deployments.pipelines.base import Row
+    from deployments.engine.row import Row
 
 _SECONDS_PER_PX = 0.01
 

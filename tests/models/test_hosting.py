@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from deployments.contract import REQUESTS, complete
+from deployments.engine.row import Row
 from deployments.errors import ModelCorrupt, NotReady
 from deployments.hosting import Host
 from deployments.images import Picture
-from deployments.pipelines.base import Row
 from deployments.settings import Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from deployments.contract import REQUESTS, complete
-from deployments.pipelines.base import Row
+from deployments.engine.row import Row
 from deployments.pipelines.lanes import Lanes
 from deployments.settings import Settings
 

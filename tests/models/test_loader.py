@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
 
 DIFFUSION = ["sd_ddim", "refiner", "x4"]
 NETWORKS = ["isnet", "srvgg", "rrdb"]

@@ -19,16 +19,17 @@ from gathering import Together, until
 from stock import SCHEDULERS, apart, as_row, call_stock, scheduler_like, with_scheduler
 
 from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
-from deployments.engine import Engine
+from deployments.engine.engine import Engine
+from deployments.engine.grouping import GroupLimits
 from deployments.errors import ModelFailed, TooLarge, TooLate
-from deployments.grouping import GroupLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Row
     from deployments.images import Picture
-    from deployments.pipelines.base import Pipeline, Row
 
 # diffusers calls NumPy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.contract import DiffusionRequest
-    from deployments.pipelines.base import Pipeline, Row
+    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.row import Row
 
 TOLERANCE = 2e-5  # 1e-4 is the promise; sums are added in another order than the stock layout
 IMG2IMG = ["sd_ddim", "sd_pndm", "sd_v", "refiner"]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTokenizer
 
-    from deployments.pipelines.base import Pipeline
+    from deployments.engine.pipeline import Pipeline
 
 TEXT_DIM = 16
 TIME_DIM = 8

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ray import NodeID
 
-from serve_app.kuberay.source import load_environments
+from kuberay.render.source import load_environments
 from tests.scale.cluster import NODE_ID, Cluster, free_port
 
 _BIN = Path(sys.executable).parent

@@ -15,17 +15,17 @@ import yaml
 
 from deployments.contract import Task
 from deployments.settings import ROOT
+from kuberay.render.serve_config import serve_config
+from kuberay.render.sizing import Sizing
+from kuberay.render.source import Environment, load_environments
 from serve_app.ingress import NAMES
-from serve_app.kuberay.serve_config import serve_config
-from serve_app.kuberay.sizing import Sizing
-from serve_app.kuberay.source import Environment, load_environments
 from tests.scale.cluster import Cluster, Group, free_port, wait_until
 from tests.scale.load import Answer, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.kuberay.source import Values
+    from kuberay.render.source import Values
 
 LONG_S = 240
 """Generous, for whatever a busy machine with two cores may take."""

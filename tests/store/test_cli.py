@@ -18,14 +18,15 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+from cli import console
+from cli import models as models_cli
+from cli.main import app
 from deployments.settings import ROOT, framework_caches
 from deployments.store import locks
 from deployments.store.cache import Store
 from deployments.store.events import Event
 from deployments.store.gc import make_room
 from deployments.store.lockfile import load_lock
-from serve_app import console, models_cli
-from serve_app.cli import app
 from tests.store.common import KIB, random_files, settings_of, staged, write_files
 
 IMAGEN = Path(sys.executable).parent / "imagen"
@@ -263,7 +264,7 @@ def test_processes_that_resolve_at_once_keep_each_others_entries(bare: Operator)
     script = (
         "import sys\n"
         "from deployments.store import resolve\n"
-        "from serve_app.cli import app\n"
+        "from cli.main import app\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "app(sys.argv[1:])\n"

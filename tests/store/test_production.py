@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from benchmarks.full_size_pull import PRODUCTION, files_sent, stand_in
 from deployments.contract import Task
 from deployments.errors import ConfigError, LicenceRefused
-from deployments.placement import plan
+from deployments.gpu.plan import plan
 from deployments.registry import ArtefactSpec, load_catalogue
 from deployments.settings import StoreSettings
 from deployments.store.hub import parse

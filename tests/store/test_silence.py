@@ -32,7 +32,7 @@ sources.TIMEOUT_S = (0.3, 0.3)
 from deployments.store import gcs
 gcs._CHUNK_TIMEOUT_S = 0.3
 random.uniform = lambda least, most: least
-from serve_app.cli import app
+from cli.main import app
 app()
 """
 WAY_TOO_LONG_S = 60

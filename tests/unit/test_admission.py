@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from deployments.admission import MAX_REQUESTS, Admission, Forecast, Ticket
 from deployments.contract import ComicRequest, ImageJob
+from deployments.engine.grouping import GroupLimits, Pace, choose
+from deployments.engine.pipeline import Work
+from deployments.engine.row import Row
 from deployments.errors import Full, TooLate
-from deployments.grouping import GroupLimits, Pace, choose
 from deployments.model import ModelDeployment, Seats
-from deployments.pipelines.base import Row, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

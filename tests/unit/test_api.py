@@ -416,7 +416,7 @@ async def test_what_a_model_refuses_is_the_clients_error(kind: type[ImagenError]
 @pytest.mark.parametrize(
     "error",
     [
-        ZeroDivisionError("division by zero in /home/imagen/deployments/engine.py"),
+        ZeroDivisionError("division by zero in /home/imagen/deployments/engine/engine.py"),
         RuntimeError('Traceback (most recent call last):\n  File "/srv/app/x.py", line 1'),
         KeyError("/usr/lib/python3"),
         ExceptionGroup("several", [ValueError("/home/a.py"), OSError("/home/b.py")]),

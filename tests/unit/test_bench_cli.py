@@ -14,9 +14,10 @@ from aiohttp import web
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.load import load_report, parse_plan, run, show
+from benchmarks.load import load_report, parse_plan, run
+from cli import bench_tables as show
+from cli.main import app
 from deployments.settings import ROOT
-from serve_app.cli import app
 from tests.unit.bench_server import Got, hang, picture, serving
 from tests.unit.test_layers import loaded_by
 
@@ -117,7 +118,7 @@ def test_ctrl_c_reports_what_was_done(tmp_path: Path) -> None:
 
     file, json_file = tmp_path / "plan.yaml", tmp_path / "report.json"
     file.write_text(yaml.safe_dump(PLAN))
-    command = [sys.executable, "-m", "serve_app.cli", "bench", file, "--json", json_file]
+    command = [sys.executable, "-m", "cli.main", "bench", file, "--json", json_file]
     with (
         serving(three) as server,
         subprocess.Popen(
@@ -158,4 +159,4 @@ def test_the_load_starts_without_ray_or_torch() -> None:
 
 
 def test_other_commands_start_without_the_load() -> None:
-    assert not loaded_by("serve_app.cli") & {"aiohttp", "benchmarks"}
+    assert not loaded_by("cli.main") & {"aiohttp", "benchmarks"}

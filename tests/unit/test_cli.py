@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cli.main import address_of, app
 from deployments.errors import ConfigError
-from serve_app.cli import address_of, app
 
 
 def config(tmp_path: Path, text: str | bytes) -> Path:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SOURCES = sorted(
-    path for name in ("serve_app", "deployments") for path in (ROOT / name).rglob("*.py")
+    path
+    for name in ("cli", "serve_app", "deployments", "kuberay")
+    for path in (ROOT / name).rglob("*.py")
 )
 MAX_FUNCTION_LINES = 40
 
@@ -40,7 +42,7 @@ def test_http_and_the_contract_know_neither_ray_nor_torch(module: str) -> None:
 
 
 def test_the_command_starts_without_ray_or_torch() -> None:
-    assert not loaded_by("serve_app.cli") & {"ray", "torch"}
+    assert not loaded_by("cli.main") & {"ray", "torch"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from cli.main import app
+from cli.plan import write_shares
 from deployments.errors import ConfigError
-from serve_app.cli import app
-from serve_app.plan_cli import write_shares
 
 PRODUCTION = Path("configs/models/production.yaml").absolute()
 SERVE = """\

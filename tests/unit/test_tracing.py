@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments import tracing
-from deployments.grouping import Pass
+from deployments.engine.grouping import Pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,145 @@
+"""The RayService: head, ingress and model pods around the Serve config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kuberay.render.serve_config import serve_config
+from kuberay.render.source import merged
+from kuberay.render.yamls import Text, dump
+
+if TYPE_CHECKING:
+    from kuberay.render.sizing import Sizing
+    from kuberay.render.source import Cache, Environment, PodSource, Values
+
+SERVE_PORT = 8000
+_WORKER_PORTS = {"serve": SERVE_PORT, "metrics": 8080}
+# All of them: KubeRay adds none once one is given, and refuses a head without `serve`.
+_HEAD_PORTS = _WORKER_PORTS | {
+    "gcs-server": 6379,
+    "dashboard": 8265,
+    "client": 10001,
+    "as-metrics": 44217,
+    "dash-metrics": 44227,
+}
+# In place of KubeRay's own, which runs wget in the container. One miss takes the pod out of the
+# Service: a pod whose proxy is gone answers 503 to whatever still comes.
+_READINESS = {
+    "httpGet": {"path": "/-/healthz", "port": "serve"},
+    "periodSeconds": 5,
+    "timeoutSeconds": 5,
+    "failureThreshold": 1,
+}
+
+
+def ray_service(sizing: Sizing) -> Values:
+    """The RayService of an environment."""
+    environment = sizing.environment
+    cluster = environment.ray_cluster | {
+        "headGroupSpec": _head(environment),
+        "workerGroupSpecs": [_ingress(environment), _models(sizing)],
+    }
+    spec = environment.ray_service | {
+        "serveConfigV2": Text(dump(serve_config(sizing))),
+        "rayClusterConfig": cluster,
+    }
+    # For people and for the check of the timeouts' order; nothing in the cluster reads it.
+    client = {"imagen.dev/client-timeout-s": str(environment.timeouts_s.client)}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": metadata(environment) | {"annotations": client},
+        "spec": spec,
+    }
+
+
+def metadata(environment: Environment, name: str | None = None) -> Values:
+    """Of an object of ours; `name` is the service's own by default."""
+    labels = {"app.kubernetes.io/name": "imagen"}
+    return {"name": name or environment.name, "namespace": environment.namespace, "labels": labels}
+
+
+def _head(environment: Environment) -> Values:
+    container = _container("ray-head", environment.head, environment, _HEAD_PORTS)
+    return _group(environment.head, environment, container)
+
+
+def _ingress(environment: Environment) -> Values:
+    container = _container("ray-worker", environment.ingress, environment, _WORKER_PORTS)
+    return _worker_group(environment.ingress, environment, container)
+
+
+def _models(sizing: Sizing) -> Values:
+    environment = sizing.environment
+    source, cache = environment.models, environment.cache
+    ram = {"rayStartParams": {"memory": str(sizing.pod_memory_bytes)}}
+    most = {"maxReplicas": environment.gpu.max_nodes} if environment.gpu else {}
+    raw: Values = merged(source.group, most | ram)
+    size = source.size | {"ephemeral-storage": sizing.disk_size}
+    env = {"IMAGEN_MODELS": cache.mount} | source.env
+    filled = source.model_copy(update={"size": size, "env": env, "group": raw})
+    container = _container("ray-worker", filled, environment, _WORKER_PORTS)
+    mount = {"name": "models", "mountPath": cache.mount}
+    container["volumeMounts"] = [mount | ({"readOnly": True} if cache.read_only else {})]
+    group = _worker_group(filled, environment, container)
+    pod = group["template"]["spec"]
+    pod["volumes"] = [_volume(cache, sizing.cache_size)]
+    if cache.kind == "hostPath" and not cache.read_only:
+        pod["initContainers"] = [_own_cache(container, cache)]
+    return group
+
+
+def _volume(cache: Cache, size: str) -> Values:
+    if cache.kind == "emptyDir":
+        return {"name": "models", "emptyDir": {"sizeLimit": size}}
+    kind = "Directory" if cache.read_only else "DirectoryOrCreate"
+    return {"name": "models", "hostPath": {"path": cache.path, "type": kind}}
+
+
+def _own_cache(container: Values, cache: Cache) -> Values:
+    """Gives the node's folder, which Kubernetes makes for root, to the user of the image."""
+    small = {"cpu": "100m", "memory": "64Mi"}
+    return {
+        "name": "own-cache",
+        **{key: container[key] for key in ("image", "imagePullPolicy") if key in container},
+        "command": ["chown", "1000:1000", cache.mount],
+        "resources": {"requests": small, "limits": small},
+        "securityContext": {
+            "runAsNonRoot": False,
+            "runAsUser": 0,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"], "add": ["CHOWN"]},
+        },
+        "volumeMounts": container["volumeMounts"],
+    }
+
+
+def _container(
+    name: str, source: PodSource, environment: Environment, ports: dict[str, int]
+) -> Values:
+    container: Values = {
+        "name": name,
+        "image": source.image,
+        "resources": {"requests": source.size, "limits": dict(source.size)},
+        "ports": [{"name": port, "containerPort": number} for port, number in ports.items()],
+    }
+    if source.env:
+        container["env"] = [{"name": key, "value": value} for key, value in source.env.items()]
+    return container | environment.every_pod.container
+
+
+def _worker_group(source: PodSource, environment: Environment, container: Values) -> Values:
+    group = _group(source, environment, container | {"readinessProbe": _READINESS})
+    return group | {"scaleStrategy": {}}  # see _group
+
+
+def _group(source: PodSource, environment: Environment, container: Values) -> Values:
+    """A group as the operator writes it back: its empty mappings stand there from the start.
+
+    Else that write changes the list of worker groups, which makes the operator its owner, and the
+    next `kubectl apply --server-side` conflicts with it.
+    """
+    pod = merged(environment.every_pod.pod, source.pod) | {"containers": [container]}
+    about = {"labels": source.labels, "annotations": source.annotations}
+    about = {key: values for key, values in about.items() if values}
+    return source.group | {"template": {"metadata": about, "spec": pod}}

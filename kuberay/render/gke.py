@@ -1,0 +1,200 @@
+"""What only Google's clusters know: the way in from outside, and GPU nodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deployments.errors import ConfigError
+from kuberay.quantity import GIB, as_bytes, parse_quantity
+from kuberay.render.cluster import SERVE_PORT, metadata
+from kuberay.render.sizing import Sizing
+
+if TYPE_CHECKING:
+    from kuberay.render.source import Environment, GpuNodes, Values
+
+_ACCELERATORS = {
+    "t4": "nvidia-tesla-t4",
+    "l4": "nvidia-l4",
+    "a100-40": "nvidia-tesla-a100",
+    "h100": "nvidia-h100-80gb",
+}
+# vCPUs and GiB of machines with one GPU. T4s are attached to any N1.
+_MACHINES: dict[str, dict[str, tuple[int, float]]] = {
+    "t4": {"n1-standard-4": (4, 15), "n1-standard-8": (8, 30), "n1-highmem-8": (8, 52)},
+    "l4": {"g2-standard-4": (4, 16), "g2-standard-8": (8, 32), "g2-standard-12": (12, 48)},
+    "a100-40": {"a2-highgpu-1g": (12, 85)},
+    "h100": {"a3-highgpu-1g": (26, 234)},
+}
+# What Google keeps of a node: shares of its first cores and GiB, of the next, and so on.
+_CPU_KEPT = ((1, 0.06), (1, 0.01), (2, 0.005), (float("inf"), 0.0025))
+_RAM_KEPT = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06), (float("inf"), 0.02))
+_DAEMONS = (0.4, 1.0)
+"""Cores and GiB for Google's own pods on a node: logging, metrics, the driver. An estimate."""
+_SSDS = 1
+_SSD_BYTES = 375 * GIB
+_SSD_KEPT = 50 * GIB + _SSD_BYTES // 10
+"""Of one local SSD: Google's part, and what must stay free lest the kubelet ends pods."""
+_BOOT_KEPT_BYTES = 20 * 10**9
+"""Of a boot disk: the system, and images. An estimate."""
+COMPUTE_CLASS = "imagen-gpu"
+
+
+def gateway(environment: Environment) -> list[Values]:
+    """HTTPS from the internet to the ingress pods, behind Identity-Aware Proxy."""
+    service = f"{environment.name}-serve-svc"
+    target = {"targetRef": {"group": "", "kind": "Service", "name": service}}
+    listener = {
+        "name": "https",
+        "protocol": "HTTPS",
+        "port": 443,
+        "hostname": environment.site.host,
+        "allowedRoutes": {"namespaces": {"from": "Same"}},
+    }
+    route = {
+        "parentRefs": [{"name": environment.name}],
+        "hostnames": [environment.site.host],
+        "rules": [{"backendRefs": [{"name": service, "port": SERVE_PORT}]}],
+    }
+    certificate = {"networking.gke.io/certmap": environment.site.certificate_map}
+    api, google = "gateway.networking.k8s.io/v1", "networking.gke.io/v1"
+    entry = _object(api, "Gateway", environment)
+    entry["metadata"]["annotations"] = certificate
+    return [
+        entry
+        | {
+            "spec": {
+                "gatewayClassName": "gke-l7-global-external-managed",
+                "listeners": [listener],
+            }
+        },
+        _object(api, "HTTPRoute", environment) | {"spec": route},
+        _object(google, "HealthCheckPolicy", environment)
+        | {"spec": {"default": _health()} | target},
+        _object(google, "GCPBackendPolicy", environment)
+        | {"spec": {"default": _backend(environment)} | target},
+    ]
+
+
+def _health() -> Values:
+    """Serve's own route: Google asks `/` by default, which is a 404 here, and so 503 for all."""
+    check = {"port": SERVE_PORT, "requestPath": "/-/healthz"}
+    return {
+        "checkIntervalSec": 10,
+        "timeoutSec": 5,
+        "config": {"type": "HTTP", "httpHealthCheck": check},
+    }
+
+
+def _backend(environment: Environment) -> Values:
+    site, longest_s = environment.site, environment.timeouts_s.load_balancer
+    secret = {"name": "imagen-oauth"}
+    return {
+        "timeoutSec": longest_s,
+        # A pod that leaves ends the requests it has: whatever is shorter than a request cuts it.
+        "connectionDraining": {"drainingTimeoutSec": longest_s},
+        "securityPolicy": site.security_policy,
+        "iap": {"enabled": True, "clientID": site.oauth_client, "oauth2ClientSecret": secret},
+    }
+
+
+def compute_class(environment: Environment, gpu: GpuNodes) -> Values:
+    """GPU nodes in the order they are tried. Cluster-wide: it has no namespace.
+
+    Raises:
+        ConfigError: GKE has no such GPU or machine as far as we know, or the pod does not fit it.
+    """
+    _check_machine(environment, gpu)
+    kinds = [True, False] if gpu.spot_first else [False]
+    return {
+        "apiVersion": "cloud.google.com/v1",
+        "kind": "ComputeClass",
+        "metadata": {"name": COMPUTE_CLASS, "labels": {"app.kubernetes.io/name": "imagen"}},
+        "spec": {
+            "nodePoolAutoCreation": {"enabled": True},
+            # The container starts while its image is still coming.
+            "nodePoolConfig": {"imageStreaming": {"enabled": True}},
+            # Anything else would put GPU pods where no GPU is.
+            "whenUnsatisfiable": "DoNotScaleUp",
+            # Ray has waited for its own idle time already.
+            "autoscalingPolicy": {"consolidationDelayMinutes": 5},
+            # Moving to cheaper nodes would end warm pods.
+            "activeMigration": {"optimizeRulePriority": False},
+            "priorities": [_nodes(gpu, spot=spot) for spot in kinds],
+        },
+    }
+
+
+def _nodes(gpu: GpuNodes, *, spot: bool) -> Values:
+    accelerator = {"type": _ACCELERATORS[gpu.type], "count": 1, "driverVersion": "latest"}
+    return {
+        "machineType": gpu.machine,
+        "spot": spot,
+        "gpu": accelerator,
+        "storage": {
+            "localSSDCount": _SSDS,
+            "bootDiskType": gpu.boot_disk_type,
+            "bootDiskSize": gpu.boot_disk_gb,
+        },
+    }
+
+
+def _check_machine(environment: Environment, gpu: GpuNodes) -> None:
+    known = _MACHINES.get(gpu.type, {})
+    if gpu.machine not in known:
+        others = sorted({name for machines in _MACHINES.values() for name in machines})
+        raise ConfigError(
+            f"No machine with one GPU of the type {gpu.type} has that name, as far as we know.",
+            value=gpu.machine,
+            remedy=f"Known: {', '.join(known or others)}; add others in kuberay/render/gke.py.",
+        )
+    _check_size(environment, gpu, *known[gpu.machine])
+    _check_disk(environment, gpu)
+
+
+def _check_size(environment: Environment, gpu: GpuNodes, cpus: int, ram: float) -> None:
+    left_cpus = cpus - _kept(cpus, _CPU_KEPT) - _DAEMONS[0]
+    left_ram = ram - _kept(ram, _RAM_KEPT) - _DAEMONS[1]
+    size = environment.models.size
+    if parse_quantity(size["cpu"]) > left_cpus or as_bytes(size["memory"]) > left_ram * GIB:
+        raise ConfigError(
+            f"A model pod does not fit a {gpu.machine}, which leaves {left_cpus:.1f} CPUs and"
+            f" {left_ram:.1f} GiB to pods: it would stay pending for ever.",
+            value=f"{size['cpu']} CPUs, {size['memory']}",
+            remedy="Lower models.size, or take a larger gpu.machine.",
+        )
+
+
+def _check_disk(environment: Environment, gpu: GpuNodes) -> None:
+    """An emptyDir lies on the local SSD, as logs do; a folder of the node on its boot disk."""
+    sizing, cache = Sizing(environment), environment.cache
+    left = _SSDS * (_SSD_BYTES - _SSD_KEPT)
+    if as_bytes(sizing.disk_size) > left:
+        raise ConfigError(
+            f"A model pod needs more disk than the {left / GIB:.0f} GiB that a node's local SSD"
+            " leaves to pods: it would stay pending for ever.",
+            value=f"{sizing.disk_size}, cache.copies {cache.copies:g}, scratch {cache.scratch}",
+            remedy="Lower cache.copies or cache.scratch.",
+        )
+    if cache.kind != "hostPath" or cache.read_only:  # that one is a disk of its own
+        return
+    usable = sizing.settings.store.gc_start_percent / 100
+    left = int(gpu.boot_disk_gb * 10**9 * usable) - _BOOT_KEPT_BYTES
+    if as_bytes(sizing.cache_size) > left:
+        raise ConfigError(
+            f"The models' folder needs more than a boot disk leaves: {left / 10**9:.0f} GB.",
+            value=f"{sizing.cache_size}, gpu.boot_disk_gb {gpu.boot_disk_gb}",
+            remedy="Raise gpu.boot_disk_gb, or lower cache.copies.",
+        )
+
+
+def _kept(amount: float, steps: tuple[tuple[float, float], ...]) -> float:
+    """What the shares of consecutive parts of an amount add up to."""
+    kept = 0.0
+    for width, share in steps:
+        kept += min(amount, width) * share
+        amount = max(amount - width, 0)
+    return kept
+
+
+def _object(api_version: str, kind: str, environment: Environment) -> Values:
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata(environment)}

@@ -1,0 +1,155 @@
+"""kuberay/images.lock: the digest that a registry gives for each image's tag."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import yaml
+
+from deployments.errors import ConfigError, SourceFailed
+from deployments.settings import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from kuberay.render.source import Environment, Image
+
+UNRESOLVED = "unresolved"
+_HEADER = """\
+# The digest of each image that manifests name, and of `python`, which ours are built upon: as a
+# registry says, never typed from memory. `sha256:unresolved` is nobody's: clusters and Docker
+# refuse it, and so does `imagen kuberay validate` without --allow-placeholder. `make image-lock`
+# writes this file.
+"""
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# An index first: one digest for all architectures.
+_ACCEPT = ", ".join(
+    (
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+    )
+)
+_DOCKER_HUB = "registry-1.docker.io"
+_TIMEOUT_S = 30
+
+
+def load_digests(lock: Path) -> dict[str, str]:
+    """The digests of the lock file, by the image's name.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        values: Any = yaml.safe_load(resolve(lock).read_text(encoding="utf-8"))
+        digests = {str(name): str(digest) for name, digest in values.items()}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "The lock of images cannot be read.",
+            value=f"{lock}: {str(error).splitlines()[0]}",
+            remedy="Restore it, or list the images as `name: sha256:unresolved`.",
+        ) from error
+    for name, digest in digests.items():
+        if not (_DIGEST.fullmatch(digest) or digest == f"sha256:{UNRESOLVED}"):
+            raise ConfigError(
+                f"The lock of images has no digest for {name}.",
+                value=digest,
+                remedy=f"Write sha256:<64 hex digits>, or sha256:{UNRESOLVED}.",
+            )
+    return digests
+
+
+def write_digests(lock: Path, digests: Mapping[str, str]) -> None:
+    """Replace the lock file."""
+    lines = "".join(f"{name}: {digest}\n" for name, digest in sorted(digests.items()))
+    resolve(lock).write_text(_HEADER + lines, encoding="utf-8")
+
+
+def pulled(environments: Iterable[Environment]) -> dict[str, Image]:
+    """Images that come from registries, by name."""
+    images = [item for one in environments for item in one.images.items()]
+    return {name: image for name, image in images if not image.local}
+
+
+def chosen(images: Mapping[str, Image], names: Sequence[str] | None) -> dict[str, Image]:
+    """The images that were named; without names, all.
+
+    Raises:
+        ConfigError: there is none of such a name.
+    """
+    if unknown := [name for name in names or () if name not in images]:
+        raise ConfigError(
+            "There is no such image to look up.",
+            value=", ".join(unknown),
+            remedy=f"Name one of {', '.join(sorted(images))}.",
+        )
+    return {name: images[name] for name in names or images}
+
+
+def look_up(
+    images: Mapping[str, Image], tag: str | None, token: str | None, client: httpx.Client
+) -> dict[str, str]:
+    """What registries say the images' tags are now.
+
+    Args:
+        images: by name; one without a tag of its own has `tag`.
+        token: of Google Cloud, for its registries alone.
+
+    Raises:
+        ConfigError: a repository is not filled in, or an image has no tag.
+        SourceFailed: a registry refuses, or gives no digest.
+    """
+    found: dict[str, str] = {}
+    for name, image in images.items():
+        wanted = image.tag or tag
+        if UNRESOLVED in image.repository or not wanted:
+            raise ConfigError(
+                f"The image {name} cannot be looked up: it has no registry, or no tag.",
+                value=f"{image.repository}:{wanted or ''}",
+                remedy="Fill in `images` in configs/gke.yaml, and give --tag.",
+            )
+        found[name] = _digest(image.repository, wanted, token, client)
+    return found
+
+
+def _digest(repository: str, tag: str, token: str | None, client: httpx.Client) -> str:
+    host, _, path = repository.partition("/")
+    url = f"https://{_DOCKER_HUB if host == 'docker.io' else host}/v2/{path}/manifests/{tag}"
+    google = host.endswith(("-docker.pkg.dev", ".gcr.io")) or host == "gcr.io"
+    try:
+        answer = client.head(url, headers={"Accept": _ACCEPT}, timeout=_TIMEOUT_S)
+        if answer.status_code == HTTPStatus.UNAUTHORIZED:
+            bearer = _bearer(answer, token if google else None, client)
+            headers = {"Accept": _ACCEPT, "Authorization": f"Bearer {bearer}"}
+            answer = client.head(url, headers=headers, timeout=_TIMEOUT_S)
+        answer.raise_for_status()
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise SourceFailed(
+            f"The registry does not tell the digest of {repository}:{tag}: {error!r}.",
+            remedy="Is it pushed? For Google's registries, is the token fresh?",
+        ) from error
+    digest = answer.headers.get("docker-content-digest", "")
+    if not _DIGEST.fullmatch(digest):
+        raise SourceFailed(f"The registry gives no digest of {repository}:{tag}.", value=digest)
+    return digest
+
+
+def _bearer(refusal: httpx.Response, token: str | None, client: httpx.Client) -> str:
+    """A token for reading, from where the refusal says; anonymous without one of Google's."""
+    challenge = refusal.headers.get("www-authenticate", "")
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    credentials = ("oauth2accesstoken", token) if token else None
+    answer = client.get(
+        fields["realm"],
+        params={key: fields[key] for key in ("service", "scope") if key in fields},
+        auth=credentials,
+        timeout=_TIMEOUT_S,
+    )
+    answer.raise_for_status()
+    given: Any = answer.json()
+    return str(given.get("token") or given["access_token"])

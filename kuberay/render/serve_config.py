@@ -1,0 +1,64 @@
+"""serveConfigV2: the application, and options of its six deployments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kuberay.quantity import as_bytes
+from kuberay.render.sizing import application_args
+from kuberay.render.source import merged
+from serve_app.ingress import NAMES
+
+if TYPE_CHECKING:
+    from deployments.contract import Task
+    from kuberay.render.sizing import Sizing
+    from kuberay.render.source import Values
+
+
+def serve_config(sizing: Sizing) -> Values:
+    """The Serve config of an environment."""
+    environment = sizing.environment
+    serve, timeouts_s = environment.serve, environment.timeouts_s
+    models = [_model(task, sizing) for task in sizing.registry]
+    tracing = {"tracing_config": serve.tracing_config} if serve.tracing_config else {}
+    return {
+        "proxy_location": serve.proxy_location,
+        "http_options": serve.http_options
+        | {"request_timeout_s": timeouts_s.serve, "keep_alive_timeout_s": timeouts_s.keep_alive},
+        "logging_config": serve.logging_config,
+        **tracing,
+        "applications": [
+            {
+                "name": environment.name,
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build",
+                "args": _args(sizing),
+                "deployments": [{"name": "Ingress"} | serve.ingress, *models],
+            }
+        ],
+    }
+
+
+def _args(sizing: Sizing) -> Values:
+    args, cache = application_args(sizing.environment), sizing.environment.cache
+    if cache.kind == "emptyDir":
+        # The kubelet ends a pod that takes more, and no figure of the disk shows it coming.
+        args["store"] = {"max_bytes": as_bytes(sizing.cache_size)} | args.get("store", {})
+    return args
+
+
+def _model(task: Task, sizing: Sizing) -> Values:
+    """Options of one model deployment: its share, batch and budget, the common ones, its own."""
+    environment, placed = sizing.environment, sizing.placed.get(task)
+    actor: Values = {
+        "num_cpus": sizing.settings.model_num_cpus,
+        "num_gpus": placed.num_gpus if placed else 0,
+        "memory": sizing.replica_memory_bytes(task),
+    }
+    derived: Values = {"name": NAMES[task], "ray_actor_options": actor}
+    if placed:
+        derived["user_config"] = {"max_batch_size": placed.rows, "budget_px": placed.budget_px}
+    if environment.gpu:
+        derived["autoscaling_config"] = {"max_replicas": environment.gpu.max_nodes}
+    common = merged(derived, environment.serve.model)
+    return merged(common, environment.serve.models.get(task, {}))

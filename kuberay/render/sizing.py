@@ -1,0 +1,141 @@
+"""What an environment needs: shares of GPUs, RAM of replicas, disk for models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from deployments.errors import ConfigError, GpuTooSmall
+from deployments.gpu.plan import plan as make_plan
+from deployments.gpu.profiles import as_gpu
+from deployments.registry import load_catalogue
+from deployments.settings import Settings, parse_settings
+from deployments.store.lockfile import load_lock
+from kuberay.quantity import MIB, as_bytes, as_gi
+
+if TYPE_CHECKING:
+    from deployments.contract import Task
+    from deployments.gpu.plan import Placed
+    from deployments.registry import Catalogue, Registry
+    from kuberay.render.source import Environment, Values
+
+_STEP_BYTES = 64 * MIB
+_DISK_SLACK = 1.1
+"""Staging folders, compiled kernels, file system blocks."""
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Numbers derived from an environment, its registry and the GPU plan."""
+
+    environment: Environment
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The application's args, as it will read them.
+
+        Raises:
+            ConfigError: a key or value is wrong.
+        """
+        return parse_settings(Settings, application_args(self.environment), "serve.args")
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return load_catalogue(self.settings.models)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The models that are served; a licence that nobody accepted yet is no matter here."""
+        accepted = tuple(entry.name for entry in self.catalogue.entries)
+        return self.catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
+
+    @cached_property
+    def placed(self) -> dict[Task, Placed]:
+        """The GPU plan by task; empty without GPUs.
+
+        Raises:
+            ConfigError: an unknown GPU, or a model no profile knows.
+            GpuTooSmall: a model does not fit, or there are too few GPUs for one replica of each.
+        """
+        gpu = self.environment.gpu
+        if gpu is None:
+            return {}
+        made = make_plan(list(self.registry.values()), as_gpu(gpu.type))
+        if made.gpus > gpu.max_nodes:
+            raise GpuTooSmall(
+                f"One replica of each model needs {made.gpus} x {made.gpu.label}.",
+                value=f"gpu.max_nodes {gpu.max_nodes}",
+                remedy="Raise gpu.max_nodes, take a larger gpu.type, or serve smaller models.",
+            )
+        return {placed.demand.spec.task: placed for placed in made.placed}
+
+    def weights_bytes(self, task: Task) -> int:
+        """On disk, as well as it is known."""
+        locked = load_lock(self.settings.models).models.get(self.registry[task].name)
+        files = [file for origin in locked.origins for file in origin.files] if locked else []
+        known = sum(file.size for file in files if isinstance(file.size, int))
+        placed = self.placed.get(task)
+        # A model that is converted is smaller than what it is made from.
+        return placed.demand.profile.weights_bytes if placed else known
+
+    def replica_memory_bytes(self, task: Task) -> int:
+        """RAM that Ray counts for one replica: its process, and the files it maps."""
+        needed = as_bytes(self.environment.memory.process) + self.weights_bytes(task)
+        return -(-needed // _STEP_BYTES) * _STEP_BYTES
+
+    @cached_property
+    def pod_memory_bytes(self) -> int:
+        """RAM of a model pod that Ray may promise to replicas.
+
+        Raises:
+            ConfigError: none is left.
+        """
+        whole = as_bytes(self.environment.models.size["memory"])
+        left = whole - as_bytes(self.environment.memory.reserved)
+        if left <= 0:
+            raise ConfigError(
+                "memory.reserved leaves nothing of a model pod.",
+                value=self.environment.memory.reserved,
+                remedy="Raise models.size.memory.",
+            )
+        return left
+
+    @cached_property
+    def cache_size(self) -> str:
+        """Disk for models, as a quantity."""
+        models = sum(self.weights_bytes(task) for task in self.registry)
+        return as_gi(int(models * self.environment.cache.copies * _DISK_SLACK))
+
+    @cached_property
+    def disk_size(self) -> str:
+        """Disk of a model pod that ends with it, as a quantity."""
+        cache = self.environment.cache
+        models = as_bytes(self.cache_size) if cache.kind == "emptyDir" else 0
+        return as_gi(models + as_bytes(cache.scratch))
+
+
+def application_args(environment: Environment) -> Values:
+    """The `args` of the application, with what is derived."""
+    args, mirror = dict(environment.serve.args), environment.site.mirror
+    store: Any = args.pop("store", {})
+    if mirror and isinstance(store, dict):
+        store = store | {"mirror": mirror}
+    args["request_timeout_s"] = environment.timeouts_s.engine
+    return args | ({} if store == {} else {"store": store})
+
+
+def check_names(environment: Environment) -> None:
+    """Hold names to what KubeRay and Kubernetes allow, before anything is made of them.
+
+    Raises:
+        ConfigError: a name is too long, or has a letter that is not allowed.
+    """
+    name = environment.name
+    if len(name) > 47 or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        raise ConfigError(
+            "A RayService's name has at most 47 of a-z, 0-9 and -, the first a letter.",
+            value=name,
+            remedy="Change `name` in the source of the manifests.",
+        )

@@ -1,1 +1,0 @@
-"""Kubernetes manifests: rendered from configs/gke.yaml, and checked without a cluster."""
