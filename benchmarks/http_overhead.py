@@ -42,8 +42,8 @@ from rich.table import Table
 
 from benchmarks.peers.server import NotStarted, running
 from benchmarks.peers.systems import OUR_BIN, OURS, PEERS_BIN, SYSTEMS, System, ray_environment
-from deployments.contract import Task
 from deployments.settings import ROOT, Settings
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments import images
-from deployments.contract import REQUESTS, complete
+from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
 from deployments.engine.row import Row
 from deployments.loader import build
 from deployments.registry import ModelSpec, load_registry
-from deployments.settings import Settings
+from deployments.settings import LimitSettings, Settings
 from deployments.store.provider import Provider
 from starter_models.training.data import photo_bytes
 
@@ -37,9 +37,9 @@ STAGES = ("decode", "model", "encode", "total")
 
 def measure(spec: ModelSpec, pipeline: Pipeline, engine: Engine, image: bytes) -> dict[str, float]:
     """Seconds of each stage for one request."""
-    request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
+    request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.perf_counter()
-    picture = images.decode(image, images.Limits())
+    picture = images.decode(image, LimitSettings())
     pixels = pipeline.fit(picture, request)
     decoded_s = time.perf_counter()
     row = Row(request, pixels, seed=0, deadline_s=time.monotonic() + 600)
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Print seconds by task and stage: median, and the range of the total."""
     data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
-    header = images.read_header(data, images.Limits())
+    header = images.read_header(data, LimitSettings())
     settings = Settings(models=models, device="cpu", torch_threads=threads)
     provider = Provider(models, settings.store)
     table = Table(title=f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads")

@@ -190,13 +190,12 @@ def _as_values(made: Plan) -> dict[str, Any]:
 
 
 def _shares(made: Plan) -> Shares:
-    from serve_app.ingress import NAMES  # Ray, which printing a plan can do without
 
     tasks = Counter(placed.demand.spec.task for placed in made.placed)
     if twice := [str(task) for task, count in tasks.items() if count > 1]:
         raise ConfigError("Two models of one task have one deployment.", value=", ".join(twice))
     return {
-        NAMES[placed.demand.spec.task]: {
+        placed.demand.spec.task.deployment: {
             "ray_actor_options": {"num_gpus": placed.num_gpus},
             "user_config": {"max_batch_size": placed.rows, "budget_px": placed.budget_px},
         }

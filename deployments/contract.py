@@ -1,10 +1,9 @@
-"""Requests and results: one request per task. The typed request *is* the validation."""
+"""Requests and results: one request class per task. The typed request *is* the validation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,16 +25,6 @@ if TYPE_CHECKING:
 OutputFormat = Literal["png", "webp", "jpeg"]
 
 
-class Task(StrEnum):
-    """What can be done to a picture; the value names the model that does it."""
-
-    UPSCALE = "upscale"
-    ENHANCE = "enhance"
-    COMIC = "comic"
-    AGED = "aged"
-    BACKGROUND = "background"
-
-
 def _printable(text: str) -> str:
     """Refuse control characters, which no tokenizer wants; pydantic refuses lone surrogates."""
     for position, character in enumerate(text):
@@ -54,10 +43,14 @@ Prompt = Annotated[str, AfterValidator(_printable)]
 
 
 class ImageRequest(BaseModel):
-    """What every task accepts beside the image."""
+    """What every task accepts beside the image.
+
+    Attributes:
+        task: name of the task, see `deployments.tasks.Task`.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-    task: ClassVar[Task]
+    task: ClassVar[str]
 
     output_format: OutputFormat | None = Field(
         default=None,
@@ -68,6 +61,11 @@ class ImageRequest(BaseModel):
         description="full: seed, parameters and model are written into the result. "
         "none: nothing is.",
     )
+
+    @property
+    def needs_alpha(self) -> bool:
+        """Whether the request asks for a transparent result, which JPEG cannot hold."""
+        return False
 
 
 class DiffusionRequest(ImageRequest):
@@ -141,7 +139,7 @@ class Img2ImgRequest(DiffusionRequest):
 class UpscaleRequest(DiffusionRequest):
     """Enlarge exactly 4 times in each direction. A GAN upscaler takes no diffusion parameter."""
 
-    task = Task.UPSCALE
+    task = "upscale"
     noise_level: int = Field(
         default=20,
         ge=0,
@@ -154,7 +152,7 @@ class UpscaleRequest(DiffusionRequest):
 class EnhanceRequest(Img2ImgRequest):
     """Clean and sharpen."""
 
-    task = Task.ENHANCE
+    task = "enhance"
     strength: float = Field(
         default=0.25,
         gt=0.0,
@@ -167,19 +165,19 @@ class EnhanceRequest(Img2ImgRequest):
 class ComicRequest(Img2ImgRequest):
     """Redraw as a comic."""
 
-    task = Task.COMIC
+    task = "comic"
 
 
 class AgedRequest(Img2ImgRequest):
     """Make old."""
 
-    task = Task.AGED
+    task = "aged"
 
 
 class BackgroundRequest(ImageRequest):
     """Cut out the foreground."""
 
-    task = Task.BACKGROUND
+    task = "background"
     output: Literal["rgba", "mask", "color"] = Field(
         default="rgba",
         examples=["color"],
@@ -192,6 +190,10 @@ class BackgroundRequest(ImageRequest):
         pattern=r"^#[0-9a-fA-F]{6}$",
         description="Background with output=color, as #rrggbb in sRGB.",
     )
+
+    @property
+    def needs_alpha(self) -> bool:
+        return self.output == "rgba"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -206,14 +208,7 @@ class BackgroundRequest(ImageRequest):
         return self
 
 
-TaskRequest = UpscaleRequest | EnhanceRequest | ComicRequest | AgedRequest | BackgroundRequest
-REQUESTS: dict[Task, type[TaskRequest]] = {
-    Task.UPSCALE: UpscaleRequest,
-    Task.ENHANCE: EnhanceRequest,
-    Task.COMIC: ComicRequest,
-    Task.AGED: AgedRequest,
-    Task.BACKGROUND: BackgroundRequest,
-}
+R = TypeVar("R", bound=ImageRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,21 +217,21 @@ class ImageJob:
 
     Attributes:
         request: validated; fields the client did not set still await the model's defaults.
-        image: the uploaded file.
+        image: the uploaded file; None where the task needs no picture.
         output_format: what the client will get.
         timeout_s: until the request's deadline, when it was sent.
         request_id: for the log.
-        width_px, height_px: of the picture in the file, upright.
+        width_px, height_px: of the picture in the file, upright; 0 without a picture.
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
     """
 
-    request: TaskRequest
-    image: bytes
+    request: ImageRequest
+    image: bytes | None
     output_format: OutputFormat
     timeout_s: float
     request_id: str = ""
-    width_px: int = 1
-    height_px: int = 1
+    width_px: int = 0
+    height_px: int = 0
     sent_unix_s: float = 0.0
 
     def left_s(self, now_unix_s: float) -> float:
@@ -282,16 +277,20 @@ class ImageResult:
 _JOINT = ("steps", "strength")
 
 
-def parse(task: Task, fields: Mapping[str, str]) -> TaskRequest:
-    """The request of `task` from form fields.
+def parse(kind: type[R], fields: Mapping[str, str]) -> R:
+    """A request from form fields.
+
+    Args:
+        kind: the request class of the task.
+        fields: text by name.
 
     Raises:
         InvalidParameter: naming every unknown, malformed or out-of-range field.
     """
-    return _validated(REQUESTS[task], dict(fields))
+    return _validated(kind, dict(fields))
 
 
-def check_used(request: TaskRequest, parameters: frozenset[str]) -> None:
+def check_used(request: ImageRequest, parameters: frozenset[str]) -> None:
     """Hold what the client set against the fields a model reads.
 
     Raises:
@@ -307,9 +306,7 @@ def check_used(request: TaskRequest, parameters: frozenset[str]) -> None:
         )
 
 
-def complete(
-    request: TaskRequest, defaults: Mapping[str, Any], parameters: frozenset[str]
-) -> TaskRequest:
+def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]) -> R:
     """The request with the model's own defaults in the fields the client left out.
 
     Args:
@@ -331,7 +328,7 @@ def complete(
     return _validated(type(request), {**joint, **fitting, **given})
 
 
-def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
+def _validated(kind: type[R], fields: dict[str, Any]) -> R:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -345,7 +342,7 @@ def _validated(kind: type[TaskRequest], fields: dict[str, Any]) -> TaskRequest:
     )
 
 
-def _problem(kind: type[TaskRequest], detail: ErrorDetails) -> Problem:
+def _problem(kind: type[ImageRequest], detail: ErrorDetails) -> Problem:
     name = str(detail["loc"][0]) if detail["loc"] else "request"
     name = name.encode("utf-8", "backslashreplace").decode()[:100]
     shown: object = detail["input"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from deployments.admission import Forecast
-from deployments.contract import REQUESTS, complete
+from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
 from deployments.engine.row import Row
@@ -272,7 +272,7 @@ class Host:
         """Run pictures of one size until its passes are timed; a model of few steps takes three."""
         spec, pipeline = self._spec, served.pipeline
         grey = Picture(np.full((height_px, width_px, 3), 127, np.uint8), None)
-        request = complete(REQUESTS[spec.task](), spec.defaults, spec.parameters)
+        request = complete(spec.task.request(), spec.defaults, spec.parameters)
         pixels = pipeline.fit(grey, request)
         for _ in range(_WARM_UP_ROWS):
             row = Row(request, pixels, 0, time.monotonic() + _WARM_UP_S)

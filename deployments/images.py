@@ -1,4 +1,4 @@
-"""Files to pixels and back, and pixels to the sizes a model was made for."""
+"""Image files to pixels, and pixels to image files."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from deployments.errors import (
     TooLarge,
     UnsupportedMedia,
 )
+from deployments.settings import LimitSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -72,22 +73,7 @@ _MAX_SIDE_PX: Final[Mapping[str, int]] = {"webp": 16383, "jpeg": 65500}
 _ASCII: Final = b"ASCII\0\0\0"
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How large a picture may be.
-
-    Attributes:
-        max_body_bytes: of the uploaded file, bytes.
-        max_input_px: width times height of the uploaded picture, pixels.
-        max_output_px: width times height of the result, pixels.
-    """
-
-    max_body_bytes: int = 32 * 2**20
-    max_input_px: int = 50_000_000
-    max_output_px: int = 16_777_216
-
-
-_OWN_RESULTS: Final = Limits(max_body_bytes=2**30, max_input_px=2**30)
+_OWN_RESULTS: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
 """A result may be larger than any upload."""
 
 
@@ -130,7 +116,7 @@ class Picture:
         return self.rgb.shape[0]
 
 
-def read_header(data: bytes, limits: Limits) -> Header:
+def read_header(data: bytes, limits: LimitSettings) -> Header:
     """What a file says of its picture, without decoding it.
 
     Raises:
@@ -149,7 +135,7 @@ def read_header(data: bytes, limits: Limits) -> Header:
         return Header(kind, width, height, _frames(image, kind))
 
 
-def decode(data: bytes, limits: Limits) -> Picture:
+def decode(data: bytes, limits: LimitSettings) -> Picture:
     """The picture in a file: its first frame, upright, in sRGB.
 
     Raises:
@@ -170,7 +156,7 @@ def decode(data: bytes, limits: Limits) -> Picture:
     return Picture(np.array(rgb), np.array(alpha) if alpha else None, notes)
 
 
-def _open(data: bytes, limits: Limits) -> tuple[ImageFile, str]:
+def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
     """The file's header read, its limits checked, nothing decoded."""
     if not data:
         raise MalformedRequest("The image is empty.", value="0 bytes", remedy="Send a file.")

@@ -13,7 +13,6 @@ import torch
 from deployments.errors import ConfigError, ModelCorrupt
 from deployments.gpu.cap import cap_device
 from deployments.pipelines.lanes import Lanes
-from deployments.registry import FAMILIES
 from deployments.settings import enforce_offline
 from deployments.store.folder import read_manifest
 
@@ -93,8 +92,8 @@ def build(spec: ModelSpec, folder: Path, settings: Settings) -> Pipeline:
     enforce_offline(settings.store.folder)
     torch.set_num_threads(1)  # lanes split the work
     lanes = Lanes(settings.torch_threads if choose_device(settings.device) == "cpu" else 1)
-    module, name = FAMILIES[spec.family].target.split(":")
-    return getattr(import_module(module), name)(spec, folder, "cpu", lanes)
+    family = import_module(f"deployments.pipelines.{spec.family}")
+    return family.PIPELINE(spec, folder, "cpu", lanes)
 
 
 def choose_device(wanted: str) -> str:

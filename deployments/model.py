@@ -16,11 +16,11 @@ from ray import serve
 
 from deployments import images, tracing
 from deployments.admission import Admission, fits
-from deployments.contract import ImageJob, ImageResult, TaskRequest, complete
+from deployments.contract import ImageJob, ImageRequest, ImageResult, complete
 from deployments.engine.row import Row
 from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
 from deployments.registry import ModelSpec, check_defaults
-from deployments.settings import SEATS, Settings, Tuning, calm_threads, parse_settings
+from deployments.settings import SEATS, Settings, Tuning, parse_settings, set_thread_limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
@@ -80,13 +80,13 @@ class ModelDeployment:
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._began_s = time.monotonic()
         self._start_s = 0.0
-        calm_threads()
+        set_thread_limits()
         # Imported here: the Serve controller and the ingress import this module without torch.
         from deployments.hosting import Host
 
         spec = spec.model_copy(update={"num_gpus": _gpu_share()})
         self._spec = spec
-        self._limits = images.Limits(**settings.limits.model_dump())
+        self._limits = settings.limits
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
         self._seats = Seats(SEATS, settings.limits.max_input_px)
         self._configured = False
@@ -151,7 +151,7 @@ class ModelDeployment:
             logger.warning("Request %s: %s", job.request_id, error)
             raise
 
-    async def _admitted(self, job: ImageJob, request: TaskRequest) -> ImageResult:
+    async def _admitted(self, job: ImageJob, request: ImageRequest) -> ImageResult:
         seconds, arrived_s = self._estimate(job, request), time.monotonic()
         timeout_s = job.left_s(time.time())
         loop, deadline = asyncio.get_running_loop(), asyncio.timeout(timeout_s)
@@ -187,7 +187,7 @@ class ModelDeployment:
         """Pixels of the upload or of the result, whichever has more."""
         return job.width_px * job.height_px * self._spec.scale**2
 
-    def _estimate(self, job: ImageJob, request: TaskRequest) -> float | None:
+    def _estimate(self, job: ImageJob, request: ImageRequest) -> float | None:
         """Seconds of work on an idle replica; None if passes of this size were not timed yet.
 
         Raises:
@@ -198,7 +198,7 @@ class ModelDeployment:
             return None
         pipeline, forecast = served.pipeline, served.forecast
 
-        def seconds_of(request: TaskRequest, width_px: int, height_px: int) -> float | None:
+        def seconds_of(request: ImageRequest, width_px: int, height_px: int) -> float | None:
             work = pipeline.work(width_px, height_px, request)
             return forecast.seconds(work, width_px * height_px * self._spec.scale**2)
 
@@ -214,7 +214,7 @@ class ModelDeployment:
         return seconds
 
     async def _process(
-        self, job: ImageJob, request: TaskRequest, ticket: Ticket, arrived_s: float
+        self, job: ImageJob, request: ImageRequest, ticket: Ticket, arrived_s: float
     ) -> ImageResult:
         start_s = time.monotonic()
         async with self._host.use() as served:
@@ -265,7 +265,7 @@ class ModelDeployment:
             row.cancel()
 
     def _open(
-        self, job: ImageJob, request: TaskRequest, pipeline: Pipeline
+        self, job: ImageJob, request: ImageRequest, pipeline: Pipeline
     ) -> tuple[Picture, Pixels]:
         picture = images.decode(job.image, self._limits)
         return picture, pipeline.fit(picture, request)
@@ -321,7 +321,7 @@ def _close(
     pipeline: Pipeline,
     output: Pixels,
     picture: Picture,
-    request: TaskRequest,
+    request: ImageRequest,
     output_format: OutputFormat,
     metadata: dict[str, object] | None,
 ) -> tuple[Picture, bytes]:
@@ -330,10 +330,10 @@ def _close(
 
 
 def _largest(
-    request: TaskRequest,
+    request: ImageRequest,
     job: ImageJob,
     limit_s: float,
-    seconds_of: Callable[[TaskRequest, int, int], float | None],
+    seconds_of: Callable[[ImageRequest, int, int], float | None],
 ) -> str:
     """The largest request like one that is too large: of fewer steps, else of a smaller picture."""
     for steps in range(getattr(request, "steps", 1) - 1, 0, -1):
@@ -359,6 +359,6 @@ def _timings_s(row: Row, waited_s: float) -> dict[str, float]:
     return {"queue": waited_s + row.queue_s, "denoise": row.run_s, "vae": row.vae_s}
 
 
-def _seed(request: TaskRequest) -> int:
+def _seed(request: ImageRequest) -> int:
     given = getattr(request, "seed", None)
     return secrets.randbits(32) if given is None else given

@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from deployments.contract import REQUESTS, Task, complete
+from deployments.contract import complete
 from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
 from deployments.settings import Strict, parse_settings, resolve
 from deployments.store.hub import check_pinned, parse
 from deployments.store.manifest import SafePath, safe_path
 from deployments.store.sources import UNRESOLVED
-
-FamilyName = Literal["img2img", "upscale_diffusion", "upscale_gan", "matting"]
-_ALWAYS = frozenset({"output_format", "metadata"})
-_DIFFUSION = _ALWAYS | {"prompt", "negative_prompt", "guidance_scale", "steps", "seed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A pipeline family.
-
-    Attributes:
-        target: `module:class`, imported when a model is loaded, so that naming a model never
-            imports torch.
-        parameters: the request fields it reads.
-        tasks: what it can serve.
-        scale: output size over input size.
-    """
-
-    target: str
-    parameters: frozenset[str]
-    tasks: frozenset[Task]
-    scale: int = 1
-
-
-FAMILIES: dict[FamilyName, Family] = {
-    "img2img": Family(
-        "deployments.pipelines.img2img:Img2Img",
-        _DIFFUSION | {"strength", "output_size"},
-        frozenset({Task.ENHANCE, Task.COMIC, Task.AGED}),
-    ),
-    "upscale_diffusion": Family(
-        "deployments.pipelines.upscale_diffusion:UpscaleDiffusion",
-        _DIFFUSION | {"noise_level"},
-        frozenset({Task.UPSCALE}),
-        scale=4,
-    ),
-    "upscale_gan": Family(
-        "deployments.pipelines.upscale_gan:UpscaleGan",
-        _ALWAYS,
-        frozenset({Task.UPSCALE}),
-        scale=4,
-    ),
-    "matting": Family(
-        "deployments.pipelines.matting:Matting",
-        _ALWAYS | {"output", "color"},
-        frozenset({Task.BACKGROUND}),
-    ),
-}
+from deployments.tasks import Task
 
 
 def _pinned(source: str) -> str:
@@ -171,7 +123,7 @@ class ModelSpec(ArtefactSpec):
 
     Attributes:
         task: the route it serves.
-        family: the pipeline that runs it.
+        family: the pipeline that runs it, a module of `deployments/pipelines`.
         dtype: of the weights on the device.
         variant: file variant to load, such as fp16.
         attention: sdpa, or xformers where that is installed.
@@ -186,7 +138,7 @@ class ModelSpec(ArtefactSpec):
     pickles = ArtefactSpec.pickles | {".bin"}
 
     task: Task
-    family: FamilyName
+    family: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     variant: Literal["fp16"] | None = None
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -199,7 +151,7 @@ class ModelSpec(ArtefactSpec):
     @property
     def parameters(self) -> frozenset[str]:
         """The request fields this model reads."""
-        return FAMILIES[self.family].parameters
+        return self.task.parameters(self.family)
 
     @property
     def family_name(self) -> str | None:
@@ -212,17 +164,20 @@ class ModelSpec(ArtefactSpec):
     @property
     def scale(self) -> int:
         """Output size over input size."""
-        return FAMILIES[self.family].scale
+        return self.task.scale
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.task not in FAMILIES[self.family].tasks:
-            raise ValueError(f"family {self.family} cannot serve the task {self.task}")
+        if self.family not in self.task.families:
+            known = ", ".join(self.task.families)
+            raise ValueError(
+                f"family {self.family} cannot serve the task {self.task}; known: {known}"
+            )
         if (self.family == "img2img") != bool(self.buckets):
             raise ValueError("buckets belong to family img2img, which needs at least one")
         if any(side % 64 or side <= 0 for bucket in self.buckets for side in bucket):
             raise ValueError("every bucket side must be a positive multiple of 64")
-        if self.attention != "sdpa" and self.family not in ("img2img", "upscale_diffusion"):
+        if self.attention != "sdpa" and "steps" not in self.parameters:
             raise ValueError(f"family {self.family} has no attention to choose")
         check_defaults(self, self.defaults)
         return self
@@ -344,6 +299,6 @@ def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:
     if foreign:
         raise ValueError(f"defaults name {sorted(foreign)}, which {spec.family} does not read")
     try:
-        complete(REQUESTS[spec.task](), defaults, spec.parameters)
+        complete(spec.task.request(), defaults, spec.parameters)
     except InvalidParameter as error:
         raise ValueError(f"defaults are wrong: {error}") from error

@@ -1,4 +1,4 @@
-"""Typed settings: the `args` of a Serve config file. The only reader and writer of os.environ."""
+"""Typed settings: the `args` of a Serve config file, and the environment of our own processes."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def framework_caches(root: Path) -> dict[str, str]:
     }
 
 
-def calm_threads() -> None:
+def set_thread_limits() -> None:
     """Let torch's idle threads sleep rather than spin, because several models share a node's cores.
 
     Call before the first import of torch: OpenMP reads it when it is loaded.

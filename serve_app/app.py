@@ -11,7 +11,8 @@ from deployments.model import ModelDeployment
 from deployments.registry import load_registry
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
-from serve_app.ingress import NAMES, NOTICE_S, Ingress
+from serve_app.backends import HEALTH_CHECK_PERIOD_S
+from serve_app.ingress import Ingress
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The Serve application: one Ingress, and one ModelDeployment for each of the five tasks.
+    """The Serve application: one Ingress, and one ModelDeployment for each task.
 
     Args:
         args: the `args` of a Serve config file; its `deployments` section overrides the options
@@ -35,14 +36,14 @@ def build(args: dict[str, Any]) -> Application:
     lock = load_lock(settings.models)
     for spec in registry.values():
         locked_digest(lock, spec)
-    models = {task: _model(NAMES[task], spec, settings) for task, spec in registry.items()}
+    models = {task: _model(spec, settings) for task, spec in registry.items()}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
         name="Ingress",
-        # Enough that our middleware refuses, not Serve, whose refusals are plain text.
+        # High enough that our middleware refuses first: Serve's own refusals are plain text.
         max_ongoing_requests=settings.max_uploads + settings.uploads.max_arriving + 50,
         max_queued_requests=settings.uploads.max_arriving,
-        health_check_period_s=NOTICE_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.1},
     )
@@ -52,26 +53,26 @@ def build(args: dict[str, Any]) -> Application:
 def __getattr__(name: str) -> Application:
     """`app`, for commands that want an application rather than its builder, such as `serve build`.
 
-    Built when it is asked for, so that an import stays cheap.
+    Built on first use, so that an import stays cheap.
     """
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return build({})
 
 
-def _model(name: str, spec: ModelSpec, settings: Settings) -> Application:
+def _model(spec: ModelSpec, settings: Settings) -> Application:
     deployment: Any = serve.deployment(ModelDeployment)
     return deployment.options(
-        name=name,
-        # A replica accepts few requests of a slow model: it would never hold a larger target.
+        name=spec.task.deployment,
+        # A replica of a slow model accepts few requests and would never reach a larger target.
         autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 2},
-        # A replica refuses by itself what it cannot finish in time (deployments/admission.py). So
-        # requests wait outside it only while there is none.
+        # A replica itself refuses what it cannot finish in time (deployments/admission.py), so that
+        # requests queue in front of it only while there is no replica.
         max_ongoing_requests=1000,
         max_queued_requests=40,
         backpressure_config=_backpressure(settings),
         graceful_shutdown_timeout_s=60,
-        health_check_period_s=NOTICE_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": settings.model_num_cpus, "num_gpus": spec.num_gpus},
         user_config={},

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
-from serve_app.protocols import native
+from serve_app.problem import error_response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,7 +32,7 @@ _STILL_S = 1.0
 
 
 class RequestId:
-    """Every request has an id, its client's if that is well-formed; the response repeats it."""
+    """Gives every request an id: the client's if that is well-formed. The response repeats it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -52,21 +52,22 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-Heard = Callable[[str, int, str, float], None]
-"""Told of each answer: path below the application's root, status, reason (`ok`, or the code of the
-problem), seconds."""
+OnAnswer = Callable[[str, int, str, float], None]
+"""Called after each answer with the path below the application's root, the status, the reason
+(`ok`, or the code of the problem) and the seconds it took."""
 
 
 class AccessLog:
-    """One line a request: method, path, status, seconds, request id.
+    """Logs one line per request: method, path, status, seconds, request id.
 
     Args:
-        heard: is told, too; of a client that left before its answer, status 0 and reason `gone`.
+        on_answer: called as well. Of a client that left before its answer it gets status 0 and
+            reason `disconnected`.
     """
 
-    def __init__(self, app: ASGIApp, heard: Heard | None = None) -> None:
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer | None = None) -> None:
         self.app = app
-        self.heard = heard
+        self.on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,13 +88,13 @@ class AccessLog:
                 "%s %s %s %.3f s %s",
                 scope["method"],
                 quote(scope["path"], errors="replace"),
-                status or "gone",
+                status or "disconnected",
                 seconds,
                 scope["state"]["request_id"],
             )
-            if self.heard:
-                reason = scope["state"].get("reason", "ok") if status else "gone"
-                self.heard(_below_root(scope), status, reason, seconds)
+            if self.on_answer:
+                reason = scope["state"].get("reason", "ok") if status else "disconnected"
+                self.on_answer(_below_root(scope), status, reason, seconds)
 
 
 def _below_root(scope: Scope) -> str:
@@ -103,7 +104,7 @@ def _below_root(scope: Scope) -> str:
 
 
 class ErrorBoundary:
-    """The last seam: whatever a route did not foresee becomes a problem, never a traceback."""
+    """Turns whatever error a route did not expect into a problem, never into a traceback."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -128,20 +129,20 @@ class ErrorBoundary:
                 raise
             request_id = scope["state"]["request_id"]
             if not isinstance(error, ImagenError):
-                logger.exception("Unforeseen error, request %s", request_id)
+                logger.exception("Unexpected error, request %s", request_id)
                 error = NotReady(
                     f"The service could not handle the request {request_id}.",
                     value=request_id,
                     remedy="Try again; if it keeps failing, report the request id.",
                     retry_after_s=5,
                 )
-            await native.error_response(error, scope)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
 
 
 class Home:
-    """Sends whoever asks for the application's root on to a page.
+    """Redirects the application's root to a page.
 
-    No route, because below a prefix the root has no path that a route could have.
+    A middleware, because below a prefix the root has no path that a route could match.
     """
 
     def __init__(self, app: ASGIApp, path: str) -> None:
@@ -157,14 +158,12 @@ class Home:
 
 
 class BodyLimit:
-    """Bodies are limited in size and in pace, each and all together.
+    """Limits the size and the pace of each body, and what all of them hold together.
 
-    A body that stands still for `pause_s` is refused, and so is one that falls behind
-    `min_bytes_per_s`. What many hold together is bounded too: a new body, or more of one, takes the
-    room of whichever has stood still longest.
+    A body that brings nothing for `pause_s`, or less than `min_bytes_per_s`, is refused. When all
+    bodies together hold too much, the one that has stood still longest gives up its room.
 
-    A body that no route reads is left to the server in front, which throws it away once the answer
-    is out.
+    A body that no route reads is left to the server in front, which discards it after the answer.
     """
 
     def __init__(
@@ -226,10 +225,10 @@ class BodyLimit:
         self._make_room()
 
     def _make_room(self, bodies: int = 0) -> None:
-        """Give up bodies that have stood still until there is room for what has come.
+        """Give up bodies that have stood still until the others fit.
 
         Raises:
-            Full: all others are arriving.
+            Full: every body is arriving.
         """
         uploads = self.uploads
         still_s = asyncio.get_running_loop().time() - _STILL_S
@@ -273,13 +272,13 @@ class BodyLimit:
 
 @dataclass(slots=True, eq=False)
 class _Body:
-    """A body on its way.
+    """A body that is arriving.
 
     Attributes:
-        timer: ends the request unless more comes by then.
-        last_s: when the last byte came.
-        came_bytes: so far.
-        given_up: others have its room.
+        timer: ends the request unless more arrives by then.
+        last_s: when the last byte arrived.
+        came_bytes: bytes so far.
+        given_up: whether its room went to others.
     """
 
     timer: asyncio.Timeout
@@ -292,7 +291,7 @@ class _Body:
         return 0 if self.given_up else self.came_bytes
 
     def wait(self, some_bytes: int, uploads: UploadSettings) -> None:
-        """Each byte buys time, so that a pause is made up for; but never more than one pause."""
+        """Each byte buys time, but never more than one pause."""
         self.last_s = asyncio.get_running_loop().time()
         due_s = self.timer.when() or self.last_s
         earned_s = some_bytes / uploads.min_bytes_per_s
@@ -305,9 +304,10 @@ class _Body:
 
 
 class InFlightLimit:
-    """At most so many uploads are worked on at a time; one more is told when to come back.
+    """Limits how many uploads are worked on at a time; one more gets 429.
 
-    Only an upload that has come in whole takes a place: whoever stops sending keeps nobody out.
+    Only an upload that has arrived whole takes a place, so that a client that stops sending blocks
+    nobody.
     """
 
     def __init__(self, app: ASGIApp, max_uploads: int, retry_after_s: float) -> None:

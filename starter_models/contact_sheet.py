@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageOps
 
-from deployments.contract import Task
+from deployments.tasks import Task
 from starter_models import running
 from starter_models.measures import SCALE, shrunk, spoiled
 from starter_models.running import from_image, to_image

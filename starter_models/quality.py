@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from deployments.contract import Task
+from deployments.tasks import Task
 from starter_models import running
 from starter_models.contact_sheet import draw_sheet
 from starter_models.measures import (

@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 
 from deployments import images
-from deployments.contract import REQUESTS, Task, complete
+from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.row import Row
 from deployments.loader import build
 from deployments.registry import load_registry
 from deployments.settings import Settings
 from deployments.store.sources import local_folder
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from deployments.engine.pipeline import Pipeline
@@ -38,7 +39,7 @@ def run(task: Task, picture: Picture) -> Picture:
         `H x W x 3`, or `H x W x 4` where the result has an alpha channel.
     """
     spec, pipeline = _loaded(task)
-    request = complete(REQUESTS[task](), spec.defaults, spec.parameters)
+    request = complete(task.request(), spec.defaults, spec.parameters)
     source = images.Picture(np.asarray(to_image(picture)), None)
     row = Row(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf)
     engine = Engine(pipeline)

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
 
-from deployments.contract import Task
 from deployments.errors import ConfigError
 from deployments.settings import Strict, resolve
+from deployments.tasks import Task
 
 Scalar = bool | int | float | str
 Protocol = Literal["multipart", "raw", "kserve"]

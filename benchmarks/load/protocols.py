@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from serve_app.api import ROUTES
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -63,7 +61,7 @@ def path_of(target: Target, request: Request) -> str:
         return str(request.path)
     own = f"/v2/models/{request.task}/infer"
     return target.paths.get(
-        request.task, own if target.protocol == "kserve" else ROUTES[request.task]
+        request.task, own if target.protocol == "kserve" else request.task.route
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from benchmarks.load.plan import Distribution, Entry, Plan, Scalar, Sizes
-    from deployments.contract import Task
+    from deployments.tasks import Task
 
 _JPEG_QUALITY = 90
 Size = tuple[int, int]

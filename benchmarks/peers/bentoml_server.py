@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 
 from benchmarks.peers.front import PREFIX, TASKS, media_type, read_upload
 from benchmarks.peers.work import MAX_BATCH, TIMEOUT_S, load
-from deployments.contract import Task
+from deployments.tasks import Task
 
 _OPTIONS: dict[str, Any] = {"workers": 1, "traffic": {"timeout": TIMEOUT_S}}
 front = FastAPI()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from deployments.contract import Task
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from starlette.requests import Request

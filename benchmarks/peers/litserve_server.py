@@ -14,7 +14,7 @@ from fastapi import Depends, Request, Response
 
 from benchmarks.peers.front import PREFIX, TASKS, media_type, read_upload
 from benchmarks.peers.work import MAX_BATCH, TIMEOUT_S, Upload, Work, load
-from deployments.contract import Task
+from deployments.tasks import Task
 
 
 async def _upload(request: Request) -> Upload:

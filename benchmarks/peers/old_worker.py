@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from benchmarks.peers.work import Upload
-    from deployments.contract import Task
+    from deployments.tasks import Task
 
 _START_S = 300
 

@@ -15,7 +15,7 @@ from benchmarks.peers.ray_example import MODEL_OPTIONS, bind
 
 if TYPE_CHECKING:
     from benchmarks.peers.work import Item, Upload
-    from deployments.contract import Task
+    from deployments.tasks import Task
 
 
 @serve.deployment(ray_actor_options=MODEL_OPTIONS, max_ongoing_requests=100)

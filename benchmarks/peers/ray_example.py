@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from benchmarks.peers.front import PREFIX, TASKS, media_type, read_upload
-from deployments.contract import Task
+from deployments.tasks import Task
 
 # As configs/local.yaml: shares are bookkeeping, all replicas fit two cores.
 MODEL_OPTIONS = {"num_cpus": 0.2}

@@ -17,8 +17,8 @@ from typing import Annotated, Final
 import typer
 
 from benchmarks.peers.work import MAX_BATCH
-from deployments.contract import Task
 from deployments.settings import ROOT
+from deployments.tasks import Task
 
 _CONFIG: Final = """
 name: "{task}"

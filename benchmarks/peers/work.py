@@ -18,17 +18,11 @@ import numpy as np
 
 from deployments import images
 from deployments.buckets import choose_bucket, fit_to_bucket, resize, restore_from_bucket
-from deployments.contract import (
-    BackgroundRequest,
-    Img2ImgRequest,
-    Task,
-    TaskRequest,
-    complete,
-    parse,
-)
+from deployments.contract import BackgroundRequest, ImageRequest, Img2ImgRequest, complete, parse
 from deployments.images import Picture
 from deployments.registry import ModelSpec, load_registry
-from deployments.settings import ROOT, enforce_offline
+from deployments.settings import ROOT, LimitSettings, enforce_offline
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -44,7 +38,7 @@ PIXEL_THREADS: Final = 2
 MAX_BATCH: Final = {**dict.fromkeys(Task, 4), Task.BACKGROUND: 8}
 # For servers that have one: as configs/local.yaml.
 TIMEOUT_S: Final = 60
-_LIMITS: Final = images.Limits()
+_LIMITS: Final = LimitSettings()
 _SCALE: Final = 4
 
 
@@ -59,7 +53,7 @@ class Item:
         seed: of this item's own random generator.
     """
 
-    request: TaskRequest
+    request: ImageRequest
     picture: Picture
     pixels: images.Array
     seed: int
@@ -98,7 +92,9 @@ class Work(ABC):
 
     def decode(self, image: bytes, fields: Mapping[str, str]) -> Item:
         """The uploaded file and the form fields, checked and ready for `call`."""
-        request = complete(parse(self.spec.task, fields), self.spec.defaults, self.spec.parameters)
+        request = complete(
+            parse(self.spec.task.request, fields), self.spec.defaults, self.spec.parameters
+        )
         picture = images.decode(image, _LIMITS)
         seed = getattr(request, "seed", None)
         return Item(

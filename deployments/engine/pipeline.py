@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
     from deployments.engine.row import Pixels, Row
     from deployments.images import Picture
 
@@ -41,11 +41,11 @@ class Pipeline(Protocol):
           fewer rows.
     """
 
-    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
         """What the model will see of `picture`: scaled and padded to a size it was made for."""
         ...
 
-    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
         """What a picture of this size will take, for estimates."""
         ...
 
@@ -75,7 +75,7 @@ class Pipeline(Protocol):
         """
         ...
 
-    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
         """The result for the client, from the model's output and the original picture."""
         ...
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
 
 Pixels = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
@@ -36,7 +36,7 @@ class Row:
         compute_s: the row's share of the seconds its groups ran, and all of `vae_s`.
     """
 
-    request: TaskRequest
+    request: ImageRequest
     pixels: Pixels
     seed: int
     deadline_s: float

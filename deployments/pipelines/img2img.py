@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
     from deployments.engine.row import Pixels, Row
     from deployments.pipelines.lanes import Lanes
     from deployments.registry import ModelSpec
@@ -58,7 +58,7 @@ class Img2Img:
         self.autoencoder = Autoencoder(stock.vae)
         self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
 
-    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
         bucket = choose_bucket(picture.width_px, picture.height_px, self._buckets)
         return fit_to_bucket(picture.rgb, bucket)
 
@@ -66,7 +66,7 @@ class Img2Img:
         self._stock.to(device)
         self._texts.clear()
 
-    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
         img2img = cast("Img2ImgRequest", request)
         bucket_width_px, bucket_height_px = choose_bucket(width_px, height_px, self._buckets)
         pixels = bucket_width_px * bucket_height_px
@@ -123,10 +123,13 @@ class Img2Img:
         ids = (height, width, 0, 0, *((aesthetic,) if scored else (height, width)))
         return Condition(embeds, pooled, torch.tensor([ids], dtype=embeds.dtype).to(embeds.device))
 
-    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
         working = cast("Img2ImgRequest", request).output_size == "working"
         rgb = restore_from_bucket(output, picture.width_px, picture.height_px, working=working)
         alpha = picture.alpha
         if alpha is not None and working:
             alpha = resize(alpha, rgb.shape[1], rgb.shape[0])
         return Picture(rgb, alpha, picture.notes)
+
+
+PIPELINE = Img2Img

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
     from deployments.engine.row import Pixels, Row
     from deployments.registry import ModelSpec
 
@@ -54,14 +54,14 @@ class Matting:
             self._net = ISNet(ISNetWidths(**config.get("widths", {})))
         networks.load_weights(self._net, spec, folder, device)
 
-    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
         return resize(picture.rgb, self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
 
-    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
         return Work(1, self._input_px**2, self._input_px**2)
 
     def cost_px(self, row: Row) -> int:
@@ -99,7 +99,7 @@ class Matting:
             )
         return (mask.alpha * 255).round().to(torch.uint8).cpu().numpy()
 
-    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
         request = cast("BackgroundRequest", request)
         alpha = resize(output, picture.width_px, picture.height_px)
         if picture.alpha is not None:
@@ -112,3 +112,6 @@ class Matting:
         share = alpha[..., None].astype(np.float32) / 255
         mixed = picture.rgb * share + colour * (1 - share)
         return Picture(mixed.round().astype(np.uint8), None, picture.notes)
+
+
+PIPELINE = Matting

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from deployments.contract import TaskRequest, UpscaleRequest
+    from deployments.contract import ImageRequest, UpscaleRequest
     from deployments.engine.row import Pixels, Row
     from deployments.pipelines.lanes import Lanes
     from deployments.registry import ModelSpec
@@ -55,7 +55,7 @@ class UpscaleDiffusion:
         self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
         self._noises = stock.low_res_scheduler.alphas_cumprod.tolist()
 
-    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
         bottom, right = -picture.height_px % MULTIPLE, -picture.width_px % MULTIPLE
         return np.pad(picture.rgb, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
@@ -63,7 +63,7 @@ class UpscaleDiffusion:
         self._stock.to(device)
         self._texts.clear()
 
-    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
         diffusion = cast("UpscaleRequest", request)
         pixels = (width_px + -width_px % MULTIPLE) * (height_px + -height_px % MULTIPLE)
         steps = diffusion.steps * self._stock.scheduler.order
@@ -119,7 +119,10 @@ class UpscaleDiffusion:
         )
         return values[0], None
 
-    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
         width, height = picture.width_px * SCALE, picture.height_px * SCALE
         alpha = None if picture.alpha is None else resize(picture.alpha, width, height)
         return Picture(np.ascontiguousarray(output[:height, :width]), alpha, picture.notes)
+
+
+PIPELINE = UpscaleDiffusion

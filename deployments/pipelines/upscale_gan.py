@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
     from deployments.engine.row import Pixels, Row
     from deployments.registry import ModelSpec
 
@@ -93,14 +93,14 @@ class UpscaleGan:
             self._net, self._overlap_px = build(spec, config)
         networks.load_weights(self._net, spec, folder, device)
 
-    def fit(self, picture: Picture, request: TaskRequest) -> Pixels:
+    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
         return picture.rgb
 
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
 
-    def work(self, width_px: int, height_px: int, request: TaskRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
         shapes = [tile.shape for tile in self._tiles(height_px, width_px)]
         area_px = sum(height * width for height, width in shapes)
         return Work(len(shapes), area_px // len(shapes), width_px * height_px)
@@ -162,7 +162,7 @@ class UpscaleGan:
         progress.outputs.clear()
         return canvas
 
-    def restore(self, output: Pixels, picture: Picture, request: TaskRequest) -> Picture:
+    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
         alpha = picture.alpha
         if alpha is not None:
             alpha = resize(alpha, output.shape[1], output.shape[0])
@@ -226,3 +226,6 @@ def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
         slice((one.first - one.start) * SCALE, (one.end - one.start) * SCALE) for one in tile
     )
     canvas[to] = out[of]
+
+
+PIPELINE = UpscaleGan

@@ -19,8 +19,8 @@ from deployments.errors import ConfigError, LicenceRefused, SetupError
 from deployments.registry import load_catalogue
 from deployments.settings import Settings, Tuning, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
+from deployments.tasks import Task
 from kuberay.checks.manifests import Finding, where
-from serve_app.ingress import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +94,7 @@ def _application(place: str, application: Document) -> Iterator[Finding]:
         yield Finding(CHECK, "args", f"{place} args", error.message)
         return
     deployments = {one["name"]: one for one in application.get("deployments") or []}
-    expected = {"Ingress", *NAMES.values()}
+    expected = {"Ingress", *(task.deployment for task in Task)}
     for name in sorted(deployments.keys() ^ expected):
         told = "the application has no such deployment" if name in deployments else "it is missing"
         yield Finding(CHECK, "deployments", f"{place} {name}", told)

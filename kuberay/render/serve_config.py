@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deployments.tasks import Task
 from kuberay.quantity import as_bytes
 from kuberay.render.sizing import application_args
 from kuberay.render.source import merged
-from serve_app.ingress import NAMES
 
 if TYPE_CHECKING:
-    from deployments.contract import Task
+    from deployments.tasks import Task
     from kuberay.render.sizing import Sizing
     from kuberay.render.source import Values
 
@@ -55,7 +55,7 @@ def _model(task: Task, sizing: Sizing) -> Values:
         "num_gpus": placed.num_gpus if placed else 0,
         "memory": sizing.replica_memory_bytes(task),
     }
-    derived: Values = {"name": NAMES[task], "ray_actor_options": actor}
+    derived: Values = {"name": task.deployment, "ray_actor_options": actor}
     if placed:
         derived["user_config"] = {"max_batch_size": placed.rows, "budget_px": placed.budget_px}
     if environment.gpu:

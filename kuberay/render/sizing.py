@@ -16,9 +16,9 @@ from deployments.store.lockfile import load_lock
 from kuberay.quantity import MIB, as_bytes, as_gi
 
 if TYPE_CHECKING:
-    from deployments.contract import Task
     from deployments.gpu.plan import Placed
     from deployments.registry import Catalogue, Registry
+    from deployments.tasks import Task
     from kuberay.render.source import Environment, Values
 
 _STEP_BYTES = 64 * MIB

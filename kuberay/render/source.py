@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from deployments.contract import Task
 from deployments.errors import ConfigError
 from deployments.settings import Strict, parse_settings, resolve
+from deployments.tasks import Task
 from kuberay.quantity import Memory, Size, parse_quantity
 
 if TYPE_CHECKING:

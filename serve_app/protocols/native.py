@@ -1,248 +1,119 @@
-"""Bytes in, bytes out: upload to form, result to response, error to problem+json."""
+"""Our own protocol: a multipart form in, a picture and headers that describe it out."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from deployments.errors import (
-    ImagenError,
-    InvalidParameter,
-    MalformedRequest,
-    NotAcceptable,
-    SlowUpload,
-    UnsupportedMedia,
-)
+from deployments.errors import InvalidParameter
+from deployments.tasks import Task
+from serve_app.intake import Call, Intake
+from serve_app.problem import MEDIA_TYPE, Problem
+from serve_app.protocols.multipart import read_form
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
+    from deployments.contract import ImageResult
+    from deployments.registry import ModelSpec, Registry
 
-    from starlette.requests import Request
-    from starlette.types import Scope
+_STATUSES = {
+    400: "The body or the image cannot be read",
+    406: "No output format fits the Accept header",
+    408: "The upload did not end in time",
+    413: "Too many bytes or pixels",
+    415: "Not an image, or not multipart",
+    422: "A parameter is unknown, out of range or contradictory, or asks for too much work",
+    429: "Every queue slot is taken; see Retry-After",
+    503: "The model is not ready; see Retry-After",
+    504: "Not finished by the deadline",
+}
+_HEADERS = {
+    "X-Request-Id": "of this request",
+    "X-Imagen-Model": "name@digest",
+    "X-Imagen-Seed": "the seed used, where the model uses chance",
+    "X-Imagen-Batch-Size": "rows in the forward pass that carried this one",
+    "X-Imagen-Gpu-Seconds": "share of a GPU's time",
+    "X-Imagen-Determinism": "exact: the bits depend on the request alone; bounded: nearly",
+    "X-Imagen-Size": "width x height of the result, px",
+    "X-Imagen-Note": "what else to know, such as: first of 12 frames",
+    "Server-Timing": "milliseconds by stage",
+}
+_ONLY_WITH_ANOTHER = {"color"}
+"""Fields that a form must not send by default, because they contradict another's default."""
+_BINARY = {"type": "string", "format": "binary"}
+_PROBLEM = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The picture",
+        "content": {f"image/{name}": {"schema": _BINARY} for name in ("png", "webp", "jpeg")},
+        "headers": {
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in _HEADERS.items()
+        },
+    },
+    **{status: {"description": text, "content": _PROBLEM} for status, text in _STATUSES.items()},
+}
 
-    from deployments.contract import ImageResult, OutputFormat
 
-MAX_PARTS = 40
-MAX_FIELD_BYTES = 64 * 1024
-_IMAGE_FIELD = "image"
-_FORM_REMEDY = "Send multipart/form-data, as curl -F image=@photo.jpg does."
-_FORMATS: tuple[OutputFormat, ...] = ("png", "webp", "jpeg")
-
-
-@dataclass(slots=True)
-class Form:
-    """A parsed upload.
-
-    Attributes:
-        image: the file's bytes.
-        fields: every other part, as text.
-    """
-
-    image: bytes = b""
-    fields: dict[str, str] = field(default_factory=dict[str, str])
-
-
-async def read_form(request: Request) -> Form:
-    """Read a multipart body while it streams in.
-
-    Raises:
-        UnsupportedMedia: the body is not multipart/form-data.
-        MalformedRequest: the multipart is broken, ends early, or has no image part.
-        InvalidParameter: a field comes twice or is no UTF-8 text.
-    """
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data":
-        raise UnsupportedMedia(
-            "The body must be multipart/form-data.",
-            value=kind.decode("latin-1") or "no content-type",
-            remedy=_FORM_REMEDY,
+def router(registry: Registry) -> APIRouter:
+    """One image route for each task of the table."""
+    routes = APIRouter(tags=["images"])
+    for task, spec in registry.items():
+        routes.add_api_route(
+            task.route,
+            process_image,
+            methods=["POST"],
+            name=task,
+            operation_id=task,
+            summary=task.request.__doc__,
+            response_class=Response,
+            responses=_RESPONSES,
+            openapi_extra=request_body(spec),
         )
-    if not options.get(b"boundary"):
-        raise MalformedRequest(
-            "The content-type names no boundary.",
-            value=request.headers["content-type"],
-            remedy=_FORM_REMEDY,
-        )
-    reader = _FormReader()
-    try:
-        parser = MultipartParser(options[b"boundary"], reader.callbacks())
-        async for chunk in request.stream():
-            reader.seen_bytes += len(chunk)
-            parser.write(chunk)
-        parser.finalize()
-    except FormParserError as error:
-        raise MalformedRequest(
-            "The multipart body cannot be read.",
-            value=f"{reader.seen_bytes} bytes so far",
-            remedy=_FORM_REMEDY,
-        ) from error
-    return reader.form()
+    return routes
 
 
-class _FormReader:
-    """Collects the parser's callbacks into a Form."""
-
-    def __init__(self) -> None:
-        self.seen_bytes = 0
-        self._header, self._value = bytearray(), bytearray()
-        self._headers: dict[str, str] = {}
-        self._data = bytearray()
-        self._parts: list[tuple[str, bytes]] = []
-        self._ended = False
-
-    def callbacks(self) -> Any:
-        return {
-            "on_part_begin": self._on_part_begin,
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-            "on_end": self._on_end,
-        }
-
-    def form(self) -> Form:
-        if not self._ended:
-            raise MalformedRequest(
-                "The multipart body ends before its closing boundary.",
-                value=f"{self.seen_bytes} bytes",
-                remedy=_FORM_REMEDY,
-            )
-        names = [name for name, _ in self._parts]
-        if _IMAGE_FIELD not in names:
-            raise MalformedRequest(
-                "The form has no field named image.",
-                value=", ".join(sorted(names)) or "no field",
-                remedy="Add the picture as a file: -F image=@photo.jpg.",
-            )
-        form = Form()
-        for name, data in self._parts:
-            if names.count(name) > 1:
-                raise InvalidParameter(
-                    f"The field {name[:100]} comes more than once.",
-                    value=f"{names.count(name)} times",
-                    remedy="Send it once.",
-                )
-            if name == _IMAGE_FIELD:
-                form.image = data
-            else:
-                form.fields[name] = _text(name, data)
-        return form
-
-    def _on_part_begin(self) -> None:
-        if len(self._parts) == MAX_PARTS:
-            raise MalformedRequest(
-                f"The form has more than {MAX_PARTS} parts.",
-                value=f"at least {MAX_PARTS + 1}",
-                remedy="Send each parameter once.",
-            )
-        self._headers, self._data = {}, bytearray()
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header.extend(data[start:end])
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value.extend(data[start:end])
-
-    def _on_header_end(self) -> None:
-        self._headers[self._header.decode("latin-1").lower()] = self._value.decode("latin-1")
-        self._header, self._value = bytearray(), bytearray()
-
-    def _on_headers_finished(self) -> None:
-        disposition = self._headers.get("content-disposition", "")
-        _, options = parse_options_header(disposition)
-        self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        if not self._name:
-            raise MalformedRequest(
-                "A part of the form has no name.",
-                value=disposition or "no content-disposition",
-                remedy=_FORM_REMEDY,
-            )
-
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._data.extend(data[start:end])
-        if self._name != _IMAGE_FIELD and len(self._data) > MAX_FIELD_BYTES:
-            raise InvalidParameter(
-                f"The field {self._name[:100]} is longer than {MAX_FIELD_BYTES} bytes.",
-                value=f"at least {len(self._data)} bytes",
-                remedy="Shorten it. The picture itself goes into the field image.",
-            )
-
-    def _on_part_end(self) -> None:
-        self._parts.append((self._name, bytes(self._data)))
-
-    def _on_end(self) -> None:
-        self._ended = True
+async def task_of(request: Request) -> Task:
+    """The task whose route was asked for."""
+    return Task(request.scope["route"].name)
 
 
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
+async def intake_of(request: Request) -> Intake:
+    """The application's intake."""
+    return request.app.state.intake
+
+
+async def process_image(
+    request: Request,
+    task: Annotated[Task, Depends(task_of)],
+    intake: Annotated[Intake, Depends(intake_of)],
+) -> Response:
+    """Read the form, run the task, answer with the picture."""
+    deadline_s = intake.deadline_s()
+    form = await intake.read(read_form(request, needs_image=task.needs_picture), deadline_s)
+    _check_query(request)
+    call = Call(
+        task=task,
+        fields=form.fields,
+        image=form.image,
+        accept=", ".join(request.headers.getlist("accept")),
+        request_id=request.scope["state"]["request_id"],
+    )
+    return image_response(await intake.run(call, deadline_s))
+
+
+def _check_query(request: Request) -> None:
+    if request.url.query:
         raise InvalidParameter(
-            f"The field {name[:100]} is not UTF-8 text.",
-            value=data[:40].decode("utf-8", "backslashreplace"),
-            remedy="Encode it as UTF-8; lone surrogates cannot be encoded.",
-        ) from error
-
-
-def choose_format(wanted: OutputFormat | None, accept: str, *, transparent: bool) -> OutputFormat:
-    """The output format: as the request says, else by the Accept header (RFC 9110), else PNG.
-
-    Args:
-        wanted: the `output_format` parameter.
-        accept: the header, empty if there is none.
-        transparent: the result has an alpha channel, which JPEG lacks.
-
-    Raises:
-        NotAcceptable: the header excludes everything we can write.
-    """
-    if wanted is not None:
-        return wanted
-    offered: list[OutputFormat] = [f for f in _FORMATS if not (transparent and f == "jpeg")]
-    ranked = sorted(offered, key=lambda f: -_quality(accept, f))
-    if _quality(accept, ranked[0]) == 0:
-        raise NotAcceptable(
-            "No output format fits the Accept header.",
-            value=accept,
-            remedy="Accept one of " + ", ".join(f"image/{f}" for f in offered) + ".",
+            "Parameters go into the form, not behind the ? of the address.",
+            value=request.url.query,
+            remedy="Send them as form fields, as curl -F steps=20 does.",
         )
-    return ranked[0]
-
-
-def _quality(accept: str, name: str) -> float:
-    if not accept.strip():
-        return 1.0
-    best, specificity = 0.0, -1
-    for item in accept.split(","):
-        kind, *parameters = (part.strip().lower() for part in item.split(";"))
-        match = {f"image/{name}": 2, "image/*": 1, "*/*": 0}.get(kind, -1)
-        if match > specificity:
-            best, specificity = _q(parameters), match
-    return best
-
-
-def _q(parameters: list[str]) -> float:
-    for parameter in parameters:
-        if parameter.startswith("q="):
-            try:
-                value = float(parameter[2:])
-            except ValueError:
-                return 0.0
-            return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
-    return 1.0
 
 
 def image_response(result: ImageResult) -> Response:
-    """The picture, and headers that say what happened."""
+    """The picture, and headers that describe it."""
     headers = {
         "X-Imagen-Model": result.model,
         "X-Imagen-Batch-Size": str(result.batch_size),
@@ -262,38 +133,22 @@ def image_response(result: ImageResult) -> Response:
     return Response(result.image, media_type=result.media_type, headers=headers)
 
 
-def problem(error: ImagenError, request_id: str) -> dict[str, Any]:
-    """An error as RFC 9457 problem details: fact, value, remedy, request id."""
-    body: dict[str, Any] = {
-        "type": f"urn:imagen:problem:{error.code}",
-        "title": error.status.phrase,
-        "status": int(error.status),
-        "code": error.code,
-        "detail": str(error),
-        "fact": error.message,
-        "value": error.value,
-        "remedy": error.remedy,
-        "request_id": request_id,
+def request_body(spec: ModelSpec) -> dict[str, Any]:
+    """The form of a route, for `/docs`: the fields its model reads, with the model's defaults."""
+    schema = spec.task.request.model_json_schema()["properties"]
+    fields = {name: dict(schema[name]) for name in schema if name in spec.parameters}
+    for name, value in spec.defaults.items():
+        fields[name]["default"] = value
+    for name in _ONLY_WITH_ANOTHER & fields.keys():
+        del fields[name]["default"]
+    required: list[str] = []
+    if spec.task.needs_picture:
+        fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
+        required.append("image")
+    body = {
+        "type": "object",
+        "required": required,
+        "additionalProperties": False,
+        "properties": fields,
     }
-    if error.problems:
-        body["errors"] = list(error.problems)
-    return body
-
-
-def error_response(
-    error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
-) -> Response:
-    """An error as a response; 429 and 503 say when to try again, 408 closes the connection.
-
-    Args:
-        scope: of the request; its state has the request id, and gets the error's code.
-    """
-    scope["state"]["reason"] = error.code
-    request_id = scope["state"]["request_id"]
-    own = dict(headers or {})
-    if isinstance(error, SlowUpload):
-        own["Connection"] = "close"  # else the server in front would wait for the rest
-    if error.retry_after_s is not None:
-        own["Retry-After"] = str(math.ceil(error.retry_after_s))
-    body = json.dumps(problem(error, request_id)).encode()
-    return Response(body, error.status, own, media_type="application/problem+json")
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}

@@ -11,12 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-from deployments.contract import (
-    BackgroundRequest,
-    ComicRequest,
-    EnhanceRequest,
-    UpscaleRequest,
-)
+from deployments.contract import BackgroundRequest, ComicRequest, EnhanceRequest, UpscaleRequest
 from deployments.engine.row import Row
 from deployments.errors import ModelFailed
 from deployments.images import Picture

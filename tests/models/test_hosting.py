@@ -14,7 +14,7 @@ import tiny
 import yaml
 from safetensors.torch import load_file, save_file
 
-from deployments.contract import REQUESTS, complete
+from deployments.contract import complete
 from deployments.engine.row import Row
 from deployments.errors import ModelCorrupt, NotReady
 from deployments.hosting import Host
@@ -71,7 +71,7 @@ class Bench:
         return manifest.digest
 
     def row(self, served: Served) -> Row:
-        request: Any = complete(REQUESTS[self.spec.task](), {}, self.spec.parameters)
+        request: Any = complete(self.spec.task.request(), {}, self.spec.parameters)
         picture = Picture(np.full((64, 64, 3), 90, np.uint8), None)
         pixels = served.pipeline.fit(picture, request)
         return Row(request, pixels, 1, time.monotonic() + 60)

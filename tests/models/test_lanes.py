@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from deployments.contract import REQUESTS, complete
+from deployments.contract import complete
 from deployments.engine.row import Row
 from deployments.pipelines.lanes import Lanes
 from deployments.settings import Settings
@@ -84,7 +84,7 @@ def test_pictures_are_those_of_one_lane(
     made: list[list[Any]] = []
     for threads in (1, 2):
         pipeline = tiny.pipeline(spec, Settings(device="cpu", torch_threads=threads))
-        requests = [complete(REQUESTS[spec.task](), {}, spec.parameters) for _ in range(3)]
+        requests = [complete(spec.task.request(), {}, spec.parameters) for _ in range(3)]
         rows = [
             Row(request, pipeline.fit(picture, request), seed, time.monotonic() + 600)
             for seed, request in enumerate(requests)

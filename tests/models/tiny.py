@@ -21,7 +21,6 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from deployments.contract import Task
 from deployments.images import Picture
 from deployments.loader import build
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
@@ -30,6 +29,7 @@ from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.registry import FamilyName, ModelSpec
 from deployments.settings import Settings
 from deployments.store.sources import local_folder
+from deployments.tasks import Task
 from starter_models.training.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from deployments.contract import Task
-from serve_app.api import ROUTES
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +71,7 @@ def ask(client: httpx.Client, task: Task, seed: int = 0) -> Answer:
     sent_s = time.monotonic()
     status, retry_after = None, None
     try:
-        answer = client.post(ROUTES[task], files={"image": ("photo.jpg", photo(seed))})
+        answer = client.post(task.route, files={"image": ("photo.jpg", photo(seed))})
         status, retry_after = answer.status_code, answer.headers.get("retry-after")
         body = answer.content
     except httpx.HTTPError as error:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Self
 import httpx
 import yaml
 
-from deployments.contract import Task
 from deployments.settings import ROOT
+from deployments.tasks import Task
 from kuberay.render.serve_config import serve_config
 from kuberay.render.sizing import Sizing
 from kuberay.render.source import Environment, load_environments
-from serve_app.ingress import NAMES
 from tests.scale.cluster import Cluster, Group, free_port, wait_until
 from tests.scale.load import Answer, ask
 
@@ -42,6 +41,9 @@ _IMPATIENT = {
     "metrics_interval_s": 1,
     "look_back_period_s": 3,
 }
+
+
+MODELS = frozenset(task.deployment for task in Task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Service:
         }
 
     def model_replicas(self) -> int:
-        return sum(len(ids) for name, ids in self.replicas().items() if name in NAMES.values())
+        return sum(len(ids) for name, ids in self.replicas().items() if name in MODELS)
 
     def shares(self) -> dict[str, list[tuple[str, float]]]:
         """Whom Ray promised how much of each GPU node: deployments of living replicas, sorted."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deployments.contract import Task
-from serve_app.ingress import NAMES
+from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.load import Load
 from tests.scale.pods import Pods
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 LATE_S = 35
 """Longer than the 30 s after which Serve by default ends replicas that it does not hear of."""
-DEPLOYMENTS = {"Ingress", *NAMES.values()}
+DEPLOYMENTS = {"Ingress", *(task.deployment for task in Task)}
 
 
 @pytest.fixture(scope="module")

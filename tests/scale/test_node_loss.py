@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from deployments.contract import Task
+from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.load import Load
 from tests.scale.service import CLIENT_S, DEADLINE_S, LONG_S, Service, Stages

@@ -7,11 +7,10 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from deployments import images
-from deployments.contract import Task
-from serve_app.ingress import NAMES
+from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.load import Load
-from tests.scale.service import CLIENT_S, LONG_S, Service, Stages, by_name
+from tests.scale.service import CLIENT_S, LONG_S, MODELS, Service, Stages, by_name
 
 if TYPE_CHECKING:
     from kuberay.render.source import Values
@@ -61,6 +60,4 @@ def renewed(config: Values) -> Values:
 
 
 def are_new(found: dict[str, set[str]], before: dict[str, set[str]]) -> bool:
-    return all(
-        found[name] and not found[name] & before[name] for name in ("Ingress", *NAMES.values())
-    )
+    return all(found[name] and not found[name] & before[name] for name in ("Ingress", *MODELS))

@@ -12,14 +12,13 @@ import time
 
 import pytest
 
-from deployments.contract import Task
 from deployments.settings import ROOT
 from deployments.store.node_init import PREFIX
-from serve_app.ingress import NAMES
+from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.conftest import ROUNDS
 from tests.scale.load import Load
-from tests.scale.service import CLIENT_S, LONG_S, Service, Stages, Watch, by_name
+from tests.scale.service import CLIENT_S, LONG_S, MODELS, Service, Stages, Watch, by_name
 
 
 def test_nodes_come_and_go_with_the_load(service: Service, seed: int) -> None:
@@ -91,7 +90,7 @@ def wake_from_zero(service: Service, watch: Watch, stages: Stages) -> None:
 def assert_packed(service: Service, stages: Stages) -> None:
     """Ray alone decides which model goes where; the plan's shares must fit the fewest nodes."""
     deployments = by_name(service.config)
-    planned = {name: deployments[name]["ray_actor_options"]["num_gpus"] for name in NAMES.values()}
+    planned = {name: deployments[name]["ray_actor_options"]["num_gpus"] for name in MODELS}
     found = service.shares()
     for node in found.values():
         stages.say("  on one GPU: " + ", ".join(f"{name} {share:g}" for name, share in node))

@@ -15,10 +15,10 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from benchmarks.peers.server import free_port
-from deployments.contract import Task
 from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings
-from serve_app.ingress import NAMES, Ingress
+from deployments.tasks import Task
+from serve_app.ingress import Ingress
 from tests.serve.scripted import BrokenModel, ScriptedModel
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool)
         narrow = task == Task.COMIC
         model: Any = serve.deployment(kind)
         models[task] = model.options(
-            name=NAMES[task],
+            name=task.deployment,
             max_ongoing_requests=2 if narrow else 20,
             max_queued_requests=1 if narrow else 20,
             max_constructor_retry_count=1,

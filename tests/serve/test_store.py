@@ -15,7 +15,6 @@ import ray
 from ray.util import list_named_actors
 from safetensors.torch import load_file, save_file
 
-from deployments.contract import Task
 from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings, StoreSettings
 from deployments.store.cache import Store
@@ -25,6 +24,7 @@ from deployments.store.manifest import FileEntry
 from deployments.store.node_init import NAMESPACE, ensure_on_node, pulling
 from deployments.store.provider import Provider
 from deployments.store.sources import LocalSource
+from deployments.tasks import Task
 from deployments.telemetry import ModelMetrics
 from tests.serve.conftest import deploy, wait_until_running
 from tests.serve.test_deployment import replicas

@@ -13,7 +13,6 @@ import pytest
 from huggingface_hub import constants
 
 from benchmarks.full_size_pull import PRODUCTION, files_sent, stand_in
-from deployments.contract import Task
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.registry import ArtefactSpec, load_catalogue
@@ -30,6 +29,7 @@ from deployments.store.lockfile import (
 from deployments.store.provider import Provider
 from deployments.store.resolve import resolve
 from deployments.store.sources import UNRESOLVED
+from deployments.tasks import Task
 from tests.servers import hub as hub_module
 from tests.servers.files import FileServer
 from tests.servers.hub import HubServer

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from PIL import Image
 
-from deployments.contract import ImageJob, ImageResult, Task
+from deployments.contract import ImageJob, ImageResult
 from deployments.registry import load_registry
 from deployments.settings import LimitSettings, Settings
-from serve_app.api import Details, create_app
+from deployments.tasks import Task
+from serve_app.api import create_app
+from serve_app.intake import Details
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message
 
-    from serve_app.api import State
-    from serve_app.middleware import Heard
+    from serve_app.intake import State
+    from serve_app.middleware import OnAnswer
 
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
 
@@ -101,11 +103,11 @@ def result_of(job: ImageJob, task: Task, **changes: Any) -> ImageResult:
 def app_of(
     backends: FakeBackends | None = None,
     timeout_s: float = 60,
-    heard: Heard | None = None,
+    on_answer: OnAnswer | None = None,
     **limits: int,
 ) -> FastAPI:
     settings = Settings(request_timeout_s=timeout_s, limits=LimitSettings(**limits))
-    return create_app(backends or FakeBackends(), REGISTRY, settings, heard)
+    return create_app(backends or FakeBackends(), REGISTRY, settings, on_answer)
 
 
 async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:

@@ -23,7 +23,7 @@ from deployments.model import ModelDeployment, Seats
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
 
 TIMEOUT_S = 60.0
 
@@ -284,7 +284,7 @@ async def test_requests_whose_time_is_up_at_one_moment_all_hear_that_they_are_la
             self._admission = Admission(TIMEOUT_S)
             self._seats = Seats(1, 1)
 
-        def _estimate(self, job: ImageJob, request: TaskRequest) -> float:
+        def _estimate(self, job: ImageJob, request: ImageRequest) -> float:
             return 0.001
 
         def _most_px(self, job: ImageJob) -> int:

@@ -17,9 +17,10 @@ from fastapi.openapi.models import OpenAPI
 from PIL import Image
 
 from deployments import errors
-from deployments.contract import REQUESTS, Task, complete, parse
+from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
-from serve_app.api import ROUTES, Details
+from deployments.tasks import Task
+from serve_app.intake import Details
 from tests.unit.fakes import (
     REGISTRY,
     FakeBackends,
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
     import httpx
     from starlette.types import Message
 
-    from serve_app.api import State
+    from serve_app.intake import State
 
 # As `images` sets on import; pytest puts its own filters before it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
-COMIC = ROUTES[Task.COMIC]
+COMIC = Task.COMIC.route
+ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"}
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
@@ -88,7 +90,7 @@ def png_of(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("task", Task)
 async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) -> None:
-    response = await post(app_of(), ROUTES[task], PHOTO, headers={"X-Request-Id": "mine-1"})
+    response = await post(app_of(), task.route, PHOTO, headers={"X-Request-Id": "mine-1"})
     assert response.status_code == 200
     assert response.content == PHOTO
     assert response.headers["content-type"] == "image/png"
@@ -105,10 +107,10 @@ async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) 
 @pytest.mark.parametrize("task", Task)
 async def test_the_model_gets_the_very_bytes_that_were_sent(task: Task) -> None:
     backends = FakeBackends()
-    await post(app_of(backends, timeout_s=60), ROUTES[task], PHOTO)
+    await post(app_of(backends, timeout_s=60), task.route, PHOTO)
     [job] = backends.jobs
     assert job.image == PHOTO
-    assert job.request == REQUESTS[task]()
+    assert job.request == task.request()
     assert job.request.model_fields_set == set()
     assert 50 < job.timeout_s <= 60
 
@@ -130,7 +132,7 @@ async def test_pictures_sent_at_once_are_not_mixed_up() -> None:
     sent = [picture_file(width=width) for width in range(8, 28)]
     tasks = [list(Task)[n % 5] for n in range(len(sent))]
     answers = await asyncio.gather(
-        *(post(app, ROUTES[task], image) for task, image in zip(tasks, sent, strict=True))
+        *(post(app, task.route, image) for task, image in zip(tasks, sent, strict=True))
     )
     assert [answer.content for answer in answers] == sent
     models = [answer.headers["x-imagen-model"] for answer in answers]
@@ -172,7 +174,7 @@ async def test_a_format_nobody_has_is_refused() -> None:
 
 async def test_a_cut_out_is_never_sent_as_jpeg() -> None:
     backends = FakeBackends()
-    app, path = app_of(backends), ROUTES[Task.BACKGROUND]
+    app, path = app_of(backends), Task.BACKGROUND.route
     refused(await post(app, path, PHOTO, headers={"Accept": "image/jpeg"}), 406, backends)
     refused(await post(app, path, PHOTO, data={"output_format": "jpeg"}), 422, backends)
     mask = await post(app, path, PHOTO, data={"output": "mask"}, headers={"Accept": "image/jpeg"})
@@ -233,7 +235,7 @@ async def test_what_is_no_sound_picture_is_refused(
     task: Task, image: bytes, status: int, code: str
 ) -> None:
     backends = FakeBackends()
-    problem = refused(await post(app_of(backends), ROUTES[task], image), status, backends)
+    problem = refused(await post(app_of(backends), task.route, image), status, backends)
     assert problem["code"] == code
 
 
@@ -242,36 +244,36 @@ async def test_a_decompression_bomb_is_refused(task: Task) -> None:
     bomb = png_of(30_000, 30_000)
     assert len(bomb) < 130_000
     backends = FakeBackends()
-    problem = refused(await post(app_of(backends), ROUTES[task], bomb), 413, backends)
+    problem = refused(await post(app_of(backends), task.route, bomb), 413, backends)
     assert problem["value"] == "30000 x 30000 = 900.0 MP"
 
 
 async def test_an_upscale_beyond_the_largest_result_is_refused() -> None:
     backends = FakeBackends()
     app = app_of(backends, max_output_px=64 * 64 * 16)
-    problem = refused(await post(app, ROUTES[Task.UPSCALE], png_of(65, 64)), 413, backends)
+    problem = refused(await post(app, Task.UPSCALE.route, png_of(65, 64)), 413, backends)
     assert problem["value"] == "260 x 256 = 66560 px"
     assert "at most 4096 px" in problem["remedy"]
-    assert (await post(app, ROUTES[Task.UPSCALE], png_of(64, 64))).status_code == 200
+    assert (await post(app, Task.UPSCALE.route, png_of(64, 64))).status_code == 200
 
 
 async def test_the_largest_result_concerns_upscaling_only() -> None:
     app = app_of(max_output_px=64 * 64)
     for task in set(Task) - {Task.UPSCALE}:
-        assert (await post(app, ROUTES[task], png_of(100, 100))).status_code == 200
+        assert (await post(app, task.route, png_of(100, 100))).status_code == 200
 
 
 async def test_a_phone_photo_is_welcome_everywhere_but_upscale() -> None:
     app, photo = app_of(), png_of(4000, 3000)
     for task in set(Task) - {Task.UPSCALE}:
-        assert (await post(app, ROUTES[task], photo)).status_code == 200
-    refused(await post(app, ROUTES[Task.UPSCALE], photo), 413)
+        assert (await post(app, task.route, photo)).status_code == 200
+    refused(await post(app, Task.UPSCALE.route, photo), 413)
 
 
 async def test_a_side_the_wanted_format_cannot_hold_is_refused_before_any_work() -> None:
     backends = FakeBackends()
     data, strip = {"output_format": "webp"}, png_of(4096, 1)
-    response = await post(app_of(backends), ROUTES[Task.UPSCALE], strip, data=data)
+    response = await post(app_of(backends), Task.UPSCALE.route, strip, data=data)
     assert "webp holds at most 16383 px" in refused(response, 422, backends)["fact"]
 
 
@@ -295,7 +297,7 @@ async def test_a_wrong_parameter_is_refused_by_name(
     task: Task, data: dict[str, str], named: str
 ) -> None:
     backends = FakeBackends()
-    response = await post(app_of(backends), ROUTES[task], PHOTO, data=data)
+    response = await post(app_of(backends), task.route, PHOTO, data=data)
     assert [p["parameter"] for p in refused(response, 422, backends)["errors"]] == [named]
 
 
@@ -492,7 +494,7 @@ async def test_an_upload_that_never_ends_is_the_clients_fault() -> None:
 
 async def test_what_the_model_does_not_read_is_refused_even_when_it_is_not_ready() -> None:
     backends = FakeBackends(error=errors.NotReady("Starting."))
-    response = await post(app_of(backends), ROUTES[Task.UPSCALE], PHOTO, data={"prompt": "a"})
+    response = await post(app_of(backends), Task.UPSCALE.route, PHOTO, data={"prompt": "a"})
     assert "prompt" in refused(response, 422)["fact"]
     assert backends.jobs == []
 
@@ -523,10 +525,10 @@ async def test_an_unknown_route_is_refused_with_the_known_ones(method: str, path
     if method != "GET" and path.startswith("/docs"):
         return
     problem = refused(await send(app_of(), method, path), 404)
-    assert all(route in problem["remedy"] for route in ROUTES.values())
+    assert all(route in problem["remedy"] for route in (task.route for task in Task))
 
 
-@pytest.mark.parametrize("path", [*ROUTES.values(), "/healthz"])
+@pytest.mark.parametrize("path", [*(task.route for task in Task), "/healthz"])
 async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
     refused(await send(app_of(), "POST", path + "/"), 404)
 
@@ -535,7 +537,7 @@ async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
     ("method", "path", "allowed"),
     [
         ("GET", COMIC, "POST"),
-        ("PUT", ROUTES[Task.UPSCALE], "POST"),
+        ("PUT", Task.UPSCALE.route, "POST"),
         ("POST", "/healthz", "GET"),
         ("DELETE", "/api/v1/models", "GET"),
     ],
@@ -612,7 +614,7 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
     for task, model in models.items():
         spec = REGISTRY[Task(task)]
         assert model["name"] == spec.name
-        assert model["route"] == ROUTES[Task(task)]
+        assert model["route"] == Task(task).route
         assert model["licence"] == spec.licence
         assert model["state"] == ("failed" if task == "aged" else "ready")
         assert set(model["parameters"]) == spec.parameters
@@ -645,9 +647,9 @@ async def test_a_picture_is_not_posted_to_the_root() -> None:
     refused(await post(app_of(), "/", PHOTO), 404)
 
 
-async def test_answers_are_heard_of_by_the_route_below_the_prefix() -> None:
+async def test_answers_are_counted_by_the_route_below_the_prefix() -> None:
     paths: list[str] = []
-    app = app_of(heard=lambda path, *_: paths.append(path))
+    app = app_of(on_answer=lambda path, *_: paths.append(path))
     for root in ("", "/below"):
         await raw(app, f"{root}/healthz", chunks([b""]), method="GET", root_path=root)
     assert paths == ["/healthz", "/healthz"]
@@ -673,16 +675,17 @@ async def test_the_reference_page_needs_no_other_server() -> None:
 async def test_the_description_is_valid_openapi() -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
     OpenAPI.model_validate(description)
-    assert set(description["paths"]) == {*ROUTES.values(), "/api/v1/models", "/healthz", "/readyz"}
+    assert set(description["paths"]) == ROUTES
     names = [op["operationId"] for path in description["paths"].values() for op in path.values()]
     assert len(set(names)) == len(names)
-    assert "$ref" not in json.dumps(description["paths"])
+    references = re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(description))
+    assert set(references) <= set(description["components"]["schemas"])
 
 
 @pytest.mark.parametrize("task", Task)
 async def test_the_description_lists_the_form_fields_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
-    operation = description["paths"][ROUTES[task]]["post"]
+    operation = description["paths"][task.route]["post"]
     form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["required"] == ["image"]
     assert form["additionalProperties"] is False
@@ -696,7 +699,7 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
         for name, field in form["properties"].items()
         if field.get("default") is not None
     }
-    complete(parse(task, defaults), spec.defaults, spec.parameters)
+    complete(parse(task.request, defaults), spec.defaults, spec.parameters)
     if task in IMG2IMG_TASKS:
         assert form["properties"]["steps"]["maximum"] == 150
         assert form["properties"]["strength"]["exclusiveMinimum"] == 0.0
@@ -705,16 +708,16 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
 @pytest.mark.parametrize("task", Task)
 async def test_the_description_lists_every_answer_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
-    answers = description["paths"][ROUTES[task]]["post"]["responses"]
+    answers = description["paths"][task.route]["post"]["responses"]
     kinds = [*RequestError.__subclasses__(), *SERVICE_ERRORS]
     elsewhere = {errors.NotFound, errors.MethodNotAllowed}
     assert set(answers) == {"200", *(str(int(k.status)) for k in kinds if k not in elsewhere)}
     assert set(answers["200"]["content"]) == {"image/png", "image/webp", "image/jpeg"}
     promised = {name.lower() for name in answers["200"]["headers"]}
     backends = FakeBackends()
-    await post(app_of(backends), ROUTES[task], PHOTO)
+    await post(app_of(backends), task.route, PHOTO)
     backends.result = result_of(backends.jobs[0], task, notes=("noted",))
-    response = await post(app_of(backends), ROUTES[task], PHOTO)
+    response = await post(app_of(backends), task.route, PHOTO)
     assert promised <= set(response.headers)
     assert {name for name in response.headers if name.startswith("x-")} <= promised
 

@@ -13,9 +13,10 @@ from PIL import Image
 
 from benchmarks.load import Plan, load_plan, parse_plan
 from benchmarks.load.workload import photos, requests, warm_up
-from deployments.contract import Task, check_used, parse
+from deployments.contract import check_used, parse
 from deployments.errors import ConfigError
 from deployments.settings import ROOT
+from deployments.tasks import Task
 from tests.unit.fakes import REGISTRY
 
 PLANS = sorted((ROOT / "benchmarks/plans").glob("*.yaml"))
@@ -242,7 +243,9 @@ def test_the_projects_plans_are_found_from_anywhere(
 def test_the_starter_models_accept_every_request_of_a_shipped_plan(path: Path) -> None:
     for request in itertools.islice(requests(load_plan(path)), 300):
         assert request.task is not None
-        typed = parse(request.task, {k: str(v) for k, v in request.parameters.items()})
+        typed = parse(
+            Task(request.task).request, {k: str(v) for k, v in request.parameters.items()}
+        )
         check_used(typed, REGISTRY[request.task].parameters)
 
 

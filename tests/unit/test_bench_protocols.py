@@ -10,7 +10,7 @@ import pytest
 from benchmarks.load.plan import Target
 from benchmarks.load.protocols import call, read_answer, stages_s
 from benchmarks.load.workload import Request
-from deployments.contract import Task
+from deployments.tasks import Task
 from tests.unit.bench_server import HEADERS, JSON_LENGTH, PICTURE, elements, kserve_answer
 
 REQUEST = Request(

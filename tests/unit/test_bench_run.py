@@ -26,7 +26,7 @@ from benchmarks.load.report import spread
 from benchmarks.load.workload import photos, requests
 from deployments.errors import ConfigError
 from deployments.settings import ROOT
-from serve_app.api import ROUTES
+from deployments.tasks import Task
 from tests.unit.bench_server import (
     JSON_LENGTH,
     PICTURE,
@@ -110,7 +110,7 @@ def test_our_own_api_reads_the_shipped_plans() -> None:
     for report in asyncio.run(main()):
         assert report.total.refusals == {}
         assert report.succeeded == len(report.records) == report.plan.requests
-        assert set(report.tasks) == {str(task) for task in ROUTES}
+        assert set(report.tasks) == {str(task) for task in Task}
         # As the fakes say.
         assert report.batch_sizes == {3: report.succeeded}
         assert report.stages_s == pytest.approx({"decode": 0.001, "denoise": 1.5})

@@ -8,24 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.contract import REQUESTS, ImageRequest, Task, complete, describe, parse
+from deployments.contract import ImageRequest, complete, describe, parse
 from deployments.errors import InvalidParameter
-from deployments.registry import FAMILIES
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
-    from deployments.contract import TaskRequest
+    from deployments.contract import ImageRequest
 
 STYLES = (Task.ENHANCE, Task.COMIC, Task.AGED)
 DIFFUSION = (*STYLES, Task.UPSCALE)
-IMG2IMG = FAMILIES["img2img"].parameters
-GAN = FAMILIES["upscale_gan"].parameters
-MATTING = FAMILIES["matting"].parameters
-PARAMETERS = [(task, name) for task in Task for name in REQUESTS[task].model_fields]
+IMG2IMG = Task.COMIC.parameters("img2img")
+GAN = Task.UPSCALE.parameters("upscale_gan")
+MATTING = Task.BACKGROUND.parameters("matting")
+PARAMETERS = [(task, name) for task in Task for name in task.request.model_fields]
 
 
 def refused(task: Task, fields: dict[str, str]) -> InvalidParameter:
     with pytest.raises(InvalidParameter) as caught:
-        parse(task, fields)
+        parse(task.request, fields)
     error = caught.value
     assert error.message
     assert error.remedy
@@ -39,7 +39,7 @@ def refused(task: Task, fields: dict[str, str]) -> InvalidParameter:
 
 def test_a_request_without_fields_is_valid_for_every_task() -> None:
     for task in Task:
-        assert parse(task, {}) == REQUESTS[task]()
+        assert parse(task.request, {}) == task.request()
 
 
 @pytest.mark.parametrize("task", DIFFUSION)
@@ -59,7 +59,7 @@ def test_a_request_without_fields_is_valid_for_every_task() -> None:
     ],
 )
 def test_the_edges_of_a_range_are_inside(task: Task, name: str, text: str, value: object) -> None:
-    assert getattr(parse(task, {name: text}), name) == value
+    assert getattr(parse(task.request, {name: text}), name) == value
 
 
 @pytest.mark.parametrize("task", DIFFUSION)
@@ -89,7 +89,7 @@ def test_beyond_a_range_is_refused_by_name(task: Task, name: str, text: str) -> 
     assert error.problems[0]["parameter"] == name
     assert error.problems[0]["value"] == (text[:80] or "nothing")
     assert error.message.startswith(f"{name}: ")
-    assert describe(REQUESTS[task], name) in error.remedy
+    assert describe(task.request, name) in error.remedy
 
 
 @pytest.mark.parametrize("task", STYLES)
@@ -101,7 +101,7 @@ def test_strength_beyond_its_range_is_refused(task: Task, text: str) -> None:
 @pytest.mark.parametrize("task", STYLES)
 @pytest.mark.parametrize("text", ["0.0001", "1"])
 def test_strength_within_its_range_is_taken(task: Task, text: str) -> None:
-    assert getattr(parse(task, {"strength": text}), "strength") == float(text)  # noqa: B009
+    assert getattr(parse(task.request, {"strength": text}), "strength") == float(text)  # noqa: B009
 
 
 @pytest.mark.parametrize("text", ["-1", "351", "20.5"])
@@ -113,7 +113,9 @@ def test_a_noise_level_beyond_the_schedule_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "350"])
 def test_the_ends_of_the_noise_schedule_are_taken(text: str) -> None:
-    assert parse(Task.UPSCALE, {"noise_level": text}).model_dump()["noise_level"] == int(text)
+    assert parse(Task.UPSCALE.request, {"noise_level": text}).model_dump()["noise_level"] == int(
+        text
+    )
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "Infinity", "1e999"])
@@ -136,8 +138,8 @@ def test_what_is_no_finite_number_is_refused(name: str, text: str) -> None:
 def test_a_choice_not_on_offer_is_refused_with_the_offer(task: Task, name: str, text: str) -> None:
     error = refused(task, {name: text})
     assert error.problems[0]["parameter"] == name
-    assert describe(REQUESTS[task], name).startswith("one of ")
-    assert describe(REQUESTS[task], name) in error.remedy
+    assert describe(task.request, name).startswith("one of ")
+    assert describe(task.request, name) in error.remedy
 
 
 # Text
@@ -159,7 +161,7 @@ def test_the_place_of_a_control_character_is_told() -> None:
 @given(prompt=st.text(max_size=200))
 def test_any_prompt_is_taken_as_it_is_or_refused(prompt: str) -> None:
     try:
-        request = parse(Task.COMIC, {"prompt": prompt})
+        request = parse(Task.COMIC.request, {"prompt": prompt})
     except InvalidParameter:
         assert any(ord(c) < 32 for c in prompt)
     else:
@@ -174,7 +176,7 @@ def test_any_prompt_is_taken_as_it_is_or_refused(prompt: str) -> None:
 def test_unknown_fields_are_refused_by_name_with_the_known_ones(task: Task, name: str) -> None:
     error = refused(task, {name: "1"})
     assert error.message == f"{name} is not a parameter of {task}."
-    assert all(known in error.remedy for known in ("image", *REQUESTS[task].model_fields))
+    assert all(known in error.remedy for known in ("image", *task.request.model_fields))
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
@@ -220,14 +222,14 @@ def test_a_strength_that_leaves_no_step_is_refused(steps: int, strength: float) 
 )
 def test_a_strength_that_leaves_one_step_is_taken(steps: int, strength: float) -> None:
     for task in STYLES:
-        parse(task, {"steps": str(steps), "strength": repr(strength)})
+        parse(task.request, {"steps": str(steps), "strength": repr(strength)})
 
 
 @given(steps=st.integers(1, 150), strength=st.floats(0, 1, exclude_min=True))
 def test_steps_and_strength_are_judged_as_the_pipelines_count(steps: int, strength: float) -> None:
     fields = {"steps": str(steps), "strength": repr(strength)}
     if int(steps * strength) >= 1:
-        parse(Task.COMIC, fields)
+        parse(Task.COMIC.request, fields)
     else:
         refused(Task.COMIC, fields)
 
@@ -257,7 +259,7 @@ def test_a_background_that_contradicts_its_output_is_refused(fields: dict[str, s
     ],
 )
 def test_a_background_that_fits_its_output_is_taken(fields: dict[str, str]) -> None:
-    assert parse(Task.BACKGROUND, fields).model_dump(exclude_unset=True) == fields
+    assert parse(Task.BACKGROUND.request, fields).model_dump(exclude_unset=True) == fields
 
 
 @pytest.mark.parametrize("color", ["white", "#fff", "#gggggg", "ffffff", "#ffffff\n", "#ffffffff"])
@@ -271,7 +273,7 @@ def test_a_color_is_six_hexadecimal_digits(color: str) -> None:
 
 def completed(task: Task, fields: dict[str, str], defaults: dict[str, Any]) -> dict[str, Any]:
     family = {Task.UPSCALE: GAN, Task.BACKGROUND: MATTING}.get(task, IMG2IMG)
-    return complete(parse(task, fields), defaults, family).model_dump()
+    return complete(parse(task.request, fields), defaults, family).model_dump()
 
 
 def test_a_models_defaults_fill_what_the_client_left_out() -> None:
@@ -298,7 +300,7 @@ def test_steps_and_strength_are_judged_after_the_models_defaults() -> None:
 
 
 def test_completing_twice_changes_nothing() -> None:
-    once = complete(parse(Task.COMIC, {"strength": "0.5"}), {"steps": 8}, IMG2IMG)
+    once = complete(parse(Task.COMIC.request, {"strength": "0.5"}), {"steps": 8}, IMG2IMG)
     assert complete(once, {"steps": 8}, IMG2IMG) == once
 
 
@@ -324,7 +326,7 @@ def test_a_models_default_color_does_not_stand_in_the_way_of_a_mask() -> None:
 
 
 def test_a_request_cannot_be_changed_once_it_is_checked() -> None:
-    request: Any = parse(Task.COMIC, {})
+    request: Any = parse(Task.COMIC.request, {})
     with pytest.raises(ValueError, match="frozen"):
         request.steps = 10**6
 
@@ -334,7 +336,7 @@ def test_a_request_cannot_be_changed_once_it_is_checked() -> None:
 
 @pytest.mark.parametrize(("task", "name"), PARAMETERS)
 def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name: str) -> None:
-    schema = REQUESTS[task].model_json_schema()["properties"][name]
+    schema = task.request.model_json_schema()["properties"][name]
     options = [o for o in schema.get("anyOf", [schema]) if o.get("type") != "null"]
     assert len(schema["description"]) > 10
     assert "default" in schema
@@ -347,7 +349,7 @@ def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name
 def test_every_parameter_with_a_dimension_names_its_unit() -> None:
     without = {"output_format", "metadata", "seed", "output", "color"}
     for task, name in PARAMETERS:
-        schema = REQUESTS[task].model_json_schema()["properties"][name]
+        schema = task.request.model_json_schema()["properties"][name]
         assert ("unit" in schema) != (name in without), (task, name)
 
 
@@ -363,12 +365,11 @@ def test_every_parameter_with_a_dimension_names_its_unit() -> None:
     ],
 )
 def test_a_parameter_is_told_in_words(task: Task, name: str, words: str) -> None:
-    assert describe(REQUESTS[task], name) == words
+    assert describe(task.request, name) == words
 
 
 def test_every_task_has_a_request_of_its_own() -> None:
-    kinds: list[type[TaskRequest]] = list(REQUESTS.values())
-    assert set(REQUESTS) == set(Task)
+    kinds = [task.request for task in Task]
     assert len(set(kinds)) == len(Task)
-    assert [kind.task for kind in kinds] == list(REQUESTS)
+    assert [kind.task for kind in kinds] == list(Task)
     assert all(issubclass(kind, ImageRequest) for kind in kinds)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.responses import Response
 
-from deployments.contract import Task
 from deployments.errors import Full, TooLarge
 from deployments.settings import UploadSettings
-from serve_app.api import ROUTES
+from deployments.tasks import Task
 from serve_app.middleware import AccessLog, BodyLimit, ErrorBoundary, InFlightLimit, RequestId
 from tests.unit.fakes import FakeBackends, app_of, chunks, raw
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COMIC = ROUTES[Task.COMIC]
+COMIC = Task.COMIC.route
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
 OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
 
@@ -156,32 +155,32 @@ async def test_a_request_that_ends_without_an_answer_is_logged(
         pytest.raises(asyncio.CancelledError),
     ):
         await raw(stack(cancelled), "/x", chunks([b""]))
-    assert caplog.messages[0].startswith("POST /x gone ")
+    assert caplog.messages[0].startswith("POST /x disconnected ")
 
 
 async def test_whoever_listens_is_told_of_each_answer_and_its_reason() -> None:
-    heard: list[tuple[str, int, str]] = []
+    answers: list[tuple[str, int, str]] = []
 
-    def hear(path: str, status: int, reason: str, seconds: float) -> None:
+    def count(path: str, status: int, reason: str, seconds: float) -> None:
         assert seconds >= 0
-        heard.append((path, status, reason))
+        answers.append((path, status, reason))
 
-    app = app_of(heard=hear)
+    app = app_of(on_answer=count)
     await raw(app, "/healthz", chunks([b""]), method="GET")
     await raw(app, "/nowhere", chunks([b""]))
-    too_large = app_of(max_body_bytes=1024, heard=hear)
+    too_large = app_of(max_body_bytes=1024, on_answer=count)
     await raw(too_large, "/healthz", chunks([b"ab"]), {"content-length": "2000"})
 
     async def cancelled(scope: Scope, receive: Receive, send: Send) -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        await raw(RequestId(AccessLog(cancelled, hear)), "/x", chunks([b""]))
-    assert heard == [
+        await raw(RequestId(AccessLog(cancelled, count)), "/x", chunks([b""]))
+    assert answers == [
         ("/healthz", 200, "ok"),
         ("/nowhere", 404, "not_found"),
         ("/healthz", 413, "too_large"),
-        ("/x", 0, "gone"),
+        ("/x", 0, "disconnected"),
     ]
 
 

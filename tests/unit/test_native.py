@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from deployments import errors
-from deployments.contract import ImageJob, Task, parse
+from deployments.contract import ImageJob, parse
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -22,7 +22,10 @@ from deployments.errors import (
     RequestError,
     UnsupportedMedia,
 )
-from serve_app.protocols import native
+from deployments.tasks import Task
+from serve_app.intake import choose_format
+from serve_app.problem import error_response, problem
+from serve_app.protocols import multipart, native
 from tests.unit.fakes import chunks, result_of
 
 if TYPE_CHECKING:
@@ -41,13 +44,13 @@ def scope() -> Scope:
     return {"type": "http", "state": {"request_id": "id"}}
 
 
-async def read(parts: Sequence[bytes], content_type: str | None = MULTIPART) -> native.Form:
+async def read(parts: Sequence[bytes], content_type: str | None = MULTIPART) -> multipart.Form:
     headers = [] if content_type is None else [(b"content-type", content_type.encode("latin-1"))]
     body = chunks(parts)
     request = Request(
         {"type": "http", "method": "POST", "path": "/", "headers": headers}, lambda: anext(body)
     )
-    return await native.read_form(request)
+    return await multipart.read_form(request)
 
 
 async def refusal(
@@ -94,7 +97,7 @@ async def test_a_body_that_comes_byte_by_byte_gives_the_same_form() -> None:
 def test_a_body_cut_anywhere_gives_the_same_form(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(WHOLE)]
     parts = [WHOLE[a:b] for a, b in pairwise(edges)]
-    assert asyncio.run(read(parts)) == native.Form(IMAGE, {"prompt": "café 🐈", "steps": "20"})
+    assert asyncio.run(read(parts)) == multipart.Form(IMAGE, {"prompt": "café 🐈", "steps": "20"})
 
 
 async def test_an_image_that_holds_almost_a_boundary_stays_whole() -> None:
@@ -211,24 +214,24 @@ async def test_text_that_is_not_utf_8_is_refused_by_name(data: bytes) -> None:
 
 
 async def test_a_field_may_be_as_long_as_the_limit_and_no_longer() -> None:
-    longest = b"x" * native.MAX_FIELD_BYTES
+    longest = b"x" * multipart.MAX_FIELD_BYTES
     assert (await read([body_of(PHOTO, part("prompt", longest))])).fields["prompt"]
     error = await refusal(InvalidParameter, body_of(PHOTO, part("prompt", longest + b"x")))
     assert "prompt" in error.message
-    assert str(native.MAX_FIELD_BYTES) in error.message
+    assert str(multipart.MAX_FIELD_BYTES) in error.message
 
 
 async def test_a_field_too_long_is_refused_before_it_has_all_arrived() -> None:
-    start = part("prompt", b"x" * (native.MAX_FIELD_BYTES + 1))
+    start = part("prompt", b"x" * (multipart.MAX_FIELD_BYTES + 1))
     with pytest.raises(InvalidParameter):
         await read([start, b"never ends"])
 
 
 async def test_a_form_may_have_as_many_parts_as_the_limit_and_no_more() -> None:
-    full = [PHOTO, *(part(f"f{n}", b"") for n in range(native.MAX_PARTS - 1))]
-    assert len((await read([body_of(*full)])).fields) == native.MAX_PARTS - 1
+    full = [PHOTO, *(part(f"f{n}", b"") for n in range(multipart.MAX_PARTS - 1))]
+    assert len((await read([body_of(*full)])).fields) == multipart.MAX_PARTS - 1
     error = await refusal(MalformedRequest, body_of(*full, part("one more", b"")))
-    assert f"more than {native.MAX_PARTS} parts" in error.message
+    assert f"more than {multipart.MAX_PARTS} parts" in error.message
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ async def test_a_part_without_a_name_is_malformed(head: bytes) -> None:
 async def test_a_name_that_is_no_text_becomes_a_field_nobody_knows() -> None:
     form = await read([body_of(PHOTO, part(b"\xff\xfe", b"1"))])
     with pytest.raises(InvalidParameter, match="is not a parameter of comic"):
-        parse(Task.COMIC, form.fields)
+        parse(Task.COMIC.request, form.fields)
 
 
 fragments = st.sampled_from(
@@ -271,7 +274,7 @@ fragments = st.sampled_from(
 
 async def attempt(
     parts: Sequence[bytes], content_type: str = MULTIPART
-) -> native.Form | RequestError:
+) -> multipart.Form | RequestError:
     """What came of it; any other error goes on."""
     try:
         return await read(parts, content_type)
@@ -288,7 +291,7 @@ def test_no_body_raises_anything_but_our_own_errors(parts: list[bytes]) -> None:
     for pieces in ([b"".join(parts)], parts, [PHOTO, *parts, b"\r\n--cut--"]):
         outcome = asyncio.run(attempt(pieces or [b""]))
         if isinstance(outcome, RequestError):
-            assert json.loads(bytes(native.error_response(outcome, scope()).body))["fact"]
+            assert json.loads(bytes(error_response(outcome, scope()).body))["fact"]
         else:
             assert "image" not in outcome.fields
 
@@ -334,7 +337,7 @@ def test_no_content_type_raises_anything_but_our_own_errors(content_type: str) -
     ],
 )
 def test_the_format_is_the_one_the_client_likes_best(accept: str, expected: OutputFormat) -> None:
-    assert native.choose_format(None, accept, transparent=False) == expected
+    assert choose_format(None, accept, transparent=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,7 @@ def test_the_format_is_the_one_the_client_likes_best(accept: str, expected: Outp
 )
 def test_a_client_that_takes_no_format_of_ours_is_told_which_there_are(accept: str) -> None:
     with pytest.raises(NotAcceptable) as caught:
-        native.choose_format(None, accept, transparent=False)
+        choose_format(None, accept, transparent=False)
     assert caught.value.value == accept
     assert "image/png, image/webp, image/jpeg" in caught.value.remedy
 
@@ -351,21 +354,21 @@ def test_a_client_that_takes_no_format_of_ours_is_told_which_there_are(accept: s
 @pytest.mark.parametrize("wanted", ["png", "webp", "jpeg"])
 def test_the_parameter_goes_before_the_header(wanted: OutputFormat) -> None:
     for accept in ("text/html", "image/png", "*/*;q=0"):
-        assert native.choose_format(wanted, accept, transparent=False) == wanted
+        assert choose_format(wanted, accept, transparent=False) == wanted
 
 
 def test_a_transparent_result_is_never_a_jpeg() -> None:
-    assert native.choose_format(None, "image/jpeg, */*;q=0.1", transparent=True) == "png"
-    assert native.choose_format(None, "image/jpeg, image/webp;q=0.1", transparent=True) == "webp"
+    assert choose_format(None, "image/jpeg, */*;q=0.1", transparent=True) == "png"
+    assert choose_format(None, "image/jpeg, image/webp;q=0.1", transparent=True) == "webp"
     with pytest.raises(NotAcceptable) as caught:
-        native.choose_format(None, "image/jpeg", transparent=True)
+        choose_format(None, "image/jpeg", transparent=True)
     assert "jpeg" not in caught.value.remedy
 
 
 @given(accept=st.text(st.characters(max_codepoint=255), max_size=60))
 def test_no_accept_header_is_a_surprise(accept: str) -> None:
     try:
-        chosen = native.choose_format(None, accept, transparent=False)
+        chosen = choose_format(None, accept, transparent=False)
     except NotAcceptable:
         return
     assert chosen in ("png", "webp", "jpeg")
@@ -374,7 +377,7 @@ def test_no_accept_header_is_a_surprise(accept: str) -> None:
 # Answers
 
 
-JOB = ImageJob(parse(Task.COMIC, {}), IMAGE, "webp", 60.0)
+JOB = ImageJob(parse(Task.COMIC.request, {}), IMAGE, "webp", 60.0)
 
 
 def test_a_picture_says_what_happened() -> None:
@@ -401,7 +404,7 @@ def test_a_seed_of_zero_is_told_and_no_seed_is_not() -> None:
 def test_an_error_is_told_with_fact_value_and_remedy() -> None:
     finding = errors.Problem(parameter="steps", fact="too many", value="151", remedy="Fewer.")
     error = InvalidParameter("Too many.", value=151, remedy="Send fewer.", problems=(finding,))
-    assert native.problem(error, "request-1") == {
+    assert problem(error, "request-1") == {
         "type": "urn:imagen:problem:invalid_parameter",
         "title": error.status.phrase,
         "status": 422,
@@ -416,23 +419,23 @@ def test_an_error_is_told_with_fact_value_and_remedy() -> None:
 
 
 def test_an_error_of_one_finding_has_no_list() -> None:
-    assert "errors" not in native.problem(errors.NotFound("No."), "id")
+    assert "errors" not in problem(errors.NotFound("No."), "id")
 
 
 @pytest.mark.parametrize(("wait_s", "header"), [(2, "2"), (0.1, "1"), (2.01, "3"), (0, "0")])
 def test_a_wait_is_told_in_whole_seconds_rounded_up(wait_s: float, header: str) -> None:
-    response = native.error_response(errors.Full("Full.", retry_after_s=wait_s), scope())
+    response = error_response(errors.Full("Full.", retry_after_s=wait_s), scope())
     assert response.status_code == 429
     assert response.headers["retry-after"] == header
     assert response.headers["content-type"] == "application/problem+json"
 
 
 def test_an_error_keeps_the_headers_it_is_given() -> None:
-    response = native.error_response(errors.MethodNotAllowed("No."), scope(), {"Allow": "POST"})
+    response = error_response(errors.MethodNotAllowed("No."), scope(), {"Allow": "POST"})
     assert response.headers["allow"] == "POST"
     assert "retry-after" not in response.headers
 
 
 def test_a_value_no_encoding_has_is_still_an_answer() -> None:
-    response = native.error_response(errors.NotFound("No.", value="\ud800\xe9\n"), scope())
+    response = error_response(errors.NotFound("No.", value="\ud800\xe9\n"), scope())
     assert json.loads(bytes(response.body))["value"] == "\ud800\xe9\n"

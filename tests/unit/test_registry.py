@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from deployments.contract import REQUESTS, Task
 from deployments.errors import ConfigError, LicenceRefused
-from deployments.registry import FAMILIES, check_defaults, load_catalogue, load_registry
+from deployments.registry import check_defaults, load_catalogue, load_registry
 from deployments.settings import ROOT
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,9 +53,10 @@ def test_every_registry_in_the_project_loads(path: Path) -> None:
 
 
 def test_what_a_family_reads_is_what_its_tasks_take() -> None:
-    for family in FAMILIES.values():
-        for task in family.tasks:
-            assert family.parameters <= REQUESTS[task].model_fields.keys()
+    for task in Task:
+        for family in task.families:
+            assert task.parameters(family) <= task.request.model_fields.keys()
+    assert Task.UPSCALE.parameters("upscale_gan") == {"output_format", "metadata"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
         ("upscale", {"famly": "img2img"}, "famly: Extra inputs"),
         ("upscale", {"name": "Upscale Starter"}, "name: "),
         ("upscale", {"task": "enlarge"}, "task: "),
-        ("upscale", {"family": "stylegan"}, "family: "),
+        ("upscale", {"family": "stylegan"}, "family stylegan cannot serve"),
         ("upscale", {"licence": None}, "licence: "),
         ("upscale", {"tile_px": 100}, "tile_px: "),
         ("upscale", {"tile_px": 24}, "tile_px: "),

@@ -1,0 +1,283 @@
+"""The way of every request, whatever its protocol: what was sent becomes a job for a model.
+
+A protocol reads bytes into a `Call`, `Intake.run` checks it and asks the model, and the protocol
+writes the result as bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from deployments import images
+from deployments.contract import ImageJob, check_used, parse
+from deployments.errors import (
+    ImagenError,
+    InvalidParameter,
+    MalformedRequest,
+    NotAcceptable,
+    NotReady,
+    SlowUpload,
+    TooLarge,
+    too_late,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Mapping
+    from typing import Literal
+
+    from deployments.contract import ImageRequest, ImageResult, OutputFormat
+    from deployments.registry import ModelSpec, Registry
+    from deployments.settings import Settings
+    from deployments.tasks import Task
+
+    State = Literal["ready", "idle", "starting", "failed"]
+
+T = TypeVar("T")
+_OPERATOR_S = 60
+"""`Retry-After` of a model that failed to start: it waits for an operator."""
+_FORMATS: tuple[OutputFormat, ...] = ("png", "webp", "jpeg")
+
+
+class Backend(Protocol):
+    """Whatever runs one model. Raises only errors of our own tree."""
+
+    async def __call__(self, job: ImageJob) -> ImageResult: ...
+
+
+class Details(NamedTuple):
+    """What lies behind the states.
+
+    Attributes:
+        replicas: what each running replica of a task serves: digest serving, digest wanted, and why
+            they differ.
+        pulling: percent of each model that some node is fetching, by model name.
+    """
+
+    replicas: Mapping[Task, list[Any]]
+    pulling: Mapping[str, float]
+
+
+class Backends(Protocol):
+    """The models, and how they are."""
+
+    def __getitem__(self, task: Task) -> Backend: ...
+
+    def recovery_s(self, task: Task) -> float:
+        """Seconds after which a model that is not ready will probably answer."""
+        ...
+
+    async def states(self) -> Mapping[Task, State]:
+        """ready, idle (no replica, wakes on demand), starting or failed."""
+        ...
+
+    async def details(self) -> Details:
+        """What replicas serve, and what nodes pull."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request as a protocol has read it.
+
+    Attributes:
+        task: what is asked for.
+        fields: parameters as text, by name.
+        image: the uploaded file; None if there is none.
+        accept: the Accept header; empty if there is none.
+        request_id: for the log.
+    """
+
+    task: Task
+    fields: Mapping[str, str]
+    image: bytes | None
+    accept: str = ""
+    request_id: str = ""
+
+
+class Intake:
+    """Checks requests against their models, and hands them over.
+
+    Args:
+        backends: the models.
+        registry: what each task's model is.
+        settings: limits and deadlines.
+    """
+
+    def __init__(self, backends: Backends, registry: Registry, settings: Settings) -> None:
+        self._backends = backends
+        self._registry = registry
+        self._timeout_s = settings.request_timeout_s
+        self._limits = settings.limits
+        # Few, because a hostile header can keep a thread busy for seconds.
+        self._header_threads = ThreadPoolExecutor(settings.pixel_threads, "headers")
+
+    def deadline_s(self) -> float:
+        """When a request that arrives now must be answered, on the event loop's clock."""
+        return asyncio.get_running_loop().time() + self._timeout_s
+
+    async def read(self, body: Awaitable[T], deadline_s: float) -> T:
+        """What a protocol reads of a body.
+
+        Raises:
+            SlowUpload: the deadline passed first.
+        """
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await body
+        except TimeoutError as error:
+            raise SlowUpload(
+                "The upload takes too long.",
+                value=f"more than {self._timeout_s:g} s",
+                remedy="Send a smaller picture, or use a faster connection.",
+            ) from error
+
+    async def run(self, call: Call, deadline_s: float) -> ImageResult:
+        """The result of a request.
+
+        Raises:
+            RequestError: the request is wrong.
+            ServiceError: the model is not ready, busy, failed, or too late.
+        """
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                job = await self._job(call, deadline_s)
+                return await self._backends[call.task](job)
+        except TimeoutError as error:
+            raise await self._why_late(call.task) from error
+
+    async def _job(self, call: Call, deadline_s: float) -> ImageJob:
+        spec = self._registry[call.task]
+        check_picture(call)
+        request = parse(call.task.request, call.fields)
+        check_used(request, spec.parameters)
+        width_px, height_px = await self._size_px(call.image)
+        output_format = self._output_format(request, call.accept, width_px, height_px, spec)
+        return ImageJob(
+            request=request,
+            image=call.image,
+            output_format=output_format,
+            timeout_s=deadline_s - asyncio.get_running_loop().time(),
+            request_id=call.request_id,
+            width_px=width_px,
+            height_px=height_px,
+            sent_unix_s=time.time(),
+        )
+
+    async def _size_px(self, image: bytes | None) -> tuple[int, int]:
+        if image is None:
+            return 0, 0
+        header = await asyncio.get_running_loop().run_in_executor(
+            self._header_threads, images.read_header, image, self._limits
+        )
+        return header.width_px, header.height_px
+
+    def _output_format(
+        self, request: ImageRequest, accept: str, width_px: int, height_px: int, spec: ModelSpec
+    ) -> OutputFormat:
+        """The format to write, once the result is known to fit it and the limits."""
+        result_px = width_px * spec.scale, height_px * spec.scale
+        if spec.scale > 1:
+            self._check_output(*result_px, spec.scale)
+        chosen = choose_format(request.output_format, accept, transparent=request.needs_alpha)
+        images.check_encodable(chosen, *result_px)
+        return chosen
+
+    def _check_output(self, width_px: int, height_px: int, scale: int) -> None:
+        limit = self._limits.max_output_px
+        if width_px * height_px > limit:
+            raise TooLarge(
+                f"The result may have at most {limit} px.",
+                value=f"{width_px} x {height_px} = {width_px * height_px} px",
+                remedy=f"Send a picture of at most {limit // scale**2} px.",
+            )
+
+    async def _why_late(self, task: Task) -> ImagenError:
+        state = (await self._backends.states()).get(task, "starting")
+        if state == "ready":
+            return too_late()
+        return not_ready(task, state, self._backends.recovery_s(task))
+
+
+def check_picture(call: Call) -> None:
+    """Whether the task gets a picture if it needs one, and none if it takes none.
+
+    Raises:
+        MalformedRequest: the picture is missing.
+        InvalidParameter: the task takes no picture.
+    """
+    if call.task.needs_picture and call.image is None:
+        raise MalformedRequest(
+            f"The task {call.task} needs a picture.", value="no picture", remedy="Send one."
+        )
+    if not call.task.needs_picture and call.image is not None:
+        raise InvalidParameter(
+            f"The task {call.task} takes no picture.",
+            value=f"{len(call.image)} bytes",
+            remedy="Leave it out.",
+        )
+
+
+def not_ready(task: Task, state: State, recovery_s: float) -> NotReady:
+    """The error for a model that cannot answer now."""
+    failed = state == "failed"
+    return NotReady(
+        f"The model {task} is {state}.",
+        value=state,
+        remedy="Ask the operator; /readyz says more."
+        if failed
+        else "Try again after Retry-After seconds.",
+        retry_after_s=max(recovery_s, _OPERATOR_S) if failed else recovery_s,
+    )
+
+
+def choose_format(wanted: OutputFormat | None, accept: str, *, transparent: bool) -> OutputFormat:
+    """The output format: as the request says, else by the Accept header (RFC 9110), else PNG.
+
+    Args:
+        wanted: the `output_format` parameter.
+        accept: the header, empty if there is none.
+        transparent: the result has an alpha channel, which JPEG lacks.
+
+    Raises:
+        NotAcceptable: the header excludes everything we can write.
+    """
+    if wanted is not None:
+        return wanted
+    offered = [one for one in _FORMATS if one != "jpeg" or not transparent]
+    best = max(offered, key=lambda name: _quality(accept, name))  # the first of equals
+    if _quality(accept, best) == 0:
+        raise NotAcceptable(
+            "No output format fits the Accept header.",
+            value=accept,
+            remedy="Accept one of " + ", ".join(f"image/{name}" for name in offered) + ".",
+        )
+    return best
+
+
+def _quality(accept: str, name: str) -> float:
+    """How much an Accept header wants `image/<name>`: 0, not at all, to 1."""
+    if not accept.strip():
+        return 1.0
+    quality, specificity = 0.0, -1
+    for item in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in item.split(";"))
+        match = {f"image/{name}": 2, "image/*": 1, "*/*": 0}.get(kind, -1)
+        if match > specificity:
+            quality, specificity = _q(parameters), match
+    return quality
+
+
+def _q(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                value = float(parameter[2:])
+            except ValueError:
+                return 0.0
+            return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+    return 1.0

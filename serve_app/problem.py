@@ -1,0 +1,75 @@
+"""An error as problem+json (RFC 9457): the fact, the value found, the remedy and the request id."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from deployments.errors import SlowUpload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.types import Scope
+
+    from deployments.errors import ImagenError
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(BaseModel):
+    """The body of every answer that is not a picture or a document."""
+
+    type: str = Field(description="urn:imagen:problem: and the code")
+    title: str = Field(description="the phrase of the HTTP status")
+    status: int
+    code: str = Field(description="a stable name of the error")
+    detail: str = Field(description="fact, value and remedy in one text")
+    fact: str = Field(description="what is wrong")
+    value: str = Field(description="what was found")
+    remedy: str = Field(description="what to do")
+    request_id: str
+    errors: list[dict[str, Any]] | None = Field(
+        default=None, description="the single findings, where there are several"
+    )
+
+
+def problem(error: ImagenError, request_id: str) -> dict[str, Any]:
+    """An error as problem details."""
+    body = Problem(
+        type=f"urn:imagen:problem:{error.code}",
+        title=error.status.phrase,
+        status=int(error.status),
+        code=error.code,
+        detail=str(error),
+        fact=error.message,
+        value=error.value,
+        remedy=error.remedy,
+        request_id=request_id,
+        errors=[dict(one) for one in error.problems] or None,
+    )
+    return body.model_dump(exclude_none=True)
+
+
+def error_response(
+    error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An error as a response. 429 and 503 say when to try again; 408 closes the connection.
+
+    Args:
+        error: what happened.
+        scope: of the request. Its state holds the request id, and gets the error's code.
+        headers: to add.
+    """
+    scope["state"]["reason"] = error.code
+    own = dict(headers or {})
+    if isinstance(error, SlowUpload):
+        own["Connection"] = "close"  # else the server in front would wait for the rest
+    if error.retry_after_s is not None:
+        own["Retry-After"] = str(math.ceil(error.retry_after_s))
+    body = json.dumps(problem(error, scope["state"]["request_id"])).encode()
+    return Response(body, error.status, own, media_type=MEDIA_TYPE)

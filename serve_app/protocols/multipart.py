@@ -1,0 +1,184 @@
+"""A multipart/form-data body to a form, while it streams in.
+
+Starlette's own reader returns a body that was cut off as a complete form; this one refuses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from deployments.errors import InvalidParameter, MalformedRequest, UnsupportedMedia
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+MAX_PARTS = 40
+MAX_FIELD_BYTES = 64 * 1024
+_IMAGE_FIELD = "image"
+_FORM_REMEDY = "Send multipart/form-data, as curl -F image=@photo.jpg does."
+
+
+@dataclass(slots=True)
+class Form:
+    """A parsed upload.
+
+    Attributes:
+        image: the file's bytes; None if there is none.
+        fields: every other part, as text.
+    """
+
+    image: bytes | None = None
+    fields: dict[str, str] = field(default_factory=dict[str, str])
+
+
+async def read_form(request: Request, *, needs_image: bool = True) -> Form:
+    """Read a multipart body while it streams in.
+
+    Args:
+        request: not read yet.
+        needs_image: whether a form without an image is refused.
+
+    Raises:
+        UnsupportedMedia: the body is not multipart/form-data.
+        MalformedRequest: the multipart is broken, ends early, or lacks the image.
+        InvalidParameter: a field comes twice or is no UTF-8 text.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        raise UnsupportedMedia(
+            "The body must be multipart/form-data.",
+            value=kind.decode("latin-1") or "no content-type",
+            remedy=_FORM_REMEDY,
+        )
+    if not options.get(b"boundary"):
+        raise MalformedRequest(
+            "The content-type names no boundary.",
+            value=request.headers["content-type"],
+            remedy=_FORM_REMEDY,
+        )
+    reader = _FormReader()
+    try:
+        parser = MultipartParser(options[b"boundary"], reader.callbacks())
+        async for chunk in request.stream():
+            reader.seen_bytes += len(chunk)
+            parser.write(chunk)
+        parser.finalize()
+    except FormParserError as error:
+        raise MalformedRequest(
+            "The multipart body cannot be read.",
+            value=f"{reader.seen_bytes} bytes so far",
+            remedy=_FORM_REMEDY,
+        ) from error
+    return reader.form(needs_image=needs_image)
+
+
+class _FormReader:
+    """Collects the parser's callbacks into a Form."""
+
+    def __init__(self) -> None:
+        self.seen_bytes = 0
+        self._header, self._value = bytearray(), bytearray()
+        self._headers: dict[str, str] = {}
+        self._data = bytearray()
+        self._parts: list[tuple[str, bytes]] = []
+        self._ended = False
+
+    def callbacks(self) -> Any:
+        return {
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_part_end": self._on_part_end,
+            "on_end": self._on_end,
+        }
+
+    def form(self, *, needs_image: bool) -> Form:
+        if not self._ended:
+            raise MalformedRequest(
+                "The multipart body ends before its closing boundary.",
+                value=f"{self.seen_bytes} bytes",
+                remedy=_FORM_REMEDY,
+            )
+        names = [name for name, _ in self._parts]
+        if needs_image and _IMAGE_FIELD not in names:
+            raise MalformedRequest(
+                "The form has no field named image.",
+                value=", ".join(sorted(names)) or "no field",
+                remedy="Add the picture as a file: -F image=@photo.jpg.",
+            )
+        form = Form()
+        for name, data in self._parts:
+            if names.count(name) > 1:
+                raise InvalidParameter(
+                    f"The field {name[:100]} comes more than once.",
+                    value=f"{names.count(name)} times",
+                    remedy="Send it once.",
+                )
+            if name == _IMAGE_FIELD:
+                form.image = data
+            else:
+                form.fields[name] = _text(name, data)
+        return form
+
+    def _on_part_begin(self) -> None:
+        if len(self._parts) == MAX_PARTS:
+            raise MalformedRequest(
+                f"The form has more than {MAX_PARTS} parts.",
+                value=f"at least {MAX_PARTS + 1}",
+                remedy="Send each parameter once.",
+            )
+        self._headers, self._data = {}, bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header.extend(data[start:end])
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value.extend(data[start:end])
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header.decode("latin-1").lower()] = self._value.decode("latin-1")
+        self._header, self._value = bytearray(), bytearray()
+
+    def _on_headers_finished(self) -> None:
+        disposition = self._headers.get("content-disposition", "")
+        _, options = parse_options_header(disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if not self._name:
+            raise MalformedRequest(
+                "A part of the form has no name.",
+                value=disposition or "no content-disposition",
+                remedy=_FORM_REMEDY,
+            )
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._data.extend(data[start:end])
+        if self._name != _IMAGE_FIELD and len(self._data) > MAX_FIELD_BYTES:
+            raise InvalidParameter(
+                f"The field {self._name[:100]} is longer than {MAX_FIELD_BYTES} bytes.",
+                value=f"at least {len(self._data)} bytes",
+                remedy="Shorten it. The picture itself goes into the field image.",
+            )
+
+    def _on_part_end(self) -> None:
+        self._parts.append((self._name, bytes(self._data)))
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidParameter(
+            f"The field {name[:100]} is not UTF-8 text.",
+            value=data[:40].decode("utf-8", "backslashreplace"),
+            remedy="Encode it as UTF-8; lone surrogates cannot be encoded.",
+        ) from error
