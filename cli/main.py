@@ -1,194 +1,28 @@
-"""The `imagen` command: the top layer."""
+"""The `imagen` command: every subcommand, and nothing else."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
-
-import httpx
 import typer
-import yaml
-from rich.console import Console
 
 from cli.bench import bench
 from cli.kuberay import kuberay_app
+from cli.metadata import metadata
 from cli.models import models_app
 from cli.plan import plan
-from deployments.errors import ConfigError, ImagenError
-from deployments.images import read_metadata
-from deployments.settings import ROOT, resolve
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from cli.run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(run)
 app.add_typer(models_app, name="models")
-app.add_typer(kuberay_app, name="kuberay")
-app.command()(bench)
 app.command()(plan)
-console = Console()
-LOCAL = Path("configs/local.yaml")
-_BIN = Path(sys.executable).parent
-_POLL_S = 0.5
+app.command()(bench)
+app.add_typer(kuberay_app, name="kuberay")
+app.command()(metadata)
 
 
 @app.callback()
 def main() -> None:
-    """Imagen: five image models behind one HTTP API on Ray Serve."""
-
-
-@app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path(
-        "configs/local.yaml"
-    ),
-    timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
-) -> None:
-    """Serve on this machine until Ctrl-C; says when it is ready, and where."""
-    try:
-        address = address_of(config)
-    except ConfigError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(2) from error
-    if _answers(address):
-        console.print(
-            f"[red]Something already serves on {address}. Stop it, or change http_options."
-        )
-        raise typer.Exit(2)
-    start_s = time.monotonic()
-    # Also where whoever started us ignores Ctrl-C, as a shell does for background jobs; the server
-    # inherits that.
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)
-    failed = True
-    with _started(config) as (server, told):
-        try:
-            if _wait_ready(server, address, timeout_s):
-                _announce(address, told.read_text(encoding="utf-8"), time.monotonic() - start_s)
-                failed = server.wait() != 0
-        except KeyboardInterrupt:
-            console.print("Stopping.")
-            failed = False
-    raise typer.Exit(int(failed))
-
-
-@contextmanager
-def _started(config: Path) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
-    """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard."""
-    with TemporaryDirectory(prefix="imagen-run-") as folder:
-        told = Path(folder) / "dashboard"
-        command = [sys.executable, "-m", "cli.serve_run", str(resolve(config)), str(told)]
-        # Each of Ray's many threads would else keep an arena of its own: 15 MiB more a process.
-        environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
-        # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
-        try:
-            yield server, told
-        finally:
-            _stop(server)
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-    try:
-        server.wait(90)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        os.killpg(server.pid, signal.SIGKILL)
-
-
-@app.command()
-def metadata(file: Annotated[Path, typer.Argument(help="A picture made by Imagen")]) -> None:
-    """Print the model, seed and parameters a picture carries, as JSON."""
-    try:
-        found = read_metadata(file.read_bytes())
-    except (OSError, ImagenError) as error:
-        console.print(f"{file} cannot be read: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
-    if not found:
-        console.print(f"{file} carries no metadata of Imagen.", style="yellow", markup=False)
-        raise typer.Exit(3)
-    console.print_json(data=found)
-
-
-def address_of(config: Path) -> str:
-    """The URL that a Serve config file makes the API listen on.
-
-    Raises:
-        ConfigError: the file cannot be read, or is no Serve config.
-    """
-    try:
-        values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
-        options = values.get("http_options") or {}
-        host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
-        first = next(iter(values.get("applications") or ()), {})
-        prefix = str(first.get("route_prefix", "/")).rstrip("/")
-    # ValueError: no UTF-8, or no date. AttributeError: no mapping.
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(
-            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
-        ) from error
-    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
-    return f"http://{host}:{port}{prefix}"
-
-
-def _answers(address: str) -> bool:
-    try:
-        health = httpx.URL(address).join("/-/healthz")
-        return httpx.get(health, timeout=1, trust_env=False).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s and server.poll() is None:
-        try:
-            if httpx.get(f"{address}/readyz", timeout=5, trust_env=False).is_success:
-                return True
-        except httpx.HTTPError:
-            pass  # not listening yet
-        time.sleep(_POLL_S)
-    console.print("[red]Imagen did not become ready; the lines above say why.")
-    return False
-
-
-def _announce(address: str, dashboard: str, seconds: float) -> None:
-    console.rule("[green]Imagen is ready")
-    lines = [f"API        {address}  (ready after {seconds:.0f} s)", f"Reference  {address}/docs"]
-    if dashboard:
-        lines.append(f"Dashboard  http://{dashboard}  (Ray)")
-        if _asks_for_token(dashboard):
-            lines.append(f"           It asks for a token: {_shown(_BIN / 'ray')} get-auth-token")
-    lines += [
-        "\nTry:",
-        f"curl -F image=@{_shown(ROOT / 'docs/photo.jpg')} -o comic.png \\",
-        f"  {address}/api/v1/images/style/comic",
-        "\nStop with Ctrl-C.",
-    ]
-    # Whole lines, however narrow the terminal: people copy them.
-    console.print("\n".join(lines), soft_wrap=True, markup=False)
-
-
-def _asks_for_token(dashboard: str) -> bool:
-    try:
-        url = f"http://{dashboard}/api/authentication_mode"
-        answer: Any = httpx.get(url, timeout=5, trust_env=False)
-        return answer.json()["authentication_mode"] == "token"
-    except (httpx.HTTPError, ValueError, KeyError):
-        return False
-
-
-def _shown(path: Path) -> Path:
-    """A path as to type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """Imagen: image models behind one HTTP API on Ray Serve."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""`serve run` for `imagen run`: it tells where Ray's dashboard is, which is not always at 8265.
-
-A module of its own, because the command itself starts without Ray.
-"""
+"""`serve run` in a process of its own, because the `imagen` command runs without Ray."""
 
 from __future__ import annotations
 
@@ -14,11 +11,14 @@ from ray.serve.scripts import cli
 
 
 def main() -> None:
-    """Serve the config file that the first argument names; the second is the file to write to."""
-    config, told = sys.argv[1:]
-    # A Ray of its own: it would else join one that runs here, and replace what that serves.
+    """Serve a config file, and write the dashboard's address to a file.
+
+    The arguments are the paths of both files.
+    """
+    config, dashboard = sys.argv[1:]
+    # A Ray of its own: `serve run` would join a running one, and replace its application.
     context: Any = ray.init("local", namespace="serve")
-    Path(told).write_text(context.dashboard_url or "", encoding="utf-8")
+    Path(dashboard).write_text(context.dashboard_url or "", encoding="utf-8")
     cli(["run", config])
 
 

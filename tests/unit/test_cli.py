@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import address_of, app
+from cli.main import app
+from cli.run import address_of
 from deployments.errors import ConfigError
 
 

@@ -1,0 +1,161 @@
+"""`imagen run`: `serve run`, with a word when it is ready, and where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+
+from deployments.errors import ConfigError
+from deployments.settings import ROOT, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+console = Console()
+_BIN = Path(sys.executable).parent
+_POLL_S = 0.5
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path(
+        "configs/local.yaml"
+    ),
+    timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
+) -> None:
+    """Serve on this machine until Ctrl-C. Says when it is ready, and where."""
+    try:
+        address = address_of(config)
+    except ConfigError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    if _answers(address):
+        console.print(
+            f"[red]Something already serves on {address}. Stop it, or change http_options."
+        )
+        raise typer.Exit(2)
+    start_s = time.monotonic()
+    # A shell makes background jobs ignore Ctrl-C, which the server would inherit.
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
+    failed = True
+    with _started(config) as (server, dashboard):
+        try:
+            if _wait_ready(server, address, timeout_s):
+                _announce(
+                    address, dashboard.read_text(encoding="utf-8"), time.monotonic() - start_s
+                )
+                failed = server.wait() != 0
+        except KeyboardInterrupt:
+            console.print("Stopping.")
+            failed = False
+    raise typer.Exit(int(failed))
+
+
+@contextmanager
+def _started(config: Path) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
+    """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard."""
+    with TemporaryDirectory(prefix="imagen-run-") as folder:
+        dashboard = Path(folder) / "dashboard"
+        command = [sys.executable, "-m", "cli.serve_run", str(resolve(config)), str(dashboard)]
+        # One malloc arena instead of one for each of Ray's many threads saves 15 MiB a process.
+        environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
+        # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
+        try:
+            yield server, dashboard
+        finally:
+            _stop(server)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        server.send_signal(signal.SIGINT)
+    try:
+        server.wait(90)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def address_of(config: Path) -> str:
+    """The URL that a Serve config file makes the API listen on.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no Serve config.
+    """
+    try:
+        values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+        options = values.get("http_options") or {}
+        host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+        first = next(iter(values.get("applications") or ()), {})
+        prefix = str(first.get("route_prefix", "/")).rstrip("/")
+    # ValueError: no UTF-8, or no date. AttributeError: no mapping.
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(
+            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
+        ) from error
+    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
+    return f"http://{host}:{port}{prefix}"
+
+
+def _answers(address: str) -> bool:
+    try:
+        health = httpx.URL(address).join("/-/healthz")
+        return httpx.get(health, timeout=1, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s and server.poll() is None:
+        try:
+            if httpx.get(f"{address}/readyz", timeout=5, trust_env=False).is_success:
+                return True
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(_POLL_S)
+    console.print("[red]Imagen did not become ready; see the lines above.")
+    return False
+
+
+def _announce(address: str, dashboard: str, seconds: float) -> None:
+    console.rule("[green]Imagen is ready")
+    lines = [f"API        {address}  (ready after {seconds:.0f} s)", f"Reference  {address}/docs"]
+    if dashboard:
+        lines.append(f"Dashboard  http://{dashboard}  (Ray)")
+        if _asks_for_token(dashboard):
+            lines.append(f"           It asks for a token: {_shown(_BIN / 'ray')} get-auth-token")
+    lines += [
+        "\nTry:",
+        f"curl -F image=@{_shown(ROOT / 'docs/photo.jpg')} -o comic.png \\",
+        f"  {address}/api/v1/images/style/comic",
+        "\nStop with Ctrl-C.",
+    ]
+    # Whole lines, however narrow the terminal: people copy them.
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _asks_for_token(dashboard: str) -> bool:
+    try:
+        url = f"http://{dashboard}/api/authentication_mode"
+        answer: Any = httpx.get(url, timeout=5, trust_env=False)
+        return answer.json()["authentication_mode"] == "token"
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+
+
+def _shown(path: Path) -> Path:
+    """A path as to type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
