@@ -34,7 +34,7 @@ def _printable(text: str) -> str:
 
 
 def _contradiction(fact: str, **fields: object) -> PydanticCustomError:
-    """The error of fields that are in range, each by itself."""
+    """The error of fields that are in range one by one, and contradict each other."""
     found = ", ".join(f"{name}={value}" for name, value in fields.items())
     return PydanticCustomError("contradiction", "{fact}", {"fact": fact, "found": found})
 
@@ -43,7 +43,7 @@ Prompt = Annotated[str, AfterValidator(_printable)]
 
 
 class ImageRequest(BaseModel):
-    """What every task accepts beside the image.
+    """What every task accepts besides the picture.
 
     Attributes:
         task: name of the task, see `deployments.tasks.Task`.
@@ -69,7 +69,7 @@ class ImageRequest(BaseModel):
 
 
 class DiffusionRequest(ImageRequest):
-    """What the diffusion models accept."""
+    """What every diffusion model accepts."""
 
     prompt: Prompt = Field(
         default="",
@@ -107,7 +107,7 @@ class DiffusionRequest(ImageRequest):
 
 
 class Img2ImgRequest(DiffusionRequest):
-    """Diffusion that starts from the picture."""
+    """Diffusion that starts from a picture."""
 
     strength: float = Field(
         default=0.5,
@@ -124,7 +124,7 @@ class Img2ImgRequest(DiffusionRequest):
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> Self:
-        # Judged only once both are known: a model's own defaults may replace the ones above.
+        # Only if both are given: a model's own defaults may replace the ones above.
         both_given = {"steps", "strength"} <= self.model_fields_set
         if both_given and int(self.steps * self.strength) < 1:
             raise _contradiction(
@@ -213,13 +213,13 @@ R = TypeVar("R", bound=ImageRequest)
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """What travels to a model replica: one positional argument, bytes rather than pixels.
+    """What travels to a model replica. It carries the file rather than pixels.
 
     Attributes:
-        request: validated; fields the client did not set still await the model's defaults.
+        request: validated. Fields that the client did not set get the model's defaults later.
         image: the uploaded file; None where the task needs no picture.
-        output_format: what the client will get.
-        timeout_s: until the request's deadline, when it was sent.
+        output_format: of the result.
+        timeout_s: seconds from sending to the request's deadline.
         request_id: for the log.
         width_px, height_px: of the picture in the file, upright; 0 without a picture.
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
@@ -235,9 +235,10 @@ class ImageJob:
     sent_unix_s: float = 0.0
 
     def left_s(self, now_unix_s: float) -> float:
-        """Seconds until the deadline, less what the request has waited for a replica.
+        """Seconds until the deadline, without the time that the request waited for a replica.
 
-        Whoever sent it gives up at the deadline, so that a longer wait is a clock that is wrong.
+        The sender gives up at the deadline. A wait that is longer comes from clocks that differ,
+        and is ignored.
         """
         waited_s = now_unix_s - self.sent_unix_s
         return self.timeout_s - waited_s if 0 <= waited_s < self.timeout_s else self.timeout_s
@@ -252,11 +253,11 @@ class ImageResult:
         media_type: as in `image/png`.
         width_px, height_px: of the result.
         model: name@digest.
-        seed: None where the model uses no chance.
-        batch_size: rows in the passes that carried this one, the mean.
+        seed: None if the model draws nothing at random.
+        batch_size: mean number of rows in the passes that carried this one.
         gpu_seconds: share of the pass, times the share of the GPU; 0 without a GPU.
-        determinism: exact if the bits depend on the request alone; bounded if, in company, they may
-            differ by what docs/engine.md says.
+        determinism: exact if the bits depend on the request alone; bounded if rows that share its
+            passes may change them, within the bounds of docs/engine.md.
         timings_s: seconds by stage: decode, queue, denoise, vae, encode.
         notes: what the client should know, such as "first of 12 frames".
     """
@@ -291,10 +292,10 @@ def parse(kind: type[R], fields: Mapping[str, str]) -> R:
 
 
 def check_used(request: ImageRequest, parameters: frozenset[str]) -> None:
-    """Hold what the client set against the fields a model reads.
+    """Refuse fields that the client set and the model does not read.
 
     Raises:
-        InvalidParameter: a field would have no effect.
+        InvalidParameter: naming them.
     """
     given = request.model_dump(exclude_unset=True)
     unused = [name for name in given if name not in parameters]
@@ -307,7 +308,7 @@ def check_used(request: ImageRequest, parameters: frozenset[str]) -> None:
 
 
 def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]) -> R:
-    """The request with the model's own defaults in the fields the client left out.
+    """The request with the model's own defaults in the fields that the client left out.
 
     Args:
         request: as the client sent it.
@@ -320,12 +321,12 @@ def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]
     """
     check_used(request, parameters)
     given = request.model_dump(exclude_unset=True)
-    # Named even where nobody gave them, because they are judged together once both are known.
+    # These are validated together, so both are given even if the client set neither.
     joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
-    # The model's color goes with the model's output=color; the client may have chosen another.
-    moot = {"color"} if given.get("output", "color") != "color" else set[str]()
-    fitting = {name: value for name, value in defaults.items() if name not in moot}
-    return _validated(type(request), {**joint, **fitting, **given})
+    # A default color belongs to output=color. It must not contradict another output of the client.
+    dropped = {"color"} if given.get("output", "color") != "color" else set[str]()
+    kept = {name: value for name, value in defaults.items() if name not in dropped}
+    return _validated(type(request), {**joint, **kept, **given})
 
 
 def _validated(kind: type[R], fields: dict[str, Any]) -> R:
@@ -348,7 +349,7 @@ def _problem(kind: type[ImageRequest], detail: ErrorDetails) -> Problem:
     shown: object = detail["input"]
     if detail["type"] == "extra_forbidden":
         fact = f"{name} is not a parameter of {kind.task}."
-        remedy = f"This route takes: image, {', '.join(kind.model_fields)}."
+        remedy = f"Parameters of {kind.task}: {', '.join(kind.model_fields)}."
     elif not detail["loc"]:
         fact, remedy = f"{detail['msg']}.", "Change one of them."
         shown = detail.get("ctx", {}).get("found", shown)

@@ -1,7 +1,7 @@
 """Every error Imagen raises on purpose.
 
     ImagenError
-      + RequestError           the client can mend it
+      + RequestError           the client can correct it
         x MalformedRequest     400  the request cannot be read
         x DamagedImage         400  an image that breaks while it is decoded
         x NotFound             404
@@ -17,7 +17,7 @@
         x ModelFailed          503  the model gave no picture for this request
         x NotReady             503  starting, failed to start, or lost
         x TooLate              504  not finished by the deadline
-      + SetupError             stops a replica or a command; no client ever sees it
+      + SetupError             stops a replica or a command; clients never see it
         x ConfigError          exit code 2, of a command
         x AttentionUnavailable 2
         x ModelNotCached       3
@@ -27,11 +27,11 @@
         x LockTimeout          6
         x SourceFailed         7  a hub, a bucket, a server, a folder to pull from
         x LicenceRefused       8
-        x GpuTooSmall          9  models or a share that a GPU's memory does not hold
+        x GpuTooSmall          9  models, or a share, that do not fit a GPU's memory
 
-An error carries three things a reader needs: the fact (`message`), the offending `value`, and the
-`remedy`. All three reach the client as they are, so none may name a path of the server or quote
-another exception.
+An error carries three things: the fact (`message`), the `value` that was found, and the `remedy`.
+All three reach the client unchanged, so none may name a path of the server or quote another
+exception.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Problem(TypedDict):
 class ImagenError(Exception):
     """Base of the tree.
 
-    One positional argument and keyword-only extras with defaults, because an exception crosses
-    processes by `cls(*args)` plus its `__dict__`.
+    It has one positional argument and keyword-only extras with defaults, because pickle rebuilds an
+    exception as `cls(*args)` and then sets its `__dict__`.
 
     Args:
         message: what is wrong, one sentence.
-        value: what was found, shortened to 200 characters. What a client can see always has one.
+        value: what was found, shortened to 200 characters. Errors that clients see have one.
         remedy: what to do about it, one sentence.
         retry_after_s: when a new try makes sense.
-        problems: the single findings, where there are several.
+        problems: the findings, if there are several.
     """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.SERVICE_UNAVAILABLE
@@ -89,7 +89,7 @@ class ImagenError(Exception):
 
 
 class RequestError(ImagenError):
-    """The request is at fault; sending it again unchanged fails again."""
+    """The request is wrong. Sent again unchanged, it fails again."""
 
     status = HTTPStatus.BAD_REQUEST
     code = "bad_request"
@@ -102,7 +102,7 @@ class MalformedRequest(RequestError):
 
 
 class DamagedImage(RequestError):
-    """The image starts well but cannot be decoded to the end."""
+    """The image cannot be decoded to its end."""
 
     code = "damaged_image"
 
@@ -122,7 +122,7 @@ class MethodNotAllowed(RequestError):
 
 
 class NotAcceptable(RequestError):
-    """Nothing we can produce fits the Accept header."""
+    """No format that we write fits the Accept header."""
 
     status = HTTPStatus.NOT_ACCEPTABLE
     code = "not_acceptable"
@@ -164,12 +164,12 @@ class TooMuchWork(RequestError):
 
 
 class ServiceError(ImagenError):
-    """The service is at fault or busy; the same request may succeed later."""
+    """The service failed or is busy. The same request may succeed later."""
 
     code = "unavailable"
 
     def __str__(self) -> str:
-        # Nobody sent the value: the message says what there is to say of it.
+        # The value does not come from the client, and the message already says what it means.
         return f"{self.message} {self.remedy}".strip()
 
 
@@ -181,7 +181,7 @@ class Full(ServiceError):
 
 
 class ModelFailed(ServiceError):
-    """The model ran and gave no usable picture for this one request."""
+    """The model made no usable picture for this one request."""
 
     code = "model_failed"
 
@@ -193,14 +193,14 @@ class NotReady(ServiceError):
 
 
 class TooLate(ServiceError):
-    """The deadline passed first."""
+    """The deadline passed before the picture was finished."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     code = "too_late"
 
 
 class SetupError(ImagenError):
-    """Something an operator must mend before serving."""
+    """Something that an operator must correct before serving."""
 
     code = "setup"
     exit_code: ClassVar[int] = 2
@@ -233,7 +233,7 @@ class ModelCorrupt(SetupError):
 
 
 class StoreUnwritable(SetupError):
-    """The model store's disk is full, read-only, or not ours to write."""
+    """The model store's disk is full, read-only, or not writable for this user."""
 
     code = "store_unwritable"
     exit_code = 5
@@ -247,28 +247,28 @@ class LockTimeout(SetupError):
 
 
 class SourceFailed(SetupError):
-    """Where a model comes from refused, failed, or sent something else."""
+    """The source of a model refused, failed, or sent something else."""
 
     code = "source_failed"
     exit_code = 7
 
 
 class Unreachable(SetupError):
-    """Nobody listens where the load should go."""
+    """No server answers at the address that the load should go to."""
 
     code = "unreachable"
     exit_code = 3
 
 
 class LicenceRefused(SetupError):
-    """A non-commercial model that the registry does not accept by name."""
+    """A model is non-commercial, and the registry does not accept it by name."""
 
     code = "licence_refused"
     exit_code = 8
 
 
 class GpuTooSmall(SetupError):
-    """What is asked for does not fit into a GPU's memory, or into a share of it."""
+    """Models or a share do not fit a GPU's memory."""
 
     code = "gpu_too_small"
     exit_code = 9

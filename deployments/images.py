@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 Array = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
 
-# Pillow warns of odd uploads, never of our code. Said once for the process, because
-# `warnings.catch_warnings` is not safe among threads.
+# Pillow warns about odd uploads. Set once for the process, because `warnings.catch_warnings` is not
+# thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Pillow's readers are called directly: `Image.open` imports forty more, and refuses a large picture
-# before telling its size. An MPO is a JPEG with others behind it; the JPEG reader gives the first.
+# before it tells the size. An MPO is a JPEG followed by others; the JPEG reader gives the first.
 _READERS: Final[dict[str, tuple[bytes, Callable[[io.BytesIO], ImageFile]]]] = {
     "JPEG": (rb"\xff\xd8\xff", Jpeg.JpegImageFile),
     "PNG": (rb"\x89PNG\r\n\x1a\n", Png.PngImageFile),
@@ -79,12 +79,12 @@ _OWN_RESULTS: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of its picture.
+    """What a file says about its picture.
 
     Attributes:
         format: as in `JPEG`. An MPO is a JPEG.
-        width_px, height_px: as the picture is to be seen, turned as its EXIF says.
-        frames: 1 unless animated or of several pages. A TIFF does not tell; 2 stands for several.
+        width_px, height_px: after turning the picture as its EXIF says.
+        frames: of an animation, or pages. For a TIFF, 2 stands for several.
     """
 
     format: str
@@ -98,8 +98,8 @@ class Picture:
     """A decoded picture.
 
     Attributes:
-        rgb: `H x W x 3`, uint8, sRGB, laid over white where transparent; or `H x W` grey.
-        alpha: `H x W`, uint8, 255 is opaque; None where all of it is.
+        rgb: `H x W x 3`, uint8, sRGB, on white where the picture is transparent; or `H x W` grey.
+        alpha: `H x W`, uint8, 255 is opaque; None if all of it is opaque.
         notes: what the client should know, such as "first of 12 frames".
     """
 
@@ -117,13 +117,13 @@ class Picture:
 
 
 def read_header(data: bytes, limits: LimitSettings) -> Header:
-    """What a file says of its picture, without decoding it.
+    """What a file says about its picture, without decoding it.
 
     Raises:
-        MalformedRequest: no bytes.
-        UnsupportedMedia: not an image, or of a format that is not read.
-        TooLarge: too many bytes or pixels.
-        DamagedImage: the header breaks off or contradicts itself.
+        MalformedRequest: there are no bytes.
+        UnsupportedMedia: it is not an image, or of a format that is not read.
+        TooLarge: it has too many bytes or pixels.
+        DamagedImage: its header is cut off or contradicts itself.
     """
     image, kind = _open(data, limits)
     with _reading(kind, data):
@@ -140,7 +140,7 @@ def decode(data: bytes, limits: LimitSettings) -> Picture:
 
     Raises:
         MalformedRequest, UnsupportedMedia, TooLarge: as from `read_header`.
-        DamagedImage: the file breaks off, or cannot be decoded.
+        DamagedImage: the file is cut off, or cannot be decoded.
     """
     image, kind = _open(data, limits)
     with _reading(kind, data):
@@ -152,12 +152,12 @@ def decode(data: bytes, limits: LimitSettings) -> Picture:
             rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
     many = "several" if kind == "TIFF" else frames
     notes = (f"first of {many} frames",) if frames > 1 else ()
-    # Copied by np.array: Pillow's own memory is read-only, and torch warns of that.
+    # np.array copies. Pillow's own memory is read-only, which makes torch warn.
     return Picture(np.array(rgb), np.array(alpha) if alpha else None, notes)
 
 
 def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
-    """The file's header read, its limits checked, nothing decoded."""
+    """Read the file's header and check the limits. Nothing is decoded."""
     if not data:
         raise MalformedRequest("The image is empty.", value="0 bytes", remedy="Send a file.")
     if len(data) > limits.max_body_bytes:
@@ -186,9 +186,9 @@ def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
 
 
 def _segments(kind: str, data: bytes) -> int:
-    """Segments before the picture of a JPEG or PNG, counted only as far as is too many.
+    """Segments before the picture of a JPEG or PNG; counting stops at too many.
 
-    Pillow reads each one in Python: a file of empty ones would take it a minute and a gigabyte.
+    Pillow reads each segment in Python. A file of empty ones would take a minute and a gigabyte.
     """
     count, at = 0, {"JPEG": 2, "PNG": 8}.get(kind, len(data))
     while at + 8 <= len(data) and count <= _MAX_SEGMENTS:
@@ -225,11 +225,11 @@ def _kind(data: bytes) -> str:
 
 @contextmanager
 def _reading(kind: str, data: bytes) -> Generator[None]:
-    """Turn whatever Pillow raises on a hostile file into the client's error."""
+    """Turn what Pillow raises on a hostile file into the client's error."""
     try:
         yield
     except Image.DecompressionBombError as error:
-        # Raised where a reader allocates the canvas as it opens the file, before we see its size.
+        # Some readers allocate the canvas as they open the file, before we see its size.
         raise TooLarge(
             f"The {kind} picture declares too many pixels.",
             value="more than 178 MP",
@@ -244,17 +244,17 @@ def _reading(kind: str, data: bytes) -> Generator[None]:
 
 
 def _frames(image: ImageFile, kind: str) -> int:
-    # Counting the pages of a TIFF takes the square of their number: hours for a hostile file.
+    # Counting the pages of a TIFF takes quadratic time: hours for a hostile file.
     if kind == "TIFF":
         return 2 if getattr(image, "is_animated", False) else 1
     return int(getattr(image, "n_frames", 1))
 
 
 def _orientation(read_exif: Callable[[], Image.Exif]) -> int:
-    """EXIF orientation, 1 to 8; 1 where the EXIF data is absent or broken."""
+    """EXIF orientation, 1 to 8; 1 if the EXIF data is absent or broken."""
     try:
         found: object = read_exif().get(ExifTags.Base.Orientation)
-    except Exception:  # A picture is no worse for broken EXIF, and it breaks in as many ways.
+    except Exception:  # Broken EXIF raises many types, and does not matter to the picture.
         return 1
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
@@ -265,7 +265,7 @@ def media_type(output_format: OutputFormat) -> str:
 
 
 def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) -> None:
-    """Whether the format can hold a picture of this size; cheap, for use before any work.
+    """Refuse a size that the format cannot hold, before any work.
 
     Raises:
         InvalidParameter: a side is longer than the format allows.
@@ -282,16 +282,16 @@ def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) 
 def encode(
     picture: Picture, output_format: OutputFormat, metadata: Mapping[str, object] | None
 ) -> bytes:
-    """The picture as a file that holds nothing of the uploaded one but pixels.
+    """The picture as a file. Nothing of the uploaded file but pixels gets into it.
 
     Args:
         picture: of three channels, or of one, which is written as grey.
-        output_format: png and webp keep alpha; jpeg drops it, leaving the white below.
-        metadata: written as JSON, at most 60 kB of it: in a PNG as the text chunk `imagen`, else
-            as the EXIF UserComment. None writes nothing.
+        output_format: png and webp keep alpha; jpeg drops it, and shows the white below.
+        metadata: written as JSON of at most 60 kB: in a PNG as the text chunk `imagen`, else as the
+            EXIF UserComment. None writes nothing.
 
     Raises:
-        InvalidParameter: too large for the format.
+        InvalidParameter: the picture is too large for the format.
     """
     check_encodable(output_format, picture.width_px, picture.height_px)
     image = Image.fromarray(picture.rgb)
@@ -301,11 +301,11 @@ def encode(
     file = io.BytesIO()
     match output_format:
         case "png":
-            # On photographs as small as level 6 of the default strategy, in a third of the time.
+            # As small as level 6 of the default strategy on photographs, in a third of the time.
             options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
             image.save(file, "PNG", pnginfo=_text_chunk(text), **options)
         case "webp":
-            # From method 3 on it takes twice as long for 2 % fewer bytes.
+            # Method 3 and above take twice as long for 2 % fewer bytes.
             image.save(file, "WEBP", quality=90, method=2, exif=_user_comment(text))
         case "jpeg":
             image.save(file, "JPEG", quality=92, subsampling="4:4:4", exif=_user_comment(text))
@@ -313,7 +313,7 @@ def encode(
 
 
 def read_metadata(data: bytes) -> dict[str, object]:
-    """What `encode` wrote into a file beside the picture; empty if nothing.
+    """The metadata that `encode` wrote into a file; empty if there is none.
 
     Raises:
         RequestError: as from `read_header`.

@@ -35,9 +35,9 @@ class Origin(Strict):
 
     Attributes:
         source: hf://org/repo@<commit>, https://…, gs://bucket/prefix or file://folder. A commit
-            that nobody has looked up yet is written `unresolved`.
-        files: exactly those, relative to the source; their sizes and hashes are in the lock file.
-        into: folder of the model they go to.
+            that is not looked up yet is written `unresolved`.
+        files: exactly these, relative to the source. The lock file has their sizes and hashes.
+        into: folder of the model that they go to.
     """
 
     source: Annotated[str, AfterValidator(_pinned)]
@@ -50,12 +50,12 @@ class Origin(Strict):
 
 
 class Conversion(Strict):
-    """How a model is made from its origin's files, once, by `imagen models convert`.
+    """How `imagen models convert` makes a model from its origin's files.
 
     Attributes:
         to: fp16 casts a diffusers folder's weights; safetensors reads a .pth (weights only).
         key: entry of the .pth that holds the state dict.
-        config: written as config.json beside the weights.
+        config: written to config.json next to the weights.
     """
 
     to: Literal["fp16", "safetensors"]
@@ -76,7 +76,7 @@ class ArtefactSpec(Strict):
     """
 
     pickles: ClassVar[frozenset[str]] = frozenset({".pth", ".pt", ".ckpt", ".pkl", ".pickle"})
-    """Suffixes of files that run code when they are read."""
+    """Suffixes of files that may run code when they are read."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
     summary: str
@@ -126,15 +126,15 @@ class ModelSpec(ArtefactSpec):
         family: the pipeline that runs it, a module of `deployments/pipelines`.
         dtype: of the weights on the device.
         variant: file variant to load, such as fp16.
-        attention: sdpa, or xformers where that is installed.
-        defaults: parameter values for fields a request leaves out.
+        attention: sdpa, or xformers if that is installed.
+        defaults: parameter values for fields that a request leaves out.
         buckets: working sizes (width, height) in px, multiples of 64; diffusion img2img only.
         tile_px: edge of the tiles an upscaler works in.
         max_batch_size: most rows in one forward pass.
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
     """
 
-    # CTranslate2's model.bin, of an artefact, is none; torch's pytorch_model.bin is.
+    # torch's pytorch_model.bin is a pickle. CTranslate2's model.bin, in an artefact, is not.
     pickles = ArtefactSpec.pickles | {".bin"}
 
     task: Task
@@ -284,17 +284,17 @@ def load_catalogue(path: Path) -> Catalogue:
 
 
 def load_registry(path: Path) -> Registry:
-    """The models of a registry file that are served, one per task; raises as the two above."""
+    """The models that a registry file serves, one per task. Raises as the two functions above."""
     return load_catalogue(path).served()
 
 
 def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:
-    """Hold a model's default parameters to the same contract as a client's.
+    """Check a model's default parameters like a client's.
 
     Raises:
         ValueError: an unknown field, a value out of range, or a contradiction.
     """
-    # The output format is settled before a model is asked.
+    # The output format is chosen before the model is asked.
     foreign = set(defaults) - (spec.parameters - {"output_format"})
     if foreign:
         raise ValueError(f"defaults name {sorted(foreign)}, which {spec.family} does not read")

@@ -21,13 +21,13 @@ SEATS = 16
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors: a typo must not silently keep a default."""
+    """Refuses unknown keys, so that a typo does not silently keep a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LimitSettings(Strict):
-    """What the service takes in and gives out."""
+    """How large a request, a picture and a result may be."""
 
     max_body_bytes: int = Field(
         default=32 * 2**20, ge=1024, description="whole request body, bytes"
@@ -39,14 +39,14 @@ class LimitSettings(Strict):
 
 
 class UploadSettings(Strict):
-    """How uploads come in, at one Ingress replica.
+    """Limits of the uploads of one Ingress replica.
 
     Attributes:
-        pause_s: a body that brings nothing for so long is refused.
-        min_bytes_per_s: and so is one that is slower for as long.
-        max_arriving: bodies on their way at a time. One more takes the room of whichever has stood
-            still longest, or gets 429 where none has.
-        max_held_bytes: of all bodies in memory, on their way or in work; beyond it likewise.
+        pause_s: a body that brings nothing for so many seconds is refused.
+        min_bytes_per_s: a body that is slower for `pause_s` is refused too.
+        max_arriving: bodies that arrive at a time. One more takes the room of the body that has
+            stood still longest, or gets 429 if none has.
+        max_held_bytes: of all bodies in memory. Beyond it the same rule applies.
     """
 
     pause_s: float = Field(default=10, gt=0)
@@ -59,23 +59,24 @@ class StoreSettings(Strict):
     """The model store of a node, and how it is filled.
 
     Attributes:
-        root: of the store; None takes $IMAGEN_MODELS, else ~/.cache/imagen-models. One local disk.
-        mirror: gs:// or file:// folder that `imagen models publish` filled; models come from there
+        root: folder of the store, on one local disk; None takes $IMAGEN_MODELS, else
+            ~/.cache/imagen-models.
+        mirror: gs:// or file:// folder that `imagen models publish` filled. Models come from there
             rather than from their origins.
         verify: what loading checks: every byte by CRC32C, or (full) by SHA-256 too.
-        prefetch: names of models each node pulls beside the one a replica waits for; None pulls all
-            that are served.
-        threads: ranges fetched at a time, for one model.
+        prefetch: names of models that each node pulls besides the one that a replica waits for;
+            None pulls all that are served.
+        threads: ranges of one model that are fetched at a time.
         models_at_once: models pulled at a time on a node.
         range_bytes: size of one request.
         max_bytes_per_s: of one process, all threads together; None for no limit.
         attempts: failures in a row, without a byte between them, after which a pull gives up.
         backoff_s: base of the exponential pause between attempts.
-        lock_timeout_s: how long the process that holds a model's lock may stand still.
-        max_bytes: what the store may take up where that is less than its disk, such as the
-            sizeLimit of an emptyDir; None for all of the disk.
-        gc_start_percent, gc_stop_percent: use of the disk, or of `max_bytes`, at which unused
-            models start, and cease, to be removed before a pull.
+        lock_timeout_s: how long the holder of a model's lock may make no progress.
+        max_bytes: of the store, if that is less than its disk, such as the sizeLimit of an
+            emptyDir; None for all of the disk.
+        gc_start_percent, gc_stop_percent: use of the disk, or of `max_bytes`. Before a pull above
+            the first, unused models are removed down to the second.
     """
 
     root: Path | None = None
@@ -111,13 +112,13 @@ class StoreSettings(Strict):
             path = Path(given).expanduser()
         except RuntimeError as error:
             raise ConfigError(
-                "The model store has no place: this user's home folder is unknown.",
+                "The model store has no folder: this user's home folder is unknown.",
                 value=given,
                 remedy=f"Set {ROOT_VARIABLE} to an absolute path.",
             ) from error
         if self.root is None and not path.is_absolute():
             raise ConfigError(
-                f"${ROOT_VARIABLE} is relative, and would mean another folder to each process.",
+                f"${ROOT_VARIABLE} is relative, and means another folder in each process.",
                 value=path,
                 remedy="Give an absolute path.",
             )
@@ -130,18 +131,17 @@ class Settings(Strict):
     Attributes:
         models: YAML file that names one model per task.
         device: auto takes CUDA where there is one.
-        torch_threads: CPU threads of each model replica, which share the rows of a pass; a GPU
+        torch_threads: CPU threads of each model replica, which share the rows of a pass. A GPU
             needs none.
         pixel_threads: threads of each replica that decode and encode image files.
-        model_num_cpus: CPUs that each model replica reserves; its GPU share is the model's own. All
-            five and the Ingress fit two cores.
-        request_timeout_s: deadline of a request; keep it below Serve's own request_timeout_s.
-        max_uploads: uploads that have come in whole and that one Ingress replica works on at a
-            time; more get 429.
-        uploads: how they come in.
-        retry_after_s: what a refused client is told to wait.
-        limits: sizes.
-        store: where models lie on a node, and how they get there.
+        model_num_cpus: CPUs that each model replica reserves. With the default, five models and the
+            Ingress fit two cores. A GPU share is the model's own (`num_gpus` in the registry).
+        request_timeout_s: deadline of a request. Keep it below Serve's own request_timeout_s.
+        max_uploads: complete uploads that one Ingress replica works on at a time; more get 429.
+        uploads: limits of uploads while they arrive.
+        retry_after_s: the shortest `Retry-After` of a refused client.
+        limits: sizes of requests, pictures and results.
+        store: the model store of a node.
     """
 
     models: Path = Path("configs/models/starter.yaml")
@@ -167,7 +167,7 @@ class Tuning(Strict):
     """A model deployment's `user_config`: changes without a restart.
 
     Attributes:
-        batch_window_s: how long admission waits for company; 0 admits at once.
+        batch_window_s: how long admission waits for further requests; 0 admits at once.
         max_batch_size: most rows in one forward pass; None keeps the model's own.
         budget_px: most network pixels in one forward pass, so that it stays inside the replica's
             share of the GPU: width x height of each picture, twice with guidance. None for no
@@ -188,15 +188,20 @@ class Tuning(Strict):
 
 
 def resolve(path: Path) -> Path:
-    """An absolute path; a relative one is taken from the project's root."""
+    """An absolute path. Relative ones start at the project's root."""
     return path if path.is_absolute() else ROOT / path
 
 
 def parse_settings(kind: type[S], values: Any, where: str) -> S:
     """Typed settings from plain YAML values.
 
+    Args:
+        kind: the settings class.
+        values: as YAML gives them.
+        where: what holds them, for the error.
+
     Raises:
-        ConfigError: naming each wrong key, in `where`.
+        ConfigError: naming each wrong key.
     """
     try:
         return kind.model_validate(values)
@@ -221,25 +226,26 @@ def framework_caches(root: Path) -> dict[str, str]:
 
 
 def set_thread_limits() -> None:
-    """Let torch's idle threads sleep rather than spin, because several models share a node's cores.
+    """Let torch's idle threads sleep rather than spin, because models share a node's cores.
 
-    Call before the first import of torch: OpenMP reads it when it is loaded.
+    Call it before the first import of torch: OpenMP reads the variable when it is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def enforce_offline(root: Path | None = None) -> None:
-    """Shut every door to a model hub. Call before the first import of a hub library.
+    """Keep every library from asking a model hub.
 
-    huggingface_hub reads HF_HUB_OFFLINE when it is imported, not when it is used.
+    Call it before the first import of a hub library: huggingface_hub reads HF_HUB_OFFLINE when it
+    is imported.
 
     Args:
-        root: where frameworks may keep what they compile; a temporary folder where that cannot be
-            written.
+        root: where frameworks may keep what they compile. If it is not writable, they use a
+            temporary folder.
     """
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
-    # Their advice at import is meant for notebooks.
+    # These libraries print advice for notebooks when they are imported.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     temporary = Path(tempfile.gettempdir()) / f"imagen-caches-{os.getuid()}"
