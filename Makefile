@@ -20,8 +20,12 @@ run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 	$(BIN)/imagen run configs/local.yaml
 
 .PHONY: test
-test: setup ## All tests
-	$(BIN)/python -m pytest tests
+test: setup ## Every test but the slow proofs
+	$(BIN)/python -m pytest tests -m "not slow"
+
+.PHONY: test-slow
+test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers, long mixes
+	$(BIN)/python -m pytest tests -m slow
 
 .PHONY: test-unit
 test-unit: setup ## Only the tests without Ray and torch (seconds)

@@ -1,4 +1,4 @@
-"""A test's folder is its marker."""
+"""A test's folder is its marker; tests of several nodes are slow."""
 
 from __future__ import annotations
 
@@ -18,3 +18,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         item.add_marker("readme" if folder == "test_readme.py" else folder)
+        if folder == "scale":
+            item.add_marker("slow")

@@ -53,6 +53,7 @@ def wait_for(words: str, log: Path, server: subprocess.Popen[bytes]) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_serve_run_serves(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:

@@ -26,7 +26,7 @@ from deployments.loader import build
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
-from deployments.registry import FamilyName, ModelSpec
+from deployments.registry import ModelSpec
 from deployments.settings import Settings
 from deployments.store.sources import local_folder
 from deployments.tasks import Task
@@ -67,14 +67,14 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
 """The diffusers class of each tiny diffusion model."""
 
 ISNET_PX = 64
-FAMILY: dict[str, FamilyName] = {
+FAMILY: dict[str] = {
     **dict.fromkeys(("sd_ddim", "sd_pndm", "sd_v", "refiner"), "img2img"),
     "x4": "upscale_diffusion",
     "isnet": "matting",
     "srvgg": "upscale_gan",
     "rrdb": "upscale_gan",
 }
-_TASK: dict[FamilyName, Task] = {
+_TASK: dict[Task] = {
     "img2img": Task.COMIC,
     "upscale_diffusion": Task.UPSCALE,
     "upscale_gan": Task.UPSCALE,

@@ -9,7 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from deployments.settings import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_node_counts_as_idle_after_its_init_actor_ran(tmp_path: Path) -> None:

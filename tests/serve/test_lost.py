@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import httpx
+import pytest
 
 from benchmarks.recovery import Watch, process_of
 from tests.serve.test_http import jpeg, post
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from benchmarks.recovery import Answer
 
+pytestmark = pytest.mark.slow
 LIMIT_S = 300
 
 

@@ -43,6 +43,9 @@ cli(["run", sys.argv[2]])
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 class Server:
     """A command that serves until it is interrupted."""
 

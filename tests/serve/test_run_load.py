@@ -22,6 +22,7 @@ from tests.serve.test_http import ROUTES, is_problem, jpeg, opened, post
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
 MB = 10**6
 ONE_SIZE = [task for task in ROUTES if task != "upscale"]
 
