@@ -67,14 +67,14 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
 """The diffusers class of each tiny diffusion model."""
 
 ISNET_PX = 64
-FAMILY: dict[str] = {
+FAMILY: dict[str, str] = {
     **dict.fromkeys(("sd_ddim", "sd_pndm", "sd_v", "refiner"), "img2img"),
     "x4": "upscale_diffusion",
     "isnet": "matting",
     "srvgg": "upscale_gan",
     "rrdb": "upscale_gan",
 }
-_TASK: dict[Task] = {
+_TASK: dict[str, Task] = {
     "img2img": Task.COMIC,
     "upscale_diffusion": Task.UPSCALE,
     "upscale_gan": Task.UPSCALE,
