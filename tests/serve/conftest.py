@@ -24,6 +24,8 @@ from tests.serve.scripted import BrokenModel, ScriptedModel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+UPLOAD_PAUSE_S = 4
+"""Shorter than the default, so that tests wait less for it."""
 NO_NETWORK = Path(__file__).parent / "no_network"
 
 
@@ -79,8 +81,12 @@ def cluster(
 
 @pytest.fixture(scope="package")
 def address(cluster: str, local_config: dict[str, Any]) -> str:
-    """The URL of the whole application, as configs/local.yaml has it; models take 0.2 of a GPU."""
+    """The URL of the whole application, as configs/local.yaml has it.
+
+    But models take 0.2 of a GPU, and a body may stand still for a shorter time.
+    """
     application = local_config["applications"][0]
+    application["args"]["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
     for deployment in application["deployments"]:
         if deployment["name"] != "Ingress":
             deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.2}

@@ -39,7 +39,7 @@ def jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
 
 def post(address: str, task: str, image: bytes, **fields: str) -> httpx.Response:
     return httpx.post(
-        f"{address}/api/v1/images/{task.route}",
+        f"{address}/api/v1/images/{ROUTES[task]}",
         files={"image": ("photo.jpg", image)},
         data=fields,
         timeout=120,
@@ -166,7 +166,7 @@ async def gather(
         return await asyncio.gather(
             *(
                 client.post(
-                    f"{address}/api/v1/images/{task.route}",
+                    f"{address}/api/v1/images/{ROUTES[task]}",
                     files={"image": image},
                     data=dict(fields),
                 )

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deployments.settings import UploadSettings
+from tests.serve.conftest import UPLOAD_PAUSE_S
 from tests.serve.test_http import is_problem, jpeg, opened, post
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def test_a_picture_comes_while_six_hundred_others_have_stopped_sending(
     with stalled(address, begin):
         for _ in range(3):
             assert opened(post(address, "background", jpeg(96, 64))).size == (96, 64)
-            time.sleep(1)
     assert opened(post(address, "background", jpeg(96, 64))).size == (96, 64)
 
 
@@ -85,13 +84,12 @@ def test_who_stops_sending_is_told_so_and_cut_off(address: str) -> None:
 
 def test_a_slow_but_steady_upload_is_answered(address: str) -> None:
     body = PART + jpeg(512, 512) + END  # some 4 kB a second
-    patience_s = UploadSettings().pause_s
     with connected(address) as sender:
         sender.sendall(ROUTE + FORM + b"Content-Length: %d\r\n\r\n" % len(body))
         step = len(body) // 6 + 1
         for position in range(0, len(body), step):
             sender.sendall(body[position : position + step])
-            time.sleep(patience_s / 4)
+            time.sleep(UPLOAD_PAUSE_S / 4)
         assert sender.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 

@@ -120,7 +120,7 @@ def lines_about(request_id: str, file_name: str) -> list[dict[str, Any]]:
 def test_logs_are_json_and_carry_the_id_of_the_request(address: str) -> None:
     prompt, request_id = "a prompt that is nobody's business", "logged-1"
     answer = httpx.post(
-        f"{address}/api/v1/images/{'comic'.route}",
+        f"{address}/api/v1/images/style/comic",
         files={"image": ("photo.jpg", jpeg())},
         data={"prompt": prompt},
         headers={"X-Request-Id": request_id},
