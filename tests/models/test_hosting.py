@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from deployments.contract import REQUESTS, complete
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.errors import ModelCorrupt, NotReady
 from deployments.hosting import Host
 from deployments.images import Picture
@@ -74,7 +74,7 @@ class Bench:
         request: Any = complete(REQUESTS[self.spec.task](), {}, self.spec.parameters)
         picture = Picture(np.full((64, 64, 3), 90, np.uint8), None)
         pixels = served.pipeline.fit(picture, request)
-        return Row(request, pixels, 1, time.monotonic() + 60)
+        return Row(RowInput(request, pixels, 1, time.monotonic() + 60))
 
     async def ask(self) -> tuple[str, bytes]:
         """What serves a request, and its picture."""
@@ -100,10 +100,10 @@ async def test_content_is_exchanged_between_requests_and_back(bench: Bench) -> N
     other = bench.add("other", 1.5)
     bench.host.start(None)
     first = await bench.ask()
-    bench.host.want(other)
+    bench.host.switch_to(other)
     assert (await bench.settled())["error"] == ""
     second = await bench.ask()
-    bench.host.want(None)
+    bench.host.switch_to(None)
     await bench.settled()
     third = await bench.ask()
     assert [answer[0] for answer in (first, second, third)] == [
@@ -120,7 +120,7 @@ async def test_a_request_inside_finishes_on_the_model_it_began_with(bench: Bench
     other = bench.add("other", 1.5)
     bench.host.start(None)
     async with bench.host.use() as served:
-        bench.host.want(other)
+        bench.host.switch_to(other)
         await asyncio.sleep(1)
         assert bench.host.status["serving"] == bench.locked[:16], "it waits for the request"
         waiting = asyncio.create_task(bench.ask())
@@ -136,7 +136,7 @@ async def test_weights_that_fail_their_warm_up_are_not_served(bench: Bench, fact
     bad = bench.add("bad", factor)
     bench.host.start(None)
     before = await bench.ask()
-    bench.host.want(bad)
+    bench.host.switch_to(bad)
     status = await bench.settled()
     assert status["serving"] == bench.locked[:16]
     assert status["wanted"] == bad[:16]
@@ -185,7 +185,7 @@ async def test_an_exchange_that_fails_on_the_device_restores_or_says_so(
             raise Device(fails)
 
     monkeypatch.setattr(bench.host._ready().pipeline, "to", to)
-    bench.host.want(bad)
+    bench.host.switch_to(bad)
     status = await bench.settled()
     assert status["serving"] == bench.locked[:16]
     assert Store(bench.settings.store).remove(bench.spec.name, bad), "its lease has ended"

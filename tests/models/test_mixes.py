@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import statistics
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Row
     from deployments.images import Picture
 
@@ -87,7 +88,7 @@ def draw_case(name: str, stock: Any, rng: random.Random, steps: int) -> Case:
 
 
 def run_mix(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     cases: Sequence[Case],
     arrivals: Sequence[int],
     run_together: Callable[..., Any],
@@ -95,7 +96,7 @@ def run_mix(
     """How far the rows are from the stock pipeline's pictures, and the groups they stepped in."""
     rows = [as_row(pipeline, case.request, case.picture) for case in cases]
     groups = run_together(pipeline, rows, 8, arrivals=arrivals)
-    assert sum(map(len, groups)) == sum(row.steps for row in rows)
+    assert sum(map(len, groups)) == sum(row.progress.steps for row in rows)
     return apart(pipeline, rows, [case.expected for case in cases]), groups
 
 
@@ -107,7 +108,7 @@ def run_mix(
 def test_every_mix_equals_the_stock_calls_one_by_one(
     name: str,
     scheduler: str,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     stock: Callable[[str], Any],
     run_together: Callable[..., Any],
 ) -> None:
@@ -140,7 +141,7 @@ def test_every_mix_equals_the_stock_calls_one_by_one(
 def test_every_way_a_scheduler_may_be_set_up(
     scheduler: str,
     options: dict[str, Any],
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     stock: Callable[[str], Any],
     run_together: Callable[..., Any],
 ) -> None:
@@ -199,7 +200,7 @@ def company(name: str, rng: random.Random) -> tuple[Any, Picture]:
 def test_the_same_request_gives_the_same_picture_in_any_company(
     name: str,
     exact: bool,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
 ) -> None:
     """One level of 255 apart at most, or not at all, while others come and go."""
@@ -220,14 +221,14 @@ def test_the_same_request_gives_the_same_picture_in_any_company(
         return row
 
     alone = ask([], [0])
-    assert alone.batch_size == 1
+    assert alone.progress.batch_size == 1
     rng, worst, sizes = random.Random(name), 0, set()
     for _ in range(20):
         others = [as_row(pipeline, *company(name, rng)) for _ in range(rng.randint(1, 5))]
         latest = 1 if name == "isnet" else 3
         arrivals = [rng.randint(0, 1), *(rng.randint(0, latest) for _ in others)]
         row = ask(others, [a - min(arrivals) for a in arrivals])
-        sizes.add(row.batch_size)
+        sizes.add(row.progress.batch_size)
         different = row.future.result().astype(int) - alone.future.result()
         worst = max(worst, int(np.abs(different).max()))
     print(f"{name}: {worst} of 255 apart in 20 companies, in groups of {sorted(sizes)}")
@@ -245,7 +246,7 @@ def test_the_same_request_gives_the_same_picture_in_any_company(
 @pytest.mark.parametrize("seed", range(3))
 def test_eight_mixed_rows_take_little_more_than_half_the_passes(
     seed: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
 ) -> None:
     pipeline: Any = tiny_pipeline("sd_ddim")
@@ -283,7 +284,7 @@ def test_eight_mixed_rows_take_little_more_than_half_the_passes(
 def test_a_step_that_failed_leaves_no_trace(
     scheduler: str,
     failing: set[int],
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     stock: Callable[[str], Any],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +319,7 @@ def test_a_step_that_failed_leaves_no_trace(
 @pytest.mark.parametrize("name", ["srvgg", "isnet"])
 def test_a_network_that_failed_once_leaves_no_trace(
     name: str,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -349,10 +350,14 @@ class FailingNetworks:
     def __init__(self, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fate = ""
         self.rows: list[Row] = []
+        self.ahead_s = 0.0
         unet, encoder = pipeline.denoiser.unet, pipeline.autoencoder.vae.encoder
         self._unet, self._encoder = unet.forward, encoder.forward
         monkeypatch.setattr(unet, "forward", self._step)
         monkeypatch.setattr(encoder, "forward", self._encode)
+
+    def clock(self) -> float:
+        return time.monotonic() + self.ahead_s
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         (output,) = self._unet(*args, **kwargs)
@@ -361,7 +366,7 @@ class FailingNetworks:
         if self.fate == "cancelled":
             self.rows[0].cancel()
         if self.fate == "too late":
-            self.rows[0].deadline_s = 0.0
+            self.ahead_s = 1000.0
         self._fail("out of memory", "error")
         return (output,)
 
@@ -395,16 +400,16 @@ def live_tensors() -> int:
 
 
 def test_memory_returns_to_its_level_however_rows_end(
-    tiny_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Callable[..., AnyPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the garbage collector, for which a device's memory cannot wait."""
     pipeline: Any = tiny_pipeline("sd_ddim")
     networks = FailingNetworks(pipeline, monkeypatch)
-    engine = Engine(pipeline, pace=Together())
+    engine = Engine(pipeline, pace=Together(), clock=networks.clock)
     request = ComicRequest(steps=2, strength=1.0, seed=1, prompt="red")
 
     def run(fate: str) -> None:
-        networks.fate = fate
+        networks.fate, networks.ahead_s = fate, 0.0
         engine.limits = GroupLimits(4, 64 * 64 if fate == "too large" else None)
         rows = networks.rows = [as_row(pipeline, request, tiny.picture(i)) for i in (1, 2)]
         engine.put(rows)
