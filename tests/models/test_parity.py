@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-5  # 1e-4 is the promise; sums are added in another order than the stock layout
 IMG2IMG = ["sd_ddim", "sd_pndm", "sd_v", "refiner"]
+SIZES = [(1, 1), (9, 31), (40, 40), (41, 100), (130, 12), (200, 205)]
 PROMPTS = [
     ("comic book drawing", "blurry"),
     ("", ""),
@@ -177,9 +178,14 @@ def test_a_tiled_upscale_equals_the_whole(
 
 
 @pytest.mark.parametrize(
-    ("height_px", "width_px"), [(1, 1), (9, 31), (40, 40), (41, 100), (130, 12), (200, 205)]
+    ("name", "height_px", "width_px"),
+    [
+        *(("srvgg", *size) for size in SIZES),
+        *(("rrdb", *size) for size in SIZES if max(size) < 200),
+        ("rrdb", 110, 105),
+        pytest.param("rrdb", 200, 205, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["srvgg", "rrdb"])
 def test_an_upscale_of_any_size_equals_the_plain_network(
     name: str,
     height_px: int,
