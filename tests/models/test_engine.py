@@ -1,4 +1,4 @@
-"""The engine's guarantees, on pipelines that do as they are told."""
+"""The engine's guarantees, on scripted pipelines."""
 
 from __future__ import annotations
 
@@ -845,7 +845,7 @@ def out_of_room() -> None:
     ],
     ids=lambda script: " ".join(f"{k} {getattr(v, '__name__', v)}" for k, v in script.items()),
 )
-def test_a_row_is_held_by_nobody_once_it_is_resolved(script: dict[str, Any]) -> None:
+def test_nothing_holds_a_row_once_it_is_resolved(script: dict[str, Any]) -> None:
     """Without the garbage collector, for which a device's memory cannot wait."""
     engine = Engine(FakeForgetfulPipeline(), GroupLimits(4, budget_px=100), pace=Together())
     script, cancel = dict(script), script.get("cancel")
@@ -914,7 +914,7 @@ def test_a_row_alone_that_ran_out_of_memory_once_is_tried_again(harness: Harness
     assert len(tries) == 2
 
 
-def test_what_memory_allowed_is_tried_anew_after_a_while(harness: Harness) -> None:
+def test_a_limit_learned_from_memory_is_dropped_after_a_while(harness: Harness) -> None:
     pipeline = FakeMemoryPipeline(room_px=2)
     engine = harness.start(pipeline, max_batch_size=4)
     harness.together(*(row() for _ in range(4)))

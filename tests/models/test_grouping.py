@@ -250,7 +250,7 @@ def test_a_size_that_is_worse_is_avoided() -> None:
     assert settled[4] <= 6
 
 
-def test_what_pays_is_learned_anew_when_it_changes() -> None:
+def test_what_pays_is_learned_again_when_it_changes() -> None:
     pace, rows = Pace(), [make(9, 100) for _ in range(4)]
     assert learn(pace, rows, float, 100)[-1] == 1
     sizes = learn(pace, rows, lambda _: 1.0, 64 * 6)

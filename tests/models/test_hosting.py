@@ -121,13 +121,17 @@ async def test_a_request_inside_finishes_on_the_model_it_began_with(bench: Bench
     bench.host.start(None)
     async with bench.host.use() as served:
         bench.host.switch_to(other)
-        await asyncio.sleep(1)
-        assert bench.host.status["serving"] == bench.locked[:16], "it waits for the request"
+        async with asyncio.timeout(60):
+            while bench.host._gate._open.is_set():  # until the new content waits for the request
+                await asyncio.sleep(0.01)
+        assert bench.host.status["serving"] == bench.locked[:16]
         waiting = asyncio.create_task(bench.ask())
         row = bench.row(served)
         served.engine.put([row])
         await asyncio.wrap_future(row.future)
-    assert (await waiting)[0] == other[:16], "who came meanwhile waited, and got the new one"
+    assert (await waiting)[0] == other[:16], (
+        "a request that came meanwhile waited for the new content"
+    )
     bench.host.close()
 
 
@@ -172,7 +176,7 @@ class Device(Exception):
 
 
 @pytest.mark.parametrize(("fails", "broken"), [("old leaves", False), ("old returns", True)])
-async def test_an_exchange_that_fails_on_the_device_restores_or_says_so(
+async def test_an_exchange_that_fails_on_the_device_is_undone_or_reported(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, fails: str, broken: bool
 ) -> None:
     bad = bench.add("bad", float("nan"))

@@ -1,4 +1,4 @@
-"""Every way a model folder can be wrong is told apart, by name, and nothing is fetched."""
+"""Every way a model folder can be wrong has an error of its own, and nothing is fetched."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Clock:
 
 
 class Replica:
-    """Accepts requests, and ends the one of the earliest deadline when it is told to work."""
+    """Accepts requests, and ends the one of the earliest deadline at each `finish`."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -129,7 +129,7 @@ def test_a_request_in_a_hurry_does_not_make_an_accepted_one_late() -> None:
     assert replica.take(10.0, timeout_s=60.0)
 
 
-def test_whoever_leaves_makes_room() -> None:
+def test_a_request_that_leaves_makes_room() -> None:
     replica = Replica()
     replica.take_all([2.0] * 100)
     with pytest.raises(Full):
@@ -312,7 +312,7 @@ def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> N
             rows.pop(first).close()
 
 
-async def test_requests_whose_time_is_up_at_one_moment_all_hear_that_they_are_late() -> None:
+async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None:
     class Waiting(ModelDeployment):
         """Its only seat is taken, and every request takes a millisecond."""
 
