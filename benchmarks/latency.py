@@ -21,7 +21,7 @@ from deployments import images
 from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.loader import build
 from deployments.registry import ModelSpec, load_registry
 from deployments.settings import LimitSettings, Settings
@@ -29,20 +29,22 @@ from deployments.store.provider import Provider
 from starter_models.training.data import photo_bytes
 
 if TYPE_CHECKING:
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
 
 TARGET_S = 1.5
 STAGES = ("decode", "model", "encode", "total")
 
 
-def measure(spec: ModelSpec, pipeline: Pipeline, engine: Engine, image: bytes) -> dict[str, float]:
+def measure(
+    spec: ModelSpec, pipeline: AnyPipeline, engine: Engine, image: bytes
+) -> dict[str, float]:
     """Seconds of each stage for one request."""
     request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.perf_counter()
     picture = images.decode(image, LimitSettings())
     pixels = pipeline.fit(picture, request)
     decoded_s = time.perf_counter()
-    row = Row(request, pixels, seed=0, deadline_s=time.monotonic() + 600)
+    row = Row(RowInput(request, pixels, seed=0, deadline_s=time.monotonic() + 600))
     engine.put([row])
     output = row.future.result()
     done_s = time.perf_counter()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.engine.grouping import GroupLimits, Pace, choose
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,21 +35,22 @@ def arrivals(count: int, load: float, seed: int) -> list[Row]:
     rng = random.Random(seed)
     rows: list[Row] = []
     for _ in range(count):
-        row = Row(None, PIXELS, 0, 0)  # type: ignore[arg-type]
-        row.steps = row.steps_left = max(1, int(rng.randint(10, 40) * rng.uniform(0.2, 0.9)))
+        row = Row(RowInput(None, PIXELS, 0, 0))
+        steps = max(1, int(rng.randint(10, 40) * rng.uniform(0.2, 0.9)))
+        row.progress.steps = row.progress.steps_left = steps
         width, height = rng.choices(SIZES_PX, SIZE_WEIGHTS)[0]
-        row.cost_px = 2 * width * height
+        row.progress.cost_px = 2 * width * height
         rows.append(row)
     rate = load / statistics.mean(own_s(row) for row in rows)
     now_s = 0.0
     for row in rows:
         now_s += rng.expovariate(rate)
-        row.arrived_s = now_s
+        row.progress.arrived_s = now_s
     return rows
 
 
 def own_s(row: Row) -> float:
-    return row.steps * row.cost_px * SECONDS_PER_PX
+    return row.progress.work_px * SECONDS_PER_PX
 
 
 def latencies(rows: list[Row], order: Order) -> list[float]:
@@ -57,32 +58,32 @@ def latencies(rows: list[Row], order: Order) -> list[float]:
     now_s, waiting, coming = 0.0, list[Row](), list(rows)
     while coming or waiting:
         if not waiting:
-            now_s = max(now_s, coming[0].arrived_s)
-        while coming and coming[0].arrived_s <= now_s:
+            now_s = max(now_s, coming[0].progress.arrived_s)
+        while coming and coming[0].progress.arrived_s <= now_s:
             waiting.append(coming.pop(0))
         row = order(waiting, now_s)
-        now_s += row.cost_px * SECONDS_PER_PX
-        row.steps_left -= 1
-        row.run_s = now_s  # the last time it stepped
-        if not row.steps_left:
+        now_s += row.progress.cost_px * SECONDS_PER_PX
+        row.progress.steps_left -= 1
+        row.progress.stepping_s = now_s  # the last time it stepped
+        if not row.progress.steps_left:
             waiting.remove(row)
-    return [row.run_s - row.arrived_s for row in rows]
+    return [row.progress.stepping_s - row.progress.arrived_s for row in rows]
 
 
 def ours() -> Order:
     pace = Pace()
-    pace._per_px = SECONDS_PER_PX
+    pace._s_per_px = SECONDS_PER_PX
     limits = GroupLimits(max_batch_size=1)
     return lambda rows, now_s: choose(rows, lambda _: 0, limits, pace, now_s).rows[0]
 
 
 def orders() -> dict[str, Order]:
     return {
-        "first come, first served": lambda rows, _: min(rows, key=lambda r: r.arrived_s),
-        "turns": lambda rows, _: min(rows, key=lambda r: r.run_s or r.arrived_s),
-        "shortest remaining time": lambda rows, _: min(
-            rows, key=lambda r: r.steps_left * r.cost_px
+        "first come, first served": lambda rows, _: min(rows, key=lambda r: r.progress.arrived_s),
+        "turns": lambda rows, _: min(
+            rows, key=lambda r: r.progress.stepping_s or r.progress.arrived_s
         ),
+        "shortest remaining time": lambda rows, _: min(rows, key=lambda r: r.progress.work_left_px),
         "ours": ours(),
     }
 

@@ -19,10 +19,10 @@ _ASPECT_TOLERANCE: Final = 0.05
 def choose_bucket(
     width_px: int, height_px: int, buckets: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """The bucket (width, height) that suits a picture.
+    """The bucket (width, height) for a picture.
 
-    Among those of about the picture's aspect ratio: the smallest that holds it unshrunk, else the
-    largest.
+    Of the buckets of about the picture's aspect ratio, it is the smallest that holds the picture
+    without shrinking it, else the largest.
     """
 
     def misfit(bucket: tuple[int, int]) -> float:
@@ -35,13 +35,13 @@ def choose_bucket(
 
 
 def content_box(width_px: int, height_px: int, bucket: tuple[int, int]) -> tuple[int, int]:
-    """Width and height a picture gets in a bucket: as large as fits, its aspect kept."""
+    """Width and height of a picture in a bucket: as large as fits, with its aspect ratio."""
     scale = min(bucket[0] / width_px, bucket[1] / height_px)
     return max(1, round(width_px * scale)), max(1, round(height_px * scale))
 
 
 def fit_to_bucket(rgb: Array, bucket: tuple[int, int]) -> Array:
-    """`rgb` scaled to the bucket's `content_box` and mirrored into the rest, right and below."""
+    """`rgb` scaled to the bucket's `content_box`, with reflections to its right and below it."""
     width, height = content_box(rgb.shape[1], rgb.shape[0], bucket)
     scaled = resize(rgb, width, height)
     columns = np.pad(np.arange(width), (0, bucket[0] - width), mode="reflect")
@@ -55,7 +55,7 @@ def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working
     Args:
         pixels: of the bucket's size; colour or grey.
         width_px, height_px: of the picture that was fitted.
-        working: keep the size the model worked at, rather than go back to the picture's.
+        working: keep the size that the model worked at instead of the picture's.
     """
     width, height = content_box(width_px, height_px, (pixels.shape[1], pixels.shape[0]))
     content = pixels[:height, :width]
@@ -63,7 +63,7 @@ def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working
 
 
 def resize(pixels: Array, width_px: int, height_px: int) -> Array:
-    """A copy of `pixels`, `H x W x 3` or `H x W`, of another size; Lanczos."""
+    """A copy of `pixels`, `H x W x 3` or `H x W`, scaled by Lanczos."""
     if pixels.shape[:2] == (height_px, width_px):
         return pixels.copy()
     image = Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.LANCZOS)

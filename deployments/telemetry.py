@@ -1,5 +1,6 @@
-"""Metrics of our own, beside Serve's. Ray's agent on each node exports them to Prometheus, with the
-prefix `ray_`.
+"""Metrics of our own, beside Serve's.
+
+Ray's agent on each node exports them to Prometheus with the prefix `ray_`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ROWS = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]
 
 
 class ModelMetrics:
-    """What a replica tells of its model and of the store of its node."""
+    """A replica's model and the model store of its node."""
 
     def __init__(self) -> None:
         self._counted = {kind: Counter(n, d, _MODEL) for kind, (n, d) in _COUNTED.items()}
@@ -55,40 +56,40 @@ class ModelMetrics:
             "imagen_model_serving", "1 for the digest a replica serves.", ("model", "digest")
         )
         self._differs = Gauge(
-            "imagen_model_differs", "1 while another digest is served than wanted.", _MODEL
+            "imagen_model_differs", "1 while the digest served is not the configured one.", _MODEL
         )
         self._gauges: list[tuple[Gauge, float, dict[str, str]]] = []
 
-    def hear(self, event: Event) -> None:
+    def count_event(self, event: Event) -> None:
         """Count one event of the store."""
         self._add(event.kind, event.model, event.stage, 1, event.amount)
 
-    def record(self, totals: Totals) -> None:
-        """Count the events of a node init actor, which ends before its metrics are collected."""
+    def count_totals(self, totals: Totals) -> None:
+        """Count events of a node init actor, which ends before its own metrics are collected."""
         for kind, model, stage, count, amount in totals:
             self._add(kind, model, stage, count, amount)
 
-    def loaded(self, model: str, digest: str, seconds: float) -> None:
-        """A digest is served from now on."""
+    def set_serving(self, model: str, digest: str, seconds: float) -> None:
+        """A digest is served from now on; loading it took `seconds`."""
         self._gauges = [
             (self._load, seconds, {"model": model}),
             (self._info, 1.0, {"model": model, "digest": digest}),
         ]
-        self.repeat()
+        self.refresh()
 
-    def repeat(self, disk_free_bytes: int | None = None) -> None:
-        """Set the gauges again: Ray's agent forgets one that is not set for a while."""
+    def refresh(self, disk_free_bytes: int | None = None) -> None:
+        """Set the gauges again, because Ray's agent forgets one that is not set for a while."""
         for gauge, value, tags in self._gauges:
             gauge.set(value, tags)
         if disk_free_bytes is not None:
             self._free.set(disk_free_bytes)
 
-    def differs(self, model: str, *, other: bool) -> None:
-        """Whether another digest is served than wanted."""
-        self._differs.set(int(other), {"model": model})
+    def set_differs(self, model: str, *, differs: bool) -> None:
+        """Whether the digest that is served is not the configured one."""
+        self._differs.set(int(differs), {"model": model})
 
-    def swapped(self, model: str, old: str, *, failed: bool) -> None:
-        """An exchange ended."""
+    def count_swap(self, model: str, old: str, *, failed: bool) -> None:
+        """Count an exchange that ended; `old` is the digest before it."""
         self._swap.inc(1, {"model": model, "outcome": "failed" if failed else "done"})
         if not failed:
             self._info.set(0, {"model": model, "digest": old})
@@ -105,17 +106,17 @@ class ModelMetrics:
 
 
 class WorkMetrics:
-    """What a replica tells of its requests, its passes and its share of a GPU.
+    """A replica's requests, passes and share of a GPU.
 
     Args:
-        model: its name, the tag of all.
+        model: its name, a tag of every metric.
     """
 
     def __init__(self, model: str) -> None:
         self._model = {"model": model}
         self._requests = Counter(
             "imagen_requests",
-            "Requests a replica has answered, by outcome: ok, or the code of the error.",
+            "Requests of a replica by outcome: ok, the code of the error, or disconnected.",
             ("model", "outcome"),
         )
         self._stage = Histogram(
@@ -127,7 +128,7 @@ class WorkMetrics:
         self._rows = Histogram("imagen_pass_rows", "Rows of a pass.", _ROWS, _MODEL)
         self._passes = Counter(
             "imagen_passes",
-            "Passes, by why no more rows were in: all, key, full, exact, budget, pace, memory.",
+            "Passes by why they took no more rows: all, key, full, exact, budget, pace, memory.",
             ("model", "closed"),
         )
         self._gpu_seconds = Counter(
@@ -140,32 +141,34 @@ class WorkMetrics:
             ("model", "kind"),
         )
 
-    def answered(self, outcome: str) -> None:
+    def count_request(self, outcome: str) -> None:
+        """A request has ended: ok, the code of its error, or disconnected."""
         self._requests.inc(1, self._model | {"outcome": outcome})
 
-    def pictured(self, timings_s: Mapping[str, float], gpu_seconds: float) -> None:
-        """A picture is done; seconds by stage."""
+    def record_picture(self, timings_s: Mapping[str, float], gpu_seconds: float) -> None:
+        """A picture is done; `timings_s` are seconds by stage."""
         for stage, seconds in timings_s.items():
             self._stage.observe(seconds, self._model | {"stage": stage})
         if gpu_seconds > 0:
             self._gpu_seconds.inc(gpu_seconds, self._model)
 
-    def passed(self, done: Pass) -> None:
+    def record_pass(self, done: Pass) -> None:
+        """A pass is done."""
         self._rows.observe(len(done.rows), self._model)
         self._passes.inc(1, self._model | {"closed": done.closed})
 
-    def holds(self, rows: int) -> None:
-        """So many requests are inside."""
-        self._in_flight.set(rows, self._model)
+    def set_in_flight(self, requests: int) -> None:
+        """How many requests are inside."""
+        self._in_flight.set(requests, self._model)
 
-    def memory(self, memory_bytes: Mapping[str, int]) -> None:
-        """By kind: reserved, peak, cap."""
+    def set_memory(self, memory_bytes: Mapping[str, int]) -> None:
+        """Bytes by kind: reserved, peak, cap."""
         for kind, amount in memory_bytes.items():
             self._memory.set(amount, self._model | {"kind": kind})
 
 
 class HttpMetrics:
-    """What an ingress replica tells of its answers."""
+    """An ingress replica's answers."""
 
     def __init__(self) -> None:
         self._answers = Counter(
@@ -181,6 +184,6 @@ class HttpMetrics:
         )
 
     def answered(self, route: str, status: int, reason: str, seconds: float) -> None:
-        """A request is over; status 0 if its client has left."""
+        """Count an answer; status 0 if its client left before it."""
         self._answers.inc(1, {"route": route, "status": str(status), "reason": reason})
         self._seconds.observe(seconds, {"route": route})

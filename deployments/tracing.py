@@ -1,4 +1,4 @@
-"""Spans of our own, beside those that Serve makes where its `tracing_config` is enabled."""
+"""Spans of our own, beside those that Serve makes if its `tracing_config` is enabled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, set_span_in_context
+from opentelemetry.trace import Link, NonRecordingSpan, set_span_in_context
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from opentelemetry.trace import Span
+    from opentelemetry.trace import Span, SpanContext
 
     from deployments.engine.grouping import Pass
     from deployments.engine.row import Row
@@ -21,17 +21,17 @@ _TRACER = trace.get_tracer("imagen")
 
 
 def current() -> SpanContext | None:
-    """The context of the request at hand; None if it is not traced."""
+    """The span context of the current request; None if it is not traced."""
     context = trace.get_current_span().get_span_context()
     return context if context.is_valid and context.trace_flags.sampled else None
 
 
-def record(name: str, start_s: float, end_s: float, facts: Mapping[str, float]) -> None:
-    """A span within the request at hand, after the fact; times as of `time.monotonic`."""
+def record(name: str, start_s: float, end_s: float, attributes: Mapping[str, float]) -> None:
+    """Record a span of the current request that has ended, on the clock of `time.monotonic`."""
     if current() is None:
         return
     past_ns = time.time_ns() - time.monotonic_ns()
-    span = _TRACER.start_span(name, start_time=past_ns + int(start_s * 1e9), attributes=facts)
+    span = _TRACER.start_span(name, start_time=past_ns + int(start_s * 1e9), attributes=attributes)
     span.end(past_ns + int(end_s * 1e9))
 
 
@@ -43,13 +43,13 @@ class _Batch:
 
 
 class BatchSpans:
-    """One span for as long as the same rows step together, linked to the request of each.
+    """One span for as long as the same rows step together, linked to the request of each row.
 
-    It belongs to the trace of the first of them, because a span of no trace would be sampled by a
-    dice of its own. For one thread.
+    The span belongs to the trace of the first row, because a span without a trace would be sampled
+    independently of its requests. For one thread.
 
     Args:
-        model: its name, in the spans.
+        model: its name, an attribute of the spans.
     """
 
     def __init__(self, model: str) -> None:
@@ -57,21 +57,21 @@ class BatchSpans:
         self._open: list[_Batch] = []
 
     def add(self, done: Pass) -> None:
-        """These rows have taken a step."""
+        """Rows have taken a step."""
         if batch := self._batch(done):
             batch.passes += 1
         for batch in [b for b in self._open if any(_is_over(row) for row in b.rows)]:
             self._end(batch)
 
     def _batch(self, done: Pass) -> _Batch | None:
-        """The batch of exactly these rows; ends the former ones of any."""
+        """The batch of exactly these rows; batches that share some of them end."""
         rows = frozenset(done.rows)
         for batch in list(self._open):
             if batch.rows == rows:
                 return batch
             if batch.rows & rows:
                 self._end(batch)
-        contexts = [row.trace for row in done.rows if isinstance(row.trace, SpanContext)]
+        contexts = [context for row in done.rows if (context := row.input.trace)]
         if not contexts:
             return None
         span = _TRACER.start_span(
@@ -91,4 +91,4 @@ class BatchSpans:
 
 
 def _is_over(row: Row) -> bool:
-    return row.steps_left < 1 or row.future.done()
+    return row.progress.steps_left < 1 or row.future.done()

@@ -248,7 +248,9 @@ def choose_format(wanted: OutputFormat | None, accept: str, *, transparent: bool
     """
     if wanted is not None:
         return wanted
-    offered = [one for one in _FORMATS if one != "jpeg" or not transparent]
+    offered = list(_FORMATS)
+    if transparent:
+        offered.remove("jpeg")
     best = max(offered, key=lambda name: _quality(accept, name))  # the first of equals
     if _quality(accept, best) == 0:
         raise NotAcceptable(

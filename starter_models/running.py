@@ -17,7 +17,7 @@ from PIL import Image
 from deployments import images
 from deployments.contract import complete
 from deployments.engine.engine import Engine
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.loader import build
 from deployments.registry import load_registry
 from deployments.settings import Settings
@@ -25,7 +25,7 @@ from deployments.store.sources import local_folder
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
     from deployments.registry import ModelSpec
     from starter_models.training.data import Picture
 
@@ -41,7 +41,7 @@ def run(task: Task, picture: Picture) -> Picture:
     spec, pipeline = _loaded(task)
     request = complete(task.request(), spec.defaults, spec.parameters)
     source = images.Picture(np.asarray(to_image(picture)), None)
-    row = Row(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf)
+    row = Row(RowInput(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf))
     engine = Engine(pipeline)
     engine.put([row])
     result = pipeline.restore(row.future.result(), source, request)
@@ -61,7 +61,7 @@ def from_image(image: Image.Image) -> Picture:
 
 
 @lru_cache
-def _loaded(task: Task) -> tuple[ModelSpec, Pipeline]:
+def _loaded(task: Task) -> tuple[ModelSpec, AnyPipeline]:
     spec = load_registry(REGISTRY)[task]
     folder = local_folder(spec.origins[0].source)
     return spec, build(spec, folder, Settings(device="cpu", torch_threads=2))

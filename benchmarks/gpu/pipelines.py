@@ -5,14 +5,15 @@ autoencoder to the denoiser, with embeddings in place of texts.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks.gpu.architectures import ARCHITECTURES
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.pipelines.autoencoder import Autoencoder, image_tensor
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
 
     from benchmarks.gpu.workloads import Item, Parts, Request
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Pixels
 
 _FOREVER_S = float("inf")
@@ -44,25 +45,25 @@ class DiffusionBench:
         self._wanted, self._unwanted = _cast(parts.wanted, dtype), _cast(parts.unwanted, dtype)
         self._dtype = dtype
 
-    def cost_px(self, row: Row) -> int:
-        guided = _request(row).guidance_scale > 1
+    def cost_px(self, row: RowInput[Request]) -> int:
+        guided = row.request.guidance_scale > 1
         return row.pixels.shape[0] * row.pixels.shape[1] * (2 if guided else 1)
 
     @torch.inference_mode()
-    def begin(self, row: Row) -> Generator[None, None, None]:
-        request = _request(row)
+    def begin(self, row: RowInput[Request]) -> Generator[None, None, Denoising]:
+        request = row.request
         generator = torch.Generator("cpu").manual_seed(row.seed)
         unwanted = self._unwanted if request.guidance_scale > 1 else None
         upscales = self._parts.workload.family == "upscale_diffusion"
         start = self._start_upscale if upscales else self._start_img2img
         state = start(row, generator, unwanted)
         yield
-        row.state, row.steps_left = state, state.schedule.steps
+        return state
 
     def _start_img2img(
-        self, row: Row, generator: torch.Generator, unwanted: Condition | None
+        self, row: RowInput[Request], generator: torch.Generator, unwanted: Condition | None
     ) -> Denoising:
-        request = _request(row)
+        request = row.request
         clean = self._autoencoder.encode(row.pixels, generator)
         noise = randn_tensor(clean.shape, generator, clean.device, self._dtype)
         schedule = self._denoiser.schedule(request.steps, request.skipped)
@@ -70,9 +71,9 @@ class DiffusionBench:
         return Denoising(latents, schedule, self._wanted, unwanted, request.guidance_scale)
 
     def _start_upscale(
-        self, row: Row, generator: torch.Generator, unwanted: Condition | None
+        self, row: RowInput[Request], generator: torch.Generator, unwanted: Condition | None
     ) -> Denoising:
-        request, device = _request(row), torch.device(self._parts.device)
+        request, device = row.request, torch.device(self._parts.device)
         picture = image_tensor(row.pixels).to(device, self._dtype)
         noise = randn_tensor(picture.shape, generator, device, self._dtype)
         kept = self._parts.noises[request.noise_level]
@@ -90,14 +91,24 @@ class DiffusionBench:
             request.noise_level,
         )
 
-    def key(self, row: Row) -> Hashable:
-        return row.pixels.shape[:2]
+    def steps(self, state: Denoising) -> int:
+        return state.schedule.steps
 
-    def step(self, rows: Sequence[Row]) -> None:
-        self._denoiser.step([cast("Denoising", row.state) for row in rows])
+    def key(self, state: Denoising) -> Hashable:
+        return state.latents.shape[2:]
 
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
-        return self._autoencoder.decode(cast("Denoising", row.state).latents)
+    def step(self, states: Sequence[Denoising]) -> None:
+        self._denoiser.step(states)
+
+    def finish(self, state: Denoising) -> Generator[None, None, Pixels]:
+        return self._autoencoder.decode(state.latents)
+
+
+@dataclass(slots=True)
+class Single:
+    """A row of one pass: its pixels, then its picture."""
+
+    pixels: Pixels
 
 
 class NetworkBench:
@@ -108,26 +119,29 @@ class NetworkBench:
         self._network = network
         self._dtype = dtype
 
-    def cost_px(self, row: Row) -> int:
+    def cost_px(self, row: RowInput[Request]) -> int:
         return row.pixels.shape[0] * row.pixels.shape[1]
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
-        row.steps_left = 1
+    def begin(self, row: RowInput[Request]) -> Generator[None, None, Single]:
         yield from ()
+        return Single(row.pixels)
 
-    def key(self, row: Row) -> Hashable:
-        return row.pixels.shape[:2]
+    def steps(self, state: Single) -> int:
+        return 1
 
-    def step(self, rows: Sequence[Row]) -> None:
+    def key(self, state: Single) -> Hashable:
+        return state.pixels.shape[:2]
+
+    def step(self, states: Sequence[Single]) -> None:
         pictures = apply_network(
-            self._parts, self._network, self._dtype, [row.pixels for row in rows]
+            self._parts, self._network, self._dtype, [state.pixels for state in states]
         )
-        for row, picture in zip(rows, pictures, strict=True):
-            row.state = picture
+        for state, picture in zip(states, pictures, strict=True):
+            state.pixels = picture
 
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+    def finish(self, state: Single) -> Generator[None, None, Pixels]:
         yield from ()
-        return cast("Any", row.state)
+        return state.pixels
 
 
 @torch.inference_mode()
@@ -149,37 +163,37 @@ def apply_network(
 class Synchronised:
     """A pipeline whose every step waits for the device: what a host sync in the loop costs."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: AnyPipeline) -> None:
         self._pipeline = pipeline
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
-    def step(self, rows: Sequence[Row]) -> None:
-        self._pipeline.step(rows)
+    def step(self, states: Sequence[Any]) -> None:
+        self._pipeline.step(states)
         synchronize()
 
 
 class InTurn:
     """A pipeline that never encodes or decodes beside a step."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: AnyPipeline) -> None:
         self._pipeline = pipeline
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
-    def step(self, rows: Sequence[Row]) -> None:
+    def step(self, states: Sequence[Any]) -> None:
         with self._lock:
-            self._pipeline.step(rows)
+            self._pipeline.step(states)
             synchronize()
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
+    def begin(self, row: RowInput[Request]) -> Generator[None, None, Any]:
         return self._alone(self._pipeline.begin(row))
 
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
-        return self._alone(self._pipeline.finish(row))
+    def finish(self, state: Any) -> Generator[None, None, Pixels]:
+        return self._alone(self._pipeline.finish(state))
 
     def _alone(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
         while True:
@@ -201,18 +215,16 @@ class PageableDenoiser(Denoiser):
 
 
 def make_row(parts: Parts, item: Item) -> Row:
-    return Row(cast("Any", item.request), parts.pixels, item.seed, _FOREVER_S)
+    return Row(RowInput(item.request, parts.pixels, item.seed, _FOREVER_S))
 
 
-def drive(pipeline: Pipeline, rows: Sequence[Row]) -> list[Pixels]:
+def drive(pipeline: AnyPipeline, rows: Sequence[Row]) -> list[Pixels]:
     """Take rows through a pipeline together, on this thread, without an engine."""
-    for row in rows:
-        _exhaust(pipeline.begin(row))
-    while waiting := [row for row in rows if row.steps_left]:
-        pipeline.step(waiting)
-        for row in waiting:
-            row.steps_left -= 1
-    return [_exhaust(pipeline.finish(row)) for row in rows]
+    states = [_exhaust(pipeline.begin(row.input)) for row in rows]
+    steps = [pipeline.steps(state) for state in states]
+    for done in range(max(steps)):
+        pipeline.step([state for state, n in zip(states, steps, strict=True) if n > done])
+    return [_exhaust(pipeline.finish(state)) for state in states]
 
 
 def synchronize() -> None:
@@ -227,10 +239,6 @@ def _exhaust(pieces: Generator[None, None, Any]) -> Any:
             next(pieces)
         except StopIteration as end:
             return end.value
-
-
-def _request(row: Row) -> Request:
-    return cast("Request", row.request)
 
 
 def _cast(condition: Condition, dtype: torch.dtype) -> Condition:

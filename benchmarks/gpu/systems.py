@@ -266,7 +266,7 @@ class Ours:
             row.future.add_done_callback(lambda _: slots.release())
             self.engine.put([row])
         pictures = [row.future.result(_RESULT_TIMEOUT_S) for row in rows]
-        self.grouped = max(self.grouped, *(row.batch_size for row in rows))
+        self.grouped = max(self.grouped, *(row.progress.batch_size for row in rows))
         return pictures
 
     def close(self) -> None:

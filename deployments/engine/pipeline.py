@@ -1,21 +1,23 @@
-"""What the engine expects of a model family."""
+"""What the engine asks of a model family."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
 
-    from deployments.contract import ImageRequest
-    from deployments.engine.row import Pixels, Row
+    from deployments.engine.row import Pixels, RowInput
     from deployments.images import Picture
+
+RequestT = TypeVar("RequestT", contravariant=True)
+StateT = TypeVar("StateT")
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a request takes of a model, as far as its sizes and parameters tell.
+    """What a request costs a model, as far as sizes and parameters tell.
 
     Attributes:
         steps: passes of the network.
@@ -28,57 +30,72 @@ class Work:
     stage_px: int
 
 
-class Pipeline(Protocol):
-    """One model, loaded.
+class Pipeline(Protocol[RequestT, StateT]):
+    """One loaded model.
 
-    Guarantees asked of an implementation:
-        - `fit`, `restore`, `work` and `cost_px` are pure and may run on any thread, several at a
-          time;
+    `RequestT` is the request the family reads, `StateT` what it keeps of a row between steps.
+
+    An implementation guarantees:
+        - `fit`, `restore`, `work` and `cost_px` are pure and may run on several threads at a time;
         - `begin` and `finish` run on one thread, `step` on another; they share no module that
           keeps state between calls;
         - `begin` and `finish` yield after every bounded piece of work, and may be called again;
-        - if `step` raises, no row it was given has changed, so that the engine may try again with
-          fewer rows.
+        - if `step` raises, every state is as it was, so that the engine can try again with fewer
+          rows.
     """
 
-    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
-        """What the model will see of `picture`: scaled and padded to a size it was made for."""
-        ...
+    def fit(self, picture: Picture | None, request: RequestT) -> Pixels:
+        """What the model sees: the picture, scaled or padded to a size the model was made for.
 
-    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
-        """What a picture of this size will take, for estimates."""
-        ...
-
-    def cost_px(self, row: Row) -> int:
-        """Pixels the network works on in one step of the row: its working size, twice with
-        guidance. At least 1.
+        Args:
+            picture: None for a task that needs none.
+            request: complete.
         """
         ...
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
-        """Prepare `row.state` and say in `row.steps_left` how many steps it takes, at least 1."""
+    def work(self, width_px: int, height_px: int, request: RequestT) -> Work:
+        """What a picture of this size will cost, for estimates."""
         ...
 
-    def key(self, row: Row) -> Hashable:
-        """Rows with equal keys may share a step."""
+    def cost_px(self, row: RowInput[RequestT]) -> int:
+        """Pixels the network works on in one step: the working size, twice that with guidance.
+
+        At least 1.
+        """
         ...
 
-    def step(self, rows: Sequence[Row]) -> None:
-        """Advance rows of one key together by one step."""
+    def begin(self, row: RowInput[RequestT]) -> Generator[None, None, StateT]:
+        """The state of the row before its first step."""
         ...
 
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
-        """The stepped row's pixels.
+    def steps(self, state: StateT) -> int:
+        """How many steps a row that has just begun takes, at least 1."""
+        ...
+
+    def key(self, state: StateT) -> Hashable:
+        """Rows with equal keys may share the next step."""
+        ...
+
+    def step(self, states: Sequence[StateT]) -> None:
+        """Advance rows of one key by one step, in place."""
+        ...
+
+    def finish(self, state: StateT) -> Generator[None, None, Pixels]:
+        """The pixels of a row after its last step.
 
         Raises:
             ModelFailed: the result holds NaN.
         """
         ...
 
-    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
-        """The result for the client, from the model's output and the original picture."""
+    def restore(self, output: Pixels, picture: Picture | None, request: RequestT) -> Picture:
+        """The result for the client, from the model's output and the picture it sent, if any."""
         ...
 
     def to(self, device: str) -> None:
-        """Move the weights; while no row is in flight."""
+        """Move the weights. No row may be in flight."""
         ...
+
+
+AnyPipeline: TypeAlias = Pipeline[Any, Any]
+"""A model of any family: callers treat its requests and states as opaque."""

@@ -1,65 +1,102 @@
-"""One request inside the engine."""
+"""One request in the engine."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from deployments.contract import ImageRequest
+    from opentelemetry.trace import SpanContext
 
 Pixels = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
 
+RequestT_co = TypeVar("RequestT_co", covariant=True)
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """One request inside the engine.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowInput(Generic[RequestT_co]):
+    """What the caller gives.
 
     Attributes:
         request: complete: every field has its final value.
-        pixels: what the model sees, `H x W x 3`; from `Pipeline.fit`.
+        pixels: what the model sees, from `Pipeline.fit`; `H x W x 3`.
         seed: of this row's own random generator.
-        deadline_s: on the clock of `time.monotonic`; past it the row is dropped.
-        future: gets the output of `Pipeline.finish`, or the row's error.
-        state: whatever the pipeline keeps for the row.
+        deadline_s: on the engine's clock; the engine drops the row once it has passed.
         trace: the request's span context, if it is traced.
-        steps, steps_left: of the model; `Pipeline.begin` sets the latter, the engine counts down.
-        cost_px: network pixels of each step, see `Pipeline.cost_px`.
-        company: rows of all its passes so far, itself counted in each.
-        arrived_s: on the engine's clock.
-        queue_s, run_s, vae_s: seconds waiting, being stepped, and being begun and finished.
-        compute_s: the row's share of the seconds its groups ran, and all of `vae_s`.
     """
 
-    request: ImageRequest
+    request: RequestT_co
     pixels: Pixels
     seed: int
     deadline_s: float
-    future: Future[Pixels] = field(default_factory=Future[Pixels])
-    state: object = None
-    trace: object = None
+    trace: SpanContext | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """What the engine measures; only the engine writes it.
+
+    Attributes:
+        cost_px: network pixels of each step, see `Pipeline.cost_px`.
+        steps: passes the row takes in all; 0 until it has begun.
+        steps_left: passes still to come.
+        pass_rows: rows of all its passes so far, added up; the row itself counts in each.
+        arrived_s: on the engine's clock.
+        queue_s: seconds of waiting.
+        stepping_s: seconds of its passes.
+        staging_s: seconds of its `begin` and `finish`.
+        compute_s: its share of the seconds of its passes, and all of `staging_s`.
+    """
+
+    cost_px: int = 1
     steps: int = 0
     steps_left: int = 0
-    cost_px: int = 1
-    company: int = 0
+    pass_rows: int = 0
     arrived_s: float = 0.0
     queue_s: float = 0.0
-    run_s: float = 0.0
-    vae_s: float = 0.0
+    stepping_s: float = 0.0
+    staging_s: float = 0.0
     compute_s: float = 0.0
 
     @property
+    def work_px(self) -> int:
+        """Network pixels of all steps."""
+        return self.steps * self.cost_px
+
+    @property
+    def work_left_px(self) -> int:
+        """Network pixels of the steps still to come."""
+        return self.steps_left * self.cost_px
+
+    @property
     def batch_size(self) -> int:
-        """Rows of its passes, itself among them: the mean, rounded."""
-        return round(self.company / max(self.steps - self.steps_left, 1))
+        """Rows of its passes so far, itself among them: the mean, rounded."""
+        return round(self.pass_rows / max(self.steps - self.steps_left, 1))
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One request in the engine: what came in, what comes out, and what lies between.
+
+    Attributes:
+        input: what the caller gives.
+        future: gets the pixels of `Pipeline.finish`, or the row's error.
+        state: what `Pipeline.begin` returned. Only the pipeline looks into it.
+        progress: what the engine measures.
+    """
+
+    input: RowInput[Any]
+    future: Future[Pixels] = field(default_factory=Future[Pixels])
+    state: Any = None
+    progress: Progress = field(default_factory=Progress)
 
     def cancel(self) -> None:
-        """Give the row up; the engine drops it before its next step. Safe to call twice."""
+        """Give the row up: the engine drops it before its next step. May be called twice."""
         self.future.cancel()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -13,6 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deployments.engine.device import (
+    finish_stream,
+    free_cached_memory,
+    lower_priority,
+    use_own_stream,
+    wait_for_event,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -21,51 +28,50 @@ if TYPE_CHECKING:
     Pieces = Generator[None, None, Any]
 
 
-_NICENESS = 10
-"""A tenth of the share of a core that others get who want it at the same time."""
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """Work on one row, in bounded pieces.
 
     Attributes:
-        make: begins the work; called again to repeat it.
-        then: takes what the work returns.
-        after: a CUDA event the work must wait for.
+        row: whose work it is.
+        start: makes the pieces; called again to repeat the work.
+        on_done: takes what the last piece returned.
+        after: a CUDA event that the work must wait for.
+        pieces: the work, once it has started.
+        repeated: whether this is the second try.
     """
 
     row: Row
-    make: Callable[[], Pieces]
-    then: Callable[[Any], None]
+    start: Callable[[], Pieces]
+    on_done: Callable[[Any], None]
     after: Any = None
     pieces: Pieces | None = None
     repeated: bool = False
 
 
 class Staging:
-    """Runs jobs piece by piece, in turns, so that a large picture holds up no small one.
+    """Runs jobs piece by piece, in turns, so that a large picture never holds up a small one.
 
-    On a GPU it has a stream of its own, so that steps go on beside it.
+    On a GPU the thread has a stream of its own, so that steps go on beside it.
 
     Args:
-        wanted: whether somebody still waits for a row.
-        failed: takes a row and the error that ended its job.
-        died: takes an error that no row can be blamed for; the thread ends.
+        is_live: whether someone still waits for a row.
+        on_failed: takes a row and the error that ended its job.
+        on_died: takes an error that is no row's fault; the thread ends.
         is_fatal: tells those errors apart.
     """
 
     def __init__(
         self,
         *,
-        wanted: Callable[[Row], bool],
-        failed: Callable[[Row, Exception], None],
-        died: Callable[[BaseException], None],
+        is_live: Callable[[Row], bool],
+        on_failed: Callable[[Row, Exception], None],
+        on_died: Callable[[BaseException], None],
         is_fatal: Callable[[BaseException], bool],
     ) -> None:
-        self._wanted = wanted
-        self._failed = failed
-        self._died = died
+        self._is_live = is_live
+        self._on_failed = on_failed
+        self._on_died = on_died
         self._is_fatal = is_fatal
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: deque[Job] = deque()
@@ -74,7 +80,7 @@ class Staging:
         self.thread.start()
 
     def put(self, job: Job) -> None:
-        """Thread-safe; returns at once."""
+        """Add a job. Thread-safe; returns at once."""
         self._inbox.put(job)
 
     def close(self) -> None:
@@ -84,15 +90,16 @@ class Staging:
     def _run(self) -> None:
         try:
             use_own_stream()
-            give_way()
+            lower_priority()
             while self._receive():
                 self._turn()
         # Whatever ends this thread must end every row's wait too.
         except BaseException as error:
-            self._died(error)
+            self._on_died(error)
         self._jobs.clear()
 
     def _receive(self) -> bool:
+        """Take in new jobs, and wait only if there is nothing to do; False to end."""
         if not self._jobs and not self._closed:
             self._take(self._inbox.get())
         self._take_all()
@@ -110,90 +117,48 @@ class Staging:
             self._jobs.append(job)
 
     def _turn(self) -> None:
-        """One piece of the job whose turn it is."""
+        """Do one piece of the next job."""
         if not self._jobs:
             return
         job = self._jobs.popleft()
-        if not self._wanted(job.row):
+        if not self._is_live(job.row):
             return
         try:
             done, result = _next_piece(job)
             if done:
-                job.then(result)
+                job.on_done(result)
         except Exception as error:
             if self._is_fatal(error):
                 raise
             if job.repeated or not isinstance(error, torch.OutOfMemoryError):
-                self._failed(job.row, error)
+                self._on_failed(job.row, error)
                 return
             done = False
         else:
             if not done:
-                self._take_all()  # whoever came meanwhile is next
+                self._take_all()  # jobs that came meanwhile go first
                 self._jobs.append(job)
             return
         # Outside the handler: the error's traceback holds the memory that the second try needs.
         job.pieces, job.repeated = None, True
-        free_memory()
+        free_cached_memory()
         self._jobs.append(job)
 
 
 def _next_piece(job: Job) -> tuple[bool, Any]:
+    """Whether the work is done, and its result."""
     if job.pieces is None:
-        wait_for(job.after)
-        job.pieces = job.make()
+        wait_for_event(job.after)
+        job.pieces = job.start()
     start_s = time.monotonic()
     try:
         next(job.pieces)
     except StopIteration as end:
-        # Another stream is to read what this one has written.
+        # Another stream reads what this one has written.
         finish_stream()
         return True, end.value
     finally:
         seconds = time.monotonic() - start_s
-        job.row.vae_s += seconds
-        job.row.compute_s += seconds
+        job.row.progress.staging_s += seconds
+        job.row.progress.compute_s += seconds
     return False, None
-
-
-def use_own_stream() -> None:
-    """Give the calling thread a CUDA stream of its own; nothing without CUDA."""
-    if torch.cuda.is_initialized():
-        torch.cuda.set_stream(torch.cuda.Stream())
-
-
-def give_way() -> None:
-    """On a CPU, let the threads and processes that carry requests go before the calling thread.
-
-    They need little, and requests are read and refused at once though passes take every core. The
-    threads that the caller starts inherit it.
-    """
-    if not torch.cuda.is_initialized():
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-
-
-def finish_stream() -> None:
-    """Wait until the device has done what this thread asked of it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-
-
-def mark() -> Any:
-    """An event at this point of the thread's stream; None without CUDA."""
-    if not torch.cuda.is_initialized():
-        return None
-    event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to others
-    event.record()
-    return event
-
-
-def wait_for(event: Any) -> None:
-    """Have this thread's stream wait for another's event."""
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
-
-
-def free_memory() -> None:
-    """Give cached blocks back, for a second try after running out of memory."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -17,10 +17,10 @@ _GIB = 2**30
 
 
 class DeviceMemory(Protocol):
-    """The memory of a GPU, as one process sees it."""
+    """A GPU's memory as one process sees it, in bytes."""
 
     def total_bytes(self) -> int:
-        """Of the whole device."""
+        """All of the device."""
         ...
 
     def allocated_bytes(self) -> int:
@@ -32,13 +32,15 @@ class DeviceMemory(Protocol):
         ...
 
     def peak_bytes(self) -> int:
-        """Most that tensors held since `reset_peak`."""
+        """The most that tensors held since `reset_peak`."""
         ...
 
-    def reset_peak(self) -> None: ...
+    def reset_peak(self) -> None:
+        """Give cached blocks back, and start to record the peak anew."""
+        ...
 
     def set_cap(self, fraction: float) -> None:
-        """Let the allocator reserve so much of the total, and no more."""
+        """Let the allocator reserve at most this fraction of the total."""
         ...
 
 
@@ -63,7 +65,7 @@ class CudaMemory:
         return int(self._cuda.mem_get_info(self._index)[1])
 
     def free_bytes(self) -> int:
-        """Of the device, whoever holds the rest."""
+        """Free on the device, whatever process holds the rest."""
         return int(self._cuda.mem_get_info(self._index)[0])
 
     def allocated_bytes(self) -> int:
@@ -84,15 +86,15 @@ class CudaMemory:
 
 
 def cap_device(num_gpus: float, device: str, model: str = "", dtype: str = "float16") -> int | None:
-    """Hold this process to its share of the GPU; call it before any weights go there.
+    """Hold this process to its share of the GPU. Call it before any weights go there.
 
     Args:
         num_gpus: the share that Ray gave this replica.
         device: such as cpu or cuda.
-        model, dtype: its name and that of its weights, so that a share they cannot fit is refused.
+        model, dtype: of the weights, so that a share that cannot hold them is refused.
 
     Returns:
-        Bytes its allocator may reserve; None on a CPU.
+        Bytes that its allocator may reserve; None on a CPU.
 
     Raises:
         GpuTooSmall: see `enforce_share`.
@@ -110,7 +112,7 @@ def cap_device(num_gpus: float, device: str, model: str = "", dtype: str = "floa
 
 
 def memory_bytes(device: str, cap_bytes: int | None) -> dict[str, int]:
-    """What this process holds of a GPU, by kind: reserved, peak and cap; zeros on a CPU."""
+    """Bytes of a GPU by kind: reserved and peak of this process, and its cap; zeros on a CPU."""
     if cap_bytes is None:
         return {"reserved": 0, "peak": 0, "cap": 0}
     memory = CudaMemory(device)
@@ -121,9 +123,13 @@ def memory_bytes(device: str, cap_bytes: int | None) -> dict[str, int]:
 def enforce_share(
     num_gpus: float, memory: DeviceMemory, *, weights_bytes: int, context_bytes: int
 ) -> int:
-    """Cap the allocator at `num_gpus` of the total, less the context; the cap in bytes.
+    """Cap the allocator at `num_gpus` of the total, less the context.
 
-    One GPU or more is the whole card, and so is 0, which no share was given for: no cap then.
+    A share of one GPU or more is the whole card, and so is 0, which means that Ray gave none: then
+    there is no cap.
+
+    Returns:
+        Bytes that the allocator may reserve.
 
     Raises:
         GpuTooSmall: the cap does not even hold the weights.

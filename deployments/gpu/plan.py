@@ -1,8 +1,7 @@
 """GPU shares: what each model needs, and which models share a GPU.
 
-Ray's `num_gpus: 0.2` is bookkeeping; the memory behind it is not fenced. `plan` computes shares and
-row budgets that fit; `deployments.gpu.cap` holds a replica to its share. Every formula is in
-docs/gpu.md.
+Ray's `num_gpus: 0.2` only counts; it limits no memory. `plan` computes shares and pixel budgets
+that fit, and `deployments.gpu.cap` holds a replica to its share. docs/gpu.md has every formula.
 """
 
 from __future__ import annotations
@@ -30,30 +29,29 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 WEIGHTS_SLACK = 0.02
-"""Weights lie in the allocator's blocks, which do not fill their segments to the end."""
+"""On weights: the allocator's blocks do not fill their segments to the end."""
 PEAK_SLACK = 0.10
-"""Fragments and free blocks that the allocator holds beside the peak of the tensors."""
+"""On peaks of tensors: the allocator holds fragments and free blocks beside them."""
 ESTIMATE_MARGIN = 0.25
-"""On peaks that were not measured on the GPU at hand: workspaces of convolutions and products."""
+"""On peaks that were not measured on this GPU type: workspaces of convolutions and products."""
 TILE_OVERLAP_PX = 34
 """The largest overlap of the GAN upscalers' tiles, on each side."""
 MAX_ROWS = SEATS
-"""No batch is larger, however much memory there is: a replica works on no more requests."""
-_GUIDED = frozenset({"img2img", "upscale_diffusion"})
+"""No batch is larger, because a replica works on no more requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one model asks of one GPU type.
+    """What one model needs of one GPU type.
 
     Attributes:
         spec: the model.
         gpu: the type.
-        profile: what is known of its memory.
+        profile: what is known of the model's memory.
         context_bytes: of its process.
-        row_px: of one network row at the largest size.
-        vae_px: of what the autoencoder does at once.
-        network_rows: of one picture: 2 with guidance.
+        row_px: pixels of one network row at the largest size.
+        vae_px: pixels that the autoencoder works on at once.
+        network_rows: of one picture; 2 with guidance.
     """
 
     spec: ModelSpec
@@ -66,25 +64,26 @@ class Demand:
 
     @property
     def measured(self) -> bool:
-        """Whether the profile was taken on this GPU type, at this size."""
+        """Whether the profile was measured on this GPU type, at this size."""
         own = self.profile.source == "measured" and self.profile.gpu == self.gpu.name
         return own and (self.row_px, self.vae_px) == (self.profile.px, self.profile.vae_px)
 
     def budget_px(self, rows: int) -> int:
-        """Network pixels of so many pictures, all at the largest size and with guidance."""
+        """Network pixels of `rows` pictures, all at the largest size and with guidance."""
         return rows * self.network_rows * self.row_px
 
     def peak_bytes(self, rows: int) -> int:
-        """Activations of the pass, with what the profile cannot know of this GPU."""
-        return self._likely(self.profile.peak_bytes(self.budget_px(rows)))
+        """Activations of a pass of `rows` pictures, with a margin if they are an estimate."""
+        return self._with_margin(self.profile.peak_bytes(self.budget_px(rows)))
 
     @property
     def vae_peak_bytes(self) -> int:
-        larger = max(self.vae_px / self.profile.vae_px, 1.0)
-        return self._likely(math.ceil(self.profile.vae_peak_bytes * larger))
+        """Activations of the autoencoder, with a margin if they are an estimate."""
+        factor = max(self.vae_px / self.profile.vae_px, 1.0)
+        return self._with_margin(math.ceil(self.profile.vae_peak_bytes * factor))
 
     def need_bytes(self, rows: int) -> int:
-        """All a replica takes of the GPU."""
+        """All that a replica takes of the GPU."""
         weights = math.ceil(self.profile.weights_bytes * (1 + WEIGHTS_SLACK))
         peaks = self.peak_bytes(rows) + self.vae_peak_bytes
         return self.context_bytes + weights + math.ceil(peaks * (1 + PEAK_SLACK))
@@ -93,7 +92,7 @@ class Demand:
         """Its share of the GPU in whole hundredths, rounded up."""
         return -(-100 * self.need_bytes(rows) // self.gpu.total_bytes)
 
-    def _likely(self, peak_bytes: int) -> int:
+    def _with_margin(self, peak_bytes: int) -> int:
         return peak_bytes if self.measured else math.ceil(peak_bytes * (1 + ESTIMATE_MARGIN))
 
 
@@ -130,7 +129,7 @@ class Placed:
 
     @property
     def reduced(self) -> bool:
-        """Whether the registry asks for larger batches than this."""
+        """Whether the registry asks for larger batches."""
         return self.rows < self.demand.spec.max_batch_size
 
 
@@ -140,9 +139,9 @@ class Plan:
 
     Attributes:
         gpu: the type.
-        gpus: how many there are, or are needed.
+        gpus: how many were given, or are needed.
         context_bytes: counted for each replica.
-        context_measured: whether that was measured on this type.
+        context_measured: whether it was measured on this type.
         placed: in the order of the models given.
     """
 
@@ -163,11 +162,16 @@ def plan(
     gpus: int | None = None,
     profiles: Sequence[MemoryProfile] | None = None,
 ) -> Plan:
-    """Shares of the GPUs, and which models lie together.
+    """Shares of GPUs for one replica of each model, and which models share a GPU.
 
-    Without `gpus`, every model at its own largest batch (or the largest that one GPU holds), and as
-    many GPUs as first-fit decreasing needs. With it, the largest batches that so many GPUs hold,
-    grown in turns from one row each; more GPUs never make a batch smaller.
+    Args:
+        models: to place.
+        gpu: the type.
+        gpus: how many there are. The batches are then the largest that these hold, grown in turns
+            from one row each; more GPUs never make a batch smaller. None takes the registry's
+            batches (or the largest that one GPU holds), and as many GPUs as first-fit decreasing
+            needs.
+        profiles: what models take; None takes configs/gpu_profiles.json.
 
     Raises:
         GpuTooSmall: a model does not fit one GPU at one row, or all of them do not fit `gpus`.
@@ -183,21 +187,36 @@ def plan(
     placed = tuple(Placed(d, n, i) for d, n, i in zip(demands, rows, places, strict=True))
     measured = any(p.source == "measured" and p.gpu == gpu for p in known)
     needed = max(places, default=-1) + 1
-    return Plan(kind, gpus or needed, context_reserve_bytes(known, gpu), measured, placed)
+    return Plan(
+        kind,
+        gpus or needed,
+        context_bytes=context_reserve_bytes(known, gpu),
+        context_measured=measured,
+        placed=placed,
+    )
 
 
 def _demand(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Demand:
     profile = choose_profile(profiles, spec.name, gpu.name).in_dtype(spec.dtype)
     row_px, vae_px = profile.px, profile.vae_px
+    has_guidance = "guidance_scale" in spec.parameters
     if spec.buckets:
         row_px = vae_px = max(width * height for width, height in spec.buckets)
-    elif spec.family == "upscale_gan":
-        row_px = vae_px = (spec.tile_px + 2 * TILE_OVERLAP_PX) ** 2
-    elif spec.family == "upscale_diffusion":
+    elif spec.scale > 1 and has_guidance:  # the network sees whole pictures, the autoencoder tiles
         vae_px = spec.tile_px**2
-    network_rows = 2 if spec.family in _GUIDED else 1
+    elif spec.scale > 1:
+        row_px = vae_px = (spec.tile_px + 2 * TILE_OVERLAP_PX) ** 2
+    network_rows = 2 if has_guidance else 1
     context = context_reserve_bytes(profiles, gpu.name)
-    return Demand(spec, gpu, profile, context, row_px, vae_px, network_rows)
+    return Demand(
+        spec,
+        gpu,
+        profile,
+        context_bytes=context,
+        row_px=row_px,
+        vae_px=vae_px,
+        network_rows=network_rows,
+    )
 
 
 def _check_alone(demand: Demand) -> None:
@@ -219,7 +238,7 @@ def _fits_alone(demand: Demand, other: Gpu) -> bool:
 
 
 def _first_that(fits: Callable[[Gpu], bool]) -> str:
-    """The smallest GPU type that fits, for a remedy."""
+    """The smallest GPU type that fits, as the object of a remedy."""
     for gpu in GPUS.values():
         if fits(gpu):
             return f"--gpu {gpu.name}"
@@ -234,7 +253,7 @@ def _largest_alone(demand: Demand) -> int:
 
 
 def _grown(demands: Sequence[Demand], gpus: int) -> list[int]:
-    """Largest batches on so many GPUs: those of one GPU fewer, grown one row at a time in turns."""
+    """The largest batches on `gpus` GPUs: those on one GPU fewer, grown by one row in turns."""
     rows = [1] * len(demands)
     needed = _bins(demands, rows)
     if needed > gpus:
@@ -260,7 +279,7 @@ def _grown(demands: Sequence[Demand], gpus: int) -> list[int]:
 
 
 def _bins(demands: Sequence[Demand], rows: Sequence[int]) -> float:
-    """GPUs that these batches need; infinite if one fits none."""
+    """GPUs that these batches need; infinite if one of them fits no GPU."""
     percents = [d.percent(n) for d, n in zip(demands, rows, strict=True)]
     return math.inf if max(percents) > 100 else max(_pack(percents)) + 1
 

@@ -1,4 +1,4 @@
-"""What models take of GPU types' memory: measured, else estimated (configs/gpu_profiles.json)."""
+"""GPU types, and what models take of their memory (configs/gpu_profiles.json)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ PROFILES = Path(__file__).resolve().parents[2] / "configs" / "gpu_profiles.json"
 _MIB, _GIB = 2**20, 2**30
 
 CONTEXT_BYTES = 600 * _MIB
-"""What a process takes beside its allocator: the CUDA context and the libraries' kernels. A stated
-estimate, for GPUs that no profile has measured."""
+"""What a process takes beside its allocator: the CUDA context and the libraries' kernels.
+
+An estimate, for GPU types that no profile has measured.
+"""
 
 GpuName = Literal["t4", "l4", "a100-40", "h100", "h200"]
 
@@ -29,11 +31,11 @@ class Gpu:
     """A GPU type.
 
     Attributes:
-        name: as `imagen plan --gpu` knows it.
+        name: for `imagen plan --gpu`.
         label: for people.
-        total_bytes: what CUDA reports as the device's memory, which is less than the data sheet's
-            and than nvidia-smi's: the driver and ECC keep some.
-        pattern: of the device names that CUDA reports.
+        total_bytes: the device's memory as CUDA reports it. It is less than the data sheet and
+            nvidia-smi say, because the driver and ECC keep some.
+        pattern: regular expression of the device names that CUDA reports.
     """
 
     name: GpuName
@@ -42,8 +44,8 @@ class Gpu:
     pattern: str
 
 
-# The totals are the lowest "total capacity" that torch's out-of-memory errors of these GPUs state;
-# they differ by a few hundred MiB with the driver. A replica asks its device.
+# Each total is the lowest "total capacity" seen in torch's out-of-memory errors of that GPU. It
+# differs by a few hundred MiB with the driver. A replica asks its own device.
 GPUS: dict[GpuName, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -57,7 +59,7 @@ GPUS: dict[GpuName, Gpu] = {
 
 
 def gpu_name(device_name: str) -> str:
-    """The name in `GPUS` of a device; of one that is not there, its own name in one word."""
+    """A device's name in `GPUS`; for an unknown one, its own name in one word."""
     for gpu in GPUS.values():
         if re.search(gpu.pattern, device_name):
             return gpu.name
@@ -66,20 +68,20 @@ def gpu_name(device_name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """What one model takes at one size, beside the CUDA context.
+    """What one model takes of a GPU at one size, beside the CUDA context.
 
     Attributes:
         model: its name in the registry.
-        gpu: where it was measured, as in `GPUS`; empty for an estimate.
-        source: measured on a device, or estimate: tensors counted without one.
+        gpu: type it was measured on, as in `GPUS`; empty for an estimate.
+        source: measured on a device, or an estimate that counts tensors without one.
         measured_at: date.
         context_bytes: of the process on that GPU; 0 for an estimate.
         size_px: width and height of the pass.
         weights_bytes: on the device.
         base_peak_bytes: activations of one network row.
-        per_row_bytes: activations of each further one; a picture with guidance is two.
-        vae_size_px: width and height of what the autoencoder does at once: a picture, or a tile.
-        vae_peak_bytes: of encoding or decoding that; it may run beside a pass.
+        per_row_bytes: activations of each further row; a picture with guidance is two rows.
+        vae_size_px: width and height that the autoencoder works on at once: a picture or a tile.
+        vae_peak_bytes: activations of encoding or decoding that; they add to those of a pass.
     """
 
     model: str
@@ -95,7 +97,7 @@ class MemoryProfile:
     vae_peak_bytes: int
 
     def in_dtype(self, dtype: str) -> MemoryProfile:
-        """Profiles are of float16; in float32 every tensor is twice as large."""
+        """The profile in a dtype: profiles are of float16, and float32 takes twice as much."""
         if dtype != "float32":
             return self
         return replace(
@@ -115,16 +117,16 @@ class MemoryProfile:
         return self.vae_size_px[0] * self.vae_size_px[1]
 
     def peak_bytes(self, budget_px: int) -> int:
-        """Activations of a pass over so many network pixels; never less than at one row."""
+        """Activations of a pass over `budget_px` network pixels; at least those of one row."""
         further_rows = max(budget_px / self.px - 1, 0.0)
         return self.base_peak_bytes + math.ceil(self.per_row_bytes * further_rows)
 
 
 def load_profiles(path: Path = PROFILES) -> list[MemoryProfile]:
-    """Every profile of the file; none where there is no file.
+    """Every profile of a file; none if there is no such file.
 
     Raises:
-        ConfigError: it cannot be read, or is no profile file.
+        ConfigError: it cannot be read, or is not a profile file.
     """
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +141,7 @@ def load_profiles(path: Path = PROFILES) -> list[MemoryProfile]:
         raise ConfigError(
             f"The GPU profiles cannot be read: {error!r}.",
             value=path,
-            remedy="Restore the file, or write it anew with `make profile-gpu`.",
+            remedy="Restore the file, or write a new one with `make profile-gpu`.",
         ) from error
 
 
@@ -167,19 +169,21 @@ def _profile(model: str, entry: dict[str, Any], device: dict[str, Any]) -> Memor
 
 
 def choose_profile(profiles: Sequence[MemoryProfile], model: str, gpu: str) -> MemoryProfile:
-    """This GPU's; else the largest of other GPUs; else the estimate.
+    """The profile for a model on a GPU type.
+
+    That type's own profile comes first, then the largest of other types, then the estimate.
 
     Raises:
-        ConfigError: nobody has looked at that model.
+        ConfigError: the model has no profile.
     """
     own = [profile for profile in profiles if profile.model == model]
-    for found in (
+    for candidates in (
         [p for p in own if p.source == "measured" and p.gpu == gpu],
         [p for p in own if p.source == "measured"],
         own,
     ):
-        if found:
-            return max(found, key=lambda p: p.peak_bytes(p.px) + p.vae_peak_bytes)
+        if candidates:
+            return max(candidates, key=lambda p: p.peak_bytes(p.px) + p.vae_peak_bytes)
     raise ConfigError(
         "No GPU profile knows this model.",
         value=model,
@@ -189,16 +193,16 @@ def choose_profile(profiles: Sequence[MemoryProfile], model: str, gpu: str) -> M
 
 
 def context_reserve_bytes(profiles: Sequence[MemoryProfile], gpu: str) -> int:
-    """What a process on that GPU takes beside its allocator: measured there, or the estimate."""
-    found = [p.context_bytes for p in profiles if p.source == "measured" and p.gpu == gpu]
-    return max(found, default=CONTEXT_BYTES)
+    """What a process takes of that GPU beside its allocator: as measured there, or the estimate."""
+    measured = [p.context_bytes for p in profiles if p.source == "measured" and p.gpu == gpu]
+    return max(measured, default=CONTEXT_BYTES)
 
 
 def as_gpu(name: str) -> GpuName:
-    """A name of the table, which may be written in capitals: L4 is how it is sold.
+    """A name in `GPUS`, whether it is written in lower case or in capitals.
 
     Raises:
-        ConfigError: there is no such GPU in it.
+        ConfigError: there is no such GPU in the table.
     """
     known = name.lower()
     if known not in GPUS:

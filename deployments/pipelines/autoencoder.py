@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 class Autoencoder:
     """Wraps a diffusers AutoencoderKL or AutoencoderTiny, for one thread at a time.
 
-    A decode is a generator that yields after each tile. Whoever drives it may do other rows' tiles
-    in between, or give it up; nothing large is alive then.
+    A decode is a generator that yields after each tile. Between two tiles the caller may decode
+    tiles of other rows or give this one up; nothing large is alive then.
 
     Args:
-        vae: on its device. In float32 where float16 would overflow.
-        tile_px: edge of the tiles that a larger picture is decoded in, output px; None decodes any
-            picture as one tile, which suits where buckets bound it. Tiles overlap by a quarter and
-            are blended there, as diffusers does.
+        vae: on its device, and in float32 if float16 would overflow.
+        tile_px: edge of the tiles in which a larger picture is decoded, output px. Tiles overlap by
+            a quarter and are blended there, as in diffusers. None decodes any picture as one tile,
+            for models whose buckets bound its size.
     """
 
     def __init__(self, vae: Any, tile_px: int | None = None) -> None:
@@ -36,7 +36,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Pixels, generator: torch.Generator) -> torch.Tensor:
-        """Latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `generator`, scaled."""
+        """Scaled latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `generator`."""
         image = image_tensor(pixels).to(self.vae.device, self.vae.dtype)
         latents = retrieve_latents(self.vae.encode(image), generator)
         return latents * self.vae.config.scaling_factor
@@ -46,7 +46,7 @@ class Autoencoder:
         """`H x W x 3` pixels of scaled latents `(1, C, h, w)`.
 
         Raises:
-            ModelFailed: latents or result hold NaN or infinity.
+            ModelFailed: the latents or the result hold NaN or infinity.
         """
         z = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         tile = self._tile
@@ -82,7 +82,8 @@ class Autoencoder:
 def image_tensor(pixels: Pixels) -> torch.Tensor:
     """Pixels as `(1, 3, H, W)`, float32 in [-1, 1].
 
-    Left channels last, as a stock pipeline makes its tensor of a PIL image, so that both sum alike.
+    Channels stay last in memory, as in the tensor that a stock pipeline makes of a PIL image, so
+    that both add up in the same order.
     """
     return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
@@ -100,7 +101,7 @@ def _pixels(image: torch.Tensor) -> Pixels:
 
 
 def _blend(former: torch.Tensor, image: torch.Tensor, overlap_px: int, dim: int) -> None:
-    """Fade from `former`'s end into the beginning of `image`, in place."""
+    """Fade from the end of `former` into the start of `image`, in place."""
     length = min(former.shape[dim], image.shape[dim], overlap_px)
     share = torch.arange(length, device=image.device, dtype=image.dtype) / length
     share = share.view((-1, 1) if dim == 2 else (1, -1))

@@ -1,7 +1,7 @@
 """Step-level batching: rows at different points of different schedules share a UNet pass.
 
-A diffusers UNet takes one timestep a row, so that strength, steps, guidance, seed and time of
-arrival may differ within a pass. A row with guidance takes two places in it, one without takes one.
+A diffusers UNet takes one timestep for each row, so that strength, steps, guidance, seed and time
+of arrival may differ within a pass. A row with guidance takes two places in it, others take one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCHEDULES = 256
 
 
 def network_px(pixels: int, guidance_scale: float) -> int:
-    """What a pass works on for a picture of so many pixels: twice as many with guidance."""
+    """Pixels that a pass works on for a picture of `pixels`: twice as many with guidance."""
     return pixels * (2 if guidance_scale > 1 else 1)
 
 
@@ -60,20 +60,20 @@ class Denoising:
     Attributes:
         latents: `(1, C, h, w)` float32.
         schedule: shared with other rows.
-        wanted: what the picture should become.
-        unwanted: what it should not; None without guidance.
+        positive: what the picture should become.
+        negative: what it should not become; None without guidance.
         guidance_scale: above 1 with guidance.
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of the picture's noise, of the x4 upscaler.
         index: the next step.
-        former: the clean latents predicted last, for a multistep schedule.
-        scheduler: the row's own, where the schedule is not linear.
+        former: the clean latents that the last step predicted, for a multistep schedule.
+        scheduler: the row's own copy, if the schedule is not linear.
     """
 
     latents: torch.Tensor
     schedule: Schedule
-    wanted: Condition
-    unwanted: Condition | None
+    positive: Condition
+    negative: Condition | None
     guidance_scale: float
     picture: torch.Tensor | None = None
     noise_level: int | None = None
@@ -83,7 +83,7 @@ class Denoising:
 
     @property
     def guided(self) -> bool:
-        return self.unwanted is not None
+        return self.negative is not None
 
 
 class Denoiser:
@@ -91,7 +91,7 @@ class Denoiser:
 
     Args:
         unet: a diffusers UNet2DConditionModel on its device.
-        scheduler: of diffusers; every row gets its own course from it.
+        scheduler: of diffusers; every row gets its own schedule from it.
         lanes: that share the places of a pass.
     """
 
@@ -102,18 +102,18 @@ class Denoiser:
         self.schedule = lru_cache(_SCHEDULES)(self._schedule)
 
     def _schedule(self, steps: int, skipped: int = 0) -> Schedule:
-        """The course of a row, see `make_schedule`; cached."""
+        """The schedule of a row, see `make_schedule`; cached."""
         return make_schedule(self.scheduler, steps, skipped)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Denoising]) -> None:
-        """One pass for rows of one size; if it raises, no row has changed."""
+        """One pass for rows of one size. If it raises, no row has changed."""
         rows = sorted(rows, key=lambda row: not row.guided)
         for row in rows:
             _adopt(row)
         steps = [f[row.index] for row in rows if (f := row.schedule.factors) is not None]
         if not steps:
-            self._step_by_stock(rows)
+            self._step_with_schedulers(rows)
             return
         table = np.stack(steps)
         factors = self._send(table).T.reshape(6, -1, 1, 1, 1)
@@ -129,7 +129,8 @@ class Denoiser:
             row.former = data[i : i + 1] if row.schedule.multistep else None
             row.index += 1
 
-    def _step_by_stock(self, rows: Sequence[Denoising]) -> None:
+    def _step_with_schedulers(self, rows: Sequence[Denoising]) -> None:
+        """A pass for rows whose schedule is not linear: each row's own scheduler steps it."""
         # Copies, so that a failure leaves every row as it was.
         own = [copy.deepcopy(row.scheduler or row.schedule.scheduler) for row in rows]
         times = [
@@ -153,7 +154,7 @@ class Denoiser:
 
     @property
     def _weight(self) -> torch.Tensor:
-        # `unet.device` and `unet.dtype` walk through all its modules, which takes milliseconds.
+        # `unet.device` and `unet.dtype` walk through all modules, which takes milliseconds.
         return next(iter(self.unet.parameters()))
 
     def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -168,7 +169,9 @@ class Denoiser:
         """The UNet's output, float32: a place for each row, then one more for each guided row."""
         guided = [row for row in rows if row.guided]
         places = [*rows, *guided]
-        conditions = [row.wanted for row in rows] + [row.unwanted for row in guided if row.unwanted]
+        conditions = [row.positive for row in rows] + [
+            row.negative for row in guided if row.negative
+        ]
         if rows[0].picture is not None:
             pictures = torch.cat([row.picture for row in rows if row.picture is not None])
             shown = torch.cat([shown, pictures.to(shown.dtype)], dim=1)
@@ -197,7 +200,7 @@ class Denoiser:
         if places[0].noise_level is not None:
             levels = [row.noise_level for row in places]
             options["class_labels"] = self._send(levels, torch.long)
-        if places[0].wanted.pooled is not None:
+        if places[0].positive.pooled is not None:
             options["added_cond_kwargs"] = {
                 "text_embeds": torch.cat([c.pooled for c in conditions if c.pooled is not None]),
                 "time_ids": torch.cat([c.time_ids for c in conditions if c.time_ids is not None]),
@@ -211,13 +214,13 @@ class Denoiser:
         if not guided:
             return output
         scales = self._send([row.guidance_scale for row in rows[:guided]]).view(-1, 1, 1, 1)
-        unwanted = output[count:]
-        steered = unwanted + scales * (output[:guided] - unwanted)
+        negative = output[count:]
+        steered = negative + scales * (output[:guided] - negative)
         return torch.cat([steered, output[guided:count]])
 
 
 def _cut(options: dict[str, Any], part: slice) -> dict[str, Any]:
-    """Some places of tensors, and of dictionaries of them."""
+    """The part of every tensor, also in nested dictionaries."""
     return {
         name: _cut(value, part) if isinstance(value, dict) else value[part]
         for name, value in options.items()
@@ -225,11 +228,11 @@ def _cut(options: dict[str, Any], part: slice) -> dict[str, Any]:
 
 
 def _adopt(row: Denoising) -> None:
-    """Tell the allocator that what another stream has made is read on this one from now on."""
+    """Tell the allocator that this stream reads from now on what another stream has written."""
     if row.index or not row.latents.is_cuda:
         return
     stream = torch.cuda.current_stream()
-    conditions = [condition for condition in (row.wanted, row.unwanted) if condition]
+    conditions = [condition for condition in (row.positive, row.negative) if condition]
     steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids)]
     for tensor in (row.latents, row.picture, *steering):
         if tensor is not None:

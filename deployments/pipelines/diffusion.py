@@ -1,219 +1,159 @@
-"""What the diffusers families share: loading from a folder, attention, prompts."""
+"""What the diffusion families share: prompts, the way into the latents, steps, and the way back."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING, Any
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-import diffusers
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 
-from deployments.errors import AttentionUnavailable, ModelCorrupt, ModelNotCached
-from deployments.pipelines.schedules import check_scheduler
+from deployments.contract import DiffusionRequest
+from deployments.engine.pipeline import Work
+from deployments.pipelines.autoencoder import Autoencoder
+from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Hashable, Sequence
 
-    from diffusers import DiffusionPipeline
+    from deployments.engine.row import Pixels, RowInput
+    from deployments.pipelines.lanes import Lanes
+    from deployments.pipelines.schedules import Schedule
 
-    from deployments.registry import ModelSpec
-
+RequestT = TypeVar("RequestT", bound=DiffusionRequest)
+Embeddings: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+"""`(1, 77, D)`, and `(1, P)` pooled ones where the model has them."""
 _PROMPTS = 64
-NO_SAFETY_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
 
 
-def read_index(spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    """The folder's `model_index.json`: `_class_name`, and each component's library and class.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a row's denoising starts.
 
-    Raises:
-        ModelNotCached: the file is missing.
-        ModelCorrupt: it is not JSON, or names no class.
+    Attributes:
+        latents: `(1, C, h, w)` float32, noisy.
+        schedule: the steps to run.
+        picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
+        noise_level: class of that picture's noise.
     """
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return {**index, "_class_name": str(index["_class_name"])}
-    except FileNotFoundError as error:
-        raise ModelNotCached(
-            f"Model {spec.name} has no model_index.json.",
-            value=folder,
-            remedy="Point `folder` at a diffusers pipeline folder.",
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelCorrupt(
-            f"The model_index.json of {spec.name} names no pipeline class.", value=folder
-        ) from error
+
+    latents: torch.Tensor
+    schedule: Schedule
+    picture: torch.Tensor | None = None
+    noise_level: int | None = None
 
 
-def load_pipeline(
-    kind: type[DiffusionPipeline], spec: ModelSpec, folder: Path, device: str, **options: Any
-) -> Any:
-    """A stock pipeline from local safetensors only, on `device`, with the attention asked for.
+class Diffusion(ABC, Generic[RequestT]):
+    """A UNet between two ends of an autoencoder.
 
-    Raises:
-        ModelNotCached: a component's file is missing.
-        ModelCorrupt: a file is truncated or does not fit its network.
-        AttentionUnavailable: xformers was asked for and cannot run.
-        ConfigError: its scheduler draws noise at every step.
-    """
-    _quiet()
-    _check_files(spec, folder, replaced=options)
-    try:
-        pipeline: Any = kind.from_pretrained(
-            str(folder),
-            dtype=getattr(torch, spec.dtype),
-            variant=spec.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-    except OSError as error:
-        raise ModelNotCached(
-            f"Model {spec.name} is incomplete: {error}", value=folder, remedy="Fetch it again."
-        ) from error
-    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise ModelCorrupt(
-            f"The files of {spec.name} do not load: {error}", value=folder
-        ) from error
-    _check_filled(pipeline, spec, folder)
-    pipeline.set_progress_bar_config(disable=True)
-    _prepare(pipeline)
-    if device != "cpu":
-        pipeline.to(device)
-    if spec.attention == "xformers":
-        _enable_xformers(pipeline, spec)
-    return pipeline
-
-
-def _quiet() -> None:
-    """Keep progress bars and advice for notebooks out of a server's log."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def _check_files(spec: ModelSpec, folder: Path, replaced: Collection[str]) -> None:
-    """Refuse a folder before a library fills its gaps, or calls a truncated file a missing one.
+    Rows of one working size share every UNet pass, whatever else their requests say. A family says
+    which size that is, where the latents start, and how the result fits the picture: `fit`,
+    `restore` and the abstract methods below.
 
     Args:
-        replaced: components that need no files.
+        stock: a stock diffusers pipeline.
+        lanes: that share the places of a pass.
+        tile_px: of the autoencoder, see `Autoencoder`.
     """
-    for name, entry in read_index(spec, folder).items():
-        needed = isinstance(entry, list) and entry != [None, None] and name not in replaced
-        if needed and not any((folder / name).glob("*")):
-            raise ModelNotCached(
-                f"Model {spec.name} lacks its {name}.", value=folder, remedy="Fetch it again."
-            )
-    if spec.variant and not any(folder.glob(f"*/*.{spec.variant}*.safetensors")):
-        raise ModelNotCached(
-            f"Model {spec.name} has no files of variant {spec.variant}.",
-            value=folder,
-            remedy="Leave out `variant` in the model registry, or fetch those files.",
+
+    def __init__(self, stock: Any, lanes: Lanes | None, tile_px: int | None = None) -> None:
+        self._stock = stock
+        self._texts = PromptCache(self._encode)
+        self.autoencoder = Autoencoder(stock.vae, tile_px)
+        self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
+
+    @abstractmethod
+    def _working_size(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """Width and height in px that the model works at, for a picture of this size."""
+
+    @abstractmethod
+    def _steps(self, request: RequestT) -> int:
+        """Steps of the schedule that run, at least 1 where the request is valid."""
+
+    @abstractmethod
+    def _start(
+        self, row: RowInput[RequestT], generator: torch.Generator
+    ) -> Generator[None, None, Start]:
+        """The row's noisy latents. Draws from `generator` in the stock pipeline's order."""
+
+    def _encode(self, text: str) -> Embeddings:
+        return self._encode_prompt(text)[0], None
+
+    def _condition(self, text: str, pixels: Pixels, *, is_negative: bool) -> Condition:
+        """What steers a place of the pass that works on `pixels`."""
+        return Condition(self._texts(text)[0])
+
+    def to(self, device: str) -> None:
+        self._stock.to(device)
+        self._texts.clear()
+
+    def work(self, width_px: int, height_px: int, request: RequestT) -> Work:
+        pixels = math.prod(self._working_size(width_px, height_px))
+        steps = max(self._steps(request) * self._stock.scheduler.order, 1)
+        return Work(steps, network_px(pixels, request.guidance_scale), pixels)
+
+    def cost_px(self, row: RowInput[RequestT]) -> int:
+        return network_px(math.prod(row.pixels.shape[:2]), row.request.guidance_scale)
+
+    @torch.inference_mode()
+    def begin(self, row: RowInput[RequestT]) -> Generator[None, None, Denoising]:
+        request, negative = row.request, None
+        positive = self._condition(request.prompt, row.pixels, is_negative=False)
+        if request.guidance_scale > 1:
+            negative = self._condition(request.negative_prompt, row.pixels, is_negative=True)
+        yield
+        start = yield from self._start(row, torch.Generator("cpu").manual_seed(row.seed))
+        return Denoising(
+            start.latents,
+            start.schedule,
+            positive=positive,
+            negative=negative,
+            guidance_scale=request.guidance_scale,
+            picture=start.picture,
+            noise_level=start.noise_level,
         )
-    for path in folder.glob("*/*.safetensors"):
-        _stored_shapes(spec, path)
 
+    def steps(self, state: Denoising) -> int:
+        return state.schedule.steps
 
-def _check_filled(pipeline: Any, spec: ModelSpec, folder: Path) -> None:
-    """Refuse files that lack a tensor, or a word: a library would make it up and go on.
+    def key(self, state: Denoising) -> Hashable:
+        return state.latents.shape[2:]
 
-    By shape, as older files call their tensors by other names, which the libraries know.
-    """
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            stored = Counter[tuple[int, ...]]()
-            for path in (folder / name).glob("*.safetensors"):
-                stored.update(_stored_shapes(spec, path))
-            missing = Counter(tuple(p.shape) for p in part.parameters()) - stored
-            if missing:
-                raise ModelCorrupt(
-                    f"The {name} of {spec.name} lacks {missing.total()} of its tensors.",
-                    value=folder,
-                    remedy="Fetch it again.",
-                )
-        elif isinstance(part, transformers.PreTrainedTokenizerBase):
-            encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
-            if len(part) != encoder.config.vocab_size:
-                raise ModelCorrupt(
-                    f"The {name} of {spec.name} is not that of its text encoder.",
-                    value=f"{len(part)} tokens for {encoder.config.vocab_size}",
-                    remedy="Fetch it again, with every file of the folder.",
-                )
+    def step(self, states: Sequence[Denoising]) -> None:
+        self.denoiser.step(states)
 
+    def finish(self, state: Denoising) -> Generator[None, None, Pixels]:
+        return self.autoencoder.decode(state.latents)
 
-def _stored_shapes(spec: ModelSpec, path: Path) -> list[tuple[int, ...]]:
-    try:
-        with safe_open(path, "pt") as file:
-            return [tuple(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
-    except SafetensorError as error:
-        raise ModelCorrupt(
-            f"A file of {spec.name} is damaged or cut off: {error}",
-            value=path,
-            remedy="Fetch it again.",
-        ) from error
-
-
-def _prepare(pipeline: Any) -> None:
-    """Hold a stock pipeline against what ours can do; raises ConfigError or ModelCorrupt."""
-    check_scheduler(pipeline.scheduler)
-    config = pipeline.vae.config
-    if config.get("latents_mean") is not None:
-        raise ModelCorrupt("The autoencoder shifts its latents by latents_mean: not supported.")
-    if not torch.cuda.is_available():
-        # Up to a half of the time on a CPU (`make bench-options`); not measured on a GPU.
-        for network in (pipeline.unet, pipeline.vae):
-            network.to(memory_format=torch.channels_last)
-    upcasts = hasattr(pipeline, "upcast_vae") and config.get("force_upcast", True)
-    if pipeline.vae.dtype == torch.float16 and upcasts:
-        # Once, rather than to float32 and back at every call.
-        pipeline.vae.to(torch.float32)
-
-
-def _enable_xformers(pipeline: Any, spec: ModelSpec) -> None:
-    # The only switch that reaches a UNet: set_attention_backend() changes none of its processors.
-    if importlib.util.find_spec("xformers") is None:
-        reason = "the package is not installed"
-    elif not torch.cuda.is_available():
-        reason = "it needs a CUDA device"
-    else:
-        try:
-            pipeline.enable_xformers_memory_efficient_attention()
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            reason = str(error)
-        else:
-            return
-    raise AttentionUnavailable(
-        f"Model {spec.name} asks for attention: xformers, but {reason}.",
-        remedy="Install the extra `gpu` on a CUDA machine, or use attention: sdpa.",
-    )
+    def _encode_prompt(self, text: str) -> Any:
+        return self._stock.encode_prompt(
+            text,
+            device=self._stock.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
 
 
 class PromptCache:
-    """Embeddings of the texts asked for last; every text is encoded alone, so always alike.
+    """Embeddings of the latest texts. Every text is encoded alone, so that its bits never change.
 
     Args:
         encode: embeddings of one text.
     """
 
-    def __init__(self, encode: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    def __init__(self, encode: Callable[[str], Embeddings]) -> None:
         self._encode = encode
-        self._known: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
+        self._known: OrderedDict[str, Embeddings] = OrderedDict()
 
-    def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(1, 77, D)` embeddings, and `(1, P)` pooled ones where the model has them."""
-        found = self._known.pop(text, None) or self._encode(text)
-        self._known[text] = found
+    def __call__(self, text: str) -> Embeddings:
+        """The embeddings of a text, from the cache if it was among the last 64."""
+        embeddings = self._known.pop(text, None) or self._encode(text)
+        self._known[text] = embeddings
         if len(self._known) > _PROMPTS:
             self._known.popitem(last=False)
-        return found
+        return embeddings
 
     def clear(self) -> None:
         """Forget all, because the weights move."""

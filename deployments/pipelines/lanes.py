@@ -1,4 +1,4 @@
-"""A pass on a CPU, its rows shared out among threads."""
+"""A pass on a CPU, its rows split among threads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Lanes:
-    """Runs parts of a batch at a time, each on a thread that torch does not split any further.
+    """Runs parts of a batch at the same time, each on one thread that torch splits no further.
 
-    On a CPU torch's own threads meet after every operation, and these after every pass: two lanes
-    make twice the rows of one, where two threads of torch's make fewer (`make bench-threads`).
+    On a CPU torch's own threads wait for each other after every operation, lanes only after every
+    pass. Two lanes make twice the rows of one; two of torch's threads make fewer (docs/engine.md).
 
     Args:
-        count: parts, at most; 1 runs every batch whole, as a GPU wants it.
+        count: of parts, at most; 1 runs every batch whole, which suits a GPU.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -32,7 +32,8 @@ class Lanes:
         """The outputs of all rows, in order.
 
         Args:
-            forward: of the rows in a slice; called on several threads at a time.
+            forward: the output of the rows in a slice; called on several threads at a time.
+            rows: of the batch.
         """
         count = min(self._count, rows)
         if count == 1:
@@ -43,13 +44,13 @@ class Lanes:
         try:
             first = forward(parts[0])
         finally:
-            wait(others)  # a failed pass is tried again, and must be over by then
+            wait(others)  # a failed pass is repeated, and must be over by then
         try:
             return torch.cat([first, *(other.result() for other in others)])
         finally:
-            others.clear()  # an error holds this frame, and this frame the error
+            others.clear()  # an error holds this frame, which must not hold the error
 
 
-@torch.inference_mode()  # a mode of the thread
+@torch.inference_mode()  # the mode belongs to a thread
 def _infer(forward: Callable[[slice], torch.Tensor], part: slice) -> torch.Tensor:
     return forward(part)

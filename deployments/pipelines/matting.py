@@ -2,105 +2,114 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from deployments.buckets import resize
-from deployments.contract import BackgroundRequest
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import networks
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+from deployments.pipelines.pictures import require_picture
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from deployments.contract import ImageRequest
-    from deployments.engine.row import Pixels, Row
+    from deployments.contract import BackgroundRequest
+    from deployments.engine.row import Pixels, RowInput
     from deployments.registry import ModelSpec
 
 
 @dataclass(slots=True)
-class _Mask:
-    """Left on the device, so that no pass waits for it: `H x W` in [0, 1]; without any NaN."""
+class Mask:
+    """A row on its way. All of it stays on the device, so that no pass waits for it.
 
-    alpha: torch.Tensor
-    valid: torch.Tensor
+    Attributes:
+        source: the picture, `H x W x 3` uint8.
+        alpha: `H x W` in [0, 1], after the step.
+        valid: a scalar, after the step: whether `alpha` has no NaN.
+    """
+
+    source: torch.Tensor
+    alpha: torch.Tensor = field(init=False, repr=False)
+    valid: torch.Tensor = field(init=False, repr=False)
 
 
 class Matting:
-    """One forward pass a row at the network's own square size, whatever the picture's size.
+    """One forward pass a row, at the network's own square size.
 
-    `config.json` may say `input_px` (1024), `widths` (RMBG-1.4's) and `stretch` (true): RMBG-1.4
-    stretches each mask to the full range; a calibrated network does without.
+    `config.json` may set `input_px` (default 1024), `widths` (RMBG-1.4's) and `stretch` (true).
+    RMBG-1.4 stretches each mask to the full range; a calibrated network does without.
     """
 
-    def __init__(
-        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         config = networks.read_config(spec, folder)
         self._stretch = bool(config.get("stretch", True))
-        self._device = device
+        self._device = "cpu"
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._input_px = int(config.get("input_px", 1024))
             self._net = ISNet(ISNetWidths(**config.get("widths", {})))
-        networks.load_weights(self._net, spec, folder, device)
+        networks.load_weights(self._net, spec, folder, self._device)
 
-    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
-        return resize(picture.rgb, self._input_px, self._input_px)
+    def fit(self, picture: Picture | None, request: BackgroundRequest) -> Pixels:
+        return resize(require_picture(picture).rgb, self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
 
-    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: BackgroundRequest) -> Work:
         return Work(1, self._input_px**2, self._input_px**2)
 
-    def cost_px(self, row: Row) -> int:
+    def cost_px(self, row: RowInput[BackgroundRequest]) -> int:
         return self._input_px**2
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
-        row.state, row.steps_left = torch.from_numpy(row.pixels).to(self._device), 1
+    def begin(self, row: RowInput[BackgroundRequest]) -> Generator[None, None, Mask]:
         yield from ()
+        return Mask(torch.from_numpy(row.pixels).to(self._device))
 
-    def key(self, row: Row) -> Hashable:
+    def steps(self, state: Mask) -> int:
+        return 1
+
+    def key(self, state: Mask) -> Hashable:
         return "one size"
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> None:
-        stacked = torch.stack([cast("torch.Tensor", row.state) for row in rows])
+    def step(self, states: Sequence[Mask]) -> None:
+        stacked = torch.stack([state.source for state in states])
         x = stacked.permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
-        # Half precision is fine for the network and too coarse for a soft edge.
-        alpha = self._lanes.run(lambda part: self._net(x[part], sides=1)[0], len(rows))
+        # Half precision is fine for the network, but too coarse for a soft edge.
+        alpha = self._lanes.run(lambda part: self._net(x[part], sides=1)[0], len(states))
         alpha = alpha.float().sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)
         finite = alpha.isfinite().all(dim=2).all(dim=1)
-        for row, mask, valid in zip(rows, alpha, finite, strict=True):
-            row.state = _Mask(mask, valid)
+        for state, mask, valid in zip(states, alpha, finite, strict=True):
+            state.alpha, state.valid = mask, valid
 
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
+    def finish(self, state: Mask) -> Generator[None, None, Pixels]:
         yield from ()
-        mask = cast("_Mask", row.state)
-        if not mask.valid.item():
+        if not state.valid.item():
             raise ModelFailed(
                 "The model gave no valid mask for this picture (NaN).",
                 value="NaN",
                 remedy="Try another picture.",
             )
-        return (mask.alpha * 255).round().to(torch.uint8).cpu().numpy()
+        return (state.alpha * 255).round().to(torch.uint8).cpu().numpy()
 
-    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
-        request = cast("BackgroundRequest", request)
+    def restore(
+        self, output: Pixels, picture: Picture | None, request: BackgroundRequest
+    ) -> Picture:
+        picture = require_picture(picture)
         alpha = resize(output, picture.width_px, picture.height_px)
         if picture.alpha is not None:
             alpha = (alpha.astype(np.uint16) * picture.alpha // 255).astype(np.uint8)

@@ -1,6 +1,4 @@
-"""Our own networks from a folder: `config.json` names the architecture, `model.safetensors` fills
-it.
-"""
+"""Our own networks from a folder: `config.json` describes one, `model.safetensors` fills it."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def read_config(spec: ModelSpec, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def building(spec: ModelSpec) -> Generator[None]:
-    """Turn the failure to build what `config.json` says into ModelCorrupt."""
+    """Raise ModelCorrupt if the network that `config.json` describes cannot be built."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
@@ -55,7 +53,7 @@ def building(spec: ModelSpec) -> Generator[None]:
 
 
 def load_weights(net: nn.Module, spec: ModelSpec, folder: Path, device: str) -> None:
-    """Fill `net` strictly from `model.safetensors` and move it to `device`, ready to infer.
+    """Load `model.safetensors` into `net` strictly and move it to `device`, ready for inference.
 
     Raises:
         ModelNotCached: the file is missing.
@@ -67,7 +65,7 @@ def load_weights(net: nn.Module, spec: ModelSpec, folder: Path, device: str) -> 
             f"Model {spec.name} has no model.safetensors.", value=folder, remedy="Fetch it again."
         )
     try:
-        net.load_state_dict(load_file(path), strict=True, assign=True)  # mapped, not copied
+        net.load_state_dict(load_file(path), strict=True, assign=True)  # mapped rather than copied
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelCorrupt(

@@ -1,9 +1,9 @@
-"""Each row's own denoising schedule, as coefficients of one update that rows of any kind share.
+"""Each row's own denoising schedule, as factors of one update that rows of any schedule share.
 
-A diffusers scheduler keeps one step index for everything it steps, so that rows at different points
+A diffusers scheduler keeps one step index for all that it steps, so that rows at different points
 cannot share it. DDIM, Euler and DPM-Solver++ (2M) are linear in the latents, the network's output
-and the last prediction, with factors that depend on the schedule alone; those are computed here, on
-the host, in float64. Any other scheduler is stepped row by row with a copy of its own.
+and the last prediction. Their factors depend on the schedule alone and are computed here, on the
+host, in float64. With any other scheduler, each row is stepped by a copy of its own.
 
 Sources: DDIM, arXiv:2010.02502; Euler as in arXiv:2206.00364; DPM-Solver++ 2M, arXiv:2211.01095.
 """
@@ -28,12 +28,12 @@ Factors = NDArray[np.float64]
 SCALE, DATA_LATENTS, DATA_OUTPUT, KEEP, USE_DATA, USE_FORMER = range(6)
 """Columns of `Schedule.factors`, see there."""
 _QUIET = {"DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"}
-"""Take a generator, and leave it alone as they are used here."""
+"""Their `step` takes a generator, but draws nothing the way they are used here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What the steps of one row do; shared by all rows with the same steps and strength.
+    """The steps of a row, shared by all rows of the same steps and strength.
 
     With latents x and network output o, step i computes
 
@@ -46,8 +46,9 @@ class Schedule:
         timesteps: (S,) what the network is told.
         factors: (S, 6), or None where `scheduler` steps by itself.
         image, noise: factors of both in latents that start from a picture.
-        first_noise: factor of the noise in latents that start from nothing else.
-        scheduler: None, or a diffusers scheduler before its first step, which each row copies.
+        first_noise: factor of the noise in latents that start from noise alone.
+        scheduler: a diffusers scheduler before its first step, which each row copies; None where
+            there are factors.
     """
 
     timesteps: Factors
@@ -59,7 +60,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """How many are run."""
+        """Steps that run."""
         return len(self.timesteps)
 
     @property
@@ -69,17 +70,17 @@ class Schedule:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse a scheduler that draws noise while it steps: a seed would not tell what comes out.
+    """Refuse a scheduler that draws noise while it steps, because a seed would not fix its result.
 
     Raises:
-        ConfigError: naming those that will do.
+        ConfigError: it does; the remedy names schedulers that do not.
     """
     name = type(scheduler).__name__
     stochastic = "sde" in scheduler.config.get("algorithm_type", "")
     draws = "generator" in inspect.signature(scheduler.step).parameters
     if stochastic or (draws and name not in _QUIET):
         raise ConfigError(
-            f"The scheduler {name} draws noise at every step, which no seed of a row decides.",
+            f"The scheduler {name} draws noise at every step, which no request's seed controls.",
             remedy=f"Name one of {', '.join(sorted(_QUIET))} or PNDMScheduler in the model's"
             " scheduler/scheduler_config.json.",
         )
@@ -89,9 +90,9 @@ def make_schedule(scheduler: Any, steps: int, skipped: int = 0) -> Schedule:
     """The schedule of `steps` steps without its first `skipped` ones.
 
     Args:
-        scheduler: of diffusers; left as it is.
+        scheduler: of diffusers; not changed.
         steps: length of the whole schedule.
-        skipped: steps that img2img leaves out because the picture is there already.
+        skipped: first steps, which img2img replaces by the picture.
     """
     own = copy.deepcopy(scheduler)
     own.set_timesteps(steps)
@@ -107,7 +108,7 @@ def make_schedule(scheduler: Any, steps: int, skipped: int = 0) -> Schedule:
 
 
 def _linear(scheduler: Any) -> Callable[[Any, Factors], Factors] | None:
-    """How to compute the factors; None for a scheduler that is not linear, or not known to be."""
+    """How to compute the factors; None if the scheduler is not known to be linear."""
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("thresholding") or config.get("prediction_type") not in _DATA:
         return None
@@ -122,7 +123,7 @@ def _linear(scheduler: Any) -> Callable[[Any, Factors], Factors] | None:
 
 
 def _start(scheduler: Any, first: int) -> tuple[float, float]:
-    """Factors of clean latents and of noise in the latents a schedule starts from."""
+    """Factors of clean latents and of noise in the latents that a schedule starts from."""
     at = scheduler.timesteps[first : first + 1]
     one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     return float(scheduler.add_noise(one, none, at)), float(scheduler.add_noise(none, one, at))
@@ -133,7 +134,10 @@ _DATA: dict[str, Callable[[Factors, Factors], tuple[Factors, Factors]]] = {
     "v_prediction": lambda alpha, sigma: (alpha, -sigma),
     "sample": lambda alpha, sigma: (np.zeros_like(alpha), np.ones_like(alpha)),
 }
-"""What the clean latents are made of, by what the network predicts; alpha^2 + sigma^2 = 1."""
+"""Factors of latents and output in the clean latents, by what the network predicts.
+
+alpha^2 + sigma^2 = 1.
+"""
 
 
 def _table(scale: Factors, data: tuple[Factors, Factors], *update: Factors) -> Factors:
@@ -156,7 +160,7 @@ def _euler(scheduler: Any, timesteps: Factors) -> Factors:
     sigmas = np.asarray(scheduler.sigmas, np.float64)
     sigma, after = sigmas[:-1], sigmas[1:]
     scale = 1 / np.sqrt(1 + sigma**2)
-    # These latents are x / alpha, and the network is shown x.
+    # These latents are x / alpha; the network is shown x.
     latents, output = _DATA[scheduler.config.prediction_type](scale, sigma * scale)
     data = (latents * scale, output)
     keep = after / sigma
@@ -179,7 +183,7 @@ def _dpm(scheduler: Any, timesteps: Factors) -> Factors:
 
 
 def _second_order(config: Any, height: Factors, after: Factors, whole: Factors) -> Factors:
-    """Factor of (data - former data) in each step; that of the first step means nothing."""
+    """Factor of (data - former data) in each step; the first step's has no meaning."""
     ratio = np.ones_like(height)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio[1:] = height[:-1] / height[1:]
@@ -189,12 +193,12 @@ def _second_order(config: Any, height: Factors, after: Factors, whole: Factors) 
 
 
 def _first_order(scheduler: Any, steps: int) -> list[int]:
-    """Steps without a former prediction: the first one run and, as configured, the last."""
+    """Steps that use no former prediction: the first one run and, if so configured, the last."""
     config = scheduler.config
     if config.solver_order == 1:
         return list(range(steps))
     last_too = config.euler_at_final or config.final_sigmas_type == "zero"
     short = config.lower_order_final and steps < 15
-    # Where img2img skips steps, the first one run has no former prediction either.
+    # If img2img skips steps, the first one run has no former prediction either.
     first = {0, scheduler.begin_index or 0}
     return sorted(first | ({steps - 1} if last_too or short else set()))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate, product
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from deployments.buckets import resize
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelCorrupt, ModelFailed
-from deployments.images import Picture
 from deployments.pipelines import networks
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
+from deployments.pipelines.pictures import require_picture, with_alpha_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
@@ -24,20 +23,21 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from deployments.contract import ImageRequest
-    from deployments.engine.row import Pixels, Row
+    from deployments.contract import UpscaleRequest
+    from deployments.engine.row import Pixels, RowInput
+    from deployments.images import Picture
     from deployments.registry import ModelSpec
 
 SCALE = 4
 _UNIT_PX = 32
-"""Windows are multiples of it long, so that they have few shapes."""
+"""Lengths of windows are multiples of it, so that there are few shapes."""
 
 
 class Window(NamedTuple):
     """A piece of one side of a picture, in input px: what the network sees, and what is kept.
 
     Attributes:
-        start, length: of what it sees. It reaches beyond the end of a picture that is smaller.
+        start, length: of what it sees; it may reach beyond the end of a smaller picture.
         first, end: of what is kept.
     """
 
@@ -59,15 +59,15 @@ class Tile(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Progress:
-    """A row under way.
+class Tiling:
+    """A row on its way.
 
     Attributes:
         source: the picture on the device, `H x W x 3` uint8.
-        tiles: all, in order.
-        outputs: of the tiles done so far, `h x w x 3` uint8 on the host; from a GPU they may still
-            be on their way.
-        valid: for each of these, on the device, whether no NaN was seen.
+        tiles: all of them, in order.
+        outputs: of the tiles done so far, `h x w x 3` uint8 on the host; a GPU may still be writing
+            them.
+        valid: for each of those, on the device, whether it has no NaN.
     """
 
     source: torch.Tensor
@@ -75,98 +75,100 @@ class _Progress:
     outputs: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     valid: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
+    @property
+    def next_tile(self) -> Tile:
+        return self.tiles[len(self.outputs)]
+
 
 class UpscaleGan:
-    """A step is one tile of each row, so that a large picture neither blocks small ones nor
-    outlives its client.
+    """One step is one tile of each row.
+
+    So a large picture holds up no small one, and stops soon after its client has left.
     """
 
-    def __init__(
-        self, spec: ModelSpec, folder: Path, device: str, lanes: Lanes | None = None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         config = networks.read_config(spec, folder)
         self._tile_px = spec.tile_px
-        self._device = device
+        self._device = "cpu"
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._net, self._overlap_px = build(spec, config)
-        networks.load_weights(self._net, spec, folder, device)
+        networks.load_weights(self._net, spec, folder, self._device)
 
-    def fit(self, picture: Picture, request: ImageRequest) -> Pixels:
-        return picture.rgb
+    def fit(self, picture: Picture | None, request: UpscaleRequest) -> Pixels:
+        return require_picture(picture).rgb
+
+    def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
+        return with_alpha_of(require_picture(picture), output)
 
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
 
-    def work(self, width_px: int, height_px: int, request: ImageRequest) -> Work:
+    def work(self, width_px: int, height_px: int, request: UpscaleRequest) -> Work:
         shapes = [tile.shape for tile in self._tiles(height_px, width_px)]
         area_px = sum(height * width for height, width in shapes)
         return Work(len(shapes), area_px // len(shapes), width_px * height_px)
 
-    def cost_px(self, row: Row) -> int:
+    def cost_px(self, row: RowInput[UpscaleRequest]) -> int:
         height, width = (self._windows(side)[0].length for side in row.pixels.shape[:2])
         return height * width
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
+    def begin(self, row: RowInput[UpscaleRequest]) -> Generator[None, None, Tiling]:
+        yield from ()
         height, width = row.pixels.shape[:2]
         tiles = self._tiles(height, width)
-        row.state = _Progress(torch.from_numpy(row.pixels).to(self._device), tiles)
-        row.steps_left = len(tiles)
-        yield from ()
+        return Tiling(torch.from_numpy(row.pixels).to(self._device), tiles)
 
-    def _tiles(self, height: int, width: int) -> list[Tile]:
-        return [Tile(*pair) for pair in product(self._windows(height), self._windows(width))]
+    def steps(self, state: Tiling) -> int:
+        return len(state.tiles)
 
-    def _windows(self, side_px: int) -> list[Window]:
-        return plan_side(side_px, self._tile_px, self._overlap_px)
-
-    def key(self, row: Row) -> Hashable:
-        progress = cast("_Progress", row.state)
-        return progress.tiles[len(progress.outputs)].shape
+    def key(self, state: Tiling) -> Hashable:
+        return state.next_tile.shape
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> None:
-        progresses = [cast("_Progress", row.state) for row in rows]
-        tiles = [one.tiles[len(one.outputs)] for one in progresses]
-        cuts = [_cut(one.source, tile) for one, tile in zip(progresses, tiles, strict=True)]
+    def step(self, states: Sequence[Tiling]) -> None:
+        tiles = [state.next_tile for state in states]
+        cuts = [_cut(state.source, tile) for state, tile in zip(states, tiles, strict=True)]
         sizes = [(cut.shape[0], cut.shape[1]) for cut in cuts]
-        windows = cuts[0].new_zeros((len(rows), *tiles[0].shape, 3))
+        windows = cuts[0].new_zeros((len(states), *tiles[0].shape, 3))
         for window, cut, (height, width) in zip(windows, cuts, sizes, strict=True):
             window[:height, :width] = cut
         x = windows.permute(0, 3, 1, 2).to(self._dtype) / 255
-        y = self._lanes.run(lambda part: self._net(x[part], sizes=sizes[part]), len(rows)).float()
+        y = self._lanes.run(lambda part: self._net(x[part], sizes=sizes[part]), len(states)).float()
         valid = y.isfinite().all(dim=3).all(dim=2).all(dim=1)
         pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        pixels = pixels.to("cpu", non_blocking=True)  # nobody waits for it before `finish`
-        for progress, output, ok in zip(progresses, pixels, valid, strict=True):
-            progress.outputs.append(output)
-            progress.valid.append(ok)
+        pixels = pixels.to("cpu", non_blocking=True)  # `finish` waits for it
+        for state, output, ok in zip(states, pixels, valid, strict=True):
+            state.outputs.append(output)
+            state.valid.append(ok)
 
     @torch.inference_mode()
-    def finish(self, row: Row) -> Generator[None, None, Pixels]:
-        progress = cast("_Progress", row.state)
-        # Read first: that waits for the device, and so for the copies it makes of the outputs.
-        if not torch.stack(progress.valid).all().item():
+    def finish(self, state: Tiling) -> Generator[None, None, Pixels]:
+        # Read first: this waits for the device, and so for its copies of the outputs.
+        if not torch.stack(state.valid).all().item():
             raise ModelFailed(
                 "The model gave no valid picture for this request (NaN).",
                 value="NaN",
                 remedy="Try another picture.",
             )
-        height, width = row.pixels.shape[:2]
+        height, width = state.source.shape[:2]
         canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
-        for tile, output in zip(progress.tiles, progress.outputs, strict=True):
+        for tile, output in zip(state.tiles, state.outputs, strict=True):
             _paste(canvas, output.numpy(), tile)
             yield
-        progress.outputs.clear()
+        state.outputs.clear()
         return canvas
 
-    def restore(self, output: Pixels, picture: Picture, request: ImageRequest) -> Picture:
-        alpha = picture.alpha
-        if alpha is not None:
-            alpha = resize(alpha, output.shape[1], output.shape[0])
-        return Picture(output, alpha, picture.notes)
+    def _tiles(self, height_px: int, width_px: int) -> list[Tile]:
+        return [Tile(*pair) for pair in product(self._windows(height_px), self._windows(width_px))]
+
+    def _windows(self, side_px: int) -> list[Window]:
+        return side_windows(side_px, self._tile_px, self._overlap_px)
+
+
+PIPELINE = UpscaleGan
 
 
 def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
@@ -188,26 +190,26 @@ def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
     )
 
 
-def plan_side(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
-    """Windows along one side of a picture, as few and as alike as can be.
+def side_windows(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
+    """Windows along one side of a picture: as few as possible, and of few lengths.
 
-    However many sizes of picture come, the network meets few lengths: for each shape it prepares
-    anew, and keeps that. A picture shorter than its only window leaves a margin in it. Several
-    windows stay inside the picture; what is kept of each lies `overlap_px` from where it was cut.
+    Whatever sizes of picture come, the network meets few shapes, because it prepares something for
+    each shape and keeps it. A picture shorter than its only window leaves a margin in it. Several
+    windows stay inside the picture, and what is kept of each is `overlap_px` away from its cuts.
     """
     around_px = 2 * overlap_px
     count = max(-(-(side_px - around_px) // tile_px), 1)
     lengths = _lengths(side_px + around_px * (count - 1), count, tile_px, tile_px + around_px)
     starts = [0, *accumulate(length - around_px for length in lengths[:-1])]
-    # Rounded up, they may be too long together: the last ones then begin earlier.
+    # Rounded up, the windows may be too long together: then the last ones start earlier.
     starts = [max(min(start, side_px - n), 0) for start, n in zip(starts, lengths, strict=True)]
     ends = [*(start + overlap_px for start in starts[1:]), side_px]
     firsts = [0, *ends[:-1]]
-    return [Window(*found) for found in zip(starts, lengths, firsts, ends, strict=True)]
+    return [Window(*values) for values in zip(starts, lengths, firsts, ends, strict=True)]
 
 
 def _lengths(least_px: int, count: int, tile_px: int, most_px: int) -> list[int]:
-    """So many lengths that add up to `least_px` at least, of two neighbours among those allowed."""
+    """`count` lengths that add up to at least `least_px`, of two neighbouring allowed values."""
     allowed = [*range(_UNIT_PX, tile_px + 1, _UNIT_PX), most_px]
     i = next(i for i, length in enumerate(allowed) if length * count >= least_px)
     above, below = allowed[i], allowed[i - 1] if i else 0
@@ -226,6 +228,3 @@ def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
         slice((one.first - one.start) * SCALE, (one.end - one.start) * SCALE) for one in tile
     )
     canvas[to] = out[of]
-
-
-PIPELINE = UpscaleGan

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Row
 
 # An engine's two threads with a pool of threads each would wait for each other most of the time.
@@ -63,11 +63,11 @@ def own_folder(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tiny_folder: Callable[[str], Path]) -> Callable[..., Pipeline]:
+def tiny_pipeline(tiny_folder: Callable[[str], Path]) -> Callable[..., AnyPipeline]:
     """Our pipeline over a tiny model, loaded once for each spec."""
-    loaded: dict[str, Pipeline] = {}
+    loaded: dict[str, AnyPipeline] = {}
 
-    def pipeline(name: str, **changes: Any) -> Pipeline:
+    def pipeline(name: str, **changes: Any) -> AnyPipeline:
         spec = tiny.spec(name, tiny_folder(name), **changes)
         key = spec.model_dump_json()
         if key not in loaded:
@@ -99,7 +99,7 @@ def run_together() -> Callable[..., list[list[Row]]]:
     """
 
     def run(
-        pipeline: Pipeline,
+        pipeline: AnyPipeline,
         rows: Sequence[Row],
         max_batch_size: int = 4,
         *,

@@ -1,4 +1,4 @@
-"""A pipeline that does as it is told, and an engine that stands still until a test lets it go."""
+"""A scripted pipeline, and an engine that stands still until a test lets it go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gathering import Together, until
 
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits, Pass
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -29,11 +29,12 @@ def do_nothing() -> None:
     pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class FakeRequest:
     """What the fake pipeline does with a row.
 
-    `begin` and `finish` may be several acts, each a piece of work of its own.
+    `begin` and `finish` may be several acts, each a piece of work of its own. `row` is the row of
+    the request, which is all that the fake pipeline keeps as its state.
     """
 
     key: str = "a"
@@ -43,10 +44,11 @@ class FakeRequest:
     step: Act = do_nothing
     finish: Act | Sequence[Act] = do_nothing
     result: int = 0
+    row: Row | None = None
 
 
 class FakePipeline:
-    """Does what each row's request says, and remembers every group it stepped.
+    """Does what each row's request says, and records every group it stepped.
 
     A step waits for the gate, which is open unless a test closes it.
 
@@ -64,30 +66,34 @@ class FakePipeline:
         self.gate.set()
         self.at_gate = threading.Event()
 
-    def cost_px(self, row: Row) -> int:
-        return row.request.cost_px
+    def cost_px(self, given: RowInput[FakeRequest]) -> int:
+        return given.request.cost_px
 
     def key(self, row: Row) -> str:
-        return row.request.key
+        return row.input.request.key
 
-    def begin(self, row: Row) -> Generator[None, None, None]:
+    def begin(self, given: RowInput[FakeRequest]) -> Generator[None, None, Row]:
+        row = given.request.row
         yield from self._do("begin", row)
-        row.steps_left = row.request.steps
+        return row
+
+    def steps(self, row: Row) -> int:
+        return row.input.request.steps
 
     def step(self, rows: Sequence[Row]) -> None:
         self.at_gate.set()
         assert self.gate.wait(20)
         self.groups.append(list(rows))
         for row in rows:
-            row.request.step()
+            row.input.request.step()
         self.counts.update(rows)
 
     def finish(self, row: Row) -> Generator[None, None, Pixels]:
         yield from self._do("finish", row)
-        return np.full((1, 1, 3), row.request.result, np.uint8)
+        return np.full((1, 1, 3), row.input.request.result, np.uint8)
 
     def _do(self, stage: str, row: Row) -> Generator[None, None, None]:
-        acts = getattr(row.request, stage)
+        acts = getattr(row.input.request, stage)
         try:
             for act in [acts] if callable(acts) else acts:
                 self.pieces.append((stage, row))
@@ -108,12 +114,12 @@ class FakeMemoryPipeline(FakePipeline):
         self.tried: list[int] = []
 
     def step(self, rows: Sequence[Row]) -> None:
-        if rows[0].request.key != "held":
+        if rows[0].input.request.key != "held":
             self.held_at_start.append(len(self.held))
-            self.tried.append(sum(row.cost_px for row in rows))
+            self.tried.append(sum(row.progress.cost_px for row in rows))
         activations = torch.zeros(1)
         self.held.add(activations)
-        if sum(row.cost_px for row in rows) > self.room_px:
+        if sum(row.progress.cost_px for row in rows) > self.room_px:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 GiB.")
         super().step(rows)
 
@@ -138,20 +144,32 @@ class Turnstile:
 
 @dataclass
 class Harness:
-    """An engine that is held at a first, blocking row until the test lets it go."""
+    """An engine that is held at a first, blocking row until the test lets it go.
+
+    Attributes:
+        ahead_s: how far the engine's clock is ahead of the real one.
+    """
 
     pipeline: FakePipeline = field(default_factory=FakePipeline)
     engines: list[Engine] = field(default_factory=list)
     turnstiles: list[Turnstile] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
+    ahead_s: float = 0.0
 
     def start(
         self, pipeline: FakePipeline | None = None, max_batch_size: int = 4, **limits: Any
     ) -> Engine:
         self.pipeline = pipeline or self.pipeline
         limits_ = GroupLimits(max_batch_size, **limits)
-        engine = Engine(self.pipeline, limits_, pace=Together(), heard=self.passes.append)
-        self.engines.append(engine)
+        self.engines.append(
+            Engine(
+                self.pipeline,
+                limits_,
+                pace=Together(),
+                clock=lambda: time.monotonic() + self.ahead_s,
+                on_pass=self.passes.append,
+            )
+        )
         return self.engines[-1]
 
     def together(self, *rows: Row) -> None:
@@ -189,13 +207,15 @@ class Harness:
 
     @property
     def groups(self) -> list[list[Row]]:
-        return [group for group in self.pipeline.groups if group[0].request.key != "held"]
+        return [group for group in self.pipeline.groups if group[0].input.request.key != "held"]
 
 
 def row(deadline_s: float | None = None, **script: Any) -> Row:
     pixels = np.zeros((1, 1, 3), np.uint8)
     deadline_s = time.monotonic() + 60 if deadline_s is None else deadline_s
-    return Row(FakeRequest(**script), pixels, 0, deadline_s)
+    request = FakeRequest(**script)
+    request.row = Row(RowInput(request, pixels, 0, deadline_s))
+    return request.row
 
 
 def wait_for(*rows: Row) -> None:

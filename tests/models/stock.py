@@ -16,7 +16,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.pipelines.denoiser import Denoiser
 from deployments.pipelines.matting import Matting
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from deployments.contract import DiffusionRequest
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
     from deployments.images import Picture
 
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -54,9 +54,11 @@ def scheduler_like(pipeline: Any, name: str, **options: Any) -> SchedulerMixin:
     return kind(**{key: config[key] for key in model}, **published | options)
 
 
-def as_row(pipeline: Pipeline, request: Any, picture: Picture) -> Row:
-    seed = getattr(request, "seed", 0)
-    return Row(request, pipeline.fit(picture, request), seed, time.monotonic() + 120)
+def as_row(pipeline: AnyPipeline, request: Any, picture: Picture, seed: int = 0) -> Row:
+    """A row of a picture, with the request's seed if it has one."""
+    given = getattr(request, "seed", None)
+    seed = seed if given is None else given
+    return Row(RowInput(request, pipeline.fit(picture, request), seed, time.monotonic() + 120))
 
 
 def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np.ndarray:
@@ -74,7 +76,7 @@ def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np
     ).images[0]
 
 
-def images_of(pipeline: Pipeline, rows: list[Row]) -> list[np.ndarray]:
+def images_of(pipeline: AnyPipeline, rows: list[Row]) -> list[np.ndarray]:
     """The float images in [0, 1] behind the pixels of finished rows."""
     if isinstance(pipeline, Matting):
         return [row.state.alpha.numpy() for row in rows]
@@ -88,7 +90,7 @@ def images_of(pipeline: Pipeline, rows: list[Row]) -> list[np.ndarray]:
     return list((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
 
 
-def apart(pipeline: Pipeline, rows: list[Row], expected: list[np.ndarray]) -> float:
+def apart(pipeline: AnyPipeline, rows: list[Row], expected: list[np.ndarray]) -> float:
     """The largest difference of float images; holds the 8-bit ones to one level."""
     for row, image in zip(rows, expected, strict=True):
         levels = (image * 255).round().astype(int)

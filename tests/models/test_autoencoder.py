@@ -18,7 +18,7 @@ from deployments.pipelines.autoencoder import Autoencoder, image_tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
 
 
 def drain(pieces: Generator[None, None, Any]) -> tuple[int, Any]:
@@ -44,7 +44,7 @@ def stock_levels(vae: Any, z: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["sd_ddim", "refiner", "x4"])
 def test_a_picture_decoded_whole_is_the_stock_autoencoders(
-    name: str, tiny_pipeline: Callable[..., Pipeline]
+    name: str, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     pipeline: Any = tiny_pipeline(name)
     vae = pipeline.autoencoder.vae
@@ -56,7 +56,7 @@ def test_a_picture_decoded_whole_is_the_stock_autoencoders(
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 64), (40, 130), (128, 47), (97, 97)])
 def test_a_picture_decoded_in_tiles_is_the_stock_autoencoders(
-    height: int, width: int, tiny_pipeline: Callable[..., Pipeline]
+    height: int, width: int, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     pipeline: Any = tiny_pipeline("x4")
     vae, ours = pipeline.autoencoder.vae, Autoencoder(pipeline.autoencoder.vae, tile_px=256)
@@ -78,7 +78,7 @@ def test_a_picture_decoded_in_tiles_is_the_stock_autoencoders(
 
 
 def test_an_encoded_picture_is_the_stock_autoencoders(
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
 ) -> None:
     pipeline: Any = tiny_pipeline("sd_ddim")
     vae, pixels = pipeline.autoencoder.vae, tiny.picture(3).rgb
@@ -91,7 +91,7 @@ def test_an_encoded_picture_is_the_stock_autoencoders(
 
 @pytest.mark.parametrize("tile_px", [None, 256])
 def test_a_decode_may_be_given_up_anywhere(
-    tile_px: int | None, tiny_pipeline: Callable[..., Pipeline]
+    tile_px: int | None, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     pipeline: Any = tiny_pipeline("x4")
     ours, z = Autoencoder(pipeline.autoencoder.vae, tile_px), latents(80, 64)
@@ -106,7 +106,7 @@ def test_a_decode_may_be_given_up_anywhere(
     assert (drain(ours.decode(z))[1] == expected).all()
 
 
-def test_two_decodes_in_turns_do_not_mix(tiny_pipeline: Callable[..., Pipeline]) -> None:
+def test_two_decodes_in_turns_do_not_mix(tiny_pipeline: Callable[..., AnyPipeline]) -> None:
     pipeline: Any = tiny_pipeline("x4")
     ours = Autoencoder(pipeline.autoencoder.vae, tile_px=128)
     zs = [latents(40, 64, seed) for seed in (1, 2)]
@@ -122,7 +122,7 @@ def test_two_decodes_in_turns_do_not_mix(tiny_pipeline: Callable[..., Pipeline])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tile_px", [None, 256])
 def test_a_value_that_is_no_number_fails_the_picture(
-    tile_px: int | None, value: float, tiny_pipeline: Callable[..., Pipeline]
+    tile_px: int | None, value: float, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     pipeline: Any = tiny_pipeline("x4")
     z = latents(80, 64)
@@ -134,7 +134,7 @@ def test_a_value_that_is_no_number_fails_the_picture(
 @pytest.mark.parametrize("name", ["sd_ddim", "x4"])
 def test_others_step_beside_every_piece_of_a_slow_decode(
     name: str,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -153,9 +153,9 @@ def test_others_step_beside_every_piece_of_a_slow_decode(
         whole = block.forward
 
         def slow(*args: Any, whole: Callable[..., Any] = whole, **kwargs: Any) -> Any:
-            if left := long.steps_left:
-                until(lambda: long.steps_left < left, 20)
-                waits.append(left - long.steps_left)
+            if left := long.progress.steps_left:
+                until(lambda: long.progress.steps_left < left, 20)
+                waits.append(left - long.progress.steps_left)
             return whole(*args, **kwargs)
 
         monkeypatch.setattr(block, "forward", slow)

@@ -88,6 +88,17 @@ def cells_of_rows(text: str, title: str) -> list[list[str]]:
 # -------------------------------------------------------------------------------------- the dry run
 
 
+def test_a_short_dry_run_measures_and_writes(tmp_path: Path) -> None:
+    main(
+        ["--device", "cpu", "--tiny", "--only", "background-1024/headline", "--out", str(tmp_path)]
+    )
+    cells = load(tmp_path)["cells"]
+    for name in headline_cells(WORKLOADS["background-1024"]):
+        assert cells[f"background-1024/{name}"]["status"] == "measured"
+    assert "| background-1024 | ours |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_a_dry_run_measures_every_system(dry_run: Path) -> None:
     result = load(dry_run)
     assert result["dry_run"]
@@ -104,6 +115,7 @@ def test_a_dry_run_measures_every_system(dry_run: Path) -> None:
     assert ours["grouped"] == 2
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_every_option(dry_run: Path) -> None:
     cells = load(dry_run)["cells"]
     for name in speed.applicable(WORKLOADS["background-1024"]):
@@ -117,6 +129,7 @@ def test_a_dry_run_tries_every_option(dry_run: Path) -> None:
     assert levels["exact"]["levels"] == 0
 
 
+@pytest.mark.slow
 def test_a_dry_runs_figures_are_not_in_its_table(dry_run: Path) -> None:
     text = (dry_run / "gpu.md").read_text(encoding="utf-8")
     for title, first in (("Systems", 2), ("Passes", 1), ("Options", 1), ("Company", 2)):
@@ -126,6 +139,7 @@ def test_a_dry_runs_figures_are_not_in_its_table(dry_run: Path) -> None:
             assert set(row[first:]) <= {"not measured", "does not apply"}, row
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_in_the_table(dry_run: Path) -> None:
     result = load(dry_run) | {"dry_run": False}
     for cell in result["cells"].values():
@@ -141,6 +155,7 @@ def test_what_is_measured_is_in_the_table(dry_run: Path) -> None:
     assert "(needs a GPU)" in text
 
 
+@pytest.mark.slow
 def test_a_second_run_does_only_what_is_missing(dry_run: Path, tmp_path: Path) -> None:
     result = load(dry_run)
     missing = "background-1024/unet"
@@ -155,6 +170,7 @@ def test_a_second_run_does_only_what_is_missing(dry_run: Path, tmp_path: Path) -
     assert again["peak"] == result["peak"]
 
 
+@pytest.mark.slow
 def test_a_file_of_another_machine_is_refused(dry_run: Path, tmp_path: Path) -> None:
     result = load(dry_run)
     result["machine"]["gpu"] = "NVIDIA H200"

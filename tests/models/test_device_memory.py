@@ -23,7 +23,7 @@ from benchmarks.gpu.architectures import (
     weights_bytes,
 )
 from benchmarks.gpu.fake_device import FakeDeviceMemory
-from deployments.engine.engine import is_fatal
+from deployments.engine.device import is_fatal
 from deployments.errors import GpuTooSmall
 from deployments.gpu import cap as cap_module
 from deployments.gpu.cap import cap_device, enforce_share
@@ -281,5 +281,7 @@ def test_profiling_needs_torch_and_the_networks_alone() -> None:
     ours = {name for name in loaded if name.startswith(("deployments.", "serve_app"))}
     assert {name for name in ours if not name.startswith("deployments.pipelines")} == {
         "deployments.errors",
+        "deployments.gpu",
         "deployments.gpu.cap",
+        "deployments.gpu.profiles",
     }

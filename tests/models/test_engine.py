@@ -1,4 +1,4 @@
-"""The engine's guarantees, on pipelines that do as they are told."""
+"""The engine's guarantees, on scripted pipelines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ from fakes import (
 )
 from gathering import Together, until
 
-from deployments.engine.engine import Engine, is_fatal
+from deployments.engine.device import is_fatal
+from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
-from deployments.engine.row import Row
+from deployments.engine.row import Progress, Row, RowInput
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -76,7 +78,7 @@ def test_rows_of_one_key_share_a_step_up_to_max_batch_size(harness: Harness) -> 
     rows = [row() for _ in range(10)]
     harness.together(*rows)
     assert harness.groups == [rows[:4], rows[4:8], rows[8:]]
-    assert [one.batch_size for one in rows] == [4] * 8 + [2] * 2
+    assert [one.progress.batch_size for one in rows] == [4] * 8 + [2] * 2
 
 
 def test_the_limits_may_change_at_any_time(harness: Harness) -> None:
@@ -100,7 +102,7 @@ def test_exact_rows_step_alone(harness: Harness) -> None:
     rows = [row(steps=3) for _ in range(5)]
     harness.together(*rows)
     assert [len(group) for group in harness.groups] == [1] * 15
-    assert [one.batch_size for one in rows] == [1] * 5
+    assert [one.progress.batch_size for one in rows] == [1] * 5
 
 
 def test_rows_of_different_keys_never_share_a_step(harness: Harness) -> None:
@@ -109,15 +111,15 @@ def test_rows_of_different_keys_never_share_a_step(harness: Harness) -> None:
     rows = [row(key=rng.choice("abcd"), steps=rng.randint(1, 4)) for _ in range(40)]
     harness.together(*rows)
     for group in harness.groups:
-        assert len({one.request.key for one in group}) == 1
+        assert len({one.input.request.key for one in group}) == 1
         assert len(set(group)) == len(group) <= 16
-    assert all(harness.pipeline.counts[one] == one.request.steps for one in rows)
+    assert all(harness.pipeline.counts[one] == one.input.request.steps for one in rows)
 
 
 def test_a_late_row_joins_the_next_step(harness: Harness) -> None:
     harness.start()
     late = row(steps=1)
-    early = row(steps=3, step=lambda: None if late.arrived_s else harness.let_in(late))
+    early = row(steps=3, step=lambda: None if late.progress.arrived_s else harness.let_in(late))
     harness.engines[0].put([early])
     wait_for(early, late)
     assert [set(group) for group in harness.groups] == [{early}, {early, late}, {early}]
@@ -129,7 +131,7 @@ def test_what_is_nearly_done_is_done_first_and_the_other_key_waits_its_turn(
     harness.start(max_batch_size=2)
     rows = [row(key=key, steps=3) for key in "aabb"]
     harness.together(*rows)
-    assert [group[0].request.key for group in harness.groups] == list("aaabbb")
+    assert [group[0].input.request.key for group in harness.groups] == list("aaabbb")
 
 
 def test_a_crowd_of_one_key_does_not_starve_another(harness: Harness) -> None:
@@ -154,13 +156,13 @@ def test_times_and_shares_add_up(harness: Harness) -> None:
     rows = [row(steps=2, step=nap, begin=nap, finish=[nap, nap], cost_px=i + 1) for i in range(4)]
     harness.together(*rows)
     for one in rows:
-        assert one.steps == 2
-        assert one.steps_left == 0
-        assert one.run_s >= 2 * 4 * 0.005
-        assert one.vae_s >= 3 * 0.005
-        assert one.queue_s >= 0
-    shares = [one.compute_s - one.vae_s for one in rows]
-    assert sum(shares) == pytest.approx(rows[0].run_s)
+        assert one.progress.steps == 2
+        assert one.progress.steps_left == 0
+        assert one.progress.stepping_s >= 2 * 4 * 0.005
+        assert one.progress.staging_s >= 3 * 0.005
+        assert one.progress.queue_s >= 0
+    shares = [one.progress.compute_s - one.progress.staging_s for one in rows]
+    assert sum(shares) == pytest.approx(rows[0].progress.stepping_s)
     assert [share / shares[0] for share in shares] == pytest.approx([1, 2, 3, 4])
 
 
@@ -175,11 +177,11 @@ def test_no_group_exceeds_the_budget(harness: Harness) -> None:
         for _ in range(40)
     ]
     harness.together(*rows)
-    costs = [sum(one.request.cost_px for one in group) for group in harness.groups]
+    costs = [sum(one.input.request.cost_px for one in group) for group in harness.groups]
     assert max(costs) <= 100
     assert max(len(group) for group in harness.groups) > 2
     assert all(one.future.exception() is None for one in rows)
-    assert all(harness.pipeline.counts[one] == one.request.steps for one in rows)
+    assert all(harness.pipeline.counts[one] == one.input.request.steps for one in rows)
 
 
 def test_a_row_that_can_never_fit_is_too_large_before_anything_is_allocated(
@@ -209,7 +211,7 @@ def test_out_of_memory_halves_the_group_until_it_fits(harness: Harness, room_px:
     rows = [row(result=i) for i in range(8)]
     harness.together(*rows)
     assert all((one.future.result() == i).all() for i, one in enumerate(rows))
-    assert [one.batch_size for one in rows] == [min(room_px, 2)] * 8
+    assert [one.progress.batch_size for one in rows] == [min(room_px, 2)] * 8
     assert engine.alive
 
 
@@ -218,7 +220,7 @@ def test_what_ran_out_of_memory_once_is_not_tried_again(harness: Harness) -> Non
     engine = harness.start(pipeline, max_batch_size=8, budget_px=1000)
     rows = [row(cost_px=10, steps=5, result=i) for i in range(8)]
     harness.together(*rows)
-    assert [one.batch_size for one in rows] == [2] * 8
+    assert [one.progress.batch_size for one in rows] == [2] * 8
     assert sum(tried > 20 for tried in pipeline.tried) == 3  # 8 rows, and 4 twice
     assert all((one.future.result() == i).all() for i, one in enumerate(rows))
     # A row alone is tried whatever was learned, and later groups keep to it.
@@ -231,7 +233,7 @@ def test_what_ran_out_of_memory_once_is_not_tried_again(harness: Harness) -> Non
     engine.limits = GroupLimits(8, budget_px=10)
     few = [row(cost_px=5) for _ in range(4)]
     harness.together(*few)
-    assert [one.batch_size for one in few] == [2] * 4
+    assert [one.progress.batch_size for one in few] == [2] * 4
 
 
 def test_the_halves_find_the_memory_of_the_failed_step_free(harness: Harness) -> None:
@@ -330,8 +332,9 @@ def test_a_pipeline_that_raises_at_once_fails_that_row_alone(harness: Harness, s
     pipeline = FakePipeline()
     whole = getattr(pipeline, stage)
 
-    def broken(one: Row) -> Any:
-        if one.request.result == 1:
+    def broken(one: Any) -> Any:
+        given = one.input if isinstance(one, Row) else one
+        if given.request.result == 1:
             raise ValueError("no")
         return whole(one)
 
@@ -391,7 +394,7 @@ def test_rows_that_fail_at_every_stage_do_so_beside_others_that_do_not(harness: 
             assert isinstance(one.future.exception(), ModelFailed)
         else:
             assert (one.future.result() == i).all()
-            assert harness.pipeline.counts[one] == one.request.steps
+            assert harness.pipeline.counts[one] == one.input.request.steps
 
 
 # --- who gives up ---
@@ -449,7 +452,7 @@ def test_a_row_given_up_is_dropped_at_the_next_piece(
         if why == "cancelled":
             leaver.cancel()
         else:
-            leaver.deadline_s = 0.0
+            harness.ahead_s = 1000.0
         pieces.let_go()
         until(lambda: (stage, leaver) in harness.pipeline.left)
     finally:
@@ -458,6 +461,7 @@ def test_a_row_given_up_is_dropped_at_the_next_piece(
     assert harness.pipeline.pieces.count((stage, leaver)) == 3
     if why == "too late":
         assert isinstance(leaver.future.exception(), TooLate)
+    harness.ahead_s = 0.0
     after = row(result=5)
     engine.put([after])
     wait_for(after)
@@ -709,7 +713,7 @@ def test_close_waits_for_the_last_row_however_it_ends(harness: Harness, fate: st
     if fate in ("cancelled", "never begun"):
         last.cancel()
     if fate == "too late":
-        last.deadline_s = 0.0
+        harness.ahead_s = 1000.0
     pieces.let_go(2)
     closer.join(20)
     assert last.future.done()
@@ -733,7 +737,7 @@ def test_rows_of_many_threads_resolve_once_each_with_its_own_result() -> None:
     pipeline = FakePipeline()
     engine = Engine(pipeline)
     rng = random.Random(1)
-    fates = rng.choices(["good", "bad", "gone"], [8, 1, 1], k=200)
+    fates = rng.choices(["good", "bad", "cancelled"], [8, 1, 1], k=200)
     rows = [
         row(
             key=rng.choice("abc"),
@@ -750,7 +754,7 @@ def test_rows_of_many_threads_resolve_once_each_with_its_own_result() -> None:
     def send(start: int) -> None:
         for i in range(start, 200, 8):
             engine.put([rows[i]])
-            if fates[i] == "gone":
+            if fates[i] == "cancelled":
                 rows[i].cancel()
 
     threads = [threading.Thread(target=send, args=[i]) for i in range(8)]
@@ -768,7 +772,7 @@ def test_rows_of_many_threads_resolve_once_each_with_its_own_result() -> None:
 def assert_own_answer(one: Row, fate: str, result: int) -> None:
     """A row that is to be cancelled may be finished first."""
     if one.cancelled:
-        assert fate == "gone"
+        assert fate == "cancelled"
     elif fate == "bad":
         assert isinstance(one.future.exception(), ImagenError)
     else:
@@ -784,22 +788,36 @@ class WeakRow(Row):
     __slots__ = ("__weakref__",)
 
 
+@dataclass
+class Kept:
+    """What a forgetful pipeline keeps of a row: a tensor, and not the row."""
+
+    request: Any
+    tensor: torch.Tensor
+
+
 class FakeForgetfulPipeline(FakePipeline):
     """Keeps no row."""
 
-    def begin(self, one: Row) -> Generator[None, None, None]:
-        one.state = torch.zeros(3)
-        one.request.begin()
+    def begin(self, given: RowInput[Any]) -> Generator[None, None, Kept]:
+        kept = Kept(given.request, torch.zeros(3))
+        given.request.begin()
         yield
-        one.steps_left = one.request.steps
+        return kept
 
-    def step(self, rows: Sequence[Row]) -> None:
-        for one in rows:
-            one.request.step()
+    def steps(self, kept: Kept) -> int:
+        return kept.request.steps
 
-    def finish(self, one: Row) -> Generator[None, None, Pixels]:
+    def key(self, kept: Kept) -> str:
+        return kept.request.key
+
+    def step(self, states: Sequence[Kept]) -> None:
+        for kept in states:
+            kept.request.step()
+
+    def finish(self, kept: Kept) -> Generator[None, None, Pixels]:
         yield
-        one.request.finish()
+        kept.request.finish()
         return np.zeros((1, 1, 3), np.uint8)
 
 
@@ -827,26 +845,24 @@ def out_of_room() -> None:
     ],
     ids=lambda script: " ".join(f"{k} {getattr(v, '__name__', v)}" for k, v in script.items()),
 )
-def test_a_row_is_held_by_nobody_once_it_is_resolved(script: dict[str, Any]) -> None:
-    """And gone without the garbage collector, for which a device's memory cannot wait."""
+def test_nothing_holds_a_row_once_it_is_resolved(script: dict[str, Any]) -> None:
+    """Without the garbage collector, for which a device's memory cannot wait."""
     engine = Engine(FakeForgetfulPipeline(), GroupLimits(4, budget_px=100), pace=Together())
     script, cancel = dict(script), script.get("cancel")
     script.pop("cancel", None)
 
     def run() -> weakref.ref[Row]:
-        one = row(**script)
-        watched = WeakRow(one.request, one.pixels, one.seed, one.deadline_s)
+        watched = WeakRow(row(**script).input)
         if cancel:
             watched.cancel()
         engine.put([watched])
         wait_for(watched)
         return weakref.ref(watched)
 
-    gc.collect()
     gc.disable()
     try:
-        gone = run()
-        until(lambda: gone() is None, 5)
+        watched = run()
+        until(lambda: watched() is None, 5)
     finally:
         gc.enable()
     assert engine.alive
@@ -854,7 +870,7 @@ def test_a_row_is_held_by_nobody_once_it_is_resolved(script: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("rows", "limits", "told"),
+    ("rows", "limits", "expected"),
     [
         ([{}], {}, [(1, "all")]),
         ([{}, {}], {}, [(2, "all")]),
@@ -864,20 +880,22 @@ def test_a_row_is_held_by_nobody_once_it_is_resolved(script: dict[str, Any]) -> 
         ([{}, {}], {"exact": True}, [(1, "exact"), (1, "all")]),
     ],
 )
-def test_each_pass_tells_its_rows_and_why_there_were_no_more(
-    harness: Harness, rows: list[dict[str, Any]], limits: dict[str, Any], told: list[Any]
+def test_each_pass_reports_its_rows_and_why_there_were_no_more(
+    harness: Harness, rows: list[dict[str, Any]], limits: dict[str, Any], expected: list[Any]
 ) -> None:
     harness.start(**limits)
     harness.together(*(row(**values) for values in rows))
-    passes = [one for one in harness.passes if one.rows[0].request.key != "held"]
-    assert [(len(one.rows), one.closed) for one in passes] == told
+    passes = [one for one in harness.passes if one.rows[0].input.request.key != "held"]
+    assert [(len(one.rows), one.closed) for one in passes] == expected
     assert all(one.seconds >= 0 for one in passes)
 
 
-def test_the_halves_of_a_group_that_ran_out_of_memory_tell_so(harness: Harness) -> None:
+def test_the_halves_of_a_group_that_ran_out_of_memory_are_reported_as_such(
+    harness: Harness,
+) -> None:
     harness.start(FakeMemoryPipeline(room_px=2))
     harness.together(*(row() for _ in range(4)))
-    passes = [one for one in harness.passes if one.rows[0].request.key != "held"]
+    passes = [one for one in harness.passes if one.rows[0].input.request.key != "held"]
     assert [(len(one.rows), one.closed) for one in passes] == [(2, "memory"), (2, "memory")]
 
 
@@ -896,7 +914,7 @@ def test_a_row_alone_that_ran_out_of_memory_once_is_tried_again(harness: Harness
     assert len(tries) == 2
 
 
-def test_what_memory_allowed_is_tried_anew_after_a_while(harness: Harness) -> None:
+def test_a_limit_learned_from_memory_is_dropped_after_a_while(harness: Harness) -> None:
     pipeline = FakeMemoryPipeline(room_px=2)
     engine = harness.start(pipeline, max_batch_size=4)
     harness.together(*(row() for _ in range(4)))
@@ -906,7 +924,7 @@ def test_what_memory_allowed_is_tried_anew_after_a_while(harness: Harness) -> No
     wait_for(long)
     rows = [row() for _ in range(4)]
     harness.together(*rows)
-    assert [one.batch_size for one in rows] == [4] * 4
+    assert [one.progress.batch_size for one in rows] == [4] * 4
 
 
 def test_idle_is_when_also_a_row_that_was_given_up_has_left_its_pass(harness: Harness) -> None:
@@ -921,6 +939,4 @@ def test_idle_is_when_also_a_row_that_was_given_up_has_left_its_pass(harness: Ha
 
 
 def test_the_batch_size_of_a_row_is_that_of_its_passes_on_the_mean() -> None:
-    one = row(steps=28)
-    one.steps, one.steps_left, one.company = 28, 0, 27 + 4
-    assert one.batch_size == 1
+    assert Progress(steps=28, steps_left=0, pass_rows=27 + 4).batch_size == 1

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from stock import as_row
 from torch import nn
 
-from deployments.contract import BackgroundRequest, ComicRequest, EnhanceRequest, UpscaleRequest
-from deployments.engine.row import Row
+from deployments.contract import (
+    BackgroundRequest,
+    ComicRequest,
+    EnhanceRequest,
+    UpscaleRequest,
+)
 from deployments.errors import ModelFailed
 from deployments.images import Picture
 from deployments.pipelines import upscale_gan
+from deployments.pipelines.upscale_diffusion import UpscaleDiffusion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
+    from deployments.engine.row import Row
 
 FAST = ComicRequest(steps=2, strength=0.5, guidance_scale=1.0, seed=1)
 EXTREMES = [(1, 1), (1, 10_000), (10_000, 1), (1, 2), (63, 65)]
@@ -31,17 +37,22 @@ PHOTOS = [(3000, 4000), (4000, 3000), (300, 533), (2, 3)]
 def process(run_together: Callable[..., Any]) -> Callable[..., Picture]:
     """From a picture to the result, as a model replica does it."""
 
-    def run(pipeline: Pipeline, picture: Picture, request: Any) -> Picture:
-        pixels = pipeline.fit(picture, request)
-        row = Row(request, pixels, request.seed if hasattr(request, "seed") else 0, soon())
+    def run(pipeline: AnyPipeline, picture: Picture, request: Any) -> Picture:
+        row = as_row(pipeline, request, picture)
         run_together(pipeline, [row])
         return pipeline.restore(row.future.result(), picture, request)
 
     return run
 
 
-def soon() -> float:
-    return time.monotonic() + 120
+def begun(pipeline: AnyPipeline, row: Row) -> Any:
+    """The row's state before its first step."""
+    pieces = pipeline.begin(row.input)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
 
 
 def size(picture: Picture) -> tuple[int, int]:
@@ -72,7 +83,7 @@ def test_img2img_gives_back_the_pictures_size(
     name: str,
     height_px: int,
     width_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
 ) -> None:
     pipeline = tiny_pipeline(name, buckets=((64, 64), (128, 64), (64, 128)))
@@ -87,7 +98,7 @@ def test_img2img_gives_back_the_pictures_size(
 def test_img2img_keeps_alpha_and_notes(
     height_px: int,
     width_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
 ) -> None:
     seen = tiny.picture(1, height_px, width_px, with_alpha=True)
@@ -103,7 +114,7 @@ def test_img2img_keeps_alpha_and_notes(
 
 
 def test_the_working_size_is_the_buckets_content(
-    tiny_pipeline: Callable[..., Pipeline], process: Callable[..., Picture]
+    tiny_pipeline: Callable[..., AnyPipeline], process: Callable[..., Picture]
 ) -> None:
     pipeline = tiny_pipeline("sd_ddim", buckets=((64, 64), (128, 64)))
     request = FAST.model_copy(update={"output_size": "working"})
@@ -114,7 +125,7 @@ def test_the_working_size_is_the_buckets_content(
 
 @pytest.mark.parametrize("name", ["sd_ddim", "refiner", "x4"])
 def test_only_the_working_size_keeps_rows_from_sharing_a_step(
-    name: str, tiny_pipeline: Callable[..., Pipeline]
+    name: str, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     buckets = () if name == "x4" else ((64, 64), (128, 64))
     pipeline = tiny_pipeline(name, buckets=buckets)
@@ -122,7 +133,7 @@ def test_only_the_working_size_keeps_rows_from_sharing_a_step(
 
     def key(picture: Picture, **changes: Any) -> object:
         changed = request.model_copy(update=changes)
-        return pipeline.key(Row(changed, pipeline.fit(picture, changed), 0, soon()))
+        return pipeline.key(begun(pipeline, as_row(pipeline, changed, picture)))
 
     square, wide = tiny.picture(1, 64, 64), tiny.picture(1, 64, 128)
     own = {"noise_level": 99} if name == "x4" else {"strength": 0.9}
@@ -152,11 +163,11 @@ def test_the_network_pixels_of_a_step(
     height_px: int,
     width_px: int,
     cost_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
 ) -> None:
     pipeline = tiny_pipeline(name)
-    pixels = pipeline.fit(tiny.picture(1, height_px, width_px), request_)
-    assert pipeline.cost_px(Row(request_, pixels, 0, soon())) == cost_px
+    row = as_row(pipeline, request_, tiny.picture(1, height_px, width_px))
+    assert pipeline.cost_px(row.input) == cost_px
 
 
 @pytest.mark.parametrize(
@@ -171,18 +182,15 @@ def test_the_network_pixels_of_a_step(
     ],
 )
 def test_what_a_request_is_estimated_to_take_is_what_it_takes(
-    name: str, request_: Any, tiny_pipeline: Callable[..., Pipeline]
+    name: str, request_: Any, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     pipeline = tiny_pipeline(name)
     for height_px, width_px in ((64, 64), (33, 70)):
         work = pipeline.work(width_px, height_px, request_)
-        pixels = pipeline.fit(tiny.picture(1, height_px, width_px), request_)
-        row = Row(request_, pixels, 0, soon())
-        for _ in pipeline.begin(row):
-            pass
-        assert work.steps == row.steps_left
+        row = as_row(pipeline, request_, tiny.picture(1, height_px, width_px))
+        assert work.steps == pipeline.steps(begun(pipeline, row))
         # Tiles at the edges are smaller than what one costs at most.
-        assert work.step_px == pytest.approx(pipeline.cost_px(row), rel=0.2)
+        assert work.step_px == pytest.approx(pipeline.cost_px(row.input), rel=0.2)
 
 
 # --- upscaling by diffusion ---
@@ -192,7 +200,7 @@ def test_what_a_request_is_estimated_to_take_is_what_it_takes(
 def test_diffusion_upscales_exactly_four_times(
     height_px: int,
     width_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
 ) -> None:
     picture = tiny.picture(1, height_px, width_px, with_alpha=True)
@@ -209,7 +217,7 @@ def test_diffusion_upscales_exactly_four_times(
 def test_a_gan_upscales_exactly_four_times(
     height_px: int,
     width_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
 ) -> None:
     picture = tiny.picture(1, height_px, width_px, with_alpha=True)
@@ -221,7 +229,7 @@ def test_a_gan_upscales_exactly_four_times(
 @pytest.mark.parametrize(("tile_px", "overlap_px"), [(32, 5), (64, 32), (256, 10), (512, 34)])
 def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px: int) -> None:
     for side_px in (*range(1, 3 * tile_px), 5000):
-        windows = upscale_gan.plan_side(side_px, tile_px, overlap_px)
+        windows = upscale_gan.side_windows(side_px, tile_px, overlap_px)
         ends = [window.start + window.length for window in windows]
         assert [window.first for window in windows] == [0, *(w.end for w in windows[:-1])]
         assert windows[-1].end == side_px
@@ -238,11 +246,11 @@ def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px
 )
 def test_windows_are_about_alike_without_a_narrow_rest(side_px: int, lengths: list[int]) -> None:
     """So that their costs are, from which the engine learns."""
-    assert [w.length for w in upscale_gan.plan_side(side_px, 64, 5)] == lengths
+    assert [w.length for w in upscale_gan.side_windows(side_px, 64, 5)] == lengths
 
 
 def test_a_tile_of_nan_fails_the_picture(
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -262,15 +270,22 @@ def test_a_tile_of_nan_fails_the_picture(
 # --- few shapes ---
 
 
+@pytest.mark.parametrize("overlap_px", [5, 32])
+def test_windows_of_any_picture_have_few_lengths(overlap_px: int) -> None:
+    """Nine for each side, so that tiles have 81 shapes at most."""
+    sides = range(1, 3000)
+    windows = [w for side in sides for w in upscale_gan.side_windows(side, 256, overlap_px)]
+    assert len({window.length for window in windows}) == 9
+
+
 @pytest.mark.parametrize(("name", "most"), [("srvgg", 81), ("rrdb", 81), ("isnet", 1)])
 def test_pictures_of_many_sizes_reach_the_network_in_few_shapes(
     name: str,
     most: int,
-    tiny_pipeline: Callable[..., Pipeline],
-    run_together: Callable[..., Any],
+    tiny_pipeline: Callable[..., AnyPipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For each shape something is prepared and kept, and malloc loses what lies between."""
+    """Torch prepares something for each shape and keeps it, and malloc loses what lies between."""
     pipeline: Any = tiny_pipeline(name, tile_px=256)
     seen: list[tuple[int, ...]] = []
 
@@ -283,11 +298,13 @@ def test_pictures_of_many_sizes_reach_the_network_in_few_shapes(
 
     monkeypatch.setattr(pipeline._net, "forward", quick)
     request: Any = BackgroundRequest() if name == "isnet" else UpscaleRequest()
-    sides = np.random.default_rng(0).integers(1, 500, (300, 2))
+    sides = np.random.default_rng(0).integers(1, 500, (80, 2))
     for height_px, width_px in sides.tolist():
         picture = Picture(np.zeros((height_px, width_px, 3), np.uint8), None)
-        run_together(pipeline, [Row(request, pipeline.fit(picture, request), 0, soon())])
-    assert len(seen) >= 300
+        state = begun(pipeline, as_row(pipeline, request, picture))
+        for _ in range(pipeline.steps(state)):
+            pipeline.step([state])
+    assert len(seen) >= 80
     assert len(set(seen)) <= most
 
 
@@ -298,7 +315,7 @@ def test_pictures_of_many_sizes_reach_the_network_in_few_shapes(
 def test_matting_gives_the_pictures_size_in_every_form(
     height_px: int,
     width_px: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     process: Callable[..., Picture],
 ) -> None:
     pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, height_px, width_px)
@@ -320,7 +337,7 @@ def test_matting_gives_the_pictures_size_in_every_form(
 
 @pytest.mark.parametrize("output", ["rgba", "mask"])
 def test_matting_multiplies_with_the_pictures_own_alpha(
-    output: str, tiny_pipeline: Callable[..., Pipeline], process: Callable[..., Picture]
+    output: str, tiny_pipeline: Callable[..., AnyPipeline], process: Callable[..., Picture]
 ) -> None:
     pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, 40, 50, with_alpha=True)
     request = BackgroundRequest(output=output)
@@ -332,7 +349,7 @@ def test_matting_multiplies_with_the_pictures_own_alpha(
 
 @pytest.mark.parametrize("share", [0, 255])
 def test_the_colour_shows_where_the_foreground_does_not(
-    share: int, tiny_pipeline: Callable[..., Pipeline]
+    share: int, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
     picture = tiny.picture(1, 9, 7)
     mask = np.full((tiny.ISNET_PX, tiny.ISNET_PX), share, np.uint8)
@@ -342,7 +359,7 @@ def test_the_colour_shows_where_the_foreground_does_not(
 
 
 def test_a_mask_of_nan_fails_its_row_alone(
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -356,7 +373,7 @@ def test_a_mask_of_nan_fails_its_row_alone(
 
     monkeypatch.setattr(pipeline._net, "forward", spoilt)
     request = BackgroundRequest()
-    rows = [Row(request, pipeline.fit(tiny.picture(i), request), 0, soon()) for i in range(4)]
+    rows = [as_row(pipeline, request, tiny.picture(i)) for i in range(4)]
     run_together(pipeline, rows)
     assert [type(row.future.exception()) for row in rows].count(ModelFailed) == 1
     assert isinstance(rows[2].future.exception(), ModelFailed)
@@ -370,7 +387,7 @@ def test_a_mask_of_nan_fails_its_row_alone(
 def test_rows_leave_at_the_next_step(
     name: str,
     leaving: int,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -381,7 +398,7 @@ def test_rows_leave_at_the_next_step(
     else:
         request = ComicRequest(steps=6, strength=1.0, seed=0)
     picture = tiny.picture(1, 32, 32)
-    rows = [Row(request, pipeline.fit(picture, request), 0, soon()) for _ in range(2)]
+    rows = [as_row(pipeline, request, picture) for _ in range(2)]
 
     def leave() -> None:
         if len(calls) == 3:
@@ -399,26 +416,26 @@ def test_rows_leave_at_the_next_step(
         assert len(calls) in (6, 7)  # PNDM makes one more
         assert rows[1].future.result().ndim == 3
     # The pipeline is none the worse for it.
-    again = Row(request, pipeline.fit(picture, request), 0, soon())
+    again = as_row(pipeline, request, picture)
     run_together(pipeline, [again])
     assert again.future.result().ndim == 3
 
 
 def test_a_gan_stops_at_the_next_tile(
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline: Any = tiny_pipeline("srvgg", tile_px=32)
     request = UpscaleRequest()
-    row = Row(request, pipeline.fit(tiny.picture(1, 128, 128), request), 0, soon())
+    row = as_row(pipeline, request, tiny.picture(1, 128, 128))
     calls = count_calls(monkeypatch, pipeline._net, lambda: len(calls) == 2 and row.cancel())
     run_together(pipeline, [row])
     assert len(calls) == 2
 
 
 def test_a_broken_prompt_fails_alone(
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -436,7 +453,7 @@ def test_a_broken_prompt_fails_alone(
     monkeypatch.setattr(encoder, "forward", picky)
     prompts = ["a", "b", "poison", "c"]
     requests = [FAST.model_copy(update={"prompt": prompt}) for prompt in prompts]
-    rows = [Row(r, pipeline.fit(tiny.picture(1), r), 0, soon()) for r in requests]
+    rows = [as_row(pipeline, request, tiny.picture(1)) for request in requests]
     groups = run_together(pipeline, rows)
     failed = [isinstance(row.future.exception(), ModelFailed) for row in rows]
     assert failed == [False, False, True, False]
@@ -448,16 +465,14 @@ def test_a_broken_prompt_fails_alone(
 def test_a_picture_of_nan_fails_its_row_alone(
     name: str,
     stage: str,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Wherever the NaN comes from, it is found where the host waits for the picture anyway."""
     pipeline: Any = tiny_pipeline(name)
     request: Any = UpscaleRequest(steps=2, seed=0) if name == "x4" else FAST
-    rows = [
-        Row(request, pipeline.fit(tiny.picture(i, 32, 32), request), i, soon()) for i in range(3)
-    ]
+    rows = [as_row(pipeline, request, tiny.picture(i, 32, 32)) for i in range(3)]
     unet, decoder = pipeline.denoiser.unet, pipeline.autoencoder.vae.decoder
     if stage == "latents":
         whole = unet.forward
@@ -490,7 +505,7 @@ def test_a_picture_of_nan_fails_its_row_alone(
 @pytest.fixture(params=["sd_ddim", "refiner", "x4"])
 def encoded(
     request: pytest.FixtureRequest,
-    tiny_pipeline: Callable[..., Pipeline],
+    tiny_pipeline: Callable[..., AnyPipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Any, list[str]]:
     """A pipeline, and the texts it has encoded from now on."""
@@ -508,7 +523,7 @@ def encoded(
 
 
 def ask(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float = 5.0) -> Row:
-    kind = UpscaleRequest if pipeline.cost_px.__qualname__.startswith("Upscale") else ComicRequest
+    kind = UpscaleRequest if isinstance(pipeline, UpscaleDiffusion) else ComicRequest
     asked = kind(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -516,7 +531,7 @@ def ask(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float 
         steps=2,
         seed=0,
     )
-    return Row(asked, pipeline.fit(tiny.picture(1, 16, 16), asked), 0, soon())
+    return as_row(pipeline, asked, tiny.picture(1, 16, 16))
 
 
 def test_each_text_is_encoded_once(
@@ -535,12 +550,12 @@ def test_the_texts_known_are_few_and_go_with_the_weights(encoded: tuple[Any, lis
     pipeline.to("cpu")
     for i in range(100):
         for row in (ask(pipeline, "often", "", 1.0), ask(pipeline, f"once {i}", "", 1.0)):
-            for _ in pipeline.begin(row):
+            for _ in pipeline.begin(row.input):
                 break  # The text comes first.
     assert texts.count("often") == 1
     assert len(texts) == 101
     assert len(pipeline._texts._known) == 64
     pipeline.to("cpu")
     assert not pipeline._texts._known
-    next(pipeline.begin(ask(pipeline, "often", "", 1.0)))
+    next(pipeline.begin(ask(pipeline, "often", "", 1.0).input))
     assert texts.count("often") == 2

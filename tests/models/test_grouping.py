@@ -25,13 +25,13 @@ _SECONDS_PER_PX = 0.01
 
 def make(steps: int, cost_px: int, key: str = "a", arrived_s: float = 0.0) -> Row:
     one = row(key=key, steps=steps, cost_px=cost_px)
-    one.steps = one.steps_left = steps
-    one.cost_px, one.arrived_s = cost_px, arrived_s
+    one.progress.steps = one.progress.steps_left = steps
+    one.progress.cost_px, one.progress.arrived_s = cost_px, arrived_s
     return one
 
 
 def work_s(one: Row) -> float:
-    return one.steps * one.cost_px * _SECONDS_PER_PX
+    return one.progress.work_px * _SECONDS_PER_PX
 
 
 class Shop:
@@ -48,17 +48,17 @@ class Shop:
 
     def turn(self) -> list[Row]:
         group = choose(
-            self.rows, lambda one: one.request.key, self._limits, self._pace, self.now_s
+            self.rows, lambda one: one.input.request.key, self._limits, self._pace, self.now_s
         ).rows
-        seconds = sum(one.cost_px for one in group) * _SECONDS_PER_PX
+        seconds = sum(one.progress.cost_px for one in group) * _SECONDS_PER_PX
         self._pace.record(group, seconds)
         self.now_s += seconds
         self.turns += 1
         for one in group:
-            one.steps_left -= 1
-            if not one.steps_left:
+            one.progress.steps_left -= 1
+            if not one.progress.steps_left:
                 self.rows.remove(one)
-                self.waited_s[one] = self.now_s - one.arrived_s
+                self.waited_s[one] = self.now_s - one.progress.arrived_s
         return group
 
 
@@ -96,7 +96,7 @@ def test_a_large_row_is_done_in_bounded_time_under_an_endless_stream_of_small_on
     shop = Shop(GroupLimits(batch))
     large = make(*kinds["large"], key="large")
     shop.rows = [large, *(make(*kinds["small"], key="small") for _ in range(4))]
-    while large.steps_left:
+    while large.progress.steps_left:
         shop.turn()
         while len(shop.rows) < 5:
             shop.rows.append(make(*kinds["small"], key="small", arrived_s=shop.now_s))
@@ -133,7 +133,7 @@ def test_no_row_waits_longer_than_the_bound(
         while len(shop.rows) < present:
             shop.rows.append(make(*rng.choice(kinds), arrived_s=shop.now_s))
         shop.turn()
-        assert all(shop.now_s - one.arrived_s <= limit_s for one in shop.rows)
+        assert all(shop.now_s - one.progress.arrived_s <= limit_s for one in shop.rows)
     assert max(shop.waited_s.values()) <= limit_s
 
 
@@ -180,20 +180,22 @@ def test_a_group_is_of_one_key_within_the_limits_and_in_order_of_urgency(
     """And depends on the rows alone, not on their order."""
     made = [make(*values) for values in rows]
     for one in made:
-        one.steps_left = data.draw(st.integers(1, one.steps))
+        one.progress.steps_left = data.draw(st.integers(1, one.progress.steps))
     limits = GroupLimits(most, budget_px, exact)
 
     def group(some: list[Row]) -> list[Row]:
-        return choose(some, lambda one: one.request.key, limits, Together(), 50.0).rows
+        return choose(some, lambda one: one.input.request.key, limits, Together(), 50.0).rows
 
     chosen = group(made)
-    assert len({one.request.key for one in chosen}) == 1
+    assert len({one.input.request.key for one in chosen}) == 1
     assert len(set(chosen)) == len(chosen) <= (1 if exact else most)
-    cost_px = sum(one.cost_px for one in chosen)
+    cost_px = sum(one.progress.cost_px for one in chosen)
     assert len(chosen) == 1 or budget_px is None or cost_px <= budget_px
     assert group(data.draw(st.permutations(made))) == chosen
     if not exact and len(chosen) < most and budget_px is None:
-        assert len(chosen) == sum(one.request.key == chosen[0].request.key for one in made)
+        assert len(chosen) == sum(
+            one.input.request.key == chosen[0].input.request.key for one in made
+        )
     # Who is left out and would have fitted is less urgent than the first.
     alone = [one for one in made if one not in chosen]
     assert all(group([chosen[0], one])[0] is chosen[0] for one in alone)
@@ -214,7 +216,7 @@ def learn(pace: Pace, rows: list[Row], model: Callable[[int], float], turns: int
     sizes = []
     for _ in range(turns):
         size = pace.best_size(rows)
-        pace.record(rows[:size], model(size) * rows[0].cost_px)
+        pace.record(rows[:size], model(size) * rows[0].progress.cost_px)
         sizes.append(size)
     return sizes
 
@@ -248,7 +250,7 @@ def test_a_size_that_is_worse_is_avoided() -> None:
     assert settled[4] <= 6
 
 
-def test_what_pays_is_learned_anew_when_it_changes() -> None:
+def test_what_pays_is_learned_again_when_it_changes() -> None:
     pace, rows = Pace(), [make(9, 100) for _ in range(4)]
     assert learn(pace, rows, float, 100)[-1] == 1
     sizes = learn(pace, rows, lambda _: 1.0, 64 * 6)
@@ -300,5 +302,5 @@ def test_a_group_that_would_gain_nothing_from_more_rows_says_so() -> None:
             return 1
 
     made = [make(1, 1), make(1, 1)]
-    group = choose(made, lambda one: one.request.key, GroupLimits(), Alone(), 0.0)
+    group = choose(made, lambda one: one.input.request.key, GroupLimits(), Alone(), 0.0)
     assert (len(group.rows), group.closed) == (1, "pace")

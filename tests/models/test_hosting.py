@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from deployments.contract import complete
-from deployments.engine.row import Row
+from deployments.engine.row import Row, RowInput
 from deployments.errors import ModelCorrupt, NotReady
 from deployments.hosting import Host
 from deployments.images import Picture
@@ -74,7 +74,7 @@ class Bench:
         request: Any = complete(self.spec.task.request(), {}, self.spec.parameters)
         picture = Picture(np.full((64, 64, 3), 90, np.uint8), None)
         pixels = served.pipeline.fit(picture, request)
-        return Row(request, pixels, 1, time.monotonic() + 60)
+        return Row(RowInput(request, pixels, 1, time.monotonic() + 60))
 
     async def ask(self) -> tuple[str, bytes]:
         """What serves a request, and its picture."""
@@ -100,10 +100,10 @@ async def test_content_is_exchanged_between_requests_and_back(bench: Bench) -> N
     other = bench.add("other", 1.5)
     bench.host.start(None)
     first = await bench.ask()
-    bench.host.want(other)
+    bench.host.switch_to(other)
     assert (await bench.settled())["error"] == ""
     second = await bench.ask()
-    bench.host.want(None)
+    bench.host.switch_to(None)
     await bench.settled()
     third = await bench.ask()
     assert [answer[0] for answer in (first, second, third)] == [
@@ -120,14 +120,18 @@ async def test_a_request_inside_finishes_on_the_model_it_began_with(bench: Bench
     other = bench.add("other", 1.5)
     bench.host.start(None)
     async with bench.host.use() as served:
-        bench.host.want(other)
-        await asyncio.sleep(1)
-        assert bench.host.status["serving"] == bench.locked[:16], "it waits for the request"
+        bench.host.switch_to(other)
+        async with asyncio.timeout(60):
+            while bench.host._gate._open.is_set():  # until the new content waits for the request
+                await asyncio.sleep(0.01)
+        assert bench.host.status["serving"] == bench.locked[:16]
         waiting = asyncio.create_task(bench.ask())
         row = bench.row(served)
         served.engine.put([row])
         await asyncio.wrap_future(row.future)
-    assert (await waiting)[0] == other[:16], "who came meanwhile waited, and got the new one"
+    assert (await waiting)[0] == other[:16], (
+        "a request that came meanwhile waited for the new content"
+    )
     bench.host.close()
 
 
@@ -136,7 +140,7 @@ async def test_weights_that_fail_their_warm_up_are_not_served(bench: Bench, fact
     bad = bench.add("bad", factor)
     bench.host.start(None)
     before = await bench.ask()
-    bench.host.want(bad)
+    bench.host.switch_to(bad)
     status = await bench.settled()
     assert status["serving"] == bench.locked[:16]
     assert status["wanted"] == bad[:16]
@@ -172,7 +176,7 @@ class Device(Exception):
 
 
 @pytest.mark.parametrize(("fails", "broken"), [("old leaves", False), ("old returns", True)])
-async def test_an_exchange_that_fails_on_the_device_restores_or_says_so(
+async def test_an_exchange_that_fails_on_the_device_is_undone_or_reported(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, fails: str, broken: bool
 ) -> None:
     bad = bench.add("bad", float("nan"))
@@ -185,7 +189,7 @@ async def test_an_exchange_that_fails_on_the_device_restores_or_says_so(
             raise Device(fails)
 
     monkeypatch.setattr(bench.host._ready().pipeline, "to", to)
-    bench.host.want(bad)
+    bench.host.switch_to(bad)
     status = await bench.settled()
     assert status["serving"] == bench.locked[:16]
     assert Store(bench.settings.store).remove(bench.spec.name, bad), "its lease has ended"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from stock import as_row
 
 from deployments.contract import complete
-from deployments.engine.row import Row
 from deployments.pipelines.lanes import Lanes
 from deployments.settings import Settings
 
@@ -85,10 +84,7 @@ def test_pictures_are_those_of_one_lane(
     for threads in (1, 2):
         pipeline = tiny.pipeline(spec, Settings(device="cpu", torch_threads=threads))
         requests = [complete(spec.task.request(), {}, spec.parameters) for _ in range(3)]
-        rows = [
-            Row(request, pipeline.fit(picture, request), seed, time.monotonic() + 600)
-            for seed, request in enumerate(requests)
-        ]
+        rows = [as_row(pipeline, request, picture, seed) for seed, request in enumerate(requests)]
         run_together(pipeline, rows)
         made.append([row.future.result() for row in rows])
     for alone, shared in zip(*made, strict=True):

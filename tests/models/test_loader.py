@@ -1,4 +1,4 @@
-"""Every way a model folder can be wrong is told apart, by name, and nothing is fetched."""
+"""Every way a model folder can be wrong has an error of its own, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
 
 DIFFUSION = ["sd_ddim", "refiner", "x4"]
 NETWORKS = ["isnet", "srvgg", "rrdb"]
 
 
-def load_tiny(name: str, folder: Path, **changes: Any) -> Pipeline:
+def load_tiny(name: str, folder: Path, **changes: Any) -> AnyPipeline:
     return tiny.pipeline(tiny.spec(name, folder, **changes))
 
 

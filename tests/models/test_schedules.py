@@ -93,13 +93,13 @@ def run_ours(scheduler: Any, steps: int, skipped: int) -> tuple[list[torch.Tenso
     return latents, schedule.timesteps
 
 
-def assert_same_course(scheduler: Any, steps: int, skipped: int) -> float:
+def assert_same_schedule(scheduler: Any, steps: int, skipped: int) -> float:
     before = copy.deepcopy(scheduler.__dict__)
-    (theirs, told), (ours, ours_told) = (
+    (theirs, their_times), (ours, our_times) = (
         run(scheduler, steps, skipped) for run in (run_stock, run_ours)
     )
     assert len(theirs) == len(ours)
-    assert np.abs(told - ours_told).max() <= 1e-3
+    assert np.abs(their_times - our_times).max() <= 1e-3
     apart = max(
         float((a - b).abs().max() / (1 + a.abs().max())) for a, b in zip(theirs, ours, strict=True)
     )
@@ -159,7 +159,7 @@ def dpm(draw: st.DrawFn) -> Any:
 
 
 @pytest.mark.parametrize("kind", [ddim, euler, dpm])
-def test_every_course_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -> None:
+def test_every_schedule_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -> None:
     worst = 0.0
 
     # Few and many steps, all and some of them; a DPM++ schedule changes its last step at 15.
@@ -171,7 +171,7 @@ def test_every_course_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -
     )
     def check(scheduler: Any, steps: int, share: float) -> None:
         nonlocal worst
-        worst = max(worst, assert_same_course(scheduler, steps, int(steps * share)))
+        worst = max(worst, assert_same_schedule(scheduler, steps, int(steps * share)))
 
     check()
     print(f"{kind.__name__}: {worst:.1e} apart")
@@ -180,9 +180,9 @@ def test_every_course_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -
 @pytest.mark.parametrize("steps", [100, 150])
 @pytest.mark.parametrize("skipped", [0, 70])
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_a_long_course_too(kind: Any, steps: int, skipped: int) -> None:
-    assert_same_course(kind(**NOISE), steps, skipped)
-    assert_same_course(kind(**NOISE, use_karras_sigmas=True), steps, skipped)
+def test_a_long_schedule_too(kind: Any, steps: int, skipped: int) -> None:
+    assert_same_schedule(kind(**NOISE), steps, skipped)
+    assert_same_schedule(kind(**NOISE, use_karras_sigmas=True), steps, skipped)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_zero_terminal_snr(kind: Any, options: dict[str, Any]) -> None:
     more = {"clip_sample": False} if kind is DDIMScheduler else {}
     scheduler = kind(**NOISE, prediction_type="v_prediction", **options, **more)
     for steps, skipped in ((4, 0), (4, 1), (20, 7)):
-        assert_same_course(scheduler, steps, skipped)
+        assert_same_schedule(scheduler, steps, skipped)
 
 
 STEPPED_BY_STOCK: dict[str, tuple[Any, dict[str, Any]]] = {

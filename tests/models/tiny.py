@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTokenizer
 
-    from deployments.engine.pipeline import Pipeline
+    from deployments.engine.pipeline import AnyPipeline
 
 TEXT_DIM = 16
 TIME_DIM = 8
@@ -112,7 +112,7 @@ def spec(name: str, folder: Path, **changes: Any) -> ModelSpec:
     return ModelSpec.model_validate(values | changes)
 
 
-def pipeline(spec: ModelSpec, settings: Settings | None = None) -> Pipeline:
+def pipeline(spec: ModelSpec, settings: Settings | None = None) -> AnyPipeline:
     """The pipeline of a tiny model, from the folder `spec` was given."""
     folder = local_folder(spec.origins[0].source)
     return build(spec, folder, settings or Settings(device="cpu"))

@@ -120,7 +120,7 @@ def test_the_node_holds_each_model_once_and_its_actor_has_ended(
 def pull_and_tell(settings: Settings, name: str, digest: str) -> None:
     """Pull as a replica does, and live until the metrics were collected."""
     metrics = ModelMetrics()
-    ensure_on_node(name, digest, settings, metrics.record)
+    ensure_on_node(name, digest, settings, metrics.count_totals)
     time.sleep(40)
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deployments.admission import MAX_REQUESTS, Admission, Forecast, Ticket
+from deployments.admission import MAX_REQUESTS, Admission, Ticket
 from deployments.contract import ComicRequest, ImageJob
 from deployments.engine.grouping import GroupLimits, Pace, choose
 from deployments.engine.pipeline import Work
-from deployments.engine.row import Row
-from deployments.errors import Full, TooLate
-from deployments.model import ModelDeployment, Seats
+from deployments.engine.row import Row, RowInput
+from deployments.errors import Full, TooLate, TooMuchWork
+from deployments.estimate import Estimator, Forecast, Size
+from deployments.model import ModelDeployment
+from deployments.seats import Seats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,7 +44,7 @@ class Clock:
 
 
 class Replica:
-    """Accepts requests, and ends the one of the earliest deadline when it is told to work."""
+    """Accepts requests, and ends the one of the earliest deadline at each `finish`."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -77,8 +80,9 @@ class Replica:
 
 
 def row(steps_left: int, steps: int = 4, cost_px: int = 1, deadline_s: float = 1e9) -> Row:
-    made = Row(None, np.zeros((1, 1, 3), np.uint8), 0, deadline_s)  # pyright: ignore
-    made.steps, made.steps_left, made.cost_px = steps, steps_left, cost_px
+    made = Row(RowInput(None, np.zeros((1, 1, 3), np.uint8), 0, deadline_s))
+    made.progress.steps, made.progress.steps_left = steps, steps_left
+    made.progress.cost_px = cost_px
     return made
 
 
@@ -125,7 +129,7 @@ def test_a_request_in_a_hurry_does_not_make_an_accepted_one_late() -> None:
     assert replica.take(10.0, timeout_s=60.0)
 
 
-def test_whoever_leaves_makes_room() -> None:
+def test_a_request_that_leaves_makes_room() -> None:
     replica = Replica()
     replica.take_all([2.0] * 100)
     with pytest.raises(Full):
@@ -134,20 +138,20 @@ def test_whoever_leaves_makes_room() -> None:
     assert replica.take(2.0)
 
 
-def test_retry_after_tells_each_refused_client_of_a_time_of_its_own() -> None:
+def test_each_refused_client_gets_a_retry_after_of_its_own() -> None:
     replica = Replica()
     replica.take_all([2.0] * 30)
-    told: list[float] = []
+    waits_s: list[float] = []
     for _ in range(40):
         with pytest.raises(Full) as caught:
             replica.take(2.0)
         assert caught.value.retry_after_s is not None
-        told.append(caught.value.retry_after_s)
-    assert told == sorted(told)
-    assert 1 <= told[0] < told[10] < told[-1] == TIMEOUT_S
+        waits_s.append(caught.value.retry_after_s)
+    assert waits_s == sorted(waits_s)
+    assert 1 <= waits_s[0] < waits_s[10] < waits_s[-1] == TIMEOUT_S
 
 
-def test_whoever_comes_back_when_told_is_taken() -> None:
+def test_a_client_that_comes_back_after_retry_after_is_taken() -> None:
     replica = Replica()
     while replica.take_all([2.0]) == 1:
         pass
@@ -239,6 +243,38 @@ def test_a_size_that_was_not_timed_is_estimated_but_not_certain() -> None:
     assert forecast.is_certain(Work(steps=1, step_px=1000, stage_px=100))
 
 
+class FakePipeline:
+    """As many pixels of work as the picture has, or 1,000 without one, at each step."""
+
+    def work(self, width_px: int, height_px: int, request: Any) -> Work:
+        return Work(request.steps, width_px * height_px or 1000, 1)
+
+
+def estimator(limit_s: float) -> Estimator:
+    pipeline: Any = FakePipeline()
+    return Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1, limit_s=limit_s)
+
+
+def test_a_request_that_no_replica_could_finish_is_refused_with_the_largest_that_fits() -> None:
+    size, request = Size(50, 20), ComicRequest(steps=10, strength=1.0)
+    assert estimator(6.0).seconds(request, size) == pytest.approx(5.0)
+    with pytest.raises(TooMuchWork) as caught:
+        estimator(5.9).seconds(request, size)
+    assert caught.value.remedy == "Send steps=9 at most, which takes about 4 s."
+    with pytest.raises(TooMuchWork) as caught:
+        estimator(0.3).seconds(request.model_copy(update={"steps": 1}), size)
+    assert caught.value.remedy == "Send a picture of at most 35 x 14 px."
+
+
+def test_a_request_without_a_picture_is_estimated_and_refused_likewise() -> None:
+    size, request = Size(0, 0), ComicRequest(steps=10, strength=1.0)
+    assert estimator(6.0).seconds(request, size) == pytest.approx(5.0)
+    estimator(6.0).record(request, size, {"vae": 1.0, "decode": 0.0, "encode": 0.1})
+    with pytest.raises(TooMuchWork) as caught:
+        estimator(0.1).seconds(request, size)
+    assert caught.value.remedy == "Use another model, or a faster machine."
+
+
 def test_a_pass_that_shared_the_machine_does_not_raise_the_forecast() -> None:
     pace = timed(Pace(), 1000, 0.5)
     timed(pace, 1000, 5.0, times=5)
@@ -259,7 +295,7 @@ def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> N
         except Full:
             return None
         ticket.row = row(steps, steps, deadline_s=ticket.deadline_s)
-        ticket.row.arrived_s = clock()
+        ticket.row.progress.arrived_s = clock()
         rows[ticket.row] = stack
         return ticket.row
 
@@ -270,25 +306,23 @@ def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> N
             pass
         (first,) = choose(list(rows), lambda one: one, GroupLimits(1), pace, clock()).rows
         clock.now_s += px_s
-        first.steps_left -= 1
-        if not first.steps_left:
-            assert clock() <= first.deadline_s
+        first.progress.steps_left -= 1
+        if not first.progress.steps_left:
+            assert clock() <= first.input.deadline_s
             rows.pop(first).close()
 
 
-async def test_requests_whose_time_is_up_at_one_moment_all_hear_that_they_are_late() -> None:
+async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None:
     class Waiting(ModelDeployment):
         """Its only seat is taken, and every request takes a millisecond."""
 
         def __init__(self) -> None:
             self._admission = Admission(TIMEOUT_S)
             self._seats = Seats(1, 1)
+            self._spec: Any = SimpleNamespace(scale=1)
 
-        def _estimate(self, job: ImageJob, request: ImageRequest) -> float:
+        def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float:
             return 0.001
-
-        def _most_px(self, job: ImageJob) -> int:
-            return 1
 
     model, request = Waiting(), ComicRequest()
     job = ImageJob(request, b"", "png", timeout_s=0.05)

@@ -277,7 +277,7 @@ def test_the_batches_on_given_gpus_are_the_largest() -> None:
     free = [100] * made.gpus
     for placed in made.placed:
         free[placed.gpu_index] -= placed.percent
-    for placed in made.placed:  # nobody can grow where it is
+    for placed in made.placed:  # no model can grow where it is
         more = placed.demand.percent(placed.rows + 1)
         assert more - placed.percent > free[placed.gpu_index]
 

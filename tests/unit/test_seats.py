@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-from deployments.model import Seats
+from deployments.seats import Seats
 
 LARGEST_PX = 50_000_000
 

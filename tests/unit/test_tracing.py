@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from deployments import tracing
 from deployments.engine.grouping import Pass
+from deployments.engine.row import Progress, Row, RowInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
 _EXPORTER = InMemorySpanExporter()
 _TRACER = trace.get_tracer("test")
-
-
-class Row(SimpleNamespace):
-    """As much of a row as a span sees."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,18 +39,29 @@ def nothing_left() -> Iterator[None]:
     _EXPORTER.clear()
 
 
-def a_row(steps: int, *, traced: bool = True) -> Any:
+def a_row(steps: int, *, traced: bool = True) -> Row:
     context = None
     if traced:
         with _TRACER.start_as_current_span("request"):
             context = tracing.current()
-    return Row(trace=context, steps_left=steps, future=Future[Any]())
+    given = RowInput(None, np.zeros((1, 1, 3), np.uint8), 0, 0, context)
+    return Row(given, progress=Progress(steps_left=steps))
 
 
-def passes(spans: tracing.BatchSpans, *rows: Any) -> None:
+def span_id(row: Row) -> int:
+    assert row.input.trace
+    return row.input.trace.span_id
+
+
+def trace_id(row: Row) -> int:
+    assert row.input.trace
+    return row.input.trace.trace_id
+
+
+def passes(spans: tracing.BatchSpans, *rows: Row) -> None:
     for row in rows:
-        row.steps_left -= 1
-    spans.add(Pass(cast("Any", rows), "all", 0.1))
+        row.progress.steps_left -= 1
+    spans.add(Pass(rows, "all", 0.1))
 
 
 def batches() -> list[ReadableSpan]:
@@ -73,10 +77,10 @@ def test_one_span_for_as_long_as_the_same_rows_step_linked_to_each_request() -> 
     for _ in range(3):
         passes(spans, first, second)
     (batch,) = batches()
-    assert linked(batch) == {first.trace.span_id, second.trace.span_id}
+    assert linked(batch) == {span_id(first), span_id(second)}
     assert batch.attributes == {"model": "comic", "rows": 2, "closed": "all", "passes": 3}
     assert batch.context
-    assert batch.context.trace_id == first.trace.trace_id, "else it would be sampled by itself"
+    assert batch.context.trace_id == trace_id(first), "else it would be sampled by itself"
 
 
 def test_a_row_that_joins_ends_the_span_and_begins_another() -> None:
@@ -85,8 +89,8 @@ def test_a_row_that_joins_ends_the_span_and_begins_another() -> None:
     passes(spans, second, first)
     passes(spans, first, second)
     assert [linked(batch) for batch in batches()] == [
-        {first.trace.span_id},
-        {first.trace.span_id, second.trace.span_id},
+        {span_id(first)},
+        {span_id(first), span_id(second)},
     ]
     assert [batch.attributes["passes"] for batch in batches() if batch.attributes] == [1, 2]
 
@@ -103,7 +107,7 @@ def test_a_row_that_is_given_up_ends_its_span_at_the_next_pass() -> None:
     passes(spans, first)
     first.future.cancel()
     passes(spans, second)
-    assert [linked(batch) for batch in batches()] == [{first.trace.span_id}]
+    assert [linked(batch) for batch in batches()] == [{span_id(first)}]
 
 
 def test_rows_of_requests_that_are_not_traced_leave_nothing() -> None:

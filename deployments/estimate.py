@@ -1,0 +1,138 @@
+"""How long a request takes on an idle replica, and the largest one that fits its time."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from deployments.errors import TooMuchWork
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deployments.contract import ImageRequest
+    from deployments.engine.grouping import Pace
+    from deployments.engine.pipeline import AnyPipeline, Work
+
+_RESERVE = 1.2
+"""An estimate is multiplied by this before it is compared with a limit."""
+_SAMPLES = 20
+
+
+class Size(NamedTuple):
+    """Of the client's picture; 0 x 0 without one."""
+
+    width_px: int
+    height_px: int
+
+    def scaled(self, percent: int) -> Size:
+        """That share of each side, at least 1 px."""
+        width_px, height_px = self.width_px * percent // 100, self.height_px * percent // 100
+        return Size(max(width_px, 1), max(height_px, 1))
+
+
+class Forecast:
+    """Seconds that a request takes on an idle replica, learned from the requests it has served.
+
+    Args:
+        pace: knows what passes of the network take.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._stage_s_per_px: deque[float] = deque(maxlen=_SAMPLES)
+        self._file_s_per_px: deque[float] = deque(maxlen=_SAMPLES)
+
+    def record(self, work: Work, file_px: int, timings_s: Mapping[str, float]) -> None:
+        """Learn from a request that is done.
+
+        Args:
+            work: what it cost the model.
+            file_px: pixels of its upload or its result, whichever has more.
+            timings_s: seconds by stage, see `ImageResult.timings_s`.
+        """
+        self._stage_s_per_px.append(timings_s["vae"] / work.stage_px)
+        self._file_s_per_px.append((timings_s["decode"] + timings_s["encode"]) / file_px)
+
+    def seconds(self, work: Work, file_px: int) -> float | None:
+        """About what a request takes; None if the replica has timed no pass yet."""
+        pass_s = self._pace.alone_s(work.step_px)
+        if pass_s is None:
+            return None
+        # The quickest of the last ones: the others shared the machine with something.
+        stage_s = min(self._stage_s_per_px, default=0.0) * work.stage_px
+        file_s = min(self._file_s_per_px, default=0.0) * file_px
+        return work.steps * pass_s + stage_s + file_s
+
+    def is_certain(self, work: Work) -> bool:
+        """Whether passes of this size were timed, so that nothing had to be extrapolated."""
+        return self._pace.has_timed(work.step_px)
+
+
+class Estimator:
+    """Estimates the requests of one model.
+
+    Args:
+        pipeline: knows what a request costs.
+        forecast: knows what that takes.
+        scale: side of the result over side of the picture.
+        limit_s: that a request may take.
+    """
+
+    def __init__(
+        self, pipeline: AnyPipeline, forecast: Forecast, scale: int, limit_s: float
+    ) -> None:
+        self._pipeline = pipeline
+        self._forecast = forecast
+        self._scale = scale
+        self._limit_s = limit_s
+
+    def seconds(self, request: ImageRequest, size: Size) -> float | None:
+        """Of work on an idle replica; None if passes of this size were not timed yet.
+
+        Raises:
+            TooMuchWork: more than a request may take.
+        """
+        if not self._forecast.is_certain(self._pipeline.work(*size, request)):
+            return None
+        seconds = self._extrapolated_s(request, size)
+        if not fits(seconds, self._limit_s):
+            raise TooMuchWork(
+                "The model cannot finish this request in time, even with nothing else to do.",
+                value=f"about {seconds:.0f} s of work; a request may take {self._limit_s:g} s",
+                remedy=self._smaller_request(request, size),
+            )
+        return seconds
+
+    def record(self, request: ImageRequest, size: Size, timings_s: Mapping[str, float]) -> None:
+        """Learn from a request that is done."""
+        work = self._pipeline.work(*size, request)
+        self._forecast.record(work, file_px(size, self._scale), timings_s)
+
+    def _extrapolated_s(self, request: ImageRequest, size: Size) -> float:
+        work = self._pipeline.work(*size, request)
+        return self._forecast.seconds(work, file_px(size, self._scale)) or 0.0
+
+    def _smaller_request(self, request: ImageRequest, size: Size) -> str:
+        """The largest similar request that fits: of fewer steps, else of a smaller picture."""
+        for steps in range(getattr(request, "steps", 1) - 1, 0, -1):
+            if steps * getattr(request, "strength", 1.0) < 1:
+                break
+            seconds = self._extrapolated_s(request.model_copy(update={"steps": steps}), size)
+            if fits(seconds, self._limit_s):
+                return f"Send steps={steps} at most, which takes about {seconds:.0f} s."
+        for percent in range(99, 0, -1) if any(size) else ():
+            smaller = size.scaled(percent)
+            if fits(self._extrapolated_s(request, smaller), self._limit_s):
+                return f"Send a picture of at most {smaller.width_px} x {smaller.height_px} px."
+        return "Use another model, or a faster machine."
+
+
+def fits(seconds: float, limit_s: float) -> bool:
+    """Whether so much work surely ends within the limit on an idle replica."""
+    return seconds * _RESERVE <= limit_s
+
+
+def file_px(size: Size, scale: int) -> int:
+    """Pixels of the upload or of the result, whichever has more; 1 without an upload."""
+    return max(size.width_px * size.height_px * scale**2, 1)

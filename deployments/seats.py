@@ -1,0 +1,37 @@
+"""How many requests a replica works on at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+class Seats:
+    """A replica's places for requests in work. A large picture takes several of them.
+
+    Otherwise hostile uploads could fill the memory with as many pictures of the largest size.
+
+    Args:
+        count: of places; four pictures of the largest size take all of them.
+        largest_px: width x height of a picture, at most.
+    """
+
+    def __init__(self, count: int, largest_px: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._first_in_line = asyncio.Lock()
+        self._most = max(count // 4, 1)
+        self._seat_px = max(largest_px // self._most, 1)
+
+    @asynccontextmanager
+    async def taken(self, px: int) -> AsyncGenerator[None]:
+        """Hold the places of a picture of so many pixels; first come, first served."""
+        async with AsyncExitStack() as stack:
+            # One picture takes all its places at once: two that had half each would wait for ever.
+            async with self._first_in_line:
+                for _ in range(min(max(-(-px // self._seat_px), 1), self._most)):
+                    await stack.enter_async_context(self._free)
+            yield
