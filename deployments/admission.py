@@ -45,6 +45,7 @@ class Ticket:
         give_up: ends the wait of a request that has no row yet.
         row: of the engine, once there is one.
         refusal: the error of a request that was given up.
+        counted_s: seconds of work that `Admission.slowdown` has counted already.
     """
 
     seconds: float
@@ -52,6 +53,7 @@ class Ticket:
     give_up: Callable[[], None]
     row: Row | None = None
     refusal: Full | None = None
+    counted_s: float = 0.0
 
     @property
     def seconds_left(self) -> float:
@@ -59,6 +61,11 @@ class Ticket:
         if self.row is None or not self.row.progress.steps:
             return self.seconds
         return self.seconds * self.row.progress.steps_left / self.row.progress.steps
+
+    def newly_done_s(self) -> float:
+        """Seconds of work done since the last call."""
+        before_s, self.counted_s = self.counted_s, self.seconds - self.seconds_left
+        return self.counted_s - before_s
 
 
 class Admission:
@@ -173,9 +180,12 @@ class Admission:
         return retry_s
 
     def _record_end(self, ticket: Ticket) -> None:
-        """A request has left: record the work done and the time spent since the last one left."""
+        """Record the work done, and the time spent, since the last request ended.
+
+        A request that its client gave up is left out: what it took besides steps is unknown.
+        """
         now_s = self._clock()
-        done_s = ticket.seconds - ticket.seconds_left
-        if ticket.seconds:
+        done_s = sum(one.newly_done_s() for one in (*self._tickets, ticket))
+        if ticket.seconds and not ticket.seconds_left:
             self._window.append((now_s - self._since_s, done_s))
         self._since_s = now_s

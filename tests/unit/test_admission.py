@@ -71,6 +71,13 @@ class Replica:
                 continue
         return len(self.inside) - before
 
+    def leave(self, after_s: float) -> None:
+        """A client asks for three seconds of work, and gives up before the first step is done."""
+        ticket = self.take(3.0)
+        ticket.row = row(steps_left=4)
+        self.clock.now_s += after_s
+        self.inside.pop(ticket).close()
+
     def finish(self, slowdown: float = 1.0) -> Ticket:
         ticket = min(self.inside, key=lambda one: one.deadline_s)
         self.clock.now_s += ticket.seconds * slowdown
@@ -136,6 +143,30 @@ def test_a_request_that_leaves_makes_room() -> None:
         replica.take(2.0)
     replica.finish()
     assert replica.take(2.0)
+
+
+def test_clients_that_leave_early_do_not_make_the_replica_look_slow() -> None:
+    replica = Replica()
+    for _ in range(200):
+        replica.leave(after_s=0.3)
+    assert replica.admission.slowdown == 1.0
+    replica.take(1.0)
+    replica.finish()
+    assert replica.admission.slowdown == pytest.approx(1.0)
+    assert replica.take_all([2.0] * 100) >= 15
+
+
+def test_work_is_counted_once_however_many_clients_leave_meanwhile() -> None:
+    replica = Replica()
+    long = replica.take(40.0)
+    for steps_left in (3, 2, 1):
+        replica.clock.now_s += 9.8
+        long.row = row(steps_left)
+        replica.leave(after_s=0.2)
+    replica.clock.now_s += 10
+    long.row = row(steps_left=0)
+    replica.inside.pop(long).close()
+    assert replica.admission.slowdown == pytest.approx(1.0, rel=0.05)
 
 
 def test_each_refused_client_gets_a_retry_after_of_its_own() -> None:
