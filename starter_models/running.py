@@ -25,6 +25,7 @@ from deployments.store.sources import local_folder
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
+    from deployments.contract import ImageRequest
     from deployments.engine.pipeline import AnyPipeline
     from deployments.registry import ModelSpec
     from starter_models.training.data import Picture
@@ -32,14 +33,19 @@ if TYPE_CHECKING:
 REGISTRY = Path("configs/models/starter.yaml")
 
 
-def run(task: Task, picture: Picture) -> Picture:
-    """What the service makes of a picture with the model's defaults and seed 0.
+def run(task: Task, picture: Picture, request: ImageRequest | None = None) -> Picture:
+    """What the service makes of a picture with seed 0.
+
+    Args:
+        task: whose starter model runs.
+        picture: `H x W x 3` in [0, 1].
+        request: None for the model's defaults.
 
     Returns:
-        `H x W x 3`, or `H x W x 4` where the result has an alpha channel.
+        `H x W x 3`, or `H x W x 4` if the result has an alpha channel.
     """
     spec, pipeline = _loaded(task)
-    request = complete(task.request(), spec.defaults, spec.parameters)
+    request = complete(request or task.request(), spec.defaults, spec.parameters)
     source = images.Picture(np.asarray(to_image(picture)), None)
     row = Row(RowInput(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf))
     engine = Engine(pipeline)
