@@ -1,4 +1,4 @@
-"""`imagen kuberay`: manifests for Kubernetes, rendered and checked without a cluster."""
+"""`imagen kuberay`: render the Kubernetes manifests and check them, without a cluster."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import typer
 from cli.console import Output
 from deployments.errors import ConfigError, SetupError
 from deployments.settings import resolve
-from kuberay.checks.core import KUBERNETES
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from kuberay.checks.crd import Schemas
     from kuberay.checks.manifests import Manifests
     from kuberay.checks.validate import Report
 
@@ -28,23 +26,15 @@ kuberay_app = typer.Typer(
 )
 FOLDER = Path("kuberay")
 SOURCE = Path("configs/gke.yaml")
-CRDS_VARIABLE = "KUBERAY_CRDS"
-_WRONG, _UNCHECKED = 1, 3
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
-Folder = Annotated[Path, typer.Option(help="Where the manifests are")]
-Built = Annotated[list[Path] | None, typer.Argument(help="Built manifests; unset: every overlay")]
-Nodes = Annotated[
-    list[str] | None, typer.Option(help="All must fit nodes like cpu=4,memory=12Gi; each once")
-]
-Crds = Annotated[
-    Path | None,
-    typer.Option(envvar=CRDS_VARIABLE, help="Folder of CustomResourceDefinitions, in YAML"),
-]
+_WRONG = 1
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
+Folder = Annotated[Path, typer.Option(help="Folder of the manifests")]
+Source = Annotated[Path, typer.Option(help="File to render from")]
 
 
 @kuberay_app.command("render")
 def render_manifests(
-    source: Annotated[Path, typer.Option(help="What to render")] = SOURCE,
+    source: Source = SOURCE,
     folder: Folder = FOLDER,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if a file is out of date")
@@ -53,9 +43,9 @@ def render_manifests(
 ) -> None:
     """Write every generated file below kuberay/."""
     output = Output(as_json=as_json)
-    with _ending(output):
-        # Here, because the names of deployments come with Ray.
-        from kuberay.render.render import out_of_date, render, write
+    with _errors(output):
+        # Imported here: Ray comes with it.
+        from kuberay.render.files import out_of_date, render, write
 
         place = resolve(folder)
         files = render(source, place / "images.lock")
@@ -65,14 +55,14 @@ def render_manifests(
     output.say(f"{len(files)} files, {len(changed)} {'out of date' if check else 'changed'}")
     output.emit({"files": sorted(files), "changed": changed})
     if check and changed:
-        output.say("Run `imagen kuberay render`, and commit what it writes.", "red")
+        output.say("Run `imagen kuberay render`, and commit the files.", "red")
         raise typer.Exit(_WRONG)
 
 
 @kuberay_app.command("lock")
 def lock_images(
-    names: Annotated[list[str] | None, typer.Argument(help="Images; unset: all")] = None,
-    tag: Annotated[str | None, typer.Option(help="Of images whose source names none")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Images; by default all")] = None,
+    tag: Annotated[str | None, typer.Option(help="For images whose source names no tag")] = None,
     token: Annotated[
         str | None,
         typer.Option(
@@ -81,16 +71,16 @@ def lock_images(
             show_envvar=True,
         ),
     ] = None,
-    source: Annotated[Path, typer.Option(help="What names the images")] = SOURCE,
+    source: Source = SOURCE,
     folder: Folder = FOLDER,
 ) -> None:
-    """Ask registries what images' tags are now, and write their digests; needs a network."""
+    """Ask registries for the digests of the images' tags, and write them to images.lock."""
     output = Output(as_json=False)
-    with _ending(output):
+    with _errors(output):
         import httpx
 
+        from kuberay.render.environment import load_environments
         from kuberay.render.images import chosen, load_digests, look_up, pulled, write_digests
-        from kuberay.render.source import load_environments
 
         images = chosen(pulled(load_environments(source).values()), names)
         lock = resolve(folder) / "images.lock"
@@ -105,40 +95,33 @@ def lock_images(
 
 @kuberay_app.command("validate")
 def validate_manifests(
-    files: Built = None,
-    crds: Crds = None,
-    skip_crd: Annotated[
-        bool, typer.Option("--skip-crd", help="Pass although no CRD was given")
-    ] = False,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Built manifests; by default every overlay")
+    ] = None,
     allow_placeholder: Annotated[
-        bool, typer.Option("--allow-placeholder", help="Pass with `unresolved` values in it")
+        bool, typer.Option("--allow-placeholder", help="Accept `unresolved` values")
     ] = False,
-    kubernetes: Annotated[str, typer.Option(help="Version whose kinds are meant")] = KUBERNETES,
-    node: Nodes = None,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="Check that all pods fit nodes like cpu=4,memory=12Gi; repeat for each"),
+    ] = None,
     folder: Folder = FOLDER,
     as_json: AsJson = False,
 ) -> None:
-    """Check manifests as far as that goes without a cluster; changes nothing.
+    """Find mistakes that no cluster refuses. kuberay/README.md has the list.
 
-    Exit codes: 0 nothing wrong, 1 mistakes, 2 usage, 3 nothing wrong in what could be checked.
+    Exit codes: 0 no mistake, 1 mistakes or placeholders, 2 usage.
     """
     output = Output(as_json=as_json)
-    with _ending(output):
-        from kuberay.checks.crd import Schemas
+    with _errors(output):
+        from kuberay.checks.validate import validate
 
-        schemas = Schemas(crds) if crds else None
         nodes = [_resources(one) for one in node or []]
-        built = _manifests(files, resolve(folder))
-        reports = [_report(one, schemas, kubernetes, nodes) for one in built]
+        reports = [validate(one, nodes) for one in _manifests(files, resolve(folder))]
     for report in reports:
         _show(report, output, allow_placeholder)
-    code = _exit_code(reports, allow_placeholder=allow_placeholder, skip_crd=skip_crd)
-    if not crds and any(report.without_crd for report in reports):
-        output.say(
-            f"NOT CHECKED: without --crds or ${CRDS_VARIABLE}, a misspelt field of a RayService"
-            " passes. kuberay/README.md says where to take the CRDs from.",
-            "yellow" if skip_crd else "red",
-        )
+    wrong = any(one.errors or (one.placeholders and not allow_placeholder) for one in reports)
+    code = _WRONG if wrong else 0
     output.emit({"manifests": [asdict(report) for report in reports], "exit_code": code})
     if code:
         raise typer.Exit(code)
@@ -147,39 +130,15 @@ def validate_manifests(
 def _resources(text: str) -> dict[str, str]:
     from kuberay.quantity import parse_quantity
 
-    found = {name: amount for name, _, amount in (part.partition("=") for part in text.split(","))}
+    node = {name: amount for name, _, amount in (part.partition("=") for part in text.split(","))}
     try:
-        for name in {"cpu", "memory", *found}:
-            parse_quantity(found.get(name, f"no {name}"))
+        for name in {"cpu", "memory", *node}:
+            parse_quantity(node.get(name, f"no {name}"))
     except ValueError as error:
         raise ConfigError(
-            f"A node is not what was expected: {error}.",
-            value=text,
-            remedy="Write it like cpu=4,memory=12Gi.",
+            f"--node is wrong: {error}.", value=text, remedy="Write it like cpu=4,memory=12Gi."
         ) from error
-    return found
-
-
-def _report(
-    manifests: Manifests,
-    schemas: Schemas | None,
-    kubernetes: str,
-    nodes: Sequence[dict[str, str]],
-) -> Report:
-    from kuberay.checks import promql
-    from kuberay.checks.validate import validate
-
-    report = validate(manifests, schemas, kubernetes, nodes)
-    report.findings += promql.check(manifests)
-    report.unchecked += promql.unchecked(manifests)
-    return report
-
-
-def _exit_code(reports: Sequence[Report], *, allow_placeholder: bool, skip_crd: bool) -> int:
-    if any(one.errors or (one.placeholders and not allow_placeholder) for one in reports):
-        return _WRONG
-    without_crd = any(one.without_crd for one in reports) and not skip_crd
-    return _UNCHECKED if without_crd or any(one.unchecked for one in reports) else 0
+    return node
 
 
 def _manifests(files: Sequence[Path] | None, folder: Path) -> list[Manifests]:
@@ -194,18 +153,12 @@ def _manifests(files: Sequence[Path] | None, folder: Path) -> list[Manifests]:
 
 
 def _show(report: Report, output: Output, allow_placeholder: bool) -> None:
-    left = [*report.unchecked, *(f"the fields of {k}: no CRD of it" for k in report.without_crd)]
-    verdict = "wrong" if report.errors else "not all checked" if left else "right"
-    output.show(f"{report.name}: {report.documents} objects, {verdict}")
+    mistakes = f"{len(report.errors)} mistakes" if report.errors else "no mistakes"
+    output.show(f"{report.name}: {report.documents} objects, {mistakes}")
     for finding in report.errors:
-        output.show(f"  {finding}")
+        output.say(f"  {finding}", "red")
     for finding in report.placeholders:
         output.say(f"  {finding}", "yellow" if allow_placeholder else "red")
-    for one in left:
-        output.say(f"  NOT CHECKED: {one}", "red")
-    if report.unknown:
-        kinds = ", ".join(report.unknown)
-        output.say(f"  no schema for {kinds}: names and ports were checked, fields were not")
     for fact in report.facts:
         output.show(f"  Ray's autoscaler: {fact}")
     for name, keys in report.secrets.items():
@@ -213,7 +166,8 @@ def _show(report: Report, output: Output, allow_placeholder: bool) -> None:
 
 
 @contextmanager
-def _ending(output: Output) -> Generator[None]:
+def _errors(output: Output) -> Generator[None]:
+    """Show a SetupError, as JSON too, and exit with its code."""
     try:
         yield
     except SetupError as error:

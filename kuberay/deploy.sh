@@ -3,10 +3,10 @@
 #
 #   kuberay/deploy.sh [--dry-run] [--context NAME] OVERLAY
 #
-# Everything is checked before anything is applied; --dry-run ends there. What is made for GKE goes to
-# the cluster that kuberay/gke/site.env means, and nothing else goes to GKE, unless --context names
-# where.
-# Exit codes: 0 applied, or would be; 1 the manifests or the cluster are not ready; 2 usage.
+# Everything is checked before anything is applied; --dry-run stops after the checks. An overlay for GKE
+# goes to the cluster of kuberay/gke/site.env, and no other overlay goes to GKE, unless --context names
+# the cluster.
+# Exit codes: 0 applied, or ready to be; 1 the manifests or the cluster are not ready; 2 usage.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$root/.venv/bin:$PATH
@@ -24,11 +24,11 @@ usage() {
   exit 2
 }
 
-# The context cannot change under way.
+# Always one context, even if the current one changes meanwhile.
 kube() { kubectl --context "$context" "$@"; }
 
-# Of the manifests, `NAMESPACE SERVICE google|any STRATEGY IMAGE…`: whether only GKE has such kinds,
-# how pods are replaced, and images that no node pulls. Then `KIND/NAME` of every object.
+# Prints `NAMESPACE SERVICE google|any STRATEGY IMAGE…` of the manifests: whether they have kinds of GKE,
+# how an upgrade replaces pods, and the images that no node pulls. Then `KIND/NAME` of every object.
 objects() {
   "$python" - "$1" <<'PYTHON'
 import sys
@@ -51,8 +51,8 @@ for one in found:
 PYTHON
 }
 
-# Marks the pods with what they are made of: the images' ids, which a new build changes under the same
-# tag, and their definition. Prints the mark.
+# Marks the pods with a hash of their definition and of the images' ids, because a new build keeps its
+# tag. Prints the mark.
 mark() {
   "$python" - "$1" "$2" <<'PYTHON'
 import hashlib
@@ -71,8 +71,8 @@ print(mark)
 PYTHON
 }
 
-# Ends the Ray clusters whose pods are marked otherwise; KubeRay starts one as it was applied. Only on
-# a machine of one's own: elsewhere, with upgradeStrategy None, somebody chooses the moment.
+# Deletes the Ray clusters whose pods have another mark; KubeRay then starts a new one. Only for local
+# images: elsewhere, with upgradeStrategy None, the operator of the service chooses the moment.
 replace_clusters() {
   local clusters name mark
   clusters=$(kube --namespace "$namespace" get raycluster \
@@ -84,28 +84,28 @@ replace_clusters() {
   done <<<"$clusters"
 }
 
-# The context that kuberay/gke/cluster.sh made, after the settings.
+# The context of the cluster that kuberay/gke/cluster.sh created.
 site_context() (
   # shellcheck source=/dev/null
   source "$root/kuberay/gke/common.sh"
   settings
-  # shellcheck disable=SC2153 # which settings gave a value
+  # shellcheck disable=SC2153 # `settings` assigns it
   echo "$CONTEXT"
 )
 
-# The overlay and the cluster go together.
+# Refuses an overlay on a cluster that it is not for.
 check_context() {
   local there else="or, if you mean it: kuberay/deploy.sh --context $context $overlay"
   if [ "$google" != google ]; then
     [[ $context != gke_* ]] ||
-      refuse "$overlay is not for GKE, and kubectl is at $context, where it would replace what runs." \
-        "Choose another: kubectl config use-context NAME; $else"
+      refuse "$overlay is not for GKE, and kubectl is at $context, where it would replace the running service." \
+        "Choose another cluster: kubectl config use-context NAME; $else"
     return
   fi
   there=$(site_context) ||
-    refuse "$overlay is for GKE, and which cluster is meant is not known (above). Say it there; $else"
+    refuse "$overlay is for GKE, and site.env does not name the cluster (above). Fill it in; $else"
   [ "$context" = "$there" ] ||
-    refuse "kubectl is at $context; for $overlay, kuberay/gke/site.env and the environment mean $there." \
+    refuse "kubectl is at $context; for $overlay, kuberay/gke/site.env and the environment name $there." \
       "Run: kubectl config use-context $there; $else"
 }
 
@@ -123,7 +123,7 @@ for name, keys in reports[0]["secrets"].items():
 PYTHON
 }
 
-# The command that makes a Secret with a key, or adds the key to those it has.
+# Prints the command that creates a Secret with a key, or adds the key to an existing one.
 remedy() {
   local name=$1 key=$2 keys=$3 make="$typed --namespace $namespace create secret generic $1"
   if [ -n "$keys" ]; then
@@ -131,7 +131,7 @@ remedy() {
     return
   fi
   case $name in
-    # Random, because both ends read it from there.
+    # Any random value: all readers take it from the Secret.
     imagen-ray-token | imagen-redis) echo "$make --from-literal=$key=\"\$(openssl rand -hex 32)\"" ;;
     *) echo "$make --from-file=$key=FILE" ;;
   esac
@@ -159,7 +159,7 @@ command -v kubectl >/dev/null ||
 imagen=$(command -v imagen) || refuse "imagen is not on the PATH. Run: make setup"
 python=$(dirname "$imagen")/python
 named=$context
-typed="kubectl${named:+ --context $named}" # for commands that we only show
+typed="kubectl${named:+ --context $named}" # for commands that are only printed
 [ -n "$context" ] || context=$(kubectl config current-context 2>/dev/null) ||
   refuse "kubectl knows no cluster. Run: gcloud container clusters get-credentials NAME --location REGION"
 scratch=$(mktemp -d)
@@ -167,73 +167,76 @@ trap 'rm -rf "$scratch"' EXIT
 manifests=$scratch/manifests.yaml
 echo "Overlay $overlay, to the cluster of the context $context."
 
-imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
-  refuse "the manifests are not what configs/gke.yaml says (above). Run: make manifests"
 kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
   refuse "kustomize refuses the overlay (above)."
 about=$(objects "$manifests")
 read -r namespace service google strategy local_images <<<"$about"
 [ -n "$named" ] || check_context
+imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
+  refuse "the manifests are out of date (above). Run: make manifests"
 
 if [ -n "$local_images" ]; then
   # shellcheck disable=SC2086 # several
   ids=$(docker image inspect --format '{{.Id}}' $local_images) ||
-    refuse "$overlay runs images of this machine, and they are not here (above). Run: make image-dev"
+    refuse "$overlay runs images built on this machine, and they are missing (above). Run: make image-dev"
   made_of=$(mark "$manifests" "$ids")
 fi
 
-# The fields are checked against the cluster's own definitions, those of them that it has.
-mkdir "$scratch/crds"
-kube get crd --ignore-not-found --output yaml \
-  rayservices.ray.io rayclusters.ray.io \
-  gateways.gateway.networking.k8s.io httproutes.gateway.networking.k8s.io \
-  gcpbackendpolicies.networking.gke.io healthcheckpolicies.networking.gke.io \
-  podmonitorings.monitoring.googleapis.com computeclasses.cloud.google.com \
-  >"$scratch/crds/cluster.yaml" || refuse "the cluster of $context does not answer (above)."
-grep -q 'name: rayservices\.ray\.io$' "$scratch/crds/cluster.yaml" ||
-  refuse "the cluster has no KubeRay. Install the operator first: kuberay/README.md says how."
+crd=$(kube get crd rayservices.ray.io --ignore-not-found --output name) ||
+  refuse "the cluster of $context does not answer (above)."
+[ -n "$crd" ] ||
+  refuse "the cluster has no KubeRay. Install the operator first: see kuberay/README.md."
 
-validate=(imagen kuberay validate --crds "$scratch/crds" "$manifests")
-if [ "$google" != google ]; then # GKE's nodes come when they are needed
+validate=(imagen kuberay validate "$manifests")
+if [ "$google" != google ]; then # GKE adds nodes as they are needed
   nodes=$(kube get nodes --output go-template='{{range .items -}}
     cpu={{.status.allocatable.cpu}},memory={{.status.allocatable.memory}}{{"\n"}}{{end}}') ||
-    refuse "the nodes cannot be looked up (above)."
+    refuse "the nodes cannot be listed (above)."
   for node in $nodes; do validate+=(--node "$node"); done
 fi
-if ! "${validate[@]}" --json >"$scratch/report.json" 2>/dev/null; then
-  "${validate[@]}" || true
+"${validate[@]}" --json >"$scratch/report.json" ||
   refuse "$overlay is not ready (above), and nothing was applied. Fill in configs/gke.yaml, run" \
     "make image-lock for images and imagen models resolve for models; then make manifests"
-fi
 
 exists=$(kube get namespace "$namespace" --ignore-not-found --output name)
 missing=
 wanted=$(secrets "$scratch/report.json")
 while read -r name key; do
   [ -n "$name" ] || continue
-  # Names of keys, never what they hold.
+  # The names of the keys, never their values.
   # shellcheck disable=SC2016 # the dollars are the template's
   keys=$(kube --namespace "$namespace" get secret "$name" --ignore-not-found \
     --output go-template='{{range $key, $_ := .data}}{{$key}} {{end}}') ||
-    refuse "Secrets cannot be looked up (above)."
+    refuse "the Secrets cannot be read (above)."
   [[ " $keys" == *" $key "* ]] && continue
   [ -n "$exists$missing" ] || echo "  $typed create namespace $namespace" >&2
   echo "  $(remedy "$name" "$key" "$keys")" >&2
   missing+="${missing:+, }$name (key $key)"
 done <<<"$wanted"
 [ -z "$missing" ] || refuse "the namespace $namespace lacks Secrets, and nothing was applied: $missing." \
-  "Make them as above, or with kuberay/gke/secrets.sh."
+  "Create them with the commands above, or with kuberay/gke/secrets.sh."
 
 if [ -z "$exists" ]; then
-  echo "It makes:"
+  echo "It creates:"
   sed '1d; s/^/  /' <<<"$about"
+fi
+if [ -z "$exists$dry_run" ]; then
+  # The API server checks nothing in a namespace that does not exist. Its labels come with the rest.
+  kube create namespace "$namespace" || refuse "kubectl stopped (above), and nothing was applied."
+fi
+if [ -z "$exists" ] && [ -n "$dry_run" ]; then
+  echo "The API server was not asked, because the namespace $namespace does not exist yet."
 else
+  # Strict: an unknown field is an error. `kubectl diff` would only warn.
+  kube apply --server-side --dry-run=server --validate=strict --filename "$manifests" >/dev/null ||
+    refuse "the API server refuses the manifests (above), and nothing was applied."
+fi
+if [ -n "$exists" ]; then
   echo "It changes:"
   code=0
-  # A dry run on the server, too: admission and its own rules are asked.
   kube diff --server-side --filename "$manifests" || code=$?
   [ "$code" -ne 0 ] || echo "  nothing"
-  [ "$code" -le 1 ] || refuse "the cluster refuses the manifests (above), and nothing was applied."
+  [ "$code" -le 1 ] || refuse "kubectl cannot compare (above), and nothing was applied."
 fi
 if [ -n "$dry_run" ]; then
   echo "Dry run: nothing was applied."
@@ -243,10 +246,19 @@ if [[ -n $local_images && $context = kind-* ]]; then
   # shellcheck disable=SC2086 # several
   kind load docker-image $local_images --name "${context#kind-}" || refuse "kind stopped (above)."
 elif [ -n "$local_images" ]; then
-  echo "Its nodes must have $local_images already, as built last."
+  echo "Its nodes must already have $local_images, as last built."
 fi
 kube apply --server-side --filename "$manifests" ||
-  refuse "kubectl stopped (above); what stands before that was applied. Correct it, and run this again"
+  refuse "kubectl stopped (above), and what it lists before that was applied. Correct it, and run again."
+# The operator has rules of its own, which it checks after the API server has accepted the RayService.
+generation=$(kube --namespace "$namespace" get rayservice "$service" \
+  --output jsonpath='{.metadata.generation}')
+if ! kube --namespace "$namespace" wait "rayservice/$service" --timeout=3m \
+  --for=jsonpath='{.status.observedGeneration}'="$generation"; then
+  kube --namespace "$namespace" get rayservice "$service" \
+    --output jsonpath='{range .status.conditions[?(@.type=="Ready")]}{.reason}: {.message}{"\n"}{end}' >&2
+  refuse "the KubeRay operator did not accept the RayService (above); what ran before still runs."
+fi
 if [[ -n $local_images && $strategy = None ]]; then replace_clusters "$made_of"; fi
 echo "Applied. To wait until it serves:"
 echo "  $typed --namespace $namespace wait rayservice/$service --for=condition=Ready --timeout=30m"

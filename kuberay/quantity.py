@@ -21,21 +21,21 @@ MIB = 2**20
 
 
 def parse_quantity(text: object) -> Decimal:
-    """The number a quantity stands for.
+    """The value of a quantity.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a quantity.
     """
     found = _PATTERN.fullmatch(str(text))
     if not found or isinstance(text, bool):
-        raise ValueError(f"{text!r} is no Kubernetes quantity, such as 500m or 4Gi")
+        raise ValueError(f"{text!r} is not a Kubernetes quantity such as 500m or 4Gi")
     number, unit = found.groups(default="")
     factor = Decimal(10) ** int(unit[1:]) if unit.startswith("e") else _FACTORS[unit]
     return Decimal(number) * factor
 
 
 def as_bytes(text: object) -> int:
-    """A quantity of memory or disk, in whole bytes; raises ValueError as above."""
+    """A quantity of memory or disk, in whole bytes; raises ValueError like parse_quantity."""
     return int(parse_quantity(text))
 
 
@@ -47,23 +47,25 @@ def _memory(text: str) -> str:
 
 def _size(size: dict[str, str]) -> dict[str, str]:
     if missing := sorted({"cpu", "memory"} - size.keys()):
-        raise ValueError(f"{' and '.join(missing)} must be said")
+        raise ValueError(f"{' and '.join(missing)} must be set")
     for name, text in size.items():
         if name in ("memory", "ephemeral-storage"):
             _memory(text)
         elif name != "cpu" and "/" not in name:
-            raise ValueError(f"Kubernetes has no resource {name}")
+            raise ValueError(f"Kubernetes has no resource named {name}")
         elif (amount := parse_quantity(text)) <= 0 or (name != "cpu" and amount % 1):
-            raise ValueError(f"{name} {text!r} is no {'amount' if name == 'cpu' else 'count'}")
+            raise ValueError(
+                f"{name} {text!r} is not {'above 0' if name == 'cpu' else 'a whole number above 0'}"
+            )
     return size
 
 
 Memory = Annotated[str, AfterValidator(_memory)]
 """RAM or disk, as a quantity."""
 Size = Annotated[dict[str, str], AfterValidator(_size)]
-"""Resources of a container: cpu and memory at least; devices come whole."""
+"""Resources of a container: cpu, memory, and whole devices."""
 
 
 def as_gi(amount_bytes: int) -> str:
-    """In Gi, rounded up."""
+    """A quantity in Gi, rounded up."""
     return f"{-(-amount_bytes // GIB)}Gi"

@@ -1,4 +1,4 @@
-"""Manifests as they would be applied: read from files or built by kustomize, and looked at."""
+"""Manifests as `kubectl apply` would send them: read from a file, or built by kustomize."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 Document = dict[str, Any]
@@ -24,35 +24,33 @@ _BUILD_TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong.
+    """A mistake in the manifests.
 
     Attributes:
-        check: which check found it.
-        rule: its name, for tests and for people who search.
-        where: kind, name, and a path in it.
-        message: the fact, and the remedy.
-        placeholder: whether it stands for what only the reader can decide.
+        rule: the rule that is broken, one name a rule.
+        where: kind, name, and a path inside the object.
+        message: what is wrong and what would be right.
+        placeholder: it is a value that only the reader can fill in.
     """
 
-    check: str
     rule: str
     where: str
     message: str
     placeholder: bool = False
 
     def __str__(self) -> str:
-        return f"[{self.check}/{self.rule}] {self.where}: {self.message}"
+        return f"[{self.rule}] {self.where}: {self.message}"
 
 
 @dataclass(frozen=True)
 class PodView:
-    """A pod template, wherever it stands.
+    """A pod template, whichever kind of object it is part of.
 
     Attributes:
-        where: for people.
-        role: in a RayCluster; other elsewhere.
-        group: of the RayCluster.
-        labels: with those KubeRay adds.
+        where: kind and name of the object, and the group.
+        role: in a RayCluster; `other` outside one.
+        group: in a RayCluster, `headgroup` for the head.
+        labels: including those that KubeRay adds.
         spec: of the pod.
     """
 
@@ -60,18 +58,27 @@ class PodView:
     role: Role
     group: str
     labels: dict[str, str]
-    annotations: dict[str, str]
     spec: Document
 
     @property
     def containers(self) -> list[Document]:
-        """Init containers included."""
+        """All of them, init containers first."""
         return [*self.spec.get("initContainers", []), *self.spec.get("containers", [])]
 
     @property
     def main(self) -> Document:
-        """The first container: of Ray pods, Ray's."""
+        """The first container. In a Ray pod that is Ray's."""
         return (self.spec.get("containers") or [{}])[0]
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """Resource limits of the first container."""
+        return (self.main.get("resources") or {}).get("limits") or {}
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """Variables of the first container; None for a value from elsewhere."""
+        return {one["name"]: one.get("value") for one in self.main.get("env") or []}
 
     @property
     def port_names(self) -> dict[str, int]:
@@ -81,11 +88,11 @@ class PodView:
 
 @dataclass(frozen=True)
 class Manifests:
-    """What one `kubectl apply` would send.
+    """The objects of one `kubectl apply`.
 
     Attributes:
         name: of the overlay or file.
-        documents: in order.
+        documents: the objects, in order.
     """
 
     name: str
@@ -100,7 +107,7 @@ class Manifests:
         return [pod for one in self.documents for pod in _pods(one)]
 
     def serve_config(self, service: Document) -> Any:
-        """A RayService's Serve config; an empty one where it is no YAML."""
+        """The Serve config of a RayService; empty if it is missing or not YAML."""
         try:
             return yaml.load(service["spec"]["serveConfigV2"], _LOADER)  # noqa: S506 - safe
         except (KeyError, TypeError, yaml.YAMLError):
@@ -108,9 +115,39 @@ class Manifests:
 
 
 def where(document: Document, path: str = "") -> str:
-    """Kind and name of a document, with a path in it."""
+    """Kind and name of an object, and a path inside it."""
     name = (document.get("metadata") or {}).get("name", "?")
     return f"{document.get('kind', '?')}/{name}{' ' + path if path else ''}"
+
+
+def worker_groups(service: Document) -> list[Document]:
+    """The worker groups of a RayService."""
+    return service["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []
+
+
+def serve_deployments(config: Document) -> list[Document]:
+    """The deployments of every application of a Serve config."""
+    applications = config.get("applications") or []
+    return [one for application in applications for one in application.get("deployments") or []]
+
+
+def matches(selector: Document, labels: Mapping[str, str]) -> bool:
+    """Whether a label selector selects an object with these labels; an empty one selects all."""
+    expressions = selector.get("matchExpressions") or []
+    exact = (selector.get("matchLabels") or {}).items() <= labels.items()
+    return exact and all(_holds(one, labels.get(one["key"])) for one in expressions)
+
+
+def _holds(expression: Document, value: str | None) -> bool:
+    match expression["operator"]:
+        case "In":
+            return value in expression["values"]
+        case "NotIn":
+            return value not in expression["values"]
+        case "Exists":
+            return value is not None
+        case _:
+            return value is None
 
 
 def _pods(document: Document) -> Iterator[PodView]:
@@ -118,59 +155,52 @@ def _pods(document: Document) -> Iterator[PodView]:
     match document.get("kind"):
         case "RayService":
             yield from _ray_pods(document, spec.get("rayClusterConfig") or {})
-        case "RayCluster":
-            yield from _ray_pods(document, spec)
         case "CronJob":
             job: Document = (spec.get("jobTemplate") or {}).get("spec") or {}
             yield _pod(where(document), job.get("template") or {})
         case "Job" | "Deployment" | "StatefulSet" | "DaemonSet":
             yield _pod(where(document), spec.get("template") or {})
-        case "Pod":
-            yield _pod(where(document), document)
         case _:
             pass
 
 
 def _ray_pods(document: Document, cluster: Document) -> Iterator[PodView]:
     head: Document = cluster.get("headGroupSpec") or {}
-    yield _pod(where(document, "head"), head.get("template") or {}, "head", "headgroup", head)
+    yield _pod(where(document, "head"), head.get("template") or {}, ("head", "headgroup"), head)
     for group in cluster.get("workerGroupSpecs") or []:
-        name = str(group.get("groupName"))
-        template = group.get("template") or {}
-        yield _pod(where(document, f"group {name}"), template, "worker", name, group)
+        name, template = str(group.get("groupName")), group.get("template") or {}
+        yield _pod(where(document, f"group {name}"), template, ("worker", name), group)
 
 
 def _pod(
     place: str,
     template: Document,
-    role: Role = "other",
-    group: str = "",
-    raw: Document | None = None,
+    role: tuple[Role, str] = ("other", ""),
+    group: Document | None = None,
 ) -> PodView:
     about: Document = template.get("metadata") or {}
-    labels = {**(about.get("labels") or {}), **((raw or {}).get("labels") or {})}
-    if role != "other":
-        labels |= {"ray.io/is-ray-node": "yes", "ray.io/node-type": role, "ray.io/group": group}
-    annotations = about.get("annotations") or {}
-    return PodView(place, role, group, labels, annotations, template.get("spec") or {})
+    labels = {**(about.get("labels") or {}), **((group or {}).get("labels") or {})}
+    kind, name = role
+    if kind != "other":
+        labels |= {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/group": name}
+    return PodView(place, kind, name, labels, template.get("spec") or {})
 
 
 def read(path: Path) -> Manifests:
     """The manifests of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or a document in it is not a named object.
     """
     try:
-        return Manifests(str(path), parse(path.read_text(encoding="utf-8")))
+        return Manifests(str(path), _parse(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "The manifests cannot be read.", value=f"{path}: {str(error).splitlines()[0]}"
         ) from error
 
 
-def parse(text: str) -> list[Document]:
-    """The documents of a YAML text; raises ValueError where one is no object with a name."""
+def _parse(text: str) -> list[Document]:
     documents: list[Any] = [one for one in yaml.load_all(text, _LOADER) if one is not None]
     for one in documents:
         if not isinstance(one, dict) or not (one.get("apiVersion") and one.get("kind")):
@@ -181,36 +211,34 @@ def parse(text: str) -> list[Document]:
 
 
 def build(folder: Path) -> Manifests:
-    """What kustomize makes of an overlay, without a network.
+    """Build an overlay with `kubectl kustomize`. Ours need no network.
 
     Raises:
-        ConfigError: kubectl is not there, or refuses it.
+        ConfigError: kubectl is missing, or kustomize refuses the overlay.
     """
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise ConfigError(
-            "kubectl is not on the PATH, and overlays are built by `kubectl kustomize`.",
-            remedy="Install it, or name files that are built already.",
+            "kubectl is not on the PATH, and overlays are built with `kubectl kustomize`.",
+            remedy="Install kubectl, or name files that are already built.",
         )
-    command = [kubectl, "kustomize", str(folder)]
     try:
         done = subprocess.run(  # noqa: S603 - our own arguments
-            command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+            [kubectl, "kustomize", str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_TIMEOUT_S,
+            check=True,
         )
-    except subprocess.TimeoutExpired as error:
-        told = f"kustomize took longer than {_BUILD_TIMEOUT_S} s."
-        raise ConfigError(told, value=folder, remedy="Does it name files elsewhere?") from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(
-            f"kustomize refuses the overlay: {reason}.",
-            value=folder,
-            remedy=f"Run `kubectl kustomize {folder}` to see all it says.",
-        )
-    try:
-        return Manifests(folder.name, parse(done.stdout))
+        return Manifests(folder.name, _parse(done.stdout))
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+    except subprocess.TimeoutExpired:
+        reason = f"it took longer than {_BUILD_TIMEOUT_S} s; does it read files from the network?"
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "kustomize makes no manifests of the overlay.",
-            value=f"{folder}: {str(error).splitlines()[0]}",
-        ) from error
+        reason = str(error).splitlines()[0]
+    raise ConfigError(
+        f"kustomize refuses the overlay: {reason}",
+        value=folder,
+        remedy=f"Run `kubectl kustomize {folder}` to see its whole output.",
+    )

@@ -1,68 +1,50 @@
-"""Every check of a set of manifests, and what could not be checked."""
+"""Every check of a set of manifests.
+
+The checks cover what no cluster refuses. Fields and their types are for the API server, rights of
+pods for the `restricted` namespace, and KubeRay's own rules for its operator (kuberay/README.md).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kuberay.checks import (
     autoscaler,
     capacity,
-    core,
-    gke_schema,
-    network,
-    policy,
-    rules,
-    serve_schema,
-    timing,
+    gateway,
+    pods,
+    serve_config,
+    timeouts,
     wiring,
 )
-from kuberay.checks.core import is_core
 from kuberay.checks.manifests import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from kuberay.checks.crd import Schemas
     from kuberay.checks.manifests import Document, Manifests
 
-_CHECKS = (
-    rules,
-    serve_schema,
-    autoscaler,
-    policy,
-    wiring,
-    capacity,
-    timing,
-    network,
-    gke_schema,
-)
-# What a check runs into where the schemas were not there to refuse a manifest first.
+CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway)
+# What a check raises on a field of another type than the schemas allow.
 _SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 
 
 @dataclass
 class Report:
-    """What the checks say of one set of manifests.
+    """The outcome of the checks for one set of manifests.
 
     Attributes:
         name: of the overlay or file.
-        documents: how many.
-        findings: mistakes, and placeholders.
-        unchecked: what no check could look at.
-        without_crd: kinds of KubeRay whose fields nobody looked at, for want of a CRD.
-        unknown: kinds whose schema nobody gave: a cluster looks at them when they are applied.
-        facts: what Ray's autoscaler would do.
-        secrets: that must be in the namespace, with their keys.
+        documents: number of objects.
+        findings: mistakes and placeholders.
+        facts: the nodes that Ray's autoscaler would start.
+        secrets: that must exist in the namespace, with their keys.
     """
 
     name: str
     documents: int
     findings: list[Finding] = field(default_factory=list[Finding])
-    unchecked: list[str] = field(default_factory=list[str])
-    without_crd: list[str] = field(default_factory=list[str])
-    unknown: list[str] = field(default_factory=list[str])
     facts: list[str] = field(default_factory=list[str])
     secrets: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
@@ -75,48 +57,28 @@ class Report:
         return [one for one in self.findings if one.placeholder]
 
 
-def validate(
-    manifests: Manifests,
-    schemas: Schemas | None,
-    kubernetes: str = core.KUBERNETES,
-    nodes: Sequence[Document] = (),
-) -> Report:
-    """Run every check that can be run here; whether all fits `nodes`, only if there are any."""
+def validate(manifests: Manifests, nodes: Sequence[Document] = ()) -> Report:
+    """Run every check.
+
+    Args:
+        manifests: to check.
+        nodes: that the largest cluster must fit; none skips that check.
+    """
     report = Report(manifests.name, len(manifests.documents))
-    _schemas(manifests, schemas, report)
-    if find_spec("kubernetes_validate"):
-        _run(core.CHECK, lambda: core.check(manifests, kubernetes), report)
-    else:
-        report.unchecked.append("Kubernetes' own kinds: pip install 'imagen[kuberay]'")
-    if report.errors:
-        # The checks below rely on the shape of what they read.
-        report.unchecked.append("everything else, until the fields are right")
-        return report
-    for check in _CHECKS:
-        _run(check.CHECK, lambda: check.check(manifests), report)  # noqa: B023 - called at once
+    for check in CHECKS:
+        report.findings += _run(check.__name__, lambda: check.check(manifests), manifests.name)  # noqa: B023 - called at once
     if nodes:
-        _run(capacity.CHECK, lambda: capacity.room(manifests, nodes), report)
+        report.findings += _run("room", lambda: capacity.room(manifests, nodes), manifests.name)
     if not report.errors:
         report.facts = autoscaler.facts(manifests)
         report.secrets = wiring.secrets(manifests)
     return report
 
 
-def _run(name: str, check: Callable[[], list[Finding]], report: Report) -> None:
+def _run(name: str, check: Callable[[], Iterable[Finding]], place: str) -> list[Finding]:
     try:
-        report.findings += check()
+        return list(check())
     except _SHAPE as error:
-        told = f"fields have another shape than expected: {error!r}"
-        report.findings.append(Finding(name, "shape", report.name, told))
-
-
-def _schemas(manifests: Manifests, schemas: Schemas | None, report: Report) -> None:
-    custom = [one for one in manifests.documents if not is_core(one)]
-    if schemas:
-        report.findings += schemas.check(manifests)
-        custom = [one for one in custom if not schemas.knows(one)]
-    _run(gke_schema.CHECK, lambda: gke_schema.fields(custom), report)
-    custom = [one for one in custom if not gke_schema.knows(one)]
-    kinds = sorted({str(one.get("kind")) for one in custom})
-    report.without_crd = [kind for kind in kinds if kind.startswith("Ray")]
-    report.unknown = [kind for kind in kinds if not kind.startswith("Ray")]
+        message = f"{name.rpartition('.')[2]} stopped at {error!r}: a field has the wrong type."
+        message += " `kubectl apply --server-side --dry-run=server` names it"
+        return [Finding("shape", place, message)]

@@ -43,11 +43,11 @@ pinned() { # MANIFESTS: whether nothing in them is a placeholder, and every imag
 import sys
 from pathlib import Path
 
-from kuberay.checks import policy
+from kuberay.checks import pods
 from kuberay.checks.manifests import read
 
 rules = ("placeholder", "image-unpinned")
-found = [one for one in policy.check(read(Path(sys.argv[1]))) if one.rule in rules]
+found = [one for one in pods.check(read(Path(sys.argv[1]))) if one.rule in rules]
 sys.exit("\n".join(map(str, found)) or None)
 PYTHON
 }

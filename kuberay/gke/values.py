@@ -1,4 +1,4 @@
-"""What configs/gke.yaml says, for the shell scripts in this folder: NAME=value, a line each.
+"""Values of configs/gke.yaml for the shell scripts in this folder, one NAME=value a line.
 
 python kuberay/gke/values.py --overlay prod service bucket gpu
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
-from kuberay.render.source import load_environments
+from kuberay.render.environment import load_environments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kuberay.render.source import Environment
+    from kuberay.render.environment import Environment
 
     Group = Callable[[Environment], dict[str, object]]
 
@@ -27,33 +27,33 @@ _REPOSITORY = re.compile(
 
 
 def service(environment: Environment) -> dict[str, object]:
-    """The RayService and where it runs."""
+    """The RayService and its namespace."""
     return {"SERVICE": environment.name, "NAMESPACE": environment.namespace}
 
 
 def bucket(environment: Environment) -> dict[str, object]:
-    """The bucket that models are published to."""
+    """The bucket of published models."""
     mirror = _known("site.mirror", environment.site.mirror or "")
     if not mirror.startswith("gs://"):
-        raise ConfigError("Models come from no bucket.", value=mirror, remedy="Set site.mirror.")
+        raise ConfigError("There is no bucket of models.", value=mirror, remedy="Set site.mirror.")
     return {"BUCKET": mirror.removeprefix("gs://").partition("/")[0]}
 
 
 def registry(environment: Environment) -> dict[str, object]:
-    """The Artifact Registry repository of our images."""
+    """The Artifact Registry repository of the images."""
     url = _known("images.imagen-cpu", environment.images["imagen-cpu"].repository)
     match = _REPOSITORY.match(url)
     if not match:
         raise ConfigError(
-            "The images do not lie in Artifact Registry.",
+            "The images are not in Artifact Registry.",
             value=url,
-            remedy="Write REGION-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE, or make theirs yourself.",
+            remedy="Write REGION-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE, or create yours by hand.",
         )
     return {f"REGISTRY_{key.upper()}": value for key, value in match.groupdict().items()}
 
 
 def site(environment: Environment) -> dict[str, object]:
-    """What stands before the service."""
+    """The host, its certificate map and its Cloud Armor policy."""
     values = environment.site
     return {
         "HOST": _known("site.host", values.host),
@@ -63,12 +63,12 @@ def site(environment: Environment) -> dict[str, object]:
 
 
 def gpu(environment: Environment) -> dict[str, object]:
-    """GPU nodes, as kuberay/gke/compute-class.yaml has them."""
-    # Here, because the manifests' code comes with Ray, which takes a second.
+    """GPU nodes like those of kuberay/gke/compute-class.yaml."""
+    # Imported here: it imports Ray, which takes a second.
     from kuberay.render.gke import COMPUTE_CLASS, compute_class
 
     if environment.gpu is None:
-        raise ConfigError("This overlay has no GPU nodes.", remedy="Name another one.")
+        raise ConfigError("This overlay has no GPU nodes.", remedy="Choose another overlay.")
     kinds = compute_class(environment, environment.gpu)["spec"]["priorities"]
     nodes = kinds[0]
     card, disk = nodes["gpu"], nodes["storage"]
@@ -93,27 +93,27 @@ GROUPS: dict[str, Group] = {
 def _known(key: str, value: str) -> str:
     if "unresolved" in value:
         raise ConfigError(
-            "A value that only you know is missing.", value=f"{key}: {value}", remedy="Fill it in."
+            "A value is still a placeholder.", value=f"{key}: {value}", remedy="Fill it in."
         )
     return value
 
 
 def main() -> int:
-    """Print the groups that are asked for; 2 if one cannot be had."""
+    """Print the groups on the command line; 2 if one is not configured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=Path("configs/gke.yaml"))
     parser.add_argument("--overlay", default="prod")
     parser.add_argument("groups", nargs="+", choices=sorted(GROUPS))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        environments = load_environments(asked.source)
-        if asked.overlay not in environments:
-            raise ConfigError("No such overlay.", value=asked.overlay)
-        for group in asked.groups:
-            for name, value in GROUPS[group](environments[asked.overlay]).items():
+        environments = load_environments(options.source)
+        if options.overlay not in environments:
+            raise ConfigError("No such overlay.", value=options.overlay)
+        for group in options.groups:
+            for name, value in GROUPS[group](environments[options.overlay]).items():
                 sys.stdout.write(f"{name}={value}\n")
     except ConfigError as error:
-        sys.stderr.write(f"{asked.source}: {error}\n")
+        sys.stderr.write(f"{options.source}: {error}\n")
         return 2
     return 0
 

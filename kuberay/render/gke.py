@@ -1,4 +1,4 @@
-"""What only Google's clusters know: the way in from outside, and GPU nodes."""
+"""Objects for GKE only: the way in from outside, and the GPU nodes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import GIB, as_bytes, parse_quantity
-from kuberay.render.cluster import SERVE_PORT, metadata
+from kuberay.render.rayservice import SERVE_PORT, metadata
 from kuberay.render.sizing import Sizing
 
 if TYPE_CHECKING:
-    from kuberay.render.source import Environment, GpuNodes, Values
+    from kuberay.render.environment import Environment, GpuNodes, Values
 
 _ACCELERATORS = {
     "t4": "nvidia-tesla-t4",
@@ -25,17 +25,17 @@ _MACHINES: dict[str, dict[str, tuple[int, float]]] = {
     "a100-40": {"a2-highgpu-1g": (12, 85)},
     "h100": {"a3-highgpu-1g": (26, 234)},
 }
-# What Google keeps of a node: shares of its first cores and GiB, of the next, and so on.
+# What Google reserves of a node: shares of its first cores and GiB, of the next ones, and so on.
 _CPU_KEPT = ((1, 0.06), (1, 0.01), (2, 0.005), (float("inf"), 0.0025))
 _RAM_KEPT = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06), (float("inf"), 0.02))
 _DAEMONS = (0.4, 1.0)
-"""Cores and GiB for Google's own pods on a node: logging, metrics, the driver. An estimate."""
+"""Cores and GiB of Google's own pods on a node (logging, metrics, the driver). An estimate."""
 _SSDS = 1
 _SSD_BYTES = 375 * GIB
 _SSD_KEPT = 50 * GIB + _SSD_BYTES // 10
-"""Of one local SSD: Google's part, and what must stay free lest the kubelet ends pods."""
+"""Of one local SSD: Google's part, and what must stay free, or the kubelet evicts pods."""
 _BOOT_KEPT_BYTES = 20 * 10**9
-"""Of a boot disk: the system, and images. An estimate."""
+"""Of a boot disk: the system and the images. An estimate."""
 COMPUTE_CLASS = "imagen-gpu"
 
 
@@ -76,7 +76,7 @@ def gateway(environment: Environment) -> list[Values]:
 
 
 def _health() -> Values:
-    """Serve's own route: Google asks `/` by default, which is a 404 here, and so 503 for all."""
+    """Serve's own route. By default Google probes `/`, gets 404, and answers every client 503."""
     check = {"port": SERVE_PORT, "requestPath": "/-/healthz"}
     return {
         "checkIntervalSec": 10,
@@ -90,7 +90,7 @@ def _backend(environment: Environment) -> Values:
     secret = {"name": "imagen-oauth"}
     return {
         "timeoutSec": longest_s,
-        # A pod that leaves ends the requests it has: whatever is shorter than a request cuts it.
+        # As long as a request may take, so that a pod that leaves finishes those it has.
         "connectionDraining": {"drainingTimeoutSec": longest_s},
         "securityPolicy": site.security_policy,
         "iap": {"enabled": True, "clientID": site.oauth_client, "oauth2ClientSecret": secret},
@@ -98,10 +98,10 @@ def _backend(environment: Environment) -> Values:
 
 
 def compute_class(environment: Environment, gpu: GpuNodes) -> Values:
-    """GPU nodes in the order they are tried. Cluster-wide: it has no namespace.
+    """GPU nodes, in the order in which GKE tries them. A ComputeClass has no namespace.
 
     Raises:
-        ConfigError: GKE has no such GPU or machine as far as we know, or the pod does not fit it.
+        ConfigError: the machine is not in the table, or a model pod does not fit it.
     """
     _check_machine(environment, gpu)
     kinds = [True, False] if gpu.spot_first else [False]
@@ -111,13 +111,13 @@ def compute_class(environment: Environment, gpu: GpuNodes) -> Values:
         "metadata": {"name": COMPUTE_CLASS, "labels": {"app.kubernetes.io/name": "imagen"}},
         "spec": {
             "nodePoolAutoCreation": {"enabled": True},
-            # The container starts while its image is still coming.
+            # Containers start while their image is still being pulled.
             "nodePoolConfig": {"imageStreaming": {"enabled": True}},
-            # Anything else would put GPU pods where no GPU is.
+            # Otherwise GPU pods would get nodes without a GPU.
             "whenUnsatisfiable": "DoNotScaleUp",
-            # Ray has waited for its own idle time already.
+            # Ray has already waited for its own idle time.
             "autoscalingPolicy": {"consolidationDelayMinutes": 5},
-            # Moving to cheaper nodes would end warm pods.
+            # Moving to cheaper nodes would stop warm pods.
             "activeMigration": {"optimizeRulePriority": False},
             "priorities": [_nodes(gpu, spot=spot) for spot in kinds],
         },
@@ -143,9 +143,9 @@ def _check_machine(environment: Environment, gpu: GpuNodes) -> None:
     if gpu.machine not in known:
         others = sorted({name for machines in _MACHINES.values() for name in machines})
         raise ConfigError(
-            f"No machine with one GPU of the type {gpu.type} has that name, as far as we know.",
+            f"The machine is not in the table of machines with one {gpu.type} GPU.",
             value=gpu.machine,
-            remedy=f"Known: {', '.join(known or others)}; add others in kuberay/render/gke.py.",
+            remedy=f"Use {', '.join(known or others)}, or add it in kuberay/render/gke.py.",
         )
     _check_size(environment, gpu, *known[gpu.machine])
     _check_disk(environment, gpu)
@@ -158,37 +158,37 @@ def _check_size(environment: Environment, gpu: GpuNodes, cpus: int, ram: float) 
     if parse_quantity(size["cpu"]) > left_cpus or as_bytes(size["memory"]) > left_ram * GIB:
         raise ConfigError(
             f"A model pod does not fit a {gpu.machine}, which leaves {left_cpus:.1f} CPUs and"
-            f" {left_ram:.1f} GiB to pods: it would stay pending for ever.",
+            f" {left_ram:.1f} GiB to pods: it would be pending for ever.",
             value=f"{size['cpu']} CPUs, {size['memory']}",
             remedy="Lower models.size, or take a larger gpu.machine.",
         )
 
 
 def _check_disk(environment: Environment, gpu: GpuNodes) -> None:
-    """An emptyDir lies on the local SSD, as logs do; a folder of the node on its boot disk."""
+    """An emptyDir and logs are on the local SSD, a folder of the node is on its boot disk."""
     sizing, cache = Sizing(environment), environment.cache
     left = _SSDS * (_SSD_BYTES - _SSD_KEPT)
     if as_bytes(sizing.disk_size) > left:
         raise ConfigError(
             f"A model pod needs more disk than the {left / GIB:.0f} GiB that a node's local SSD"
-            " leaves to pods: it would stay pending for ever.",
+            " leaves to pods: it would be pending for ever.",
             value=f"{sizing.disk_size}, cache.copies {cache.copies:g}, scratch {cache.scratch}",
             remedy="Lower cache.copies or cache.scratch.",
         )
-    if cache.kind != "hostPath" or cache.read_only:  # that one is a disk of its own
+    if cache.kind != "hostPath" or cache.read_only:  # read-only is a disk of its own
         return
     usable = sizing.settings.store.gc_start_percent / 100
     left = int(gpu.boot_disk_gb * 10**9 * usable) - _BOOT_KEPT_BYTES
     if as_bytes(sizing.cache_size) > left:
         raise ConfigError(
-            f"The models' folder needs more than a boot disk leaves: {left / 10**9:.0f} GB.",
+            f"The folder of models needs more than {left / 10**9:.0f} GB, what a boot disk leaves.",
             value=f"{sizing.cache_size}, gpu.boot_disk_gb {gpu.boot_disk_gb}",
             remedy="Raise gpu.boot_disk_gb, or lower cache.copies.",
         )
 
 
 def _kept(amount: float, steps: tuple[tuple[float, float], ...]) -> float:
-    """What the shares of consecutive parts of an amount add up to."""
+    """The sum of the shares of consecutive parts of an amount."""
     kept = 0.0
     for width, share in steps:
         kept += min(amount, width) * share

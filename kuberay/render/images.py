@@ -1,4 +1,4 @@
-"""kuberay/images.lock: the digest that a registry gives for each image's tag."""
+"""kuberay/images.lock: the digest of each image, as its registry gives it for a tag."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from kuberay.render.source import Environment, Image
+    from kuberay.render.environment import Environment, Image
 
 UNRESOLVED = "unresolved"
 _HEADER = """\
@@ -40,10 +40,10 @@ _TIMEOUT_S = 30
 
 
 def load_digests(lock: Path) -> dict[str, str]:
-    """The digests of the lock file, by the image's name.
+    """The digests in the lock file, by name of the image.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or a value is not a digest.
     """
     try:
         values: Any = yaml.safe_load(resolve(lock).read_text(encoding="utf-8"))
@@ -71,20 +71,20 @@ def write_digests(lock: Path, digests: Mapping[str, str]) -> None:
 
 
 def pulled(environments: Iterable[Environment]) -> dict[str, Image]:
-    """Images that come from registries, by name."""
+    """The images that come from registries, by name."""
     images = [item for one in environments for item in one.images.items()]
     return {name: image for name, image in images if not image.local}
 
 
 def chosen(images: Mapping[str, Image], names: Sequence[str] | None) -> dict[str, Image]:
-    """The images that were named; without names, all.
+    """The images with these names; without names, all.
 
     Raises:
-        ConfigError: there is none of such a name.
+        ConfigError: there is no image of such a name.
     """
     if unknown := [name for name in names or () if name not in images]:
         raise ConfigError(
-            "There is no such image to look up.",
+            "There is no such image.",
             value=", ".join(unknown),
             remedy=f"Name one of {', '.join(sorted(images))}.",
         )
@@ -94,26 +94,28 @@ def chosen(images: Mapping[str, Image], names: Sequence[str] | None) -> dict[str
 def look_up(
     images: Mapping[str, Image], tag: str | None, token: str | None, client: httpx.Client
 ) -> dict[str, str]:
-    """What registries say the images' tags are now.
+    """Ask the registries for the digests of the images' tags.
 
     Args:
-        images: by name; one without a tag of its own has `tag`.
-        token: of Google Cloud, for its registries alone.
+        images: by name.
+        tag: of those whose source names none.
+        token: of Google Cloud, sent to its registries only.
+        client: to ask with.
 
     Raises:
         ConfigError: a repository is not filled in, or an image has no tag.
-        SourceFailed: a registry refuses, or gives no digest.
+        SourceFailed: a registry refuses, or returns no digest.
     """
     found: dict[str, str] = {}
     for name, image in images.items():
-        wanted = image.tag or tag
-        if UNRESOLVED in image.repository or not wanted:
+        chosen_tag = image.tag or tag
+        if UNRESOLVED in image.repository or not chosen_tag:
             raise ConfigError(
                 f"The image {name} cannot be looked up: it has no registry, or no tag.",
-                value=f"{image.repository}:{wanted or ''}",
+                value=f"{image.repository}:{chosen_tag or ''}",
                 remedy="Fill in `images` in configs/gke.yaml, and give --tag.",
             )
-        found[name] = _digest(image.repository, wanted, token, client)
+        found[name] = _digest(image.repository, chosen_tag, token, client)
     return found
 
 
@@ -130,17 +132,17 @@ def _digest(repository: str, tag: str, token: str | None, client: httpx.Client) 
         answer.raise_for_status()
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise SourceFailed(
-            f"The registry does not tell the digest of {repository}:{tag}: {error!r}.",
-            remedy="Is it pushed? For Google's registries, is the token fresh?",
+            f"The registry does not return the digest of {repository}:{tag}: {error!r}.",
+            remedy="Push the image first; for a registry of Google, renew the token.",
         ) from error
     digest = answer.headers.get("docker-content-digest", "")
     if not _DIGEST.fullmatch(digest):
-        raise SourceFailed(f"The registry gives no digest of {repository}:{tag}.", value=digest)
+        raise SourceFailed(f"The registry returns no digest of {repository}:{tag}.", value=digest)
     return digest
 
 
 def _bearer(refusal: httpx.Response, token: str | None, client: httpx.Client) -> str:
-    """A token for reading, from where the refusal says; anonymous without one of Google's."""
+    """A token for reading, from the server that the refusal names; anonymous without `token`."""
     challenge = refusal.headers.get("www-authenticate", "")
     fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     credentials = ("oauth2accesstoken", token) if token else None

@@ -1,9 +1,10 @@
-"""Alert rules and the dashboard, from the short files in kuberay/monitoring."""
+"""Alert rules for Google, and the Grafana dashboard, from the short files in kuberay/monitoring."""
 
 from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -11,13 +12,12 @@ from pydantic import Field
 
 from deployments.errors import ConfigError
 from deployments.settings import Strict, parse_settings
-from kuberay.checks.promql import refuse_faults
-from kuberay.render.cluster import metadata
+from kuberay.render.rayservice import metadata
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kuberay.render.source import Environment, Values
+    from kuberay.render.environment import Environment, Values
 
 ALERTS = "monitoring/alerts.yaml"
 PANELS = "monitoring/panels.yaml"
@@ -37,7 +37,7 @@ class Alert(Strict):
 
 
 class Group(Strict):
-    """Alerts that are looked at together."""
+    """Alerts that are evaluated together."""
 
     name: str
     interval: str
@@ -54,9 +54,9 @@ class Panel(Strict):
     """A chart.
 
     Attributes:
-        unit: Grafana's name of it.
+        unit: in Grafana's words.
         queries: expressions by their legend.
-        only_on_gpu: where there is none, it stays empty.
+        only_on_gpu: without a GPU it stays empty.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Panels(Strict):
     """kuberay/monitoring/panels.yaml.
 
     Attributes:
-        variables: what readers may set, with the values that are there first.
+        variables: that readers may set, with their defaults.
     """
 
     title: str
@@ -84,35 +84,40 @@ def rules(environment: Environment, folder: Path) -> Values:
     """The alerts, as Google's managed Prometheus takes them.
 
     Args:
+        environment: whose namespace they are for.
         folder: kuberay/.
 
     Raises:
-        ConfigError: the file cannot be read, or an expression is no PromQL.
+        ConfigError: the file cannot be read, or an expression is not PromQL.
     """
     alerts = _read(folder / ALERTS, Alerts)
     for one in (alert for group in alerts.groups for alert in group.rules):
-        refuse_faults(f"The alert {one.alert}", one.expr)
-    groups = [group.model_dump(by_alias=True) for group in alerts.groups]
+        _check_promql(f"The alert {one.alert}", one.expr)
     return {
         "apiVersion": "monitoring.googleapis.com/v1",
         "kind": "Rules",
-        "metadata": metadata(environment, environment.name),
-        "spec": {"groups": groups},
+        "metadata": metadata(environment),
+        "spec": {"groups": [group.model_dump(by_alias=True) for group in alerts.groups]},
     }
 
 
 def dashboard(folder: Path) -> str:
-    """The Grafana dashboard as JSON; its data source is chosen where it is imported.
+    """The dashboard as JSON. Grafana asks for the data source when it is imported.
+
+    Args:
+        folder: kuberay/.
 
     Raises:
-        ConfigError: the file cannot be read, or an expression is no PromQL.
+        ConfigError: the file cannot be read, or an expression is not PromQL.
     """
     short = _read(folder / PANELS, Panels)
     for panel in short.panels:
         for expression in panel.queries.values():
-            refuse_faults(f"A query of the panel {panel.title}", _filled(expression, short))
+            # An unknown variable stays, and is not PromQL.
+            filled = re.sub(r"\$(\w+)", lambda m: short.variables.get(m[1], m[0]), expression)
+            _check_promql(f"A query of the panel {panel.title}", filled)
     source = {"name": "datasource", "type": "datasource", "query": "prometheus", "hide": 0}
-    asked = [
+    variables = [
         {"name": name, "type": "textbox", "query": value, "current": {"value": value}}
         for name, value in short.variables.items()
     ]
@@ -122,15 +127,10 @@ def dashboard(folder: Path) -> str:
         "schemaVersion": 39,
         "refresh": "30s",
         "time": {"from": "now-3h", "to": "now"},
-        "templating": {"list": [source, *asked]},
+        "templating": {"list": [source, *variables]},
         "panels": [_panel(number, panel) for number, panel in enumerate(short.panels)],
     }
     return json.dumps(whole, indent=1) + "\n"
-
-
-def _filled(expression: str, panels: Panels) -> str:
-    """As Grafana asks it; a variable that there is not stays, and is no PromQL."""
-    return re.sub(r"\$(\w+)", lambda m: panels.variables.get(m[1], m[0]), expression)
 
 
 def _panel(number: int, short: Panel) -> Values:
@@ -150,12 +150,26 @@ def _panel(number: int, short: Panel) -> Values:
     }
 
 
+def _check_promql(place: str, expression: str) -> None:
+    """Parse an expression, if the optional package promql-parser is installed."""
+    if not find_spec("promql_parser"):
+        return
+    import promql_parser
+
+    try:
+        promql_parser.parse(expression)
+    except ValueError as error:
+        raise ConfigError(
+            f"{place} is not PromQL: {error}.", value=expression, remedy="Correct the expression."
+        ) from error
+
+
 def _read(path: Path, kind: type[S]) -> S:
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            "A file of kuberay/monitoring cannot be read.",
+            "A file in kuberay/monitoring cannot be read.",
             value=f"{path}: {str(error).splitlines()[0]}",
             remedy="Restore it, or correct its YAML.",
         ) from error

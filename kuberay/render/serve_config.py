@@ -1,18 +1,17 @@
-"""serveConfigV2: the application, and options of its six deployments."""
+"""serveConfigV2: the application, and the options of its deployments."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployments.tasks import Task
 from kuberay.quantity import as_bytes
+from kuberay.render.environment import merged
 from kuberay.render.sizing import application_args
-from kuberay.render.source import merged
 
 if TYPE_CHECKING:
     from deployments.tasks import Task
+    from kuberay.render.environment import Values
     from kuberay.render.sizing import Sizing
-    from kuberay.render.source import Values
 
 
 def serve_config(sizing: Sizing) -> Values:
@@ -42,13 +41,13 @@ def serve_config(sizing: Sizing) -> Values:
 def _args(sizing: Sizing) -> Values:
     args, cache = application_args(sizing.environment), sizing.environment.cache
     if cache.kind == "emptyDir":
-        # The kubelet ends a pod that takes more, and no figure of the disk shows it coming.
+        # The kubelet evicts a pod that uses more, and the free space of the disk does not show it.
         args["store"] = {"max_bytes": as_bytes(sizing.cache_size)} | args.get("store", {})
     return args
 
 
 def _model(task: Task, sizing: Sizing) -> Values:
-    """Options of one model deployment: its share, batch and budget, the common ones, its own."""
+    """Options of one model deployment: from the plan, then `serve.model`, then its own."""
     environment, placed = sizing.environment, sizing.placed.get(task)
     actor: Values = {
         "num_cpus": sizing.settings.model_num_cpus,

@@ -1,14 +1,13 @@
-"""What an environment needs: shares of GPUs, RAM of replicas, disk for models."""
+"""What an environment needs: GPU shares, RAM of replicas, disk for models."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import ConfigError, GpuTooSmall
-from deployments.gpu.plan import plan as make_plan
+from deployments.gpu.plan import plan
 from deployments.gpu.profiles import as_gpu
 from deployments.registry import load_catalogue
 from deployments.settings import Settings, parse_settings
@@ -19,22 +18,22 @@ if TYPE_CHECKING:
     from deployments.gpu.plan import Placed
     from deployments.registry import Catalogue, Registry
     from deployments.tasks import Task
-    from kuberay.render.source import Environment, Values
+    from kuberay.render.environment import Environment, Values
 
 _STEP_BYTES = 64 * MIB
 _DISK_SLACK = 1.1
-"""Staging folders, compiled kernels, file system blocks."""
+"""Room for staging folders, compiled kernels and file system blocks."""
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """Numbers derived from an environment, its registry and the GPU plan."""
+    """Sizes derived from an environment, its model registry and the GPU plan."""
 
     environment: Environment
 
     @cached_property
     def settings(self) -> Settings:
-        """The application's args, as it will read them.
+        """The application's args, as the application parses them.
 
         Raises:
             ConfigError: a key or value is wrong.
@@ -47,7 +46,7 @@ class Sizing:
 
     @cached_property
     def registry(self) -> Registry:
-        """The models that are served; a licence that nobody accepted yet is no matter here."""
+        """The models that are served, whether or not their licences are accepted yet."""
         accepted = tuple(entry.name for entry in self.catalogue.entries)
         return self.catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
 
@@ -62,7 +61,7 @@ class Sizing:
         gpu = self.environment.gpu
         if gpu is None:
             return {}
-        made = make_plan(list(self.registry.values()), as_gpu(gpu.type))
+        made = plan(list(self.registry.values()), as_gpu(gpu.type))
         if made.gpus > gpu.max_nodes:
             raise GpuTooSmall(
                 f"One replica of each model needs {made.gpus} x {made.gpu.label}.",
@@ -72,7 +71,7 @@ class Sizing:
         return {placed.demand.spec.task: placed for placed in made.placed}
 
     def weights_bytes(self, task: Task) -> int:
-        """On disk, as well as it is known."""
+        """Size of a task's weights on disk, in bytes; 0 if nothing is known."""
         locked = load_lock(self.settings.models).models.get(self.registry[task].name)
         files = [file for origin in locked.origins for file in origin.files] if locked else []
         known = sum(file.size for file in files if isinstance(file.size, int))
@@ -81,22 +80,22 @@ class Sizing:
         return placed.demand.profile.weights_bytes if placed else known
 
     def replica_memory_bytes(self, task: Task) -> int:
-        """RAM that Ray counts for one replica: its process, and the files it maps."""
+        """RAM that Ray reserves for one replica: its process, and the files it maps."""
         needed = as_bytes(self.environment.memory.process) + self.weights_bytes(task)
         return -(-needed // _STEP_BYTES) * _STEP_BYTES
 
     @cached_property
     def pod_memory_bytes(self) -> int:
-        """RAM of a model pod that Ray may promise to replicas.
+        """RAM of a model pod that Ray may reserve for replicas.
 
         Raises:
-            ConfigError: none is left.
+            ConfigError: nothing is left for them.
         """
         whole = as_bytes(self.environment.models.size["memory"])
         left = whole - as_bytes(self.environment.memory.reserved)
         if left <= 0:
             raise ConfigError(
-                "memory.reserved leaves nothing of a model pod.",
+                "memory.reserved leaves no memory of a model pod to replicas.",
                 value=self.environment.memory.reserved,
                 remedy="Raise models.size.memory.",
             )
@@ -110,32 +109,17 @@ class Sizing:
 
     @cached_property
     def disk_size(self) -> str:
-        """Disk of a model pod that ends with it, as a quantity."""
+        """Disk that lives and dies with a model pod, as a quantity."""
         cache = self.environment.cache
         models = as_bytes(self.cache_size) if cache.kind == "emptyDir" else 0
         return as_gi(models + as_bytes(cache.scratch))
 
 
 def application_args(environment: Environment) -> Values:
-    """The `args` of the application, with what is derived."""
+    """The `args` of the application, including derived ones."""
     args, mirror = dict(environment.serve.args), environment.site.mirror
     store: Any = args.pop("store", {})
     if mirror and isinstance(store, dict):
         store = store | {"mirror": mirror}
     args["request_timeout_s"] = environment.timeouts_s.engine
     return args | ({} if store == {} else {"store": store})
-
-
-def check_names(environment: Environment) -> None:
-    """Hold names to what KubeRay and Kubernetes allow, before anything is made of them.
-
-    Raises:
-        ConfigError: a name is too long, or has a letter that is not allowed.
-    """
-    name = environment.name
-    if len(name) > 47 or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
-        raise ConfigError(
-            "A RayService's name has at most 47 of a-z, 0-9 and -, the first a letter.",
-            value=name,
-            remedy="Change `name` in the source of the manifests.",
-        )

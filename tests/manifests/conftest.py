@@ -1,9 +1,9 @@
-"""Overlays as kustomize builds them, once."""
+"""What the tests of the manifests share: each overlay is built once."""
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.settings import ROOT
-from kuberay.checks.crd import Schemas
 from kuberay.checks.manifests import Manifests, build
+from kuberay.render.files import Files, render
+from tests.manifests.schemas import Schemas
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SOURCE, FOLDER = ROOT / "configs" / "gke.yaml", ROOT / "kuberay"
+LOCK = FOLDER / "images.lock"
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("kuberay/overlays/*/kustomization.yaml"))
 
 
@@ -24,23 +27,34 @@ OVERLAYS = sorted(path.parent.name for path in ROOT.glob("kuberay/overlays/*/kus
 def built() -> dict[str, Manifests]:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
-    return {name: build(ROOT / "kuberay" / "overlays" / name) for name in OVERLAYS}
+    return {name: build(FOLDER / "overlays" / name) for name in OVERLAYS}
+
+
+@pytest.fixture(scope="session")
+def pickled(built: dict[str, Manifests]) -> dict[str, bytes]:
+    return {name: pickle.dumps(manifests.documents) for name, manifests in built.items()}
 
 
 @pytest.fixture
-def overlay(built: dict[str, Manifests]) -> Callable[[str], Manifests]:
-    """A copy of an overlay, to spoil."""
-    return lambda name: Manifests(name, copy.deepcopy(built[name].documents))
+def overlay(pickled: dict[str, bytes]) -> Callable[[str], Manifests]:
+    """A copy of an overlay, which the test may change."""
+    return lambda name: Manifests(name, pickle.loads(pickled[name]))
 
 
 @pytest.fixture(scope="session")
-def crds() -> Path:
+def rendered() -> Files:
+    """The generated files, from the source as it is committed."""
+    return render(SOURCE, LOCK)
+
+
+@pytest.fixture(scope="session")
+def schemas() -> Schemas:
     folder = os.environ.get("KUBERAY_CRDS")
     if not folder:
         pytest.skip("$KUBERAY_CRDS is not set: THE FIELDS OF RAYSERVICE ARE NOT CHECKED")
-    return Path(folder).resolve()
+    return Schemas(Path(folder).resolve())
 
 
-@pytest.fixture(scope="session")
-def schemas(crds: Path) -> Schemas:
-    return Schemas(crds)
+def environment_of(**variables: str) -> dict[str, str]:
+    """For a script under test: it imports this tree, wherever it is run."""
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | variables

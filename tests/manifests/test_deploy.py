@@ -29,21 +29,6 @@ SECRETS = "imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
 SITE = {"IMAGEN_PROJECT": "my-project", "IMAGEN_REGION": "europe-west4"}
 GKE = "gke_my-project_europe-west4_imagen"
 SCRIPTS = ["kuberay/deploy.sh", "kuberay/image.sh", "tests/manifests/fake_kubectl"]
-# Any field is right: what the real definitions say is test_overlays' matter.
-CRD = """\
-kind: CustomResourceDefinition
-metadata:
-  name: rayservices.ray.io
-spec:
-  group: ray.io
-  names: {kind: RayService}
-  versions:
-    - name: v1
-      schema:
-        openAPIV3Schema:
-          type: object
-          properties: {spec: {type: object, x-kubernetes-preserve-unknown-fields: true}}
-"""
 
 
 class Deployed:
@@ -59,7 +44,7 @@ class Deployed:
 
     @property
     def applied(self) -> bool:
-        return any(line.startswith("apply") for line in self.asked)
+        return self.applied_text != ""
 
     @property
     def verdict(self) -> str:
@@ -75,7 +60,6 @@ def deploy(tmp_path: Path) -> Deploy:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(HERE / "fake_kubectl")
-    (tmp_path / "crds.yaml").write_text(CRD)
     for tool, answer in (
         ("docker", 'echo "$FAKE_IMAGE_ID"; test -n "$FAKE_IMAGE_ID"'),
         ("kind", ""),
@@ -85,21 +69,22 @@ def deploy(tmp_path: Path) -> Deploy:
         )
         (tmp_path / "bin" / tool).chmod(0o755)
 
-    def run(project: Path, *arguments: str, **variables: str) -> Deployed:
+    def run(project: Path, *arguments: str, **variables: str | None) -> Deployed:
         environment = {
             "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
             "REAL_KUBECTL": kubectl,
             "FAKE_LOG": str(tmp_path / "log"),
-            "FAKE_CRDS": str(tmp_path / "crds.yaml"),
+            "FAKE_CRDS": "customresourcedefinition.apiextensions.k8s.io/rayservices.ray.io",
             "FAKE_CONTEXT": "a-cluster" if "dev" in arguments else GKE,
             "FAKE_IMAGE_ID": "sha256:first",
             "IMAGEN_SITE": str(tmp_path / "site.env"),
             **SITE,
         }
+        Path(f"{tmp_path / 'log'}.applied").unlink(missing_ok=True)
         command = [project / "kuberay" / "deploy.sh", *arguments]
-        done = subprocess.run(
-            command, env=environment | variables, capture_output=True, text=True, check=False
-        )
+        settings = {k: v for k, v in (environment | variables).items() if v is not None}
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
         return Deployed(done, tmp_path / "log")
 
     return run
@@ -107,7 +92,7 @@ def deploy(tmp_path: Path) -> Deploy:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as a customer has it, who has filled in all that only he knows."""
+    """The project with every placeholder filled in."""
     root = tmp_path_factory.mktemp("filled")
     for name in ("configs", "kuberay"):
         shutil.copytree(ROOT / name, root / name)
@@ -129,7 +114,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spoiled(filled: Path, tmp_path: Path) -> Path:
-    """A copy of it, to spoil."""
+    """A copy of it, which the test may change."""
     return Path(shutil.copytree(filled, tmp_path / "project"))
 
 
@@ -150,16 +135,53 @@ def test_a_project_that_is_filled_in_is_applied(filled: Path, deploy: Deploy) ->
     assert f"context {GKE}" in done.out
     assert done.contexts == {GKE}
     assert "a difference" in done.out
-    assert [line.split()[0] for line in done.asked[-2:]] == ["diff", "apply"]
-    assert done.asked[-1].startswith("apply --server-side --filename")
+    dry_run, diff, apply, generation, wait = done.asked[-5:]
+    assert dry_run.startswith("apply --server-side --dry-run=server --validate=strict --filename")
+    assert diff.startswith("diff --server-side")
+    assert apply.startswith("apply --server-side --filename")
+    assert "metadata.generation" in generation
+    assert wait.endswith("--for=jsonpath={.status.observedGeneration}=3")
     assert "wait rayservice/imagen" in done.out
 
 
-def test_a_dry_run_tells_what_a_first_deployment_makes(filled: Path, deploy: Deploy) -> None:
+def test_a_dry_run_lists_what_a_first_deployment_creates(filled: Path, deploy: Deploy) -> None:
     done = deploy(filled, "--dry-run", "dev")
     assert (done.code, done.applied) == (0, False), done.err
     assert "  RayService/imagen\n" in done.out
     assert "  Namespace/imagen\n" in done.out
+    assert "The API server was not asked" in done.out
+    assert not [line for line in done.asked if "apply" in line or "create" in line]
+
+
+def test_a_first_deployment_creates_the_namespace_and_asks_the_api_server(
+    filled: Path, deploy: Deploy
+) -> None:
+    done = deploy(filled, "dev")
+    assert (done.code, done.applied) == (0, True), done.err
+    asked = [line for line in done.asked if line.startswith(("apply", "create"))]
+    assert asked[0] == "create namespace imagen"
+    assert asked[1].startswith("apply --server-side --dry-run=server")
+
+
+@pytest.mark.parametrize("arguments", [["dev"], ["--dry-run", "dev"]])
+def test_what_the_api_server_refuses_is_not_applied(
+    filled: Path, deploy: Deploy, arguments: list[str]
+) -> None:
+    refusal = 'strict decoding error: unknown field "spec.rayVersoin"'
+    done = deploy(filled, *arguments, FAKE_NAMESPACE="yes", FAKE_REFUSAL=refusal)
+    assert (done.code, done.applied) == (1, False)
+    assert refusal in done.err
+    assert "the API server refuses the manifests" in done.verdict
+
+
+def test_what_the_operator_refuses_is_shown(filled: Path, deploy: Deploy) -> None:
+    verdict = "ValidationFailed: the headGroupSpec should have at least one container"
+    running = {"FAKE_CLUSTERS": "imagen-abcde other", "FAKE_NAMESPACE": "yes"}
+    done = deploy(filled, "dev", FAKE_VERDICT=verdict, **running)
+    assert (done.code, done.applied) == (1, True)
+    assert verdict in done.err
+    assert "the KubeRay operator did not accept the RayService" in done.verdict
+    assert not [line for line in done.asked if " delete " in line]
 
 
 def mark(deployed: Deployed) -> str:
@@ -182,7 +204,7 @@ def test_an_image_that_is_built_anew_under_its_tag_rolls_the_pods(
     assert not [line for line in same.asked if " delete " in line]
     rebuilt = deploy(filled, "dev", **kind, FAKE_CLUSTERS=running, FAKE_IMAGE_ID="sha256:second")
     assert mark(rebuilt) != mark(first)
-    load, apply, _, delete = rebuilt.asked[-4:]
+    load, apply, *_, delete = rebuilt.asked[-6:]
     assert load == "kind load docker-image imagen-cpu:dev --name mine"
     assert apply.startswith("apply --server-side")
     assert delete == "--namespace imagen delete raycluster imagen-abcde"
@@ -223,7 +245,7 @@ def test_a_node_without_room_for_an_upgrade_is_refused(spoiled: Path, deploy: De
     render(spoiled)
     done = deploy(spoiled, "dev", FAKE_NAMESPACE="yes")
     assert (done.code, done.applied) == (1, False)
-    assert "the nodes have 4 CPUs; two clusters at a time" in done.out
+    assert "the nodes have 4 CPUs; two clusters at a time" in done.err
     assert deploy(spoiled, "dev", FAKE_NODES="cpu=8,memory=24Gi").code == 0
 
 
@@ -252,11 +274,11 @@ def test_the_settings_say_which_cluster_is_meant(
     missing = deploy(filled, "prod", IMAGEN_PROJECT="")
     assert (missing.code, missing.contexts) == (1, set())
     assert "IMAGEN_PROJECT: id of the Google Cloud project" in missing.err
-    assert "which cluster is meant is not known" in missing.verdict
+    assert "site.env does not name the cluster" in missing.verdict
     (tmp_path / "site.env").write_text("IMAGEN_PROJECT='my-project'\nIMAGEN_CLUSTER=green # ours\n")
     done = deploy(filled, "--dry-run", "prod", IMAGEN_PROJECT="", FAKE_SECRETS=SECRETS)
     assert (done.code, done.contexts) == (1, set())
-    assert "mean gke_my-project_europe-west4_green" in done.verdict
+    assert "name gke_my-project_europe-west4_green" in done.verdict
 
 
 def test_a_context_that_is_named_is_taken(filled: Path, deploy: Deploy) -> None:
@@ -270,7 +292,7 @@ def test_a_context_that_is_named_is_taken(filled: Path, deploy: Deploy) -> None:
 def test_placeholders_are_refused(deploy: Deploy) -> None:
     done = deploy(ROOT, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
     assert (done.code, done.applied) == (1, False)
-    assert "sha256:unresolved is no real value" in done.err
+    assert "sha256:unresolved is a placeholder" in done.err
     assert "nothing was applied. Fill in configs/gke.yaml, run make image-lock" in done.verdict
 
 
@@ -287,17 +309,17 @@ def test_secrets_that_are_missing_are_named_with_the_commands_that_make_them(
     assert "imagen-oauth" not in done.err
 
 
-def test_what_the_cluster_refuses_is_not_applied(filled: Path, deploy: Deploy) -> None:
+def test_what_cannot_be_compared_is_not_applied(filled: Path, deploy: Deploy) -> None:
     done = deploy(filled, "dev", FAKE_NAMESPACE="yes", FAKE_DIFF="2")
     assert (done.code, done.applied) == (1, False)
-    assert "the cluster refuses the manifests" in done.verdict
+    assert "kubectl cannot compare" in done.verdict
 
 
 def test_an_image_that_is_not_pinned_is_refused(spoiled: Path, deploy: Deploy) -> None:
     edit(spoiled / "kuberay/base/publish.yaml", "image: imagen-cpu", "image: docker.io/mine:v1")
     done = deploy(spoiled, "prod", FAKE_SECRETS=SECRETS, FAKE_NAMESPACE="yes")
     assert (done.code, done.applied) == (1, False)
-    assert "docker.io/mine:v1 is not pinned" in done.out
+    assert "docker.io/mine:v1 is not pinned" in done.err
     assert "prod is not ready" in done.verdict
 
 
@@ -311,13 +333,12 @@ def test_manifests_that_are_out_of_date_are_refused(spoiled: Path, deploy: Deplo
 
 @pytest.mark.parametrize(
     ("definitions", "words"),
-    [("nothing", "has no KubeRay"), ("nowhere", "cluster of a-cluster does not answer")],
+    [("", "has no KubeRay"), (None, "cluster of a-cluster does not answer")],
 )
 def test_a_cluster_that_is_not_ready_is_refused(
-    filled: Path, deploy: Deploy, tmp_path: Path, definitions: str, words: str
+    filled: Path, deploy: Deploy, definitions: str | None, words: str
 ) -> None:
-    (tmp_path / "nothing").touch()
-    done = deploy(filled, "dev", FAKE_CRDS=str(tmp_path / definitions))
+    done = deploy(filled, "dev", FAKE_CRDS=definitions)
     assert (done.code, done.applied) == (1, False)
     assert words in done.verdict
 

@@ -78,6 +78,7 @@ class Cloud:
             "IMAGEN_PYTHON": sys.executable,
             "IMAGEN_SITE": str(place / "site.env"),
             "IMAGEN_SOURCE": str(place / "gke.yaml"),
+            "PYTHONPATH": str(ROOT),
             **dict.fromkeys(("THERE", "FAKE_ADDON", "FAKE_STRATEGY", "FAKE_CONTEXT"), ""),
             **SITE,
         }
@@ -472,7 +473,7 @@ def test_secrets_are_those_of_the_manifests_and_never_seen(cloud: Cloud, overlay
         for words in (call.split() for call in cloud.changes)
         if "secret" in words
     }
-    assert made == validate(overlay("prod"), None).secrets
+    assert made == validate(overlay("prod")).secrets
     values = (cloud.place / "stdin").read_text().splitlines()
     redis, token, oauth = values
     assert oauth == "of-the-client"
@@ -565,7 +566,7 @@ def test_a_rollback_is_held_to_no_rule_of_today(history: Cloud) -> None:
 
 @pytest.mark.parametrize(
     ("digest", "words"),
-    [("unresolved", "sha256:unresolved is no real value"), ("ab", "is not pinned")],
+    [("unresolved", "sha256:unresolved is a placeholder"), ("ab", "is not pinned")],
 )
 def test_a_commit_that_is_not_pinned_is_not_applied(
     history: Cloud, digest: str, words: str

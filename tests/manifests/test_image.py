@@ -13,9 +13,9 @@ import pytest
 
 from deployments.settings import ROOT
 from deployments.store.lockfile import load_lock
+from kuberay.render.environment import BASE, load_environments
 from kuberay.render.images import UNRESOLVED
-from kuberay.render.source import BASE, load_environments
-from tests.manifests.test_render import SOURCE
+from tests.manifests.conftest import SOURCE
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 IGNORE = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from deployments.errors import ConfigError, SourceFailed
+from kuberay.render.environment import Image, load_environments
 from kuberay.render.images import chosen, load_digests, look_up, pulled, write_digests
-from kuberay.render.source import Image, load_environments
-from tests.manifests.test_render import LOCK, SOURCE
+from tests.manifests.conftest import LOCK, SOURCE
 
 if TYPE_CHECKING:
     from pathlib import Path

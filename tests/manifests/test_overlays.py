@@ -1,4 +1,4 @@
-"""The committed overlays: built offline, and right in every check that needs no cluster."""
+"""The committed overlays: without a mistake, in the schemas of the cluster, and as documented."""
 
 from __future__ import annotations
 
@@ -15,85 +15,119 @@ from cli.main import app
 from deployments.gpu.plan import plan
 from deployments.registry import load_catalogue
 from deployments.settings import ROOT
-from kuberay.checks import autoscaler, network
+from kuberay.checks import autoscaler
 from kuberay.checks.manifests import build
-from kuberay.checks.timing import timeouts
+from kuberay.checks.timeouts import timeouts
 from kuberay.checks.validate import validate
 from tests.manifests.conftest import OVERLAYS
+from tests.manifests.prod import Prod
+from tests.manifests.schemas import core_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kuberay.checks.crd import Schemas
     from kuberay.checks.manifests import Manifests
+    from tests.manifests.schemas import Schemas
 
     Overlay = Callable[[str], Manifests]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_builds_offline_and_is_right(name: str, overlay: Overlay) -> None:
-    report = validate(overlay(name), None)
-    assert [str(finding) for finding in report.errors] == []
-    assert (report.unchecked, report.without_crd, report.unknown) == ([], ["RayService"], [])
+def test_an_overlay_has_no_mistake(name: str, overlay: Overlay) -> None:
+    assert [str(finding) for finding in validate(overlay(name)).errors] == []
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_has_no_field_that_the_crds_lack(
+def test_an_overlay_is_in_the_schemas_of_kubernetes(name: str, overlay: Overlay) -> None:
+    assert list(core_errors(overlay(name))) == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_is_in_the_schemas_of_kuberay(
     name: str, overlay: Overlay, schemas: Schemas
 ) -> None:
-    assert schemas.knows(overlay(name).of("RayService")[0])
-    assert [str(finding) for finding in schemas.check(overlay(name))] == []
+    assert list(schemas.errors(overlay(name))) == []
 
 
-def test_placeholders_are_refused_unless_allowed(
-    overlay: Overlay, crds: Path, tmp_path: Path
-) -> None:
+def test_the_schemas_are_strict(overlay: Overlay, schemas: Schemas) -> None:
+    prod = Prod(overlay("prod"))
+    prod.cluster["rayVersoin"] = prod.cluster.pop("rayVersion")
+    prod.models["maxReplicas"] = "four"
+    prod.pod(prod.head)["nodeSelecter"] = {}
+    wrong = "\n".join([*schemas.errors(prod.manifests), *core_errors(prod.manifests)])
+    assert all(word in wrong for word in ("rayVersoin", "four", "nodeSelecter"))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_are_what_a_restricted_namespace_takes(name: str, overlay: Overlay) -> None:
+    """All but the one container that hands a folder of the node to the images' user."""
+    for pod in overlay(name).pods:
+        own, sidecar = pod.spec["securityContext"], pod.containers
+        assert own["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod.spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        for container in (one for one in sidecar if one["name"] != "own-cache"):
+            context = own | container["securityContext"]
+            assert context["runAsNonRoot"] is True
+            assert context["runAsUser"] > 0
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+        if name != "prod-hostpath":
+            assert "hostPath" not in str(pod.spec.get("volumes"))
+    (space,) = overlay(name).of("Namespace")
+    level = space["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+    assert level == ("privileged" if name == "prod-hostpath" else "restricted")
+
+
+def test_placeholders_are_refused_unless_they_are_allowed(overlay: Overlay, tmp_path: Path) -> None:
     (tmp_path / "prod.yaml").write_text(yaml.safe_dump_all(overlay("prod").documents))
-    command = ["kuberay", "validate", "--crds", str(crds), "--json", str(tmp_path / "prod.yaml")]
+    command = ["kuberay", "validate", "--json", str(tmp_path / "prod.yaml")]
     refused = CliRunner().invoke(app, command)
     allowed = CliRunner().invoke(app, [*command, "--allow-placeholder"])
     assert (refused.exit_code, allowed.exit_code) == (1, 0)
     (report,) = json.loads(allowed.stdout)["manifests"]
     assert {one["rule"] for one in report["findings"]} == {"placeholder", "licence", "digest"}
-    assert "sha256:unresolved is no real value" in refused.stdout
+    assert "sha256:unresolved is a placeholder" in refused.stdout
 
 
-def test_without_crds_it_says_what_it_did_not_check(
-    built: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("KUBERAY_CRDS", raising=False)
+def test_without_a_file_every_overlay_is_validated(built: object, tmp_path: Path) -> None:
     folder = tmp_path / "kuberay"
     (folder / "overlays").mkdir(parents=True)
     for name in ("base", "overlays/dev"):
         (folder / name).symlink_to(ROOT / "kuberay" / name)
-    command = ["kuberay", "validate", "--folder", str(folder)]
-    told = CliRunner().invoke(app, command)
-    assert told.exit_code == 3
-    assert "NOT CHECKED: the fields of RayService" in told.output
-    assert CliRunner().invoke(app, [*command, "--skip-crd"]).exit_code == 0
+    done = CliRunner().invoke(app, ["kuberay", "validate", "--folder", str(folder)])
+    assert done.exit_code == 0
+    assert "dev: 13 objects, no mistakes" in done.output
+    assert "Ray's autoscaler: one replica of each deployment: 1 ingress, 1 models" in done.output
 
 
-def test_the_dev_overlay_holds_no_placeholder(overlay: Overlay) -> None:
-    assert validate(overlay("dev"), None).placeholders == []
+@pytest.mark.parametrize("node", ["cpu=4", "cpu=4,memory=12GB", "4"])
+def test_a_node_that_is_not_readable_is_refused(node: str) -> None:
+    done = CliRunner().invoke(app, ["kuberay", "validate", "--node", node])
+    assert done.exit_code == 2
+    assert "Write it like cpu=4,memory=12Gi" in " ".join(done.output.split())
 
 
-def test_each_caller_outlasts_whom_it_calls(overlay: Overlay) -> None:
+def test_the_dev_overlay_has_no_placeholder(overlay: Overlay) -> None:
+    assert validate(overlay("dev")).placeholders == []
+
+
+def test_each_caller_outlasts_its_callee(overlay: Overlay) -> None:
     manifests = overlay("prod")
     waits = timeouts(manifests, manifests.of("RayService")[0])
     assert [one.who for one in waits] == ["client", "load balancer", "Serve", "engine"]
     assert all(outer.seconds > inner.seconds for outer, inner in pairwise(waits))
 
 
-def test_the_readme_tells_the_timeouts_of_prod(overlay: Overlay) -> None:
+def test_the_readme_has_the_timeouts_of_prod(overlay: Overlay) -> None:
     manifests = overlay("prod")
     text = (ROOT / "kuberay" / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (client|load balancer|Serve|engine) \| (\d+) s \|", text, re.M))
-    found = timeouts(manifests, manifests.of("RayService")[0])
-    assert rows == {one.who: f"{one.seconds:g}" for one in found}
+    waits = timeouts(manifests, manifests.of("RayService")[0])
+    assert rows == {one.who: f"{one.seconds:g}" for one in waits}
 
 
-def test_idle_no_gpu_node_runs_and_one_of_each_model_takes_what_the_plan_says(
+def test_idle_no_gpu_node_runs_and_one_of_each_model_takes_the_nodes_of_the_plan(
     overlay: Overlay,
 ) -> None:
     manifests = overlay("prod")
@@ -110,20 +144,30 @@ def test_idle_no_gpu_node_runs_and_one_of_each_model_takes_what_the_plan_says(
     )
 
 
-def test_prod_names_the_secrets_that_must_be_there(overlay: Overlay) -> None:
-    assert validate(overlay("prod"), None).secrets == {
+@pytest.mark.parametrize("name", ["prod", "prod-hostpath"])
+def test_a_disruption_budget_allows_drains(name: str, overlay: Overlay) -> None:
+    manifests = overlay(name)
+    cluster = manifests.of("RayService")[0]["spec"]["rayClusterConfig"]
+    fewest = {one["groupName"]: one["minReplicas"] for one in cluster["workerGroupSpecs"]}
+    (budget,) = manifests.of("PodDisruptionBudget")
+    spec = budget["spec"]
+    assert spec.keys() == {"minAvailable", "selector"}  # a RayCluster has no scale to count by
+    assert spec["minAvailable"] < fewest[spec["selector"]["matchLabels"]["ray.io/group"]]
+
+
+def test_a_single_pod_has_no_budget(overlay: Overlay) -> None:
+    assert overlay("dev").of("PodDisruptionBudget") == []
+
+
+def test_prod_names_the_secrets_that_must_exist(overlay: Overlay) -> None:
+    assert validate(overlay("prod")).secrets == {
         "imagen-oauth": ["key"],
         "imagen-ray-token": ["auth_token"],
         "imagen-redis": ["password"],
     }
 
 
-def test_the_operator_is_where_network_policies_are_checked_to_let_it_in() -> None:
-    text = (ROOT / "kuberay" / "operator" / "kustomization.yaml").read_text(encoding="utf-8")
-    assert yaml.safe_load(text)["namespace"] == network.OPERATOR_NAMESPACE
-
-
-def test_kustomize_refusals_are_told_with_their_reason(built: object, tmp_path: Path) -> None:
+def test_a_refusal_of_kustomize_is_shown_with_its_reason(built: object, tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [nowhere.yaml]\n")
-    with pytest.raises(Exception, match="kustomize refuses the overlay"):
+    with pytest.raises(Exception, match=r"kustomize refuses the overlay: .*nowhere"):
         build(tmp_path)

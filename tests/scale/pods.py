@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ray import NodeID
 
-from kuberay.render.source import load_environments
+from kuberay.render.environment import load_environments
 from tests.scale.cluster import NODE_ID, Cluster, free_port
 
 _BIN = Path(sys.executable).parent

@@ -15,16 +15,16 @@ import yaml
 
 from deployments.settings import ROOT
 from deployments.tasks import Task
+from kuberay.render.environment import Environment, load_environments
 from kuberay.render.serve_config import serve_config
 from kuberay.render.sizing import Sizing
-from kuberay.render.source import Environment, load_environments
 from tests.scale.cluster import Cluster, Group, free_port, wait_until
 from tests.scale.load import Answer, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kuberay.render.source import Values
+    from kuberay.render.environment import Values
 
 LONG_S = 240
 """Generous, for whatever a busy machine with two cores may take."""

@@ -13,7 +13,7 @@ from tests.scale.load import Load
 from tests.scale.service import CLIENT_S, LONG_S, MODELS, Service, Stages, by_name
 
 if TYPE_CHECKING:
-    from kuberay.render.source import Values
+    from kuberay.render.environment import Values
 
 
 def test_no_request_fails_while_everything_is_replaced(service: Service, seed: int) -> None:

@@ -1,4 +1,7 @@
-"""The Serve config inside a RayService, against Serve's schema and against our application."""
+"""The Serve config of a RayService: Serve's schema, then the application's own settings.
+
+KubeRay passes the text on without reading it. Serve ignores a key that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from deployments.store.lockfile import Lock
     from kuberay.checks.manifests import Document, Manifests
 
-CHECK = "serve"
 _OURS = "serve_app.app:build"
 _INSIDE: dict[str, type[BaseModel]] = {
     "http_options": HTTPOptionsSchema,
@@ -41,41 +43,34 @@ _INSIDE: dict[str, type[BaseModel]] = {
 }
 
 
-def check(manifests: Manifests) -> list[Finding]:
+def check(manifests: Manifests) -> Iterator[Finding]:
     """Every mistake in the Serve configs."""
-    return [
-        finding
-        for service in manifests.of("RayService")
-        for finding in _service(service, manifests.serve_config(service))
-    ]
+    for service in manifests.of("RayService"):
+        yield from _config(where(service, "serveConfigV2"), manifests.serve_config(service))
 
 
-def _service(service: Document, config: Any) -> Iterator[Finding]:
-    place = where(service, "serveConfigV2")
+def _config(place: str, config: Any) -> Iterator[Finding]:
     if not isinstance(config, dict) or not config.get("applications"):
-        yield Finding(
-            CHECK, "schema", place, "it is no Serve config in YAML, or has no application"
-        )
+        yield Finding("schema", place, "it is not a Serve config in YAML, or has no application")
         return
     try:
         ServeDeploySchema.model_validate(config)
     except ValidationError as error:
         for one in error.errors():
             path = ".".join(str(step) for step in one["loc"])
-            yield Finding(CHECK, "schema", f"{place} {path}", one["msg"])
+            yield Finding("schema", f"{place} {path}", one["msg"])
         return
-    # Serve ignores keys it does not know: a typo would keep a default.
     for path in _unknown(config, ServeDeploySchema, ""):
-        yield Finding(CHECK, "unknown-field", f"{place} {path}", "Serve has no such option")
+        yield Finding("unknown-field", f"{place} {path}", "Serve has no such option")
     for application in config["applications"]:
         if application.get("import_path") == _OURS:
             yield from _application(place, application)
         else:
-            told = f"{application.get('import_path')} is not the application: {_OURS}"
-            yield Finding(CHECK, "import-path", f"{place} {application.get('name')}", told)
+            message = f"{application.get('import_path')} is not the application: write {_OURS}"
+            yield Finding("import-path", f"{place} {application.get('name')}", message)
 
 
-def _unknown(values: Any, schema: type[BaseModel], path: str) -> Iterator[str]:
+def _unknown(values: Document, schema: type[BaseModel], path: str) -> Iterator[str]:
     for key, value in values.items():
         here = f"{path}.{key}".lstrip(".")
         if key not in schema.model_fields:
@@ -83,47 +78,45 @@ def _unknown(values: Any, schema: type[BaseModel], path: str) -> Iterator[str]:
         elif key in _INSIDE:
             for i, one in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(one, dict):
-                    place = f"{here}.{one.get('name', i)}" if isinstance(value, list) else here
-                    yield from _unknown(one, _INSIDE[key], place)
+                    inside = f"{here}.{one.get('name', i)}" if isinstance(value, list) else here
+                    yield from _unknown(one, _INSIDE[key], inside)
 
 
 def _application(place: str, application: Document) -> Iterator[Finding]:
     try:
         settings = parse_settings(Settings, application.get("args") or {}, "args")
     except ConfigError as error:
-        yield Finding(CHECK, "args", f"{place} args", error.message)
+        yield Finding("args", f"{place} args", error.message)
         return
     deployments = {one["name"]: one for one in application.get("deployments") or []}
-    expected = {"Ingress", *(task.deployment for task in Task)}
-    for name in sorted(deployments.keys() ^ expected):
-        told = "the application has no such deployment" if name in deployments else "it is missing"
-        yield Finding(CHECK, "deployments", f"{place} {name}", told)
+    for name in sorted(deployments.keys() ^ {"Ingress", *(task.deployment for task in Task)}):
+        known = "the application has no such deployment"
+        yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")
     for name, one in deployments.items():
         try:
             parse_settings(Tuning, one.get("user_config") or {}, "user_config")
         except ConfigError as error:
-            yield Finding(CHECK, "user-config", f"{place} {name}", error.message)
-    yield from _registry(place, settings)
+            yield Finding("user-config", f"{place} {name}", error.message)
+    yield from _registry(f"{place} args.models", settings)
 
 
 def _registry(place: str, settings: Settings) -> Iterator[Finding]:
-    """What would stop the application at its start, and only people can settle."""
-    where_models = f"{place} args.models"
+    """What would stop the application when it starts: licences and digests are for people."""
     try:
         catalogue, lock = load_catalogue(settings.models), load_lock(settings.models)
         accepted = tuple(entry.name for entry in catalogue.entries)
         served = catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
     except SetupError as error:
-        yield Finding(CHECK, "registry", where_models, str(error))
+        yield Finding("registry", place, str(error))
         return
     for spec in served.values():
         try:
             catalogue.check_licence(spec)
         except LicenceRefused as error:
-            yield Finding(CHECK, "licence", where_models, str(error), placeholder=True)
+            yield Finding("licence", place, str(error), placeholder=True)
     if missing := [spec.name for spec in served.values() if not _is_locked(lock, spec)]:
-        told = f"no digest of {', '.join(missing)}: run `imagen models resolve`, and `convert`"
-        yield Finding(CHECK, "digest", where_models, told, placeholder=True)
+        message = f"no digest of {', '.join(missing)}: run `imagen models resolve`, and `convert`"
+        yield Finding("digest", place, message, placeholder=True)
 
 
 def _is_locked(lock: Lock, spec: ModelSpec) -> bool:

@@ -1,4 +1,4 @@
-"""configs/gke.yaml, typed: what the manifests are rendered from."""
+"""configs/gke.yaml, typed: `base` is the whole service, an overlay what differs from it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 BASE = "base"
 _GPU = "nvidia.com/gpu"
-_OVERLAY = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # a folder of kuberay/overlays
-# Of the images: Debian's, the application's, and that of the airgapped target.
+# Folders of the images: Debian's, the application's, and the weights of the airgapped target.
 _TAKEN = re.compile(
     r"/(app|bin|boot|dev|etc|home|lib|lib64|proc|root|run|sbin|sys|tmp|usr|var|weights)(/|$)"
 )
@@ -29,44 +28,49 @@ _TAKEN = re.compile(
 
 def _absolute(path: str) -> str:
     if not re.fullmatch(r"(/[\w.-]+)+", path) or posixpath.normpath(path) != path:
-        raise ValueError(f"{path!r} is no absolute path: such as /models, without `..` or a last /")
+        raise ValueError(f"{path!r} must be an absolute path without `..` or a trailing /")
     return path
 
 
 def _mount(path: str) -> str:
     if _TAKEN.match(path):
-        raise ValueError(f"{path!r} would hide what the image has there: take /models")
+        raise ValueError(f"{path!r} would hide a folder of the image: use /models")
     return path
 
 
 def _node_folder(path: str) -> str:
     if path.count("/") < 2:
-        raise ValueError(f"{path!r} is no folder of ours alone: take one below it")
+        raise ValueError(f"{path!r} is a folder of the system: use one below it")
     return path
 
 
+def _folder_name(name: str) -> str:
+    if name == BASE or not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name):
+        raise ValueError(f"{name!r} must be a folder name of a-z, 0-9 and -, other than `base`")
+    return name
+
+
 def _replicas(group: Values) -> Values:
-    """Counts that Python computes with, too; other raw fields are the CRD's matter."""
+    """Counts that are computed with here. Other raw fields are checked by the CRD."""
     counts = [(k, group[k]) for k in ("minReplicas", "replicas", "maxReplicas") if k in group]
     for name, count in counts:
         if type(count) is not int or count < 0:
-            raise ValueError(f"{name} is {count!r}, and must be a whole number")
+            raise ValueError(f"{name} must be a whole number, not {count!r}")
     if counts != sorted(counts, key=lambda one: one[1]):
-        raise ValueError(
-            f"{' <= '.join(f'{name} {count}' for name, count in counts)} does not hold"
-        )
+        order = " <= ".join(f"{name} {count}" for name, count in counts)
+        raise ValueError(f"{order} does not hold")
     return group
 
 
 class Site(Strict):
-    """What differs from one customer to the next.
+    """Names of one installation.
 
     Attributes:
-        mirror: gs:// folder of published models; None serves them from their origins.
+        mirror: gs:// folder of published models; None pulls them from their origins.
         host: DNS name of the service.
-        certificate_map: Certificate Manager's map for that name.
-        oauth_client: client id of Identity-Aware Proxy; its secret is the Secret imagen-oauth.
-        security_policy: Cloud Armor's.
+        certificate_map: in Certificate Manager, for that name.
+        oauth_client: client id for Identity-Aware Proxy; the Secret imagen-oauth has its secret.
+        security_policy: in Cloud Armor.
     """
 
     mirror: str | None = None
@@ -80,10 +84,10 @@ class Image(Strict):
     """An image, pinned by its digest in kuberay/images.lock.
 
     Attributes:
-        repository: with the registry's host.
-        tag: which one `imagen kuberay lock` looks up; None takes the one it is given.
-        local: it is on the node already, under this tag, and never pulled.
-        base: images are built upon it; no manifest names it.
+        repository: including the host of the registry.
+        tag: that `imagen kuberay lock` looks up; None uses its option --tag.
+        local: the node has it under this tag, and never pulls it.
+        base: our images are built from it; no manifest names it.
     """
 
     repository: str
@@ -96,13 +100,14 @@ class GpuNodes(Strict):
     """The GPU nodes.
 
     Attributes:
-        type: as `imagen plan --gpu` knows it.
-        machine: Compute Engine's machine type, with one such GPU.
-        max_nodes: at a time, of one cluster.
-        during_upgrade: how many clusters run at a time while one replaces the other; 1 needs
+        type: a name that `imagen plan --gpu` takes.
+        machine: machine type of Compute Engine with one such GPU.
+        max_nodes: of one cluster, at a time.
+        during_upgrade: clusters at a time while one replaces the other; 1 needs
             ray_service.upgradeStrategy {type: None}.
-        spot_first: spot nodes, and on-demand ones where there are none; else on-demand alone.
-        boot_disk_type, boot_disk_gb: of a node; a hostPath lies on it, an emptyDir does not.
+        spot_first: spot nodes, or on-demand nodes if there are none; False is on-demand only.
+        boot_disk_type: of a node. A hostPath is on the boot disk, an emptyDir is not.
+        boot_disk_gb: its size.
     """
 
     type: str
@@ -118,8 +123,8 @@ class ReplicaMemory(Strict):
     """RAM, as Kubernetes quantities.
 
     Attributes:
-        process: of a model replica beside its weights.
-        reserved: of a model pod for whatever is no replica.
+        process: of a model replica, without its weights.
+        reserved: of a model pod, for everything that is not a replica.
     """
 
     process: Memory
@@ -131,11 +136,11 @@ class Cache(Strict):
 
     Attributes:
         kind: emptyDir ends with the pod; hostPath stays on the node.
-        mount: in the container; absolute, and in no folder that the image has.
-        path: on the node, for hostPath; the prefetch job fills the same.
-        read_only: for a hostPath or a disk that is filled before.
-        copies: of all models together that it must hold.
-        scratch: quantity of disk beside the cache.
+        mount: path in the container, outside the folders of the image.
+        path: on the node, for a hostPath; the prefetch job fills it.
+        read_only: for a hostPath or a disk that is already filled.
+        copies: size of the cache, in copies of all models together.
+        scratch: disk beside the cache, as a quantity.
     """
 
     kind: Literal["emptyDir", "hostPath"]
@@ -149,10 +154,10 @@ class Cache(Strict):
 
 
 class Timeouts(Strict):
-    """Seconds, from the outside in; `imagen kuberay validate` holds them to that order.
+    """Seconds, outermost first; `imagen kuberay validate` checks that each is above the next.
 
     Attributes:
-        load_balancer: of a request, and so of a backend that drains: Google allows that an hour.
+        load_balancer: of a request, and of a backend that drains; Google allows an hour.
     """
 
     client: int = Field(ge=1)
@@ -163,14 +168,14 @@ class Timeouts(Strict):
 
 
 class ServeSource(Strict):
-    """The Serve config, without what is derived.
+    """The Serve config, without derived values.
 
     Attributes:
-        tracing_config: Serve's, as it stands; None makes no spans (docs/observability.md).
-        args: of the application; see deployments/settings.py.
+        tracing_config: raw; None makes no spans (docs/observability.md).
+        args: of the application (deployments/settings.py).
         ingress: options of the Ingress deployment.
         model: options of each model deployment.
-        models: further ones of a single task's, over those.
+        models: options of one task's deployment, laid upon `model`.
     """
 
     proxy_location: str
@@ -184,7 +189,7 @@ class ServeSource(Strict):
 
 
 class Common(Strict):
-    """Raw fields of every Ray pod and of its Ray container."""
+    """Raw fields of every Ray pod and its Ray container."""
 
     pod: Values = Field(default={})
     container: Values = Field(default={})
@@ -194,12 +199,13 @@ class PodSource(Strict):
     """One kind of Ray pod.
 
     Attributes:
-        image: a name of `images`.
-        size: resources, cpu and memory at least; requests are as limits.
-        labels, annotations: of the pod.
+        image: a key of `images`.
+        size: resources of the Ray container, both requests and limits.
+        labels: of the pod.
+        annotations: of the pod.
         group: raw fields of the head group or worker group.
         env: of the Ray container.
-        pod: raw fields over those of every pod.
+        pod: raw fields, laid upon those of every pod.
     """
 
     image: str
@@ -212,26 +218,26 @@ class PodSource(Strict):
 
 
 class WorkerSource(PodSource):
-    """Pods that come and go by their number."""
+    """A worker group, with a number of replicas."""
 
     group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
 
 
 class Environment(Strict):
-    """`base`, or an overlay merged over it.
+    """`base`, or an overlay laid upon it.
 
     Attributes:
         name: of the RayService; KubeRay names Services after it.
-        namespace: of everything.
-        gke: whether kuberay/gke is part of it.
+        namespace: of every object.
+        gke: kuberay/gke is part of it.
         images: by the name that manifests use.
-        gpu: None serves on CPUs.
+        gpu: None runs on CPUs.
         ray_service: raw fields of the RayService's spec.
         ray_cluster: raw fields of its rayClusterConfig.
-        every_pod: under all Ray pods.
+        every_pod: beneath all Ray pods.
     """
 
-    name: str
+    name: str = Field(max_length=47, pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")
     namespace: str
     gke: bool = False
     site: Site
@@ -249,27 +255,27 @@ class Environment(Strict):
     models: WorkerSource
 
     @model_validator(mode="after")
-    def _says_how_many(self) -> Self:
+    def _has_max_replicas(self) -> Self:
         derived = {"models"} if self.gpu else set[str]()  # gpu.max_nodes
         for name, pods in (("ingress", self.ingress), ("models", self.models)):
             if name not in derived and not pods.group.get("maxReplicas"):
-                raise ValueError(f"{name}.group.maxReplicas must be said, and be 1 or more")
+                raise ValueError(f"{name}.group.maxReplicas is missing: write 1 or more")
         return self
 
     @model_validator(mode="after")
-    def _has_the_gpus_it_asks_for(self) -> Self:
-        there = {"head": 0, "ingress": 0, "models": 1 if self.gpu else 0}
+    def _asks_for_the_gpus_of_its_nodes(self) -> Self:
+        per_node = {"head": 0, "ingress": 0, "models": 1 if self.gpu else 0}
         for name, pods in (("head", self.head), ("ingress", self.ingress), ("models", self.models)):
             asked = parse_quantity(pods.size.get(_GPU, "0"))
-            if asked != there[name]:
+            if asked != per_node[name]:
                 raise ValueError(
-                    f"{name}.size has {_GPU} {asked}, its nodes {there[name]}: no pod would start"
+                    f"{name}.size has {_GPU} {asked}, and its nodes have {per_node[name]}"
                 )
         return self
 
     @property
     def clusters(self) -> int:
-        """How many run at a time, at most."""
+        """Clusters that run at a time, at most: an upgrade may run two."""
         strategy: Any = self.ray_service.get("upgradeStrategy")
         kind = strategy.get("type") if isinstance(strategy, dict) else strategy
         return 1 if kind == "None" else 2
@@ -278,73 +284,40 @@ class Environment(Strict):
     def _upgrades_within_its_gpus(self) -> Self:
         if self.gpu and self.gpu.during_upgrade < self.clusters:
             raise ValueError(
-                "gpu.during_upgrade 1 has no GPUs for the second cluster of an upgrade:"
-                " write ray_service.upgradeStrategy {type: None}, or during_upgrade 2"
+                "gpu.during_upgrade 1 leaves no GPUs for the second cluster of an upgrade:"
+                " set ray_service.upgradeStrategy {type: None}, or during_upgrade 2"
             )
         return self
 
 
+class _Source(Strict):
+    base: Values
+    overlays: dict[Annotated[str, AfterValidator(_folder_name)], Values] = Field(default={})
+
+
 def load_environments(path: Path) -> dict[str, Environment]:
-    """`base` and every overlay, by name; an overlay may build upon another one, its `from`.
+    """`base` and every overlay, by name.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is wrong; says in which overlay.
+        ConfigError: the file cannot be read, or a key is wrong; the message names the overlay.
     """
     try:
         values: Any = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
-        base: Values = values[BASE]
-        overlays: Values = dict(values.get("overlays") or {})
-        unknown = set(values) - {BASE, "overlays"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "The source of the manifests cannot be read.",
             value=f"{path}: {str(error).splitlines()[0]}",
-            remedy="It needs `base` and `overlays`, as configs/gke.yaml has them.",
+            remedy="Restore it, or correct its YAML.",
         ) from error
-    if unknown:
-        raise ConfigError(f"{path} has unknown keys.", value=", ".join(sorted(map(str, unknown))))
-    _check_overlays(overlays)
-    names = (BASE, *overlays)
+    source = parse_settings(_Source, values, str(path))
     return {
-        name: parse_settings(Environment, _whole(name, base, overlays), f"{name} in {path}")
-        for name in names
+        name: parse_settings(Environment, merged(source.base, over), f"{name} in {path}")
+        for name, over in {BASE: {}, **source.overlays}.items()
     }
 
 
-def _check_overlays(overlays: Values) -> None:
-    for name, over in overlays.items():
-        if name == BASE or not _OVERLAY.fullmatch(str(name)):
-            raise ConfigError(
-                "An overlay's name is a folder's: of a-z, 0-9 and -, and another than `base`.",
-                value=name,
-                remedy="Name it otherwise.",
-            )
-        if not isinstance(over, dict):
-            raise ConfigError(
-                f"The overlay {name} is no mapping.",
-                value=over,
-                remedy="Write what differs from the base, or {} where nothing does.",
-            )
-
-
-def _whole(name: Any, base: Any, overlays: Values, upon: tuple[Any, ...] = ()) -> Any:
-    """An overlay upon what it is `from`: another overlay, or the base."""
-    if name == BASE:
-        return base
-    if not isinstance(name, str) or name not in overlays:
-        raise ConfigError("No such overlay to build upon.", value=name, remedy="Correct `from`.")
-    if name in upon:
-        raise ConfigError(
-            "Overlays build upon each other in a circle.",
-            value=" from ".join((*upon, name)),
-            remedy="Let one of them build upon `base`.",
-        )
-    over = dict(overlays[name])
-    return merged(_whole(over.pop("from", BASE), base, overlays, (*upon, name)), over)
-
-
 def merged(base: Any, over: Any) -> Any:
-    """`over` upon `base`: mappings merge, None removes, anything else replaces."""
+    """`over` laid upon `base`: mappings merge, None removes a key, anything else replaces it."""
     if not isinstance(over, dict):
         return over
     result: Values = dict(base) if isinstance(base, dict) else {}

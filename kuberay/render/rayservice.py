@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kuberay.render.environment import merged
+from kuberay.render.kustomize import Text, dump
 from kuberay.render.serve_config import serve_config
-from kuberay.render.source import merged
-from kuberay.render.yamls import Text, dump
 
 if TYPE_CHECKING:
+    from kuberay.render.environment import Cache, Environment, PodSource, Values
     from kuberay.render.sizing import Sizing
-    from kuberay.render.source import Cache, Environment, PodSource, Values
 
 SERVE_PORT = 8000
 _WORKER_PORTS = {"serve": SERVE_PORT, "metrics": 8080}
-# All of them: KubeRay adds none once one is given, and refuses a head without `serve`.
+# All of them: KubeRay adds its defaults only if none is given, and needs one named `serve`.
 _HEAD_PORTS = _WORKER_PORTS | {
     "gcs-server": 6379,
     "dashboard": 8265,
@@ -22,8 +22,8 @@ _HEAD_PORTS = _WORKER_PORTS | {
     "as-metrics": 44217,
     "dash-metrics": 44227,
 }
-# In place of KubeRay's own, which runs wget in the container. One miss takes the pod out of the
-# Service: a pod whose proxy is gone answers 503 to whatever still comes.
+# KubeRay's own probe runs wget in the container. One miss takes the pod out of the Service, because
+# a pod without a proxy answers 503.
 _READINESS = {
     "httpGet": {"path": "/-/healthz", "port": "serve"},
     "periodSeconds": 5,
@@ -43,7 +43,7 @@ def ray_service(sizing: Sizing) -> Values:
         "serveConfigV2": Text(dump(serve_config(sizing))),
         "rayClusterConfig": cluster,
     }
-    # For people and for the check of the timeouts' order; nothing in the cluster reads it.
+    # For readers and for the check of timeouts; nothing in the cluster reads it.
     client = {"imagen.dev/client-timeout-s": str(environment.timeouts_s.client)}
     return {
         "apiVersion": "ray.io/v1",
@@ -54,7 +54,7 @@ def ray_service(sizing: Sizing) -> Values:
 
 
 def metadata(environment: Environment, name: str | None = None) -> Values:
-    """Of an object of ours; `name` is the service's own by default."""
+    """The metadata of an object; `name` defaults to that of the service."""
     labels = {"app.kubernetes.io/name": "imagen"}
     return {"name": name or environment.name, "namespace": environment.namespace, "labels": labels}
 
@@ -72,9 +72,9 @@ def _ingress(environment: Environment) -> Values:
 def _models(sizing: Sizing) -> Values:
     environment = sizing.environment
     source, cache = environment.models, environment.cache
-    ram = {"rayStartParams": {"memory": str(sizing.pod_memory_bytes)}}
+    memory = {"rayStartParams": {"memory": str(sizing.pod_memory_bytes)}}
     most = {"maxReplicas": environment.gpu.max_nodes} if environment.gpu else {}
-    raw: Values = merged(source.group, most | ram)
+    raw: Values = merged(source.group, most | memory)
     size = source.size | {"ephemeral-storage": sizing.disk_size}
     env = {"IMAGEN_MODELS": cache.mount} | source.env
     filled = source.model_copy(update={"size": size, "env": env, "group": raw})
@@ -97,7 +97,7 @@ def _volume(cache: Cache, size: str) -> Values:
 
 
 def _own_cache(container: Values, cache: Cache) -> Values:
-    """Gives the node's folder, which Kubernetes makes for root, to the user of the image."""
+    """Kubernetes creates the node's folder for root; this gives it to the user of the image."""
     small = {"cpu": "100m", "memory": "64Mi"}
     return {
         "name": "own-cache",
@@ -130,14 +130,14 @@ def _container(
 
 def _worker_group(source: PodSource, environment: Environment, container: Values) -> Values:
     group = _group(source, environment, container | {"readinessProbe": _READINESS})
-    return group | {"scaleStrategy": {}}  # see _group
+    return group | {"scaleStrategy": {}}  # the operator would add it: see _group
 
 
 def _group(source: PodSource, environment: Environment, container: Values) -> Values:
-    """A group as the operator writes it back: its empty mappings stand there from the start.
+    """A group, including the empty mappings that the operator would add.
 
-    Else that write changes the list of worker groups, which makes the operator its owner, and the
-    next `kubectl apply --server-side` conflicts with it.
+    If the operator added them, it would own the list of worker groups, and the next
+    `kubectl apply --server-side` would conflict with it.
     """
     pod = merged(environment.every_pod.pod, source.pod) | {"containers": [container]}
     about = {"labels": source.labels, "annotations": source.annotations}

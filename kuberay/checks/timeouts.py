@@ -1,0 +1,122 @@
+"""The order of timeouts: a caller waits longer than its callee, a pod longer than its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from kuberay.checks.manifests import Finding, serve_deployments, where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kuberay.checks.manifests import Document, Manifests, PodView
+
+CLIENT = "imagen.dev/client-timeout-s"
+_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+_RAY_DRAIN_S = 30.0
+_POD_GRACE_S = 30
+_SERVE_GRACE_S = 20
+_GOOGLE_DEFAULT_S = 30
+_GOOGLE_DRAIN_S = 3600
+_GOOGLE_IDLE_S = 600
+"""Google's load balancers keep idle connections this long; a client gets 502 if Serve does not."""
+
+
+@dataclass(frozen=True)
+class Timeout:
+    """How long one party waits for an answer."""
+
+    who: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.who} ({self.seconds:g} s)"
+
+
+def timeouts(manifests: Manifests, service: Document) -> list[Timeout]:
+    """Who waits how long for a picture, outermost first; without those who have no timeout."""
+    config = manifests.serve_config(service)
+    annotations = service["metadata"].get("annotations") or {}
+    waits: list[tuple[str, Any]] = [("client", annotations.get(CLIENT))]
+    waits += [
+        ("load balancer", _backend(one).get("timeoutSec", _GOOGLE_DEFAULT_S))
+        for one in manifests.of("GCPBackendPolicy")
+    ]
+    waits.append(("Serve", (config.get("http_options") or {}).get("request_timeout_s")))
+    for application in config.get("applications") or []:
+        waits.append(("engine", (application.get("args") or {}).get("request_timeout_s", 60)))
+    return [Timeout(who, float(seconds)) for who, seconds in waits if seconds is not None]
+
+
+def check(manifests: Manifests) -> Iterator[Finding]:
+    """Every pair of timeouts in the wrong order."""
+    for service in manifests.of("RayService"):
+        yield from _service(manifests, service)
+
+
+def _service(manifests: Manifests, service: Document) -> Iterator[Finding]:
+    place, config = where(service), manifests.serve_config(service)
+    waits = timeouts(manifests, service)
+    seconds = {one.who: one.seconds for one in waits}
+    for missing in {"client", "Serve", "engine"} - seconds.keys():
+        yield Finding("timeout-order", place, f"the {missing} has no timeout")
+    for outer, inner in pairwise(waits):
+        if outer.seconds <= inner.seconds:
+            yield Finding("timeout-order", place, f"{outer} must wait longer than {inner}")
+    keep_alive = (config.get("http_options") or {}).get("keep_alive_timeout_s", 0)
+    for one in manifests.of("GCPBackendPolicy"):
+        yield from _load_balancer(one, keep_alive, seconds)
+    delay = service["spec"].get("rayClusterDeletionDelaySeconds", 60)
+    if delay <= max(seconds.get("load balancer", 0), seconds.get("Serve", 0)):
+        message = f"rayClusterDeletionDelaySeconds {delay} cuts off requests of the old cluster"
+        yield Finding("deletion-delay", place, message)
+    for one in serve_deployments(config):
+        grace = one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
+        if one.get("name") == "Ingress" and grace <= seconds.get("engine", 0):
+            message = f"Ingress: graceful_shutdown_timeout_s {grace:g} cuts off requests, which"
+            message += f" take up to the engine's {seconds['engine']:g} s"
+            yield Finding("graceful-shutdown", place, message)
+    for pod in manifests.pods:
+        if pod.role == "worker":
+            yield from _shutdown(pod, config)
+
+
+def _load_balancer(
+    policy: Document, keep_alive: float, seconds: dict[str, float]
+) -> Iterator[Finding]:
+    longest = max(_GOOGLE_IDLE_S, seconds["load balancer"])
+    if keep_alive <= longest:
+        message = f"keep_alive_timeout_s {keep_alive} must be above the load balancer's"
+        yield Finding("keep-alive", where(policy), f"{message} {longest:g} s")
+    drain = (_backend(policy).get("connectionDraining") or {}).get("drainingTimeoutSec", 0)
+    if not seconds.get("Serve", 0) <= drain <= _GOOGLE_DRAIN_S:
+        message = f"drainingTimeoutSec {drain} must be from {seconds.get('Serve', 0):g}, so that"
+        message += f" a pod that leaves finishes its requests, to {_GOOGLE_DRAIN_S}, Google's most"
+        yield Finding("draining", where(policy), message)
+
+
+def _shutdown(pod: PodView, config: Document) -> Iterator[Finding]:
+    """A pod's grace period covers Ray's drain, which covers the replicas the pod may hold."""
+    graces = [
+        one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
+        for one in serve_deployments(config)
+        if _fits(one, pod)
+    ]
+    slowest = max(graces, default=0)
+    drain = float(pod.environment.get(_DRAIN) or _RAY_DRAIN_S)
+    grace = pod.spec.get("terminationGracePeriodSeconds", _POD_GRACE_S)
+    if not grace > drain >= slowest:
+        message = f"terminationGracePeriodSeconds {grace} > {_DRAIN} {drain:g} >="
+        message += f" graceful_shutdown_timeout_s {slowest:g} does not hold"
+        yield Finding("shutdown-order", pod.where, message)
+
+
+def _backend(policy: Document) -> Document:
+    return policy["spec"].get("default") or {}
+
+
+def _fits(deployment: Document, pod: PodView) -> bool:
+    selector = (deployment.get("ray_actor_options") or {}).get("label_selector") or {}
+    return selector.items() <= pod.labels.items()

@@ -1,0 +1,200 @@
+"""configs/gke.yaml and the files of kuberay/monitoring: a mistake is refused, and named."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from deployments.errors import ConfigError, GpuTooSmall
+from kuberay.render import monitoring
+from kuberay.render.environment import BASE, load_environments
+from kuberay.render.files import render
+from tests.manifests.conftest import FOLDER, LOCK, SOURCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Refused = Callable[..., str]
+
+TEXT = SOURCE.read_text()
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """Renders the source with a value changed; returns the error, without line breaks."""
+
+    def run(path: str, value: object, error: type[Exception] = ConfigError) -> str:
+        values: Any = yaml.safe_load(TEXT)
+        node, (*steps, last) = values, path.split("|")
+        for step in steps:
+            node = node.setdefault(step, {})
+        if value is None:
+            node.pop(last)
+        elif isinstance(value, dict) and isinstance(node.get(last), dict):
+            node[last] |= value
+        else:
+            node[last] = value
+        (tmp_path / "gke.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(error) as caught:
+            render(tmp_path / "gke.yaml", LOCK)
+        return " ".join(str(caught.value).split())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        ("memory|process", "3Gig", "memory.process: Value error, '3Gig'"),
+        ("memory|reserved", "4", "its unit"),
+        ("memory|reserved", "26Gi", "memory.reserved leaves no memory"),
+        ("cache|scratch", "10GiB", "cache.scratch"),
+        ("cache|scratch", "-10Gi", "cache.scratch"),
+        ("models|size|memory", "26Gig", "models.size"),
+        ("models|size|memory", "-26Gi", "models.size: Value error, '-26Gi'"),
+        ("models|size|memory", "31Gi", "does not fit a g2-standard-8"),
+        ("head|size|cpu", "1e9999999", "not a Kubernetes quantity"),
+        ("models|size|memory", None, "memory must be set"),
+        ("models|size|nvidia.com/gpu", "0.5", "'0.5' is not a whole number"),
+        ("head|size|cpu", "two", "head.size"),
+        ("head|size|cpu", "0", "head.size"),
+        ("ingress|size|mem", "4Gi", "mem"),
+        ("ingress|group|maxReplicas", None, "ingress.group.maxReplicas is missing"),
+        ("ingress|group|maxReplicas", "four", "'four'"),
+        ("ingress|group|maxReplicas", True, "True"),
+        ("ingress|group|maxReplicas", 1, "does not hold"),
+        ("models|group|minReplicas", -1, "-1"),
+        ("serve|args|store", [1], "store"),
+        ("serve|args|devise", "cpu", "devise"),
+        ("serve|args|models", "nowhere.yaml", "nowhere"),
+        ("serve|models", {"cartoon": {}}, "cartoon"),
+        ("serve|tracing_config", "on", "tracing_config: Input should be a valid dictionary"),
+        ("timeouts_s|load_balancer", 3601, "load_balancer"),
+        ("timeouts_s|engine", 0, "engine"),
+        ("cache|mount", "models", "must be an absolute path"),
+        ("cache|mount", "/models/../app", "must be an absolute path"),
+        ("cache|mount", "/models/", "must be an absolute path"),
+        ("cache|mount", "/app", "hide"),
+        ("cache|mount", "/tmp/models", "hide"),
+        ("cache|path", "var/models", "must be an absolute path"),
+        ("cache|path", "/var", "a folder of the system"),
+        ("cache|copies", 40, "local SSD"),
+        ("gpu|type", "b200", "b200"),
+        ("gpu|machine", "g2-standard-9", "g2-standard-9"),
+        ("gpu|during_upgrade", 1, "1 leaves no GPUs"),
+        ("images|extra", {"repository": "x/y"}, "extra"),
+        ("name", "i" * 48, "name: String should have at most 47 characters"),
+        ("name", "Imagen", "name: String should match pattern"),
+        ("colour", "red", "colour"),
+    ],
+)
+def test_a_wrong_value_is_named(refused: Refused, path: str, value: object, word: str) -> None:
+    assert word in refused(f"base|{path}", value)
+
+
+def test_a_gpu_that_is_too_small_is_named(refused: Refused) -> None:
+    assert "2 x L4" in refused("base|gpu|max_nodes", 1, GpuTooSmall)
+
+
+def test_kuberays_default_upgrade_starts_a_second_cluster(refused: Refused) -> None:
+    without = yaml.safe_load(TEXT)["base"]["ray_service"] | {"upgradeStrategy": {}}
+    gpu = yaml.safe_load(TEXT)["base"]["gpu"] | {"during_upgrade": 1}
+    assert "1 leaves no GPUs" in refused("base", {"ray_service": without, "gpu": gpu})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        ("overlays", {"prod": None}, "overlays.prod"),
+        ("overlays", {"prod": ["gke"]}, "overlays.prod"),
+        ("overlays", {"base": {}}, "other than `base`"),
+        ("overlays", {"../prod": {}}, "'../prod' must be a folder name"),
+        ("overlays", ["prod"], "overlays: Input should be a valid dictionary"),
+        ("overlay", {}, "overlay: Extra inputs"),
+        ("overlays|dev|models|size|nvidia.com/gpu", "1", "dev in"),
+        ("overlays|prod-hostpath|gpu|boot_disk_gb", 50, "boot_disk_gb 50"),
+    ],
+)
+def test_a_wrong_overlay_is_named(refused: Refused, path: str, value: Any, word: str) -> None:
+    assert word in refused(path, value)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("models", "2"), ("models", None), ("head", "1")])
+def test_pods_ask_for_the_gpus_of_a_node(refused: Refused, kind: str, count: str | None) -> None:
+    assert f"{kind}.size" in refused(f"base|{kind}|size|nvidia.com/gpu", count)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "base"])
+def test_a_file_without_a_source_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "gke.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"gke\.yaml"):
+        render(tmp_path / "gke.yaml", LOCK)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of kuberay/monitoring, which the test may change."""
+    shutil.copytree(FOLDER / "monitoring", tmp_path / "monitoring")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("panels.yaml", lambda v: v["panels"][0].pop("unit"), "panels.0.unit"),
+        ("panels.yaml", lambda v: v["panels"][0].update(units="s"), "units"),
+        ("panels.yaml", lambda v: v["panels"][0].update(queries={"a": "rate(x)"}), "not PromQL"),
+        ("panels.yaml", lambda v: v.update(variables={}), "not PromQL"),
+    ],
+)
+def test_a_wrong_panel_is_named(
+    folder: Path, name: str, change: Callable[[Any], object], word: str
+) -> None:
+    edit(folder / "monitoring" / name, change)
+    with pytest.raises(ConfigError, match=word):
+        monitoring.dashboard(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda v: v.clear(), "groups"),
+        (lambda v: v["groups"][0]["rules"][0].pop("for"), r"rules\.0\.for"),
+        (lambda v: v["groups"][0]["rules"][0].update(expr="sum(x"), "not PromQL"),
+    ],
+)
+def test_a_wrong_alert_is_named(folder: Path, change: Callable[[Any], object], word: str) -> None:
+    edit(folder / "monitoring" / "alerts.yaml", change)
+    with pytest.raises(ConfigError, match=word):
+        render_alerts(folder)
+
+
+@pytest.mark.parametrize("text", ["", "groups: ["])
+def test_a_file_without_alerts_is_named(folder: Path, text: str) -> None:
+    (folder / "monitoring" / "alerts.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"alerts\.yaml"):
+        render_alerts(folder)
+
+
+def test_expressions_pass_unparsed_without_the_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(
+        folder / "monitoring" / "alerts.yaml", lambda v: v["groups"][0]["rules"][0].update(expr="(")
+    )
+    monkeypatch.setattr(monitoring, "find_spec", lambda name: None)
+    assert render_alerts(folder)
+
+
+def render_alerts(folder: Path) -> Any:
+    return monitoring.rules(load_environments(SOURCE)[BASE], folder)
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values))
