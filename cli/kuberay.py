@@ -44,7 +44,6 @@ def render_manifests(
     """Write every generated file below kuberay/."""
     output = Output(as_json=as_json)
     with _errors(output):
-        # Imported here: Ray comes with it.
         from kuberay.render.files import out_of_date, render, write
 
         place = resolve(folder)

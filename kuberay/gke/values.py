@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.render.environment import load_environments
+from kuberay.render.gke import COMPUTE_CLASS, compute_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,9 +65,6 @@ def site(environment: Environment) -> dict[str, object]:
 
 def gpu(environment: Environment) -> dict[str, object]:
     """GPU nodes like those of kuberay/gke/compute-class.yaml."""
-    # Imported here: it imports Ray, which takes a second.
-    from kuberay.render.gke import COMPUTE_CLASS, compute_class
-
     if environment.gpu is None:
         raise ConfigError("This overlay has no GPU nodes.", remedy="Choose another overlay.")
     kinds = compute_class(environment, environment.gpu)["spec"]["priorities"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deployments.settings import ROOT
 from kuberay.checks import (
     autoscaler,
     capacity,
@@ -20,6 +21,7 @@ from kuberay.checks import (
     wiring,
 )
 from tests.manifests.prod import Prod
+from tests.manifests.test_network import CLOSED, OPEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -498,6 +500,12 @@ def test_a_mistake_is_found_under_its_rule(name: str, overlay: Overlay) -> None:
 
 def test_every_check_is_part_of_validate_and_finds_a_mistake() -> None:
     assert {check for check, *_ in MISTAKES.values()} == set(validate.CHECKS)
+
+
+def test_the_readme_counts_the_mistakes() -> None:
+    text = (ROOT / "kuberay" / "README.md").read_text(encoding="utf-8")
+    assert f"the {len(MISTAKES)} mistakes of `tests/manifests/test_mistakes.py`" in text
+    assert f"{len(CLOSED) + len(OPEN) + 1} mistakes in network policies" in text
 
 
 RIGHT: dict[str, Callable[[Prod], object]] = {
