@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds images of the Dockerfile upon the base that images.lock pins: `make image`.
+# Builds the images of the Dockerfile on the base that images.lock pins: `make image`.
 #
 #   kuberay/image.sh [--dry-run] [TARGET…]     of cpu, gpu and airgapped; by default cpu and gpu
 #
-#   TAG        the images' tag; by default the commit, with -dirty where something is not committed
-#   REGISTRY   pushes to it, such as europe-west4-docker.pkg.dev/my-project/imagen
-#   MODELS     for airgapped: the store that `imagen models pull` filled
+#   TAG        of the images; by default the commit, with -dirty if there are uncommitted changes
+#   REGISTRY   to push to, such as europe-west4-docker.pkg.dev/my-project/imagen
+#   MODELS     for airgapped: a store that `imagen models pull` has filled
 #
-# Exit codes: 0 built, 2 something is missing and nothing was built, else Docker's.
+# Exit codes: 0 built, 2 something is missing and nothing was built, otherwise that of Docker.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,8 +32,8 @@ for target in "$@"; do
   case $target in
     cpu | gpu) ;;
     airgapped)
-      [ -d "${MODELS:-}/store" ] || refuse "airgapped needs MODELS, a model store; '${MODELS:-}' is" \
-        "none. Fill one: imagen models pull --registry configs/models/production.yaml --store /FOLDER NAME…"
+      [ -d "${MODELS:-}/store" ] || refuse "airgapped needs MODELS, a model store, and '${MODELS:-}' is" \
+        "not one. Fill one: imagen models pull --registry configs/models/production.yaml --store /FOLDER NAME…"
       ;;
     *) refuse "there is no target '$target'. Name cpu, gpu or airgapped." ;;
   esac
@@ -42,7 +42,7 @@ digest=$(sed -n 's/^python: *//p' kuberay/images.lock)
 [[ $digest =~ ^sha256:[0-9a-f]{64}$ ]] || refuse "kuberay/images.lock has no digest of the base image" \
   "(python: ${digest:-no line}). With a network, run: make image-lock IMAGES=python"
 tag=${TAG:-$(git describe --always --dirty --exclude='*')} ||
-  refuse "there is no commit to name images after. Give TAG=."
+  refuse "there is no commit to name the images after. Set TAG=."
 [ -n "$dry_run" ] || command -v docker >/dev/null || refuse "docker is not on the PATH. Install Docker 23 or newer."
 
 for target in "$@"; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/bucket.sh [--dry-run]
 #
-# Makes the bucket of published models, site.mirror in configs/gke.yaml, and lets pods in by Workload
-# Identity: imagen-worker reads, imagen-publisher reads and adds. Nobody may replace or delete what
-# is there, nor has a key. Soft delete stays as it is by default.
+# Creates the bucket of published models, site.mirror in configs/gke.yaml, and gives pods access to it by
+# Workload Identity: imagen-worker reads, imagen-publisher reads and adds. No account may replace or
+# delete an object, and no account has a key. Soft delete keeps its default.
 #
 #   --dry-run   print the commands, run none
 set -euo pipefail

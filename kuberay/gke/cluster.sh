@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/cluster.sh [--dry-run]
 #
-# Makes a regional GKE cluster with what the manifests rely on, and puts it into your kubeconfig:
-# Workload Identity, the Gateway API, managed Prometheus, image streaming, and Dataplane V2, without
-# which nobody enforces a NetworkPolicy and which cannot be added later. Its first node pool is that
-# of the CPU pods. GPU nodes come by themselves, as the ComputeClass says.
+# Creates a regional GKE cluster with the features that the manifests need, and adds it to your
+# kubeconfig: Workload Identity, the Gateway API, managed Prometheus, image streaming, and Dataplane V2,
+# which enforces NetworkPolicies and cannot be added later. Its first node pool is for the CPU pods.
+# GPU nodes start by themselves, by the rules of the ComputeClass.
 #
 #   --dry-run   print the commands, run none
 set -euo pipefail
@@ -18,7 +18,7 @@ run gcloud services enable --project="$IMAGEN_PROJECT" artifactregistry.googleap
   containerfilesystem.googleapis.com iamcredentials.googleapis.com iap.googleapis.com \
   monitoring.googleapis.com storage.googleapis.com
 
-# Logs and metrics of nodes; projects of late give the account no right at all.
+# For logs and metrics of nodes: new projects give this account no role.
 node_account
 run gcloud projects add-iam-policy-binding "$IMAGEN_PROJECT" --member="$NODE_ACCOUNT" \
   --role=roles/container.defaultNodeServiceAccount --condition=None --format=none

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts beside it share; it runs nothing by itself. Bash 3.2 will do, as macOS has it.
+# Functions of the scripts in this folder; it runs nothing by itself. It needs Bash 3.2, as on macOS.
 #
-# Settings come from the environment, else from site.env, else from site.env.example; whatever the
-# manifests say too comes from configs/gke.yaml alone.
+# A setting comes from the environment, otherwise from site.env, otherwise from site.env.example. Values
+# that the manifests use come only from configs/gke.yaml.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
@@ -12,14 +12,14 @@ PYTHON=${IMAGEN_PYTHON:-$ROOT/.venv/bin/python}
 DRY_RUN=
 YES=
 
-fail() { # what is wrong with the command line or the settings
+fail() { # MESSAGE...: about the command line or the settings
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
   exit 2
 }
 
 say() { printf '%s\n' "$*"; }
 
-usage() { # the comment at the head of the script
+usage() { # prints the comment at the head of the script
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
@@ -37,7 +37,7 @@ common_option() {
 
 # --- settings ---
 
-settings() { # NAME...: read all; project, region and each of NAME must have a value
+settings() { # NAME...: reads all settings; project, region and each NAME must have a value
   local file name lacking=
   set -- IMAGEN_PROJECT IMAGEN_REGION "$@"
   for file in "$SITE" "$HERE/site.env.example"; do
@@ -52,11 +52,11 @@ settings() { # NAME...: read all; project, region and each of NAME must have a v
   CONTEXT="gke_${IMAGEN_PROJECT}_${IMAGEN_REGION}_${IMAGEN_CLUSTER}"
 }
 
-read_settings() { # FILE: what has no value yet takes it from there
+read_settings() { # FILE: sets the variables that have no value yet
   local line name value number=0
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
-    line=$(trimmed "$line") # a carriage return at its end, too
+    line=$(trimmed "$line") # including a carriage return
     case $line in '' | '#'*) continue ;; esac
     name=${line%%=*}
     [[ $line = *=* && $name =~ ^IMAGEN_[A-Z_]+$ ]] ||
@@ -67,13 +67,13 @@ read_settings() { # FILE: what has no value yet takes it from there
   done <"$1"
 }
 
-trimmed() { # TEXT: without spaces around it
+trimmed() { # TEXT: prints it without surrounding spaces
   local text=$1
   text=${text#"${text%%[![:space:]]*}"}
   printf '%s' "${text%"${text##*[![:space:]]}"}"
 }
 
-plain() { # VALUE: without quotes around it, and without a comment after it, as a shell reads it
+plain() { # VALUE: prints it without quotes and without a comment, as a shell reads it
   local value quote rest
   value=$(trimmed "$1")
   quote=${value:0:1}
@@ -89,8 +89,8 @@ plain() { # VALUE: without quotes around it, and without a comment after it, as 
   esac
 }
 
-check_settings() { # that each one which has a value can be one
-  local name pattern words wrong='' region='[a-z]+-[a-z]+[0-9]+' LC_ALL=C # no other language's a-z
+check_settings() { # refuses values that cannot be right
+  local name pattern words wrong='' region='[a-z]+-[a-z]+[0-9]+' LC_ALL=C # the same a-z in every language
   [[ ! ${IMAGEN_REGION:-} =~ ^$region$ ]] || region=$IMAGEN_REGION
   while read -r name pattern words; do
     [[ -z ${!name:-} || ${!name} =~ ^($pattern)$ ]] || wrong="$wrong
@@ -108,7 +108,7 @@ PATTERNS
   [ -z "$wrong" ] || fail "settings (of $SITE, or of the environment) that cannot be right:$wrong"
 }
 
-configured() { # GROUP...: what configs/gke.yaml says; values.py has the groups and their variables
+configured() { # GROUP...: sets variables from configs/gke.yaml; see values.py
   local values name value
   command -v "$PYTHON" >/dev/null || fail "no $PYTHON: run \`make setup\` first"
   values=$("$PYTHON" "$HERE/values.py" --source "$SOURCE" --overlay "$IMAGEN_OVERLAY" "$@") || exit 2
@@ -117,7 +117,7 @@ configured() { # GROUP...: what configs/gke.yaml says; values.py has the groups 
 
 # --- commands ---
 
-show() { # COMMAND...: as it can be typed
+show() { # COMMAND...: prints it as you would type it
   local word line=+ quote="'" quoted="'\\''" text=''
   for word in "$@"; do
     case $word in
@@ -132,28 +132,28 @@ show() { # COMMAND...: as it can be typed
   say "$text$line"
 }
 
-run() { # COMMAND...: show it, then run it
+run() { # COMMAND...: prints it, then runs it
   show "$@"
   [ -n "$DRY_RUN" ] || "$@"
 }
 
-kube() { # ARGUMENT...: kubectl, on our cluster whatever the current context is
+kube() { # ARGUMENT...: runs kubectl on our cluster, whatever the current context is
   run kubectl --context="$CONTEXT" "$@"
 }
 
-missing() { # COMMAND...: whether what it describes is not there; a dry run takes it so
+missing() { # COMMAND...: whether the thing that it describes is missing; true in a dry run
   say '# unless this finds it:'
   show "$@"
   [ -n "$DRY_RUN" ] || ! "$@" >/dev/null 2>&1
 }
 
-present() { # COMMAND...: whether what it describes is there; a dry run takes it so
+present() { # COMMAND...: whether the thing that it describes exists; true in a dry run
   say '# if this finds it:'
   show "$@"
   [ -n "$DRY_RUN" ] || "$@" >/dev/null 2>&1
 }
 
-ensure() { # gcloud ... VERB ... -- OPTION...: describe it; create it, with the options, if it is missing
+ensure() { # gcloud ... VERB ... -- OPTION...: creates the thing, with the options, if it is missing
   local word created='' describe=() create=()
   for word in "$@"; do
     case $word in
@@ -171,7 +171,7 @@ ensure() { # gcloud ... VERB ... -- OPTION...: describe it; create it, with the 
   if missing "${describe[@]}"; then run "${create[@]}"; fi
 }
 
-look() { # NAME COMMAND...: what the command prints, as variable NAME; in a dry run <NAME>
+look() { # NAME COMMAND...: sets NAME to the output of the command; to <NAME> in a dry run
   local name=$1 value="<$1>"
   shift
   show "$@"
@@ -179,7 +179,7 @@ look() { # NAME COMMAND...: what the command prints, as variable NAME; in a dry 
   printf -v "$name" '%s' "$value"
 }
 
-confirm() { # WORD: go on only if somebody types it
+confirm() { # WORD: goes on only if the user types it
   local answer=
   if [ -z "$DRY_RUN$YES" ]; then
     printf 'Type %s to go on: ' "$1"
@@ -188,25 +188,25 @@ confirm() { # WORD: go on only if somebody types it
   fi
 }
 
-# --- what several scripts do ---
+# --- shared steps ---
 
-# shellcheck disable=SC2034 # for the script that sources this
-cpu_nodes() { # CPU_NODES: options of the pool for the head, the ingress pods, Redis and the jobs
+# shellcheck disable=SC2034 # used by the script that sources this
+cpu_nodes() { # sets CPU_NODES: options of the pool for the head, the ingress pods, Redis and the jobs
   CPU_NODES=(
     --machine-type="$IMAGEN_CPU_MACHINE"
     --image-type=COS_CONTAINERD
     --disk-type=pd-balanced
     --disk-size="$IMAGEN_CPU_DISK_GB"
-    --num-nodes=1 # in each zone, to begin with
+    --num-nodes=1 # at first, in each zone
     --enable-autoscaling
-    --total-min-nodes=2 # one node's loss leaves one
+    --total-min-nodes=2 # one is left if a node is lost
     --total-max-nodes="$IMAGEN_CPU_NODES_MAX"
-    --node-labels=imagen.dev/pool=cpu # what configs/gke.yaml selects
+    --node-labels=imagen.dev/pool=cpu # the nodeSelector in configs/gke.yaml
   )
 }
 
 # shellcheck disable=SC2034 # as above
-node_account() { # NODE_ACCOUNT: whom the nodes are to Google, also those that GKE makes by itself
+node_account() { # sets NODE_ACCOUNT: the service account of all nodes, including those that GKE adds
   local PROJECT_NUMBER
   look PROJECT_NUMBER gcloud projects describe "$IMAGEN_PROJECT" --format='value(projectNumber)'
   NODE_ACCOUNT="serviceAccount:$PROJECT_NUMBER-compute@developer.gserviceaccount.com"

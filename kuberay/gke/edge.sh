@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/edge.sh [--dry-run]
 #
-# Makes what the Gateway names, after configs/gke.yaml (site): a certificate for the host in
-# Certificate Manager's map, and Cloud Armor's policy against floods. Last it shows the DNS record that
-# proves the host to be yours; Google issues the certificate once that record is there.
+# Creates what the Gateway refers to, from `site` in configs/gke.yaml: a certificate for the host in a map of
+# Certificate Manager, and a policy of Cloud Armor against floods. At the end it prints the DNS record that
+# proves that you own the host; Google issues the certificate when that record exists.
 #
 #   --dry-run   print the commands, run none
 set -euo pipefail
@@ -21,7 +21,7 @@ ensure gcloud certificate-manager maps VERB "$CERTIFICATE_MAP" "$project"
 ensure gcloud certificate-manager maps entries VERB "$SERVICE" --map="$CERTIFICATE_MAP" "$project" \
   -- --certificates="$SERVICE" --hostname="$HOST"
 
-# Far above what a person or a batch client sends: it is there against floods, not for fairness.
+# Far above the rate of a person or a batch client: it stops floods, and is not a fair share.
 ensure gcloud compute security-policies VERB "$SECURITY_POLICY" "$project"
 ensure gcloud compute security-policies rules VERB 1000 --security-policy="$SECURITY_POLICY" \
   "$project" \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/node-pool.sh cpu|gpu [--dry-run]
 #
-# Adds node pools to a cluster that has none for us.
+# Adds node pools to an existing cluster.
 #
-#   cpu         the pool that cluster.sh makes with a new cluster, for a cluster that is there
-#   gpu         GPU pools by hand, one of spot nodes and one on demand as gpu.spot_first says. Only
-#               where GKE must not make pools by itself: add the component kuberay/gke/manual-pool
-#               to your overlay then. Sizes are those of the ComputeClass, from configs/gke.yaml.
+#   cpu         the pool that cluster.sh creates with a new cluster
+#   gpu         GPU pools: one of spot nodes if gpu.spot_first, and one on demand. Only if GKE must not
+#               create pools by itself: then add the component kuberay/gke/manual-pool to your overlay.
+#               Sizes are those of the ComputeClass, from configs/gke.yaml.
 #   --dry-run   print the commands, run none
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -44,11 +44,11 @@ for kind in $GPU_KINDS; do
     --image-type=COS_CONTAINERD # the driver's installer needs it
     --disk-type="$GPU_DISK_TYPE"
     --disk-size="$GPU_DISK_GB"
-    --ephemeral-storage-local-ssd="count=$GPU_SSD_COUNT" # the models' emptyDir lies there
+    --ephemeral-storage-local-ssd="count=$GPU_SSD_COUNT" # the models' emptyDir is there
     --num-nodes=0
     --enable-autoscaling
     --total-min-nodes=0
-    --total-max-nodes="$GPU_NODES_MAX" # as many as both clusters of an upgrade take
+    --total-max-nodes="$GPU_NODES_MAX" # enough for both clusters of an upgrade
     --location-policy=ANY # whichever zone has one
     --node-labels="cloud.google.com/compute-class=$COMPUTE_CLASS,imagen.dev/pool=gpu"
     --node-taints="cloud.google.com/compute-class=$COMPUTE_CLASS:NoSchedule"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/registry.sh [--dry-run]
 #
-# Makes the Artifact Registry repository that the images in configs/gke.yaml name, lets the cluster's
-# nodes pull from it, and your Docker client push to it.
+# Creates the Artifact Registry repository of the images in configs/gke.yaml, and lets the cluster's nodes
+# pull from it and your Docker client push to it.
 #
 #   --dry-run   print the commands, run none
 set -euo pipefail

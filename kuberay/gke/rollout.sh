@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/rollout.sh [--to REVISION] [--replace-cluster] [--yes] [--dry-run]
 #
-# Shows what would change, asks, applies it, and waits until KubeRay has brought it about: a rolling
-# update, or with --to a rollback. kuberay/README.md says which change costs what.
+# Shows the differences, asks, applies them, and waits until KubeRay has finished: a rolling update, or a
+# rollback with --to. kuberay/README.md has the cost of each kind of change.
 #
-#   --to REVISION       the manifests of that commit, in place of those of the working tree
-#   --replace-cluster   where ray_service.upgradeStrategy.type is None: then end the running Ray
-#                       cluster, so that KubeRay starts one as the manifests are now. The service is
-#                       down meanwhile.
+#   --to REVISION       the manifests of that commit instead of those of the working tree
+#   --replace-cluster   only if ray_service.upgradeStrategy.type is None: afterwards end the running Ray
+#                       cluster, so that KubeRay starts one from the new manifests. The service is down
+#                       meanwhile.
 #   --yes               do not ask
 #   --dry-run           print the commands, run none
 set -euo pipefail
@@ -36,9 +36,8 @@ field() { # NAME PATH: of the RayService
     --output="jsonpath={$2}"
 }
 
-# No more than this of a former commit: today's checks are those of today's Ray and models, and would
-# refuse what ran before an upgrade of them.
-pinned() { # MANIFESTS: whether nothing in them is a placeholder, and every image has its digest
+# The other checks are for the present Ray and models, and would refuse a commit from before an upgrade.
+pinned() { # MANIFESTS: refuses placeholders, and images without a digest
   "$PYTHON" - "$1" <<'PYTHON'
 import sys
 from pathlib import Path
@@ -64,30 +63,31 @@ if [ -z "$REVISION" ]; then
 else
   place=$(mktemp -d)
   trap 'rm -rf "$place"' EXIT
-  say "# kuberay/ of commit $REVISION is unpacked there:"
+  say "# kuberay/ of commit $REVISION is unpacked in $place"
   [ -n "$DRY_RUN" ] || git -C "$ROOT" archive "$REVISION" kuberay | tar -x -C "$place"
   run kubectl kustomize "$place/kuberay/overlays/$IMAGEN_OVERLAY" --output="$place/manifests.yaml"
-  say '# placeholders and images without a digest are refused; the rest was checked when it was deployed'
+  say '# placeholders and images without a digest are refused; the other checks passed when it was deployed'
   [ -n "$DRY_RUN" ] || pinned "$place/manifests.yaml"
+  kube apply --server-side --dry-run=server --validate=strict --filename="$place/manifests.yaml"
   kube diff --server-side --filename="$place/manifests.yaml" || [ $? -eq 1 ]
   confirm "$IMAGEN_OVERLAY"
   kube apply --server-side --filename="$place/manifests.yaml"
 fi
 
-# 2) Replace the cluster, where KubeRay does not do it by itself.
+# 2) Replace the cluster, if KubeRay does not do so itself.
 if [ -n "$REPLACE" ]; then
   STRATEGY='' CLUSTER=''
   field STRATEGY .spec.upgradeStrategy.type
   [ -n "$DRY_RUN" ] || [ "$STRATEGY" = None ] ||
     fail "--replace-cluster is for upgradeStrategy None, and this RayService has '$STRATEGY'"
   field CLUSTER .status.activeServiceStatus.rayClusterName
-  say "# This ends $CLUSTER and every request in it; the service is down until its successor is up."
+  say "# This ends $CLUSTER and every request in it; the service is down until the next cluster is ready."
   confirm "$IMAGEN_CLUSTER"
   kube --namespace="$NAMESPACE" delete raycluster "$CLUSTER" --timeout=30m
   wait_for condition=UpgradeInProgress 5m
 fi
 
-# 3) Wait: first for KubeRay to have seen it.
+# 3) Wait, first until KubeRay has accepted the change.
 GENERATION=
 field GENERATION .metadata.generation
 wait_for jsonpath='{.status.observedGeneration}'="$GENERATION" 5m

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/secrets.sh [--oauth-file FILE] [--dry-run]
 #
-# Makes the Secrets that the prod overlays name: imagen-redis and imagen-ray-token of random bytes,
-# imagen-oauth of FILE. No value is shown, nor stands on a command line. A Secret that is there stays
-# as it is.
+# Creates the Secrets that the prod overlays need: imagen-redis and imagen-ray-token from random bytes,
+# imagen-oauth from FILE. Values are never printed and never on a command line. An existing Secret is
+# left as it is.
 #
 #   --oauth-file FILE   holds the client secret of Identity-Aware Proxy's OAuth client
 #   --dry-run           print the commands, run none
@@ -32,12 +32,12 @@ absent() { # SECRET
   missing kubectl --context="$CONTEXT" --namespace="$NAMESPACE" get secret "$1"
 }
 
-put() { # SECRET KEY COMMAND: what the command prints is the value
+put() { # SECRET KEY COMMAND: the output of the command is the value
   local create=(
     kubectl --context="$CONTEXT" --namespace="$NAMESPACE"
     create secret generic "$1" --from-file="$2=/dev/stdin"
   )
-  say "# its value goes to its standard input ($3):"
+  say "# reads the value from its standard input ($3):"
   show "${create[@]}"
   [ -n "$DRY_RUN" ] || "$3" | "${create[@]}"
 }
@@ -48,6 +48,6 @@ fi
 if absent imagen-redis; then put imagen-redis password random_bytes; fi
 if absent imagen-ray-token; then put imagen-ray-token auth_token random_bytes; fi
 if absent imagen-oauth; then
-  [ -n "$OAUTH_FILE$DRY_RUN" ] || fail 'imagen-oauth is not there: give its value with --oauth-file FILE'
+  [ -n "$OAUTH_FILE$DRY_RUN" ] || fail 'imagen-oauth does not exist: give its value with --oauth-file FILE'
   put imagen-oauth key oauth_file
 fi

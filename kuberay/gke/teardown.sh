@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Usage: kuberay/gke/teardown.sh service|cluster|all [--yes] [--dry-run]
 #
-# Takes away what the other scripts made. It says what will be lost, and asks.
+# Deletes what the other scripts created. It lists what will be lost, and asks.
 #
-#   service     what the overlay deployed
-#   cluster     that, and the cluster
-#   all         those, and models, images, certificate and Cloud Armor policy
+#   service     the objects of the overlay
+#   cluster     also the cluster
+#   all         also models, images, certificate and Cloud Armor policy
 #   --yes       do not ask
 #   --dry-run   print the commands, run none
 set -euo pipefail
@@ -32,7 +32,7 @@ say "This is lost:
   the certificate of $HOST, its map $CERTIFICATE_MAP, and the policy $SECURITY_POLICY"
 confirm "$IMAGEN_CLUSTER"
 
-remove() { # gcloud ... VERB ...: delete it, if it is there
+remove() { # gcloud ... VERB ...: deletes the thing, if it exists
   local word describe=() delete=()
   for word in "$@"; do
     if [ "$word" = VERB ]; then
@@ -47,8 +47,8 @@ remove() { # gcloud ... VERB ...: delete it, if it is there
 }
 
 project=--project="$IMAGEN_PROJECT"
-# The RayService first and alone: KubeRay clears its state in Redis by a job, and a namespace that is
-# going takes no job. Before the cluster, because the load balancer would outlive that.
+# First the RayService alone: KubeRay clears its state in Redis with a Job, which it cannot create in a
+# namespace that is being deleted. All before the cluster, or the load balancer would stay.
 if present kubectl --context="$CONTEXT" get namespace "$NAMESPACE"; then
   kube --namespace="$NAMESPACE" delete rayservice "$SERVICE" --ignore-not-found --timeout=5m
   kube --namespace="$NAMESPACE" wait raycluster --all --for=delete --timeout=30m

@@ -123,7 +123,7 @@ class Cloud:
     @property
     def changes(self) -> list[str]:
         """The calls that do more than ask."""
-        asks = re.compile(r" (describe|get|diff|kustomize|config) ")
+        asks = re.compile(r" (describe|get|diff|kustomize|config|--dry-run=server) ")
         return [call for call in self.calls if not asks.search(call)]
 
 
@@ -531,7 +531,9 @@ def test_a_rollback_applies_the_manifests_of_a_commit(history: Cloud) -> None:
     shutil.rmtree(history.place / "kuberay" / "overlays")  # not those of the working tree
     done = history.run("rollout.sh", "--to", "HEAD", say="dev\n", IMAGEN_OVERLAY="dev")
     assert done.returncode == 0, done.stdout + done.stderr
+    tried = [call for call in history.calls if " --dry-run=server --validate=strict " in call]
     (applied,) = (call for call in history.changes if " apply " in call)
+    assert history.calls.index(tried[0]) < history.calls.index(applied)
     assert applied.startswith(f"kubectl --context={CONTEXT} apply --server-side ")
 
 
