@@ -1,4 +1,4 @@
-"""The expressions of kuberay/monitoring, and what they name."""
+"""The expressions of kuberay/monitoring, and the metrics in them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:
 
 
 def names(expression: str) -> set[str]:
-    """Of the metrics an expression reads."""
+    """The metrics that an expression reads."""
     return {selector.name for selector in selectors(expression)}
 
 
 def shown(panel: dict[str, Any]) -> list[str]:
-    """The expressions of a panel, with a price put in."""
+    """The expressions of a panel, with a price filled in."""
     return [expression.replace(_PRICE, "1") for expression in panel["queries"].values()]
 
 

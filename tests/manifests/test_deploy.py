@@ -1,4 +1,4 @@
-"""kuberay/deploy.sh with a kubectl that has no cluster: what it refuses, and what it applies."""
+"""kuberay/deploy.sh with a fake kubectl: what it refuses, and what it applies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCRIPTS = ["kuberay/deploy.sh", "kuberay/image.sh", "tests/manifests/fake_kubect
 
 
 class Deployed:
-    """A run of the script, and the manifests that were applied last."""
+    """A run of the script, and the manifests that it applied."""
 
     def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
         self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
@@ -48,13 +48,13 @@ class Deployed:
 
     @property
     def verdict(self) -> str:
-        """Its last line."""
+        """The last line of stderr."""
         return (self.err.splitlines() or [""])[-1]
 
 
 @pytest.fixture
 def deploy(tmp_path: Path) -> Deploy:
-    """Runs the script of a project."""
+    """Runs the deploy.sh of a project."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
@@ -185,16 +185,14 @@ def test_what_the_operator_refuses_is_shown(filled: Path, deploy: Deploy) -> Non
 
 
 def mark(deployed: Deployed) -> str:
-    """What says in the pods that were applied last what they are made of."""
+    """The mark of the pods that were applied."""
     documents = [one for one in yaml.safe_load_all(deployed.applied_text) if one]
     [service] = [one for one in documents if one["kind"] == "RayService"]
     head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
     return head["template"]["metadata"]["annotations"]["imagen.dev/made-of"]
 
 
-def test_an_image_that_is_built_anew_under_its_tag_rolls_the_pods(
-    filled: Path, deploy: Deploy
-) -> None:
+def test_a_new_build_under_the_same_tag_replaces_the_pods(filled: Path, deploy: Deploy) -> None:
     kind = {"FAKE_CONTEXT": "kind-mine", "FAKE_NAMESPACE": "yes"}
     first = deploy(filled, "dev", **kind)
     assert first.code == 0, first.err
@@ -210,7 +208,7 @@ def test_an_image_that_is_built_anew_under_its_tag_rolls_the_pods(
     assert delete == "--namespace imagen delete raycluster imagen-abcde"
 
 
-def test_pods_of_another_size_replace_those_of_dev(spoiled: Path, deploy: Deploy) -> None:
+def test_a_new_size_replaces_the_pods_of_dev(spoiled: Path, deploy: Deploy) -> None:
     first = deploy(spoiled, "dev", FAKE_NAMESPACE="yes")
     edit(
         spoiled / "configs/gke.yaml",
@@ -222,7 +220,7 @@ def test_pods_of_another_size_replace_those_of_dev(spoiled: Path, deploy: Deploy
     assert done.asked[-1] == "--namespace imagen delete raycluster imagen-abcde"
 
 
-def test_prod_is_replaced_by_nobody_but_its_operator(filled: Path, deploy: Deploy) -> None:
+def test_the_cluster_of_prod_is_never_deleted(filled: Path, deploy: Deploy) -> None:
     clusters = {"FAKE_CLUSTERS": "imagen-abcde other", "FAKE_NAMESPACE": "yes"}
     done = deploy(filled, "prod", FAKE_SECRETS=SECRETS, **clusters)
     assert done.code == 0, done.err
@@ -258,7 +256,7 @@ def test_a_node_without_room_for_an_upgrade_is_refused(spoiled: Path, deploy: De
         ("dev", GKE, "dev is not for GKE"),
     ],
 )
-def test_an_overlay_goes_to_no_other_cluster(
+def test_an_overlay_is_refused_on_another_cluster(
     filled: Path, deploy: Deploy, overlay: str, current: str, words: str
 ) -> None:
     done = deploy(filled, overlay, FAKE_CONTEXT=current)
@@ -268,9 +266,7 @@ def test_an_overlay_goes_to_no_other_cluster(
     assert f"--context {current} {overlay}" in done.verdict
 
 
-def test_the_settings_say_which_cluster_is_meant(
-    filled: Path, deploy: Deploy, tmp_path: Path
-) -> None:
+def test_the_settings_name_the_cluster(filled: Path, deploy: Deploy, tmp_path: Path) -> None:
     missing = deploy(filled, "prod", IMAGEN_PROJECT="")
     assert (missing.code, missing.contexts) == (1, set())
     assert "IMAGEN_PROJECT: id of the Google Cloud project" in missing.err
@@ -281,7 +277,7 @@ def test_the_settings_say_which_cluster_is_meant(
     assert "name gke_my-project_europe-west4_green" in done.verdict
 
 
-def test_a_context_that_is_named_is_taken(filled: Path, deploy: Deploy) -> None:
+def test_a_context_can_be_named(filled: Path, deploy: Deploy) -> None:
     done = deploy(filled, "--context", "mine", "--dry-run", "prod", IMAGEN_PROJECT="")
     assert (done.code, done.contexts) == (1, {"mine"})
     assert "lacks Secrets" in done.verdict
@@ -296,7 +292,7 @@ def test_placeholders_are_refused(deploy: Deploy) -> None:
     assert "nothing was applied. Fill in configs/gke.yaml, run make image-lock" in done.verdict
 
 
-def test_secrets_that_are_missing_are_named_with_the_commands_that_make_them(
+def test_missing_secrets_are_named_with_the_commands_that_create_them(
     filled: Path, deploy: Deploy
 ) -> None:
     done = deploy(filled, "prod", FAKE_SECRETS="imagen-oauth:key imagen-redis:user")
@@ -347,7 +343,7 @@ def test_a_cluster_that_is_not_ready_is_refused(
     "arguments",
     [[], ["prod", "dev"], ["production"], ["--dry-run"], ["--context"], ["--force", "dev"]],
 )
-def test_an_overlay_that_is_not_there_ends_with_those_that_are(
+def test_an_unknown_overlay_is_refused_with_the_known_ones(
     filled: Path, deploy: Deploy, arguments: list[str]
 ) -> None:
     done = deploy(filled, *arguments)

@@ -1,4 +1,4 @@
-"""Pods end when they are told to: a head that lingers keeps the next one away."""
+"""Pods stop on SIGTERM: a head that stays delays the next one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LONG_S = 30
 
 @pytest.fixture
 def fake_ray(tmp_path: Path) -> Path:
-    """A folder with a `ray` that says that it runs and, as the real one, heeds no signal."""
+    """A folder with a `ray` that prints its arguments and, like the real one, ignores signals."""
     (tmp_path / "ray").write_text('#!/bin/bash\necho "ray $*"\nexec sleep 300\n')
     (tmp_path / "ray").chmod(0o755)
     return tmp_path
@@ -35,9 +35,9 @@ def fake_ray(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_autoscaler_ends_on_sigterm(name: str, overlay: Overlay, fake_ray: Path) -> None:
-    """As the first process of its container, which the kernel spares signals without a handler."""
+    """Also as the first process of its container, which ignores signals without a handler."""
     if subprocess.run([*_FIRST_PROCESS, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine grants no process namespace")
+        pytest.skip("this machine allows no process namespace")
     options = overlay(name).of("RayService")[0]["spec"]["rayClusterConfig"]["autoscalerOptions"]
     command = [
         *options.get("command", _KUBERAY_COMMAND),
@@ -63,7 +63,7 @@ def test_the_autoscaler_ends_on_sigterm(name: str, overlay: Overlay, fake_ray: P
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_head_that_moves_drains_nothing(name: str, overlay: Overlay) -> None:
-    """No request and no replica is on it: Ray's drain would only keep the next head waiting."""
+    """It has no requests and no replicas: a drain would only delay the next head."""
     [head] = [pod for pod in overlay(name).pods if pod.role == "head"]
     environment = {one["name"]: one.get("value") for one in head.main["env"]}
     assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"

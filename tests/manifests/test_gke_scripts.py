@@ -1,4 +1,4 @@
-"""kuberay/gke/*.sh, with a gcloud and a kubectl that have no cloud: what they do, and refuse."""
+"""kuberay/gke/*.sh with a fake gcloud and kubectl: what they do, and what they refuse."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FILLED_IN = {
     "oauth_client": "my-client",
     "security_policy": "my-armor",
 }
-# Answers for whoever asks, keeps what came on standard input, and notes every call.
+# Both commands: it logs every call, answers questions, and keeps its standard input.
 STAND_IN = """\
 #!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -60,7 +60,7 @@ esac
 
 
 class Cloud:
-    """A place where the scripts run."""
+    """A folder where the scripts run, with the fake commands."""
 
     def __init__(self, place: Path) -> None:
         self.place, self.gke = place, HERE
@@ -84,7 +84,7 @@ class Cloud:
         }
 
     def source(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """A configs/gke.yaml without placeholders, with something changed in its base."""
+        """Write a configs/gke.yaml without placeholders, with something changed in its base."""
         values = yaml.safe_load((ROOT / "configs" / "gke.yaml").read_text())
         base = values["base"]
         base["site"] |= FILLED_IN
@@ -104,11 +104,11 @@ class Cloud:
             input=say,
             capture_output=True,
             text=True,
-            timeout=120,  # a busy machine is no failure
+            timeout=120,  # generous, for a busy machine
         )
 
     def shown(self, script: str, *arguments: str) -> list[list[str]]:
-        """The commands that a dry run shows, word by word, after a look that it ran none."""
+        """The commands that a dry run prints, in words; it must have run none."""
         done = self.run(script, *arguments, "--dry-run")
         assert (done.returncode, done.stderr) == (0, "")
         assert self.calls == []
@@ -122,7 +122,7 @@ class Cloud:
 
     @property
     def changes(self) -> list[str]:
-        """The calls that do more than ask."""
+        """The calls that change something."""
         asks = re.compile(r" (describe|get|diff|kustomize|config|--dry-run=server) ")
         return [call for call in self.calls if not asks.search(call)]
 
@@ -133,7 +133,7 @@ def cloud(tmp_path: Path) -> Cloud:
 
 
 def options(command: list[str]) -> dict[str, str]:
-    """`--name=value` words; those without a value are empty."""
+    """The `--name=value` words; a flag has an empty value."""
     return {
         name: value
         for word in command
@@ -143,7 +143,7 @@ def options(command: list[str]) -> dict[str, str]:
 
 
 def creation(commands: list[list[str]], *words: str) -> list[str]:
-    """The one command that creates such a thing."""
+    """The one command that creates the thing."""
     wanted = ["gcloud", *words, "create"]
     (found,) = (one for one in commands if one[: len(wanted)] == wanted)
     return found
@@ -286,7 +286,7 @@ def test_the_runbook_names_every_script() -> None:
     assert [name for name in SCRIPTS if f"kuberay/gke/{name}" not in text] == []
 
 
-# --- what they make ---
+# --- what they create ---
 
 
 def test_the_cluster_has_what_the_manifests_rely_on(cloud: Cloud) -> None:
@@ -433,7 +433,7 @@ def test_the_certificate_is_of_the_gateways_host_and_map(cloud: Cloud) -> None:
 @pytest.mark.parametrize(
     "script", ["cluster.sh", "node-pool.sh cpu", "bucket.sh", "registry.sh", "edge.sh"]
 )
-def test_what_is_there_is_not_made_again(script: str, cloud: Cloud) -> None:
+def test_what_exists_is_not_created_again(script: str, cloud: Cloud) -> None:
     done = cloud.run(*script.split(), THERE="1")
     assert done.returncode == 0, done.stderr
     assert [call for call in cloud.calls if " create" in call] == []
@@ -483,7 +483,7 @@ def test_secrets_are_those_of_the_manifests_and_never_seen(cloud: Cloud, overlay
     assert [value for value in values if value in seen] == []
 
 
-def test_secrets_that_are_there_stay(cloud: Cloud) -> None:
+def test_existing_secrets_stay(cloud: Cloud) -> None:
     done = cloud.run("secrets.sh", THERE="1")
     assert (done.returncode, cloud.changes) == (0, [])
 
@@ -548,14 +548,14 @@ def commit(history: Cloud) -> None:
 
 
 def fill_in(history: Cloud, digest: str) -> None:
-    """What stands in the place of a site's own values, in every manifest."""
+    """Replace the placeholders in every manifest."""
     for file in history.place.glob("kuberay/**/*.yaml"):
         text = re.sub(r"sha256:\w+", f"sha256:{digest}", file.read_text())
         file.write_text(text.replace("unresolved", "mine"))
 
 
-def test_a_rollback_is_held_to_no_rule_of_today(history: Cloud) -> None:
-    fill_in(history, "ab" * 32)  # as today's lock has no digest of a model
+def test_a_rollback_is_not_checked_against_the_present_ray(history: Cloud) -> None:
+    fill_in(history, "ab" * 32)
     service = history.place / "kuberay" / "base" / "rayservice.yaml"
     before = re.sub(r"rayVersion: .*", "rayVersion: 2.58.0", service.read_text())
     assert before != service.read_text()
@@ -608,7 +608,7 @@ def test_a_cluster_is_replaced_only_where_kuberay_does_not(history: Cloud) -> No
 
 
 @pytest.mark.parametrize("what", ["service", "cluster", "all"])
-def test_nothing_is_deleted_unless_somebody_says_so(what: str, cloud: Cloud) -> None:
+def test_nothing_is_deleted_without_a_confirmation(what: str, cloud: Cloud) -> None:
     done = cloud.run("teardown.sh", what, say="yes\n", THERE="1")
     assert (done.returncode, cloud.changes) == (1, [])
     assert "Nothing was done." in done.stdout
@@ -629,7 +629,7 @@ def test_the_service_goes_before_its_namespace_and_its_cluster(cloud: Cloud) -> 
     assert all(one < other for one, other in pairwise(places))
 
 
-def test_tearing_down_what_is_gone_already_is_no_mistake(cloud: Cloud) -> None:
+def test_tearing_down_twice_is_no_error(cloud: Cloud) -> None:
     done = cloud.run("teardown.sh", "all", "--yes")
     assert (done.returncode, cloud.changes) == (0, [])
 
@@ -642,7 +642,7 @@ def test_bucket_and_images_outlive_the_cluster_by_default(cloud: Cloud) -> None:
 # --- the runbook ---
 
 
-def test_the_runbook_tells_the_times_of_prod(overlay: Overlay) -> None:
+def test_the_runbook_has_the_times_of_prod(overlay: Overlay) -> None:
     text = (ROOT / "kuberay" / "README.md").read_text()
     cold = text[text.index("## Cold start") : text.index("## Cost")]
     service = overlay("prod").of("RayService")[0]["spec"]
@@ -662,7 +662,7 @@ def test_the_runbook_tells_the_times_of_prod(overlay: Overlay) -> None:
 
 
 def section(heading: str) -> str:
-    """Of the runbook, from a heading to the next of its kind or above."""
+    """The part of the runbook from a heading to the next of the same level or above."""
     text = (ROOT / "kuberay" / "README.md").read_text()
     level = heading.partition(" ")[0]
     start = text.index(f"\n{heading}\n")
@@ -679,7 +679,10 @@ def test_the_runbook_sends_alerts_of_every_severity_to_somebody() -> None:
     (page,) = config["route"]["routes"]
     assert {config["route"]["receiver"], page["receiver"]} == receivers
     assert page["matchers"] == ['severity="page"']
-    assert severities == {"page", "warn"}  # what has no route of its own goes to the first receiver
+    assert severities == {
+        "page",
+        "warn",
+    }  # an alert without a route of its own goes to the first receiver
     (test,) = re.findall(r"<<'YAML'\n(.*?)\nYAML\n", text, re.S)
     test = yaml.safe_load(test)
     (rule,) = test["spec"]["groups"][0]["rules"]

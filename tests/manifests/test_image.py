@@ -1,4 +1,4 @@
-"""The Dockerfile, its context and the script that builds it, as far as that goes without Docker."""
+"""The Dockerfile, its context and the script that builds it, without Docker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Stage = list[tuple[str, str]]
 
 
 def stages() -> dict[str, Stage]:
-    """The Dockerfile's stages by name; what stands before the first is in ""."""
+    """The stages of the Dockerfile by name; lines before the first are in ""."""
     joined = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", TEXT, flags=re.M))
     found: dict[str, Stage] = {"": []}
     for line in filter(None, map(str.strip, joined.splitlines())):
@@ -41,14 +41,14 @@ STAGES = stages()
 
 
 def chain(target: str) -> Stage:
-    """Every instruction that makes a target, from its base on."""
+    """Every instruction of a target, including those of its base."""
     own = STAGES[target]
     parent = own[0][1].split()[0]
     return (chain(parent) if parent in STAGES else []) + own
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out; the last pattern that matches it decides."""
+    """Whether .dockerignore excludes a path; the last matching pattern decides."""
     result = False
     for pattern in filter(lambda line: line and not line.startswith("#"), IGNORE):
         glob = re.escape(pattern.removeprefix("!"))
@@ -59,7 +59,7 @@ def ignored(path: str) -> bool:
 
 
 def context() -> list[str]:
-    """Every file that Docker is given."""
+    """Every file of the build context."""
     tops = {line[1:].split("/")[0] for line in IGNORE if line.startswith("!")}
     found = [ROOT / top for top in sorted(tops)]
     files = [one for top in found for one in (top.rglob("*") if top.is_dir() else [top])]
@@ -68,7 +68,7 @@ def context() -> list[str]:
 
 
 def copies(stage: str) -> list[tuple[list[str], str]]:
-    """Sources and destination of what a stage copies from the context."""
+    """The sources and the destination of each COPY from the context."""
     found = [rest.split() for name, rest in STAGES[stage] if name == "COPY"]
     return [(words[:-1], words[-1]) for words in found if not words[0].startswith("--from")]
 
@@ -118,7 +118,7 @@ def test_it_runs_as_the_user_of_the_pods_and_can_be_probed(target: str) -> None:
     users = [rest for name, rest in chain(target) if name == "USER"]
     assert users[-1] == f"{pod['runAsUser']}:{pod['runAsGroup']}"
     assert any("install" in rest and " wget" in rest for name, rest in chain(target))
-    # KubeRay and Jobs bring commands of their own.
+    # KubeRay and Jobs set the command.
     assert not any(name == "ENTRYPOINT" for name, _ in chain(target))
 
 
@@ -153,8 +153,8 @@ def test_what_is_copied_serves_the_starter_models_and_refills_a_store(tmp_path: 
             if f"{path}/".startswith(f"{source}/"):
                 (app / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / path, app / path)
-    # As in the image: the source is found, not installed; then as with an image of weights, whose
-    # store a pod without a network pulls from.
+    # As in the image, the source is on the path and not installed. The second pull is that of a pod
+    # without a network, from an image with weights.
     code = """
 import sys, yaml
 from deployments.settings import ROOT
@@ -185,7 +185,7 @@ for arguments in (["--store", f"{ROOT}/weights"],
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A tree with the script, a pinned base, and a docker that only says what it is asked."""
+    """A tree with the script, a pinned base, and a docker that only logs its arguments."""
     (tmp_path / "kuberay").mkdir()
     shutil.copy(ROOT / "kuberay" / "image.sh", tmp_path / "kuberay")
     (tmp_path / "kuberay" / "images.lock").write_text(f"python: {DIGEST}\n")
@@ -197,7 +197,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def build(project: Path, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
-    """Exit code, output, and docker's commands."""
+    """Run the script: exit code, output, and the calls of docker."""
     log = project / "log"
     path = f"{project / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""kuberay/images.lock: filled by what registries say, and by nothing else."""
+"""kuberay/images.lock: registries fill it, and nothing else does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB = Image(repository="docker.io/library/redis", tag="7.2")
 
 
 class Registry:
-    """A registry that wants a token, as Docker Hub and Google's do."""
+    """A registry that asks for a token, like Docker Hub and those of Google."""
 
     def __init__(self, digest: str = DIGEST) -> None:
         self.digest = digest
@@ -42,7 +42,7 @@ class Registry:
         return httpx.Client(transport=httpx.MockTransport(self))
 
     def credentials(self, host: str) -> list[str]:
-        """What was sent to the token server of a host."""
+        """The credentials that the token server of a host received."""
         return [
             base64.b64decode(one.headers["authorization"].removeprefix("Basic ")).decode()
             if "authorization" in one.headers
@@ -72,12 +72,12 @@ def test_googles_token_goes_to_google_alone() -> None:
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:short", "latest"])
-def test_what_is_no_digest_is_refused(digest: str) -> None:
+def test_a_wrong_digest_is_refused(digest: str) -> None:
     with pytest.raises(SourceFailed, match="digest"):
         look_up({"redis": HUB}, None, None, Registry(digest).client)
 
 
-def test_an_image_that_is_not_there_is_told() -> None:
+def test_a_missing_image_is_named() -> None:
     nothing = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(404)))
     with pytest.raises(SourceFailed, match=r"redis:7\.2"):
         look_up({"redis": HUB}, None, None, nothing)

@@ -1,4 +1,4 @@
-"""Alert rules and the dashboard: well-formed, documented, and about metrics that the code has."""
+"""Alert rules and the dashboard: valid, documented, and of metrics that the code has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Applying a second time: what the operator wrote meanwhile is not in the way.
+"""A second apply does not conflict with what the operator wrote after the first.
 
-KubeRay adds its finalizer by a full Update of the RayService. A played API server keeps book of who
-owns which field, as `kubectl apply --server-side` has it.
+KubeRay adds its finalizer with a full Update of the RayService. A small API server records which
+manager owns which field, as for `kubectl apply --server-side`.
 """
 
 from __future__ import annotations
