@@ -53,8 +53,3 @@ def schemas() -> Schemas:
     if not folder:
         pytest.skip("$KUBERAY_CRDS is not set: THE FIELDS OF RAYSERVICE ARE NOT CHECKED")
     return Schemas(Path(folder).resolve())
-
-
-def environment_of(**variables: str) -> dict[str, str]:
-    """For a script under test: it imports this tree, wherever it is run."""
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | variables

@@ -28,6 +28,17 @@ HERE = Path(__file__).parent
 SECRETS = "imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
 SITE = {"IMAGEN_PROJECT": "my-project", "IMAGEN_REGION": "europe-west4"}
 GKE = "gke_my-project_europe-west4_imagen"
+# Runs the command, but validates the same manifests only once: importing Ray takes seconds.
+IMAGEN = """\
+#!/usr/bin/env bash
+run() { "$REAL_PYTHON" -m cli.main "$@"; }
+[ "$1 $2" = "kuberay validate" ] || { run "$@"; exit; }
+saved=$CACHE/$( (cat "$3"; echo "${@:4}") | sha256sum | cut -d ' ' -f 1)
+[ -e "$saved" ] || { run "$@" >"$saved.out" 2>"$saved.err"; echo $? >"$saved"; }
+cat "$saved.out"
+cat "$saved.err" >&2
+exit "$(cat "$saved")"
+"""
 SCRIPTS = ["kuberay/deploy.sh", "kuberay/image.sh", "tests/manifests/fake_kubectl"]
 
 
@@ -52,14 +63,23 @@ class Deployed:
         return (self.err.splitlines() or [""])[-1]
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("validated")
+
+
 @pytest.fixture
-def deploy(tmp_path: Path) -> Deploy:
+def deploy(tmp_path: Path, cache: Path) -> Deploy:
     """Runs the deploy.sh of a project."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(HERE / "fake_kubectl")
+    (tmp_path / "bin" / "imagen").write_text(IMAGEN)
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nexec "$REAL_PYTHON" "$@"\n')
+    for tool in ("imagen", "python"):
+        (tmp_path / "bin" / tool).chmod(0o755)
     for tool, answer in (
         ("docker", 'echo "$FAKE_IMAGE_ID"; test -n "$FAKE_IMAGE_ID"'),
         ("kind", ""),
@@ -71,7 +91,9 @@ def deploy(tmp_path: Path) -> Deploy:
 
     def run(project: Path, *arguments: str, **variables: str | None) -> Deployed:
         environment = {
-            "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "REAL_PYTHON": sys.executable,
+            "CACHE": str(cache),
             "PYTHONPATH": str(ROOT),
             "REAL_KUBECTL": kubectl,
             "FAKE_LOG": str(tmp_path / "log"),

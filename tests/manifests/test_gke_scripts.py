@@ -682,7 +682,7 @@ def test_the_runbook_sends_alerts_of_every_severity_to_somebody() -> None:
     assert severities == {
         "page",
         "warn",
-    }  # an alert without a route of its own goes to the first receiver
+    }  # the default receiver gets the others
     (test,) = re.findall(r"<<'YAML'\n(.*?)\nYAML\n", text, re.S)
     test = yaml.safe_load(test)
     (rule,) = test["spec"]["groups"][0]["rules"]
