@@ -200,7 +200,7 @@ fi
 
 exists=$(kube get namespace "$namespace" --ignore-not-found --output name)
 missing=
-wanted=$(secrets "$scratch/report.json")
+needed=$(secrets "$scratch/report.json")
 while read -r name key; do
   [ -n "$name" ] || continue
   # The names of the keys, never their values.
@@ -212,7 +212,7 @@ while read -r name key; do
   [ -n "$exists$missing" ] || echo "  $typed create namespace $namespace" >&2
   echo "  $(remedy "$name" "$key" "$keys")" >&2
   missing+="${missing:+, }$name (key $key)"
-done <<<"$wanted"
+done <<<"$needed"
 [ -z "$missing" ] || refuse "the namespace $namespace lacks Secrets, and nothing was applied: $missing." \
   "Create them with the commands above, or with kuberay/gke/secrets.sh."
 

@@ -51,7 +51,7 @@ class Demand:
 
 
 def check(manifests: Manifests) -> Iterator[Finding]:
-    """Replicas that no pod can hold, and nodes that run while nobody asks."""
+    """Replicas that no pod can hold, and GPU nodes that run without requests."""
     for service in manifests.of("RayService"):
         place = where(service)
         try:
@@ -72,7 +72,7 @@ def _idle(place: str, ray: AutoscalingConfig, groups: Sequence[Document]) -> Ite
         (container, *_) = group["template"]["spec"]["containers"]
         gpu = (container.get("resources") or {}).get("limits", {}).get("nvidia.com/gpu")
         if gpu and idle.get(group["groupName"]):
-            message = f"{group['groupName']} keeps GPU nodes while nobody asks: set minReplicas: 0"
+            message = f"{group['groupName']} keeps GPU nodes without requests: set minReplicas: 0"
             yield Finding("idle-gpu", place, f"{message}; min_replicas keeps a model warm")
 
 

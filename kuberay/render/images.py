@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 UNRESOLVED = "unresolved"
 _HEADER = """\
-# The digest of each image that manifests name, and of `python`, which ours are built upon: as a
-# registry says, never typed from memory. `sha256:unresolved` is nobody's: clusters and Docker
-# refuse it, and so does `imagen kuberay validate` without --allow-placeholder. `make image-lock`
-# writes this file.
+# The digest of each image in the manifests, and of `python`, the base of ours. `make image-lock`
+# writes it from the answers of the registries. `sha256:unresolved` is a placeholder: clusters
+# and Docker refuse it, and so does `imagen kuberay validate` without --allow-placeholder.
 """
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # An index first: one digest for all architectures.

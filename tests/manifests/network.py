@@ -13,7 +13,7 @@ from kuberay.checks.manifests import matches
 if TYPE_CHECKING:
     from kuberay.checks.manifests import Document, Manifests
 
-# A pod, a direction, its peer (a pod, a namespace or addresses), and the port of whom is called.
+# A pod, a direction, its peer (a pod, a namespace or addresses), and the port of the called end.
 # Ray's processes choose their ports, such as 31337.
 NEEDED = """
 headgroup      Egress   ingress             31337
@@ -46,7 +46,7 @@ headgroup      Ingress  namespace/gke-gmp-system  44217
 headgroup      Ingress  namespace/gke-gmp-system  44227
 models         Ingress  namespace/gke-gmp-system  8080
 """
-# Whoever gets in here runs code of their own, or reads the state of the cluster.
+# A connection to one of these ports can run code, or read the state of the cluster.
 FORBIDDEN = [
     f"{pod} Ingress {stranger} {port}"
     for pod, port in (
@@ -95,9 +95,9 @@ def _allowed(manifests: Manifests, line: str) -> bool:
 def _allows(rule: Document, peer: str, labels: dict[str, str], port: str) -> bool:
     assert rule.keys() <= {"from", "to", "ports"}
     number, _, protocol = port.partition("/")
-    wanted = {"protocol": protocol or "TCP", "port": int(number)}
+    entry = {"protocol": protocol or "TCP", "port": int(number)}
     peers: list[dict[str, Any]] = rule.get("from") or rule.get("to") or []
-    at_port = "ports" not in rule or wanted in rule["ports"]
+    at_port = "ports" not in rule or entry in rule["ports"]
     return at_port and (not peers or any(_is(one, peer, labels) for one in peers))
 
 

@@ -7,27 +7,23 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kuberay.checks.manifests import Manifests
 
 
 class Prod:
-    """The prod overlay, with short names for the objects that the tests change."""
+    """The prod overlay, with short names for the parts that the tests change."""
 
     def __init__(self, manifests: Manifests) -> None:
         self.manifests = manifests
-        self.service = manifests.of("RayService")[0]
-        self.spec = self.service["spec"]
-        self.cluster = self.spec["rayClusterConfig"]
+        self.service = self.one("RayService")
+        self.cluster = self.service["spec"]["rayClusterConfig"]
         self.head = self.cluster["headGroupSpec"]
-        self.ingress, self.models = self.cluster["workerGroupSpecs"]
-
-    def pod(self, group: dict[str, Any]) -> dict[str, Any]:
-        return group["template"]["spec"]
-
-    def ray(self, group: dict[str, Any]) -> dict[str, Any]:
-        return self.pod(group)["containers"][0]
+        groups = {group["groupName"]: group for group in self.cluster["workerGroupSpecs"]}
+        self.models = groups["models"]
+        self._parts = {"cluster": self.cluster}
+        for name, group in {"head": self.head, **groups}.items():
+            pod = group["template"]["spec"]
+            self._parts |= {name: group, f"{name} pod": pod, f"{name} ray": pod["containers"][0]}
 
     def one(self, kind: str, name: str = "") -> dict[str, Any]:
         found = [d for d in self.manifests.of(kind) if not name or d["metadata"]["name"] == name]
@@ -40,17 +36,30 @@ class Prod:
     def drop(self, kind: str, name: str = "") -> None:
         self.manifests.documents.remove(self.one(kind, name))
 
-    def serve(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Change the Serve config inside."""
-        config = yaml.safe_load(self.spec["serveConfigV2"])
-        change(config)
-        self.spec["serveConfigV2"] = yaml.safe_dump(config)
+    def change(self, part: str, change: Any) -> None:
+        """Set values of a part by their paths, words with spaces between; None deletes.
 
-    def deployment(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-        self.serve(
-            lambda config: [
-                change(one)
-                for one in config["applications"][0]["deployments"]
-                if one["name"] == name
-            ]
-        )
+        Args:
+            part: `cluster`, `head`, `ingress` or `models`, `… pod` or `… ray` of these, `serve` for
+                the Serve config, the name of a Serve deployment, or the kind of an object.
+            change: values by path, or `delete` for an object.
+        """
+        if change == "delete":
+            self.drop(part)
+            return
+        config = yaml.safe_load(self.service["spec"]["serveConfigV2"])
+        deployments = {one["name"]: one for one in config["applications"][0]["deployments"]}
+        parts = {"serve": config, **deployments, **self._parts}
+        for path, value in change.items():
+            _set(parts[part] if part in parts else self.one(part), path.split(), value)
+        self.service["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+
+
+def _set(node: Any, path: list[str], value: Any) -> None:
+    *steps, last = path
+    for step in steps:
+        node = node[int(step)] if isinstance(node, list) else node[step]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value

@@ -224,8 +224,8 @@ def test_both_images_are_built_upon_the_base_of_the_lock(project: Path) -> None:
 
 def test_a_registry_is_pushed_to_and_a_dry_run_only_tells(project: Path) -> None:
     registry = "europe-docker.pkg.dev/mine/imagen"
-    _, told, asked = build(project, "--dry-run", "cpu", REGISTRY=registry)
-    assert f"docker push {registry}/imagen-cpu:abc123" in told
+    _, output, asked = build(project, "--dry-run", "cpu", REGISTRY=registry)
+    assert f"docker push {registry}/imagen-cpu:abc123" in output
     assert not asked
     _, _, asked = build(project, "cpu", REGISTRY=f"{registry}/")
     assert asked[-1] == f"docker push {registry}/imagen-cpu:abc123"
@@ -249,7 +249,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is(
     project: Path, arguments: list[str], lock: str, words: str
 ) -> None:
     (project / "kuberay" / "images.lock").write_text(lock)
-    code, told, asked = build(project, *arguments)
+    code, output, asked = build(project, *arguments)
     assert (code, asked) == (2, [])
-    assert words in told
-    assert len(told.splitlines()) == 1
+    assert words in output
+    assert len(output.splitlines()) == 1

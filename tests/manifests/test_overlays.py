@@ -54,7 +54,7 @@ def test_the_schemas_are_strict(overlay: Overlay, schemas: Schemas) -> None:
     prod = Prod(overlay("prod"))
     prod.cluster["rayVersoin"] = prod.cluster.pop("rayVersion")
     prod.models["maxReplicas"] = "four"
-    prod.pod(prod.head)["nodeSelecter"] = {}
+    prod.change("head pod", {"nodeSelecter": {}})
     wrong = "\n".join([*schemas.errors(prod.manifests), *core_errors(prod.manifests)])
     assert all(word in wrong for word in ("rayVersoin", "four", "nodeSelecter"))
 

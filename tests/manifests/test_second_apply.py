@@ -44,9 +44,9 @@ class FakeServer:
         self.live: Object = {}
         self.owned: dict[str, set[Path]] = {}
 
-    def apply(self, manager: str, wanted: Object, *, force: bool = False) -> None:
+    def apply(self, manager: str, given: Object, *, force: bool = False) -> None:
         """Set these fields, and remove those that only this manager had applied before."""
-        fields, before = _fields(wanted), _fields(self.live)
+        fields, before = _fields(given), _fields(self.live)
         changed = {path for path, value in fields.items() if before.get(path) != value}
         conflicts = {
             other: paths & changed
@@ -65,15 +65,15 @@ class FakeServer:
         self.owned[manager] = set(fields)
         _set_defaults(self.live)
 
-    def update(self, manager: str, wanted: Object) -> None:
-        """Replace the whole object: the manager owns what it changed, and nobody else does."""
-        before, after = _fields(self.live), _fields(wanted)
+    def update(self, manager: str, given: Object) -> None:
+        """Replace the whole object: the manager becomes the only owner of what it changed."""
+        before, after = _fields(self.live), _fields(given)
         changed = {path for path, value in after.items() if before.get(path) != value}
         gone = before.keys() - after.keys()
         for paths in self.owned.values():
             paths -= changed | gone
         self.owned[manager] = self.owned.get(manager, set()) | changed
-        self.live = copy.deepcopy(wanted)
+        self.live = copy.deepcopy(given)
 
 
 def _set_defaults(service: Object) -> None:
@@ -187,9 +187,9 @@ def test_what_was_deployed_without_the_empty_mappings_is_brought_over_by_force_o
         if not group["template"]["metadata"]:
             del group["template"]["metadata"]
     server = deployed(former)
-    for wanted in (former, service):
+    for given in (former, service):
         with pytest.raises(Conflict, match=OPERATOR):
-            server.apply(US, wanted)
+            server.apply(US, given)
     server.apply(US, service, force=True)
     assert server.owned[OPERATOR] == {("metadata", "finalizers")}
     server.apply(US, service)
