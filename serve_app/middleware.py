@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.imagen.access")  # Serve gives its children a handler
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PROBES = {"/healthz", "/readyz"}
+"""Asked so often that their lines would bury the others."""
 _STILL_S = 1.0
 """A body without a byte for so long makes room for one that arrives."""
 
@@ -58,7 +60,7 @@ OnAnswer = Callable[[str, int, str, float], None]
 
 
 class AccessLog:
-    """Logs one line per request: method, path, status, seconds, request id.
+    """Logs one line per request: method, path, status, seconds, request id. Probes are DEBUG.
 
     Args:
         on_answer: called as well. Of a client that left before its answer it gets status 0 and
@@ -84,7 +86,8 @@ class AccessLog:
             await self.app(scope, receive, send_and_note)
         finally:
             seconds = time.monotonic() - start_s
-            logger.info(
+            logger.log(
+                logging.DEBUG if _below_root(scope) in _PROBES else logging.INFO,
                 "%s %s %s %.3f s %s",
                 scope["method"],
                 quote(scope["path"], errors="replace"),

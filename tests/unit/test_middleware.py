@@ -121,12 +121,20 @@ async def test_an_id_the_app_sets_itself_is_not_doubled() -> None:
 
 async def test_every_request_leaves_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ray.serve.imagen.access"):
-        await raw(app_of(), "/healthz", chunks([b""]), {"x-request-id": "mine"}, method="GET")
+        await raw(app_of(), "/api/v1/models", chunks([b""]), {"x-request-id": "mine"}, method="GET")
         await raw(app_of(), "/nowhere", chunks([b""]), {"x-request-id": "lost"})
     first, second = caplog.messages
-    assert first.startswith("GET /healthz 200 ")
+    assert first.startswith("GET /api/v1/models 200 ")
     assert first.endswith(" s mine")
     assert second.startswith("POST /nowhere 404 ")
+
+
+async def test_probes_do_not_bury_the_lines_of_requests(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "ray.serve.imagen.access"):
+        for path in ("/healthz", "/readyz"):
+            await raw(app_of(), path, chunks([b""]), method="GET")
+    levels = [one.levelno for one in caplog.records if one.name == "ray.serve.imagen.access"]
+    assert levels == [logging.DEBUG, logging.DEBUG]
 
 
 async def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
