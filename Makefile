@@ -47,24 +47,9 @@ fix: setup ## Mend what ruff can mend
 bench: setup ## Latency of each task on a 512x512 photo, on this machine
 	$(BIN)/python -m benchmarks.latency
 
-.PHONY: bench-options bench-order
-bench-options: setup ## Which speed options and group sizes gain on this machine's CPU
-	$(BIN)/python -m benchmarks.options $(ARGS)
-
-bench-order: setup ## Simulate our order of steps beside others
-	$(BIN)/python -m benchmarks.order
-
-.PHONY: bench-threads
-bench-threads: setup ## How many torch threads pay where several models share the cores (4 minutes)
-	$(BIN)/python -m benchmarks.threads
-
 .PHONY: bench-store
 bench-store: setup ## Pull 2 GB beside other ways to do it; load with and without verification
 	$(BIN)/python -m benchmarks.store
-
-.PHONY: bench-full-size
-bench-full-size: setup ## Pull the production registry at full size from a local hub (12 GB of disk)
-	$(BIN)/python -m benchmarks.full_size_pull
 
 .PHONY: profile-gpu
 profile-gpu: setup ## Measure what the production models take of this GPU's memory, for imagen plan

@@ -1,34 +1,27 @@
-"""How long Imagen takes to recover from kill -9 of each process, and what clients see meanwhile.
+"""`make bench-recovery`: how Imagen recovers from kill -9 of each process, and what clients see.
 
-`make bench-recovery` starts `serve run` on configs/local.yaml, keeps two clients and a reader of
-`/readyz` busy, and kills one process at a time, of those it started itself. Both times are from the
-kill on: until pictures come again and none fails any more, and until `/readyz` says ready and stays
-so.
+It starts `serve run` on configs/local.yaml, keeps two clients and a reader of `/readyz` busy, and
+kills one process at a time, of those it started itself. Two times are measured from the kill: until
+the first picture after which none fails, and until `/readyz` is ready and stays ready.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
 
 import httpx
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.server import running
-from benchmarks.peers.systems import OURS, SYSTEMS, System, ray_environment
+from benchmarks import machine
+from benchmarks.output import console, write_result
+from benchmarks.server import imagen, process_title, running
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
@@ -37,28 +30,21 @@ if TYPE_CHECKING:
 
 ROUTE: Final = "/api/v1/images/background/remove"
 KINDS: Final = {
-    "replica": "ray::ServeReplica:imagen:BackgroundRemove",
-    "ingress": "ray::ServeReplica:imagen:Ingress",
-    "proxy": "ray::ProxyActor",
-    "controller": "ray::ServeController",
+    "replica": "ServeReplica:imagen:BackgroundRemove",
+    "ingress": "ServeReplica:imagen:Ingress",
+    "proxy": "ProxyActor",
+    "controller": "ServeController",
 }
-"""How the processes are called, in the order they are killed in."""
+"""The titles of the processes, in the order in which they are killed."""
 _QUIET_S: Final = 8
 _LIMIT_S: Final = 180
 _PAUSE_S: Final = 0.1
-console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def process_of(kind: str) -> psutil.Process | None:
-    """The process of that kind among those that this one has started."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = process.cmdline()[:1]
-        except psutil.Error:
-            continue
-        if title and title[0].partition(".")[0].removesuffix("()") == KINDS[kind]:
-            return process
-    return None
+    """The process of that kind among those that this process has started."""
+    processes = psutil.Process().children(recursive=True)
+    return next((one for one in processes if process_title(one) == KINDS[kind]), None)
 
 
 class Answer(NamedTuple):
@@ -67,8 +53,8 @@ class Answer(NamedTuple):
     Attributes:
         sent_s, came_s: on the monotonic clock.
         outcome: `200`; status and code of a problem; `refused`, `cut off`; status and `plain text`.
-        retry_after_s: as told, if it was.
-        models: states by task, of `/readyz`.
+        retry_after_s: of the Retry-After header.
+        models: states by task, in an answer of `/readyz`.
     """
 
     sent_s: float
@@ -79,7 +65,7 @@ class Answer(NamedTuple):
 
 
 def ask(call: Callable[[], httpx.Response]) -> Answer:
-    """One request and what came of it."""
+    """Send one request and classify its answer."""
     sent_s = time.monotonic()
     try:
         response = call()
@@ -89,7 +75,7 @@ def ask(call: Callable[[], httpx.Response]) -> Answer:
         cut = "no answer" if isinstance(error, httpx.TimeoutException) else "cut off"
         return Answer(sent_s, time.monotonic(), cut)
     came_s = time.monotonic()
-    told = response.headers.get("retry-after")
+    retry_after_s = response.headers.get("retry-after")
     kind = response.headers.get("content-type", "").partition(";")[0]
     outcome, models = str(response.status_code), dict[str, str]()
     if kind == "application/problem+json":
@@ -98,7 +84,7 @@ def ask(call: Callable[[], httpx.Response]) -> Answer:
         models = response.json().get("models", {})
     elif not response.is_success:
         outcome += " plain text"
-    return Answer(sent_s, came_s, outcome, int(told) if told else None, models)
+    return Answer(sent_s, came_s, outcome, int(retry_after_s) if retry_after_s else None, models)
 
 
 class Watch:
@@ -144,10 +130,10 @@ class Watch:
             thread.join()
 
     def settle(self, kind: str, killed: psutil.Process, limit_s: float = _LIMIT_S) -> None:
-        """Wait until another process has taken its place, and all has been well for a while.
+        """Wait until another process has taken its place and every answer is good for 8 s.
 
         Raises:
-            TimeoutError: it does not come to that.
+            TimeoutError: after `limit_s`.
         """
         deadline_s = time.monotonic() + limit_s
         replaced_s: float | None = None
@@ -184,23 +170,25 @@ class Kill:
     """What one kill did.
 
     Attributes:
-        pictures_s, ready_s: until pictures came, and `/readyz` said ready, and went on to.
-        seen: answers of the image route that were not 200, by outcome.
-        states: of the killed model, as `/readyz` said them in turn.
-        told_s: each Retry-After, and the seconds it took from there.
+        pictures_s: from the kill to the first picture after which none failed.
+        ready_s: from the kill to the first ready `/readyz` after which all were ready.
+        failures: answers of the image route that were not 200, by outcome.
+        ready_failures: the same of `/readyz`.
+        states: the background model's states in `/readyz`, in order.
+        retry_after_s: each Retry-After, and the seconds until pictures came again.
     """
 
     kind: str
     pictures_s: float = 0.0
     ready_s: float = 0.0
-    seen: dict[str, int] = field(default_factory=dict[str, int])
-    ready_seen: dict[str, int] = field(default_factory=dict[str, int])
+    failures: dict[str, int] = field(default_factory=dict[str, int])
+    ready_failures: dict[str, int] = field(default_factory=dict[str, int])
     states: list[str] = field(default_factory=list[str])
-    told_s: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    retry_after_s: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
 
 
 def kill(kind: str, url: str, picture: bytes) -> Kill:
-    """Kill one process under light load, and wait until all is well again."""
+    """Kill one process under light load, and wait until every answer is good again."""
     with Watch(url, picture) as watch:
         time.sleep(2)
         victim = process_of(kind)
@@ -213,14 +201,14 @@ def kill(kind: str, url: str, picture: bytes) -> Kill:
     found = Kill(kind)
     found.pictures_s = recovered_s(pictures, killed_s)
     found.ready_s = recovered_s(readiness, killed_s)
-    found.seen = _bad(pictures, killed_s)
-    found.ready_seen = _bad(readiness, killed_s)
+    found.failures = _bad(pictures, killed_s)
+    found.ready_failures = _bad(readiness, killed_s)
     for answer in readiness:
         state = answer.models.get("background")
         if state and found.states[-1:] != [state]:
             found.states.append(state)
     well_s = killed_s + found.pictures_s
-    found.told_s = [
+    found.retry_after_s = [
         (one.retry_after_s, round(well_s - one.came_s, 1))
         for one in (*pictures, *readiness)
         if one.retry_after_s is not None and one.came_s >= killed_s
@@ -234,22 +222,22 @@ def _bad(answers: Sequence[Answer], killed_s: float) -> dict[str, int]:
 
 
 def table(kills: Sequence[Kill]) -> Table:
-    """Medians by kind, and the sum of what was seen."""
-    found = Table("killed", "pictures again, s", "/readyz again, s", "clients saw", "/readyz said")
+    """Medians by kind, and the sum of what clients saw."""
+    found = Table("killed", "pictures again, s", "/readyz again, s", "clients saw", "/readyz was")
     for kind in KINDS:
         these = [one for one in kills if one.kind == kind]
         if not these:
             continue
-        seen, said = Counter[str](), Counter[str]()
+        pictures, readiness = Counter[str](), Counter[str]()
         for one in these:
-            seen.update(one.seen)
-            said.update(one.ready_seen)
+            pictures.update(one.failures)
+            readiness.update(one.ready_failures)
         found.add_row(
             kind,
             _spread([one.pictures_s for one in these]),
             _spread([one.ready_s for one in these]),
-            _counts(seen),
-            _counts(said),
+            _counts(pictures),
+            _counts(readiness),
         )
     return found
 
@@ -266,32 +254,23 @@ def main(
     rounds: Annotated[int, typer.Option(help="Kills of each process")] = 5,
     only: Annotated[str, typer.Option(help="One kind alone; writes nothing")] = "",
 ) -> None:
-    """Kill each process of a running server so many times, and tell how it recovered."""
+    """Kill each process of a running server so many times, and print how it recovered."""
     picture = (ROOT / "docs/photo.jpg").read_bytes()
-    system = System("Imagen", SYSTEMS[OURS].command, environment=ray_environment)
     kills: list[Kill] = []
     load: list[float] = []
-    with running(system) as url:
+    with running(imagen()) as server:
         for number in range(rounds):
             for kind in [only] if only else KINDS:
-                kills.append(kill(kind, url, picture))
-                load.append(os.getloadavg()[0])
-                last = kills[-1]
-                console.print(f"{number + 1} {asdict(last)} load {load[-1]:.1f}")
+                kills.append(kill(kind, server.url, picture))
+                load.append(round(machine.load_average(), 1))
+                console.print(f"{number + 1} {asdict(kills[-1])} load {load[-1]}")
     console.print(table(kills))
-    console.print(f"Load average: {min(load):.1f} to {max(load):.1f}")
+    console.print(f"Load average: {min(load)} to {max(load)}")
     if only:
         return
-    day = datetime.now(UTC).date().isoformat()
-    values: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "ray": version("ray"),
-        "load": [round(one, 1) for one in load],
-        "kills": [asdict(one) for one in kills],
-    }
-    file = ROOT / f"benchmarks/results/recovery-{day}.json"
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    console.print(f"Written to {file.relative_to(ROOT)}")
+    facts = machine.describe() | {"versions": machine.versions(["ray"]), "load": load}
+    document: dict[str, Any] = {"machine": facts, "kills": [asdict(one) for one in kills]}
+    write_result("recovery", document)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.gpu.bench import ROUNDS, Budget
 from benchmarks.gpu.measure import PEAK_SIZES, matrix_peak
-from benchmarks.gpu.plan import run, tasks
 from benchmarks.gpu.table import render, write_json, write_table
+from benchmarks.gpu.tasks import run, tasks
 from benchmarks.gpu.workloads import WORKLOADS
 
 if TYPE_CHECKING:

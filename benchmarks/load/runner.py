@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import signal
 import threading
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import machine
 from benchmarks.load.client import Client, Ending, check_reachable
 from benchmarks.load.report import Machine, Record, Report, derive
 from benchmarks.load.workload import photos, requests, warm_up
@@ -82,7 +80,7 @@ async def run_async(
         plan = plan.change(target={"url": url})
     pictures = photos(plan)
     await check_reachable(plan.target)
-    load_before, started = os.getloadavg()[0], datetime.now(UTC).isoformat(timespec="seconds")
+    load_before, started = machine.load_average(), datetime.now(UTC).isoformat(timespec="seconds")
     async with Client(plan, pictures) as client:
         load = _Load(plan, client, progress or _tell_nobody, dict(unloaded_s or {}))
         interrupted = await _until(load.drive(), stop or asyncio.Event())
@@ -94,7 +92,12 @@ async def run_async(
         started=started,
         interrupted=interrupted,
         wall_s=load.wall_s,
-        machine=_machine(load_before, load.cpu_s / load.wall_s if load.wall_s else 0.0),
+        machine=Machine(
+            **machine.describe(),
+            load_before=load_before,
+            load_after=machine.load_average(),
+            generator_cpu_share=load.cpu_s / load.wall_s if load.wall_s else 0.0,
+        ),
         unloaded_s=load.unloaded_s,
         records=tuple(records),
         **derive(records, load.wall_s, usd_per_gpu_hour),
@@ -215,23 +218,3 @@ async def _until(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
         for task in (working, stopping):
             task.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
-
-
-def _machine(load_before: float, generator_cpu_share: float) -> Machine:
-    return Machine(
-        processor=_processor(),
-        platform=platform.platform(),
-        python=platform.python_version(),
-        cores=len(os.sched_getaffinity(0)),
-        load_before=load_before,
-        load_after=os.getloadavg()[0],
-        generator_cpu_share=generator_cpu_share,
-    )
-
-
-def _processor() -> str:
-    with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

@@ -6,11 +6,8 @@ One system runs at a time. Ours runs first and last, so that a drift of the mach
 from __future__ import annotations
 
 import json
-import os
-import platform
 import signal
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,35 +16,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import psutil
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.server import NotStarted, running
-from benchmarks.peers.systems import (
-    BENTOML_BIN,
-    CALM,
-    OUR_BIN,
-    OURS,
-    PEERS_BIN,
-    SYSTEMS,
-    TRITON_BIN,
-    System,
-)
+from benchmarks import machine
+from benchmarks.output import console, write_result
+from benchmarks.peers.systems import BENTOML_BIN, OURS, SYSTEMS, TRITON_BIN
+from benchmarks.server import OUR_BIN, PEERS_BIN, NotStarted, running
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Run = dict[str, Any]
-"""A system's letter and title, and the name and report of one load on it, or why it `failed`."""
+    from benchmarks.server import System
 
-RESULTS: Final = ROOT / "benchmarks/results"
+Run = dict[str, Any]
+"""A system's letter and title with the name and report of one load on it, or why it `failed`."""
+
 PLANS: Final = ROOT / "benchmarks/plans"
 PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy", "pillow", "ray")
 PEERS: Final = (*PACKAGES, "litserve", "starlette", "uvicorn", "fastapi")
 _QUICK: Final = {"requests": 8, "slowdown_requests": 4, "warm_up": 1}
 _BUSY_PERCENT: Final = 10
-console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def main(
@@ -65,32 +54,26 @@ def main(
     if rate is not None:
         changes |= {"rate_per_s": rate}
     order = _order(systems)
-    # So that a server under way is stopped, as it is at Ctrl-C.
+    # SIGTERM stops a server that runs, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rows_cost = _group_cost(quick)
     runs = [run for letter in order for run in _measure(letter, loads.split(","), changes, quick)]
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {"imagen": _versions(OUR_BIN, PACKAGES), "peers": _peer_versions()},
+        "machine": machine.describe(),
+        "versions": {"imagen": machine.versions(PACKAGES), "peers": _peer_versions()},
         "changes": changes,
-        "group_of_8_over_8_singles": rows_cost,
         "runs": runs,
     }
-    _show(runs, rows_cost)
-    file = output or RESULTS / f"peers-{datetime.now(UTC).date()}.json"
-    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote {file}")
+    _show(runs)
+    write_result("peers", document, output)
     raise typer.Exit(int(any("failed" in run for run in runs)))
 
 
-def _show(runs: list[Run], rows_cost: dict[str, float]) -> None:
+def _show(runs: list[Run]) -> None:
     console.print(_table(runs))
     for load in dict.fromkeys(run["load"] for run in runs if "load" in run):
         if len(ours := _throughputs(OURS, load, runs)) == 2:
-            console.print(f"{load}: ours at the end made {ours[1] / ours[0]:.2f} of the first run.")
-    for size, ratio in rows_cost.items():
-        console.print(f"A UNet pass of 8 rows at {size} costs {ratio:.2f} of 8 passes of one.")
+            console.print(f"{load}: our last run made {ours[1] / ours[0]:.2f} of our first.")
 
 
 def _order(letters: str) -> list[str]:
@@ -104,28 +87,19 @@ def _order(letters: str) -> list[str]:
     return [OURS, *peers, OURS] if peers else [OURS]
 
 
-def _group_cost(quick: bool) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.peers.group_cost"]
-    options = ["--repeats", "1"] if quick else []
-    done = subprocess.run(
-        [*command, *options], cwd=ROOT, env=os.environ | CALM, check=True, capture_output=True
-    )
-    return json.loads(done.stdout)
-
-
 def _measure(letter: str, loads: list[str], changes: dict[str, Any], quick: bool) -> list[Run]:
     """Every load on one system, which is started for it."""
     system = SYSTEMS[letter]
     console.rule(f"{letter}  {system.title}")
     busy = psutil.cpu_percent(3)
     if busy > _BUSY_PERCENT:
-        console.print(f"[yellow]Others use {busy:.0f} % of the cores: these figures say little.")
+        console.print(f"[yellow]Other programs use {busy:.0f} % of the cores; expect noise.")
     runs: list[Run] = []
     try:
-        with running(system) as url:
-            _warm_up(system, url, 1 if quick else system.warm_up_rounds)
+        with running(system) as server:
+            _warm_up(system, server.url, 1 if quick else system.warm_up_rounds)
             for load in loads:
-                report = _bench(system, url, load, changes)
+                report = _bench(system, server.url, load, changes)
                 console.print(f"{load}: {report['images_per_s']:.3f} images/s")
                 runs.append(_run(letter, load=load, others_cpu_percent=busy, report=report))
     except (NotStarted, subprocess.CalledProcessError) as error:
@@ -220,37 +194,12 @@ def _ratio(value: float | None, ours: Sequence[float | None]) -> str:
     return f"{value * len(known) / sum(known):.2f}" if value and known else "-"
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _peer_versions() -> dict[str, str]:
     return (
-        _versions(PEERS_BIN, PEERS)
-        | _versions(BENTOML_BIN, ("bentoml",))
-        | _versions(TRITON_BIN, ("nvidia-pytriton",))
+        machine.versions(PEERS, PEERS_BIN / "python")
+        | machine.versions(("bentoml",), BENTOML_BIN / "python")
+        | machine.versions(("nvidia-pytriton",), TRITON_BIN / "python")
     )
-
-
-def _versions(binaries: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """Of those packages that an environment has."""
-    code = (
-        "import importlib.metadata as m, json, sys; have = {d.name.lower(): d.version for d in "
-        "m.distributions()}; print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
-    )
-    command = [str(binaries / "python"), "-c", code, *packages]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from benchmarks.gpu.__main__ import RESULTS, ROOT, main
 from benchmarks.gpu.bench import Bench, Budget, compare, headline_cells, winners
 from benchmarks.gpu.options import BASE, OPTIONS, Graphed, Options, Padded, Remembered
 from benchmarks.gpu.pipelines import drive, make_row
-from benchmarks.gpu.plan import run, tasks
 from benchmarks.gpu.systems import Ours, Stock, items
+from benchmarks.gpu.tasks import run, tasks
 from benchmarks.gpu.workloads import WORKLOADS, Item, build
 
 if TYPE_CHECKING:

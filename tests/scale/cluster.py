@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 import ray.util
 
+from benchmarks.server import free_port
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
@@ -313,9 +313,3 @@ def wait_until(reached: Callable[[], object], seconds: float, what: str) -> None
     while not reached():
         assert time.monotonic() < deadline_s, f"not within {seconds} s: {what}"
         time.sleep(0.25)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

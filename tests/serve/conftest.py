@@ -14,7 +14,7 @@ from ray.serve import RunTarget
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema, TracingConfig
 
-from benchmarks.peers.server import free_port
+from benchmarks.server import free_port
 from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings
 from deployments.tasks import Task

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from benchmarks.peers.server import free_port
+from benchmarks.server import free_port
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
