@@ -1,12 +1,12 @@
-"""What the production models take of a GPU's memory, for `imagen plan`: `make profile-gpu`.
+"""`make profile-gpu`: what the production models take of a GPU's memory, for `imagen plan`.
 
 Builds each architecture at full size with random weights, runs single passes at several sizes and
 row counts, and writes the peaks to configs/gpu_profiles.json. Needs torch, diffusers and
-transformers, no server, no network, no weights.
+transformers; no server, no network, no weights.
 
-    --device cuda        measures the GPU at hand; an entry of its own, `source: measured`
-    --device meta        counts live tensors without a device; the entry `source: estimate`
-    --device cpu --tiny  a dry run with tiny networks and a fake device, for tests; needs --out
+    --device cuda        measures the GPU of this machine: an entry with `source: measured`
+    --device meta        counts live tensors without a device: the entry with `source: estimate`
+    --device cpu --tiny  a dry run of tiny networks, for tests; needs --out
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -39,34 +39,69 @@ from benchmarks.gpu.architectures import (
     unet_inputs,
     weights_bytes,
 )
-from benchmarks.gpu.fake_device import FakeDeviceMemory
 from deployments.gpu.cap import CudaMemory
 from deployments.gpu.profiles import PROFILES, gpu_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from deployments.gpu.cap import DeviceMemory
-
     Values = dict[str, Any]
 
 SIZES_PX = (512, 768, 1024)
 NETWORK_ROWS = (1, 2, 4, 8)
 TINY_PX = 128
-FAKE_BYTES = 64 * 2**30
 _DATE = "%Y-%m-%d"
 
 
+class Memory(Protocol):
+    """How much memory tensors take on a device."""
+
+    def allocated_bytes(self) -> int:
+        """What they take now."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most they took since `reset_peak`."""
+        ...
+
+    def reset_peak(self) -> None: ...
+
+
+class CountedMemory:
+    """A `Memory` that adds up what is reserved, of a device without limits."""
+
+    def __init__(self) -> None:
+        self._taken_bytes = self._peak_bytes = 0
+
+    def reserve(self, amount_bytes: int) -> None:
+        self._taken_bytes += amount_bytes
+        self._peak_bytes = max(self._peak_bytes, self._taken_bytes)
+
+    def release(self, amount_bytes: int) -> None:
+        self._taken_bytes -= amount_bytes
+
+    def allocated_bytes(self) -> int:
+        return self._taken_bytes
+
+    def peak_bytes(self) -> int:
+        return self._peak_bytes
+
+    def reset_peak(self) -> None:
+        self._peak_bytes = self._taken_bytes
+
+
 class LiveTensors(TorchDispatchMode):
-    """Plays a device: every storage that lives takes its size of a fake memory, and gives it back.
+    """Reserves the size of every storage while it lives.
 
-    Networks must be built inside, or their weights are counted when they are first used.
+    Networks must be built inside, or their weights are counted when they are first used. Memory
+    that kernels use inside (workspaces, attention), the allocator's rounding and its fragments are
+    not seen.
 
-    What kernels use inside (workspaces, attention's own) is not seen, and neither are the
-    allocator's rounding and fragments.
+    Args:
+        memory: its `reserve` and `release` are called.
     """
 
-    def __init__(self, memory: FakeDeviceMemory) -> None:
+    def __init__(self, memory: CountedMemory) -> None:
         super().__init__()
         self._memory = memory
         self._known: set[int] = set()
@@ -81,7 +116,7 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until it is gone; once, however many tensors share it."""
+        """Count a tensor's storage until it is freed; once, however many tensors share it."""
         storage = tensor.untyped_storage()
         key, amount_bytes = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -96,8 +131,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as the fused CUDA kernels have it: nothing but the result. For the meta device,
-    where torch would write out every pair of tokens.
+    """Computes the result of attention only, as the fused CUDA kernels do.
+
+    On the meta device torch would allocate a value for every pair of tokens.
     """
 
     def __torch_function__(
@@ -118,7 +154,7 @@ class Bench:
         tiny: whether networks and sizes are tiny.
     """
 
-    def __init__(self, device: str, memory: DeviceMemory, *, tiny: bool) -> None:
+    def __init__(self, device: str, memory: Memory, *, tiny: bool) -> None:
         self._device = device
         self._memory = memory
         self._tiny = tiny
@@ -143,7 +179,7 @@ class Bench:
     def _diffusion(
         self, name: str, own_px: tuple[int, int], sizes_px: Sequence[int], rows: Sequence[int]
     ) -> tuple[int, list[Values], Values]:
-        where = {"device": self._device, "dtype": self._dtype, "tiny": self._tiny}
+        where: Values = {"device": self._device, "dtype": self._dtype, "tiny": self._tiny}
         text = weights_bytes(build_text_encoder(name, **where))
         vae = build_vae(name, **where)
         weights = text + weights_bytes(vae)
@@ -163,7 +199,7 @@ class Bench:
         """Of encoding and of decoding one picture, or one tile of it; the larger."""
         architecture = ARCHITECTURES[name]
         weight = next(vae.parameters())
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options: Values = {"device": weight.device, "dtype": weight.dtype}
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         output_px = [side // architecture.latent_px * scale for side in own_px]
         tile_px = architecture.vae_tile_px
@@ -194,7 +230,7 @@ class Bench:
         return weights_bytes(net), passes
 
     def _peak(self, work: Callable[[], torch.Tensor]) -> int | None:
-        """What tensors take beyond what is there already; None if that is more than there is."""
+        """What tensors take beyond what is there already; None if the device runs out of memory."""
         self._memory.reset_peak()
         before_bytes = self._memory.allocated_bytes()
         try:
@@ -208,16 +244,16 @@ class Bench:
 
 
 def fit(passes: Sequence[Values]) -> dict[str, int]:
-    """One row's peak, and the steepest line from it that no measured pass is above.
+    """One row's peak, and the least slope per further row that no measured pass exceeds.
 
     Raises:
-        SystemExit: not even one row was measured.
+        SystemExit: one row did not fit.
     """
     peaks = {p["network_rows"]: p["peak_bytes"] for p in passes if p["peak_bytes"] is not None}
     if 1 not in peaks:
         raise SystemExit("One row does not fit this device: there is nothing to profile.")
     slopes = [(peak - peaks[1]) / (rows - 1) for rows, peak in peaks.items() if rows > 1]
-    # A single point tells no slope: a further row takes no more than the first.
+    # Without a second point: a further row takes no more than the first.
     per_row = max(slopes, default=peaks[1])
     return {"base_peak_bytes": peaks[1], "per_row_bytes": max(0, math.ceil(per_row))}
 
@@ -238,10 +274,10 @@ def run(args: argparse.Namespace) -> Values:
         raise SystemExit(f"Unknown models {sorted(unknown)}; known: {', '.join(ARCHITECTURES)}.")
     if args.device == "cuda":
         return _run_cuda(names, args)
-    fake = FakeDeviceMemory(FAKE_BYTES)
-    bench = Bench(args.device, fake, tiny=args.tiny)
+    memory = CountedMemory()
+    bench = Bench(args.device, memory, tiny=args.tiny)
     with ExitStack() as modes:
-        modes.enter_context(LiveTensors(fake))
+        modes.enter_context(LiveTensors(memory))
         if args.device == "meta":
             modes.enter_context(FusedAttention())
         models = dict(_each(bench, names, args))
@@ -252,14 +288,14 @@ def run(args: argparse.Namespace) -> Values:
 def _run_cuda(names: Sequence[str], args: argparse.Namespace) -> Values:
     if not torch.cuda.is_available():
         raise SystemExit(
-            "There is no CUDA device here, so that nothing can be measured. Run this on a GPU"
-            " machine; until then `imagen plan` uses the estimate in configs/gpu_profiles.json"
-            " (--device meta makes that anew)."
+            "There is no CUDA device, so nothing can be measured. Run this on a machine with a GPU."
+            " Until then `imagen plan` uses the estimate in configs/gpu_profiles.json, which"
+            " --device meta makes."
         )
     others_bytes = _used_bytes()
     memory = CudaMemory("cuda")
     models = dict(_each(Bench("cuda", memory, tiny=args.tiny), names, args))
-    # At the end: libraries load their kernels when they are first used.
+    # Measured at the end, because libraries load their kernels when they are first used.
     taken_bytes = memory.total_bytes() - memory.free_bytes() - others_bytes
     return _section(
         "dry run" if args.tiny else "measured",
@@ -306,7 +342,7 @@ def _section(
 
 
 def _used_bytes() -> int:
-    """What others hold of the GPU, before this process has a context there; 0 if nobody says."""
+    """The GPU memory in use before this process has a context; 0 without nvidia-smi."""
     used = _smi("memory.used")
     return int(float(used)) * 2**20 if used else 0
 
@@ -366,7 +402,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=f"unset: {PROFILES.name}")
     args = parser.parse_args(argv)
     if args.tiny and args.out is None:
-        parser.error("--tiny needs --out: its figures must not get into the committed file")
+        parser.error("--tiny needs --out: its figures do not belong in the committed file")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu is a dry run, which needs --tiny")
     return args

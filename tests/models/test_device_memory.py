@@ -1,4 +1,4 @@
-"""Device memory on a machine that has none: the fake meter, the cap, and the profile's dry run."""
+"""GPU memory on a machine without a GPU: counting tensors, the cap, and the profile's dry run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from benchmarks.gpu.architectures import (
     unet_inputs,
     weights_bytes,
 )
-from benchmarks.gpu.fake_device import FakeDeviceMemory
 from deployments.engine.device import is_fatal
 from deployments.errors import GpuTooSmall
 from deployments.gpu import cap as cap_module
 from deployments.gpu.cap import cap_device, enforce_share
 from deployments.gpu.profiles import context_reserve_bytes, load_profiles
 from deployments.settings import ROOT
+from tests.fake_gpu import FakeDeviceMemory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.gpu.fake_device import FakeDeviceMemory
+from deployments.contract import Task
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
 from deployments.gpu.plan import ESTIMATE_MARGIN, TILE_OVERLAP_PX, plan
@@ -29,6 +29,7 @@ from deployments.gpu.profiles import (
 from deployments.registry import ModelSpec, load_catalogue
 from deployments.settings import SEATS
 from deployments.tasks import Task
+from tests.fake_gpu import FakeDeviceMemory
 
 GIB, MIB = 2**30, 2**20
 PRODUCTION = Path("configs/models/production.yaml")

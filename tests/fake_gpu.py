@@ -1,4 +1,4 @@
-"""A GPU's memory where there is no GPU."""
+"""The memory of a GPU on a machine without one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class FakeDeviceMemory:
-    """`DeviceMemory` of a GPU that is not there: whoever plays it says what is taken."""
+    """A `DeviceMemory` of which tests take as much as they like, up to its cap."""
 
     def __init__(self, total_bytes: int) -> None:
         self._total_bytes = total_bytes
