@@ -23,14 +23,14 @@ from benchmarks import machine
 from benchmarks.output import console, write_result
 from benchmarks.server import imagen, process_title, running
 from deployments.settings import ROOT
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-ROUTE: Final = "/api/v1/images/background/remove"
 KINDS: Final = {
-    "replica": "ServeReplica:imagen:BackgroundRemove",
+    "replica": f"ServeReplica:imagen:{Task.BACKGROUND.deployment}",
     "ingress": "ServeReplica:imagen:Ingress",
     "proxy": "ProxyActor",
     "controller": "ServeController",
@@ -102,7 +102,9 @@ class Watch:
 
         def post() -> httpx.Response:
             files = {"image": picture}
-            return httpx.post(url + ROUTE, files=files, timeout=120, trust_env=False)
+            return httpx.post(
+                url + Task.BACKGROUND.route, files=files, timeout=120, trust_env=False
+            )
 
         def ready() -> httpx.Response:
             return httpx.get(url + "/readyz", timeout=120, trust_env=False)
@@ -204,7 +206,7 @@ def kill(kind: str, url: str, picture: bytes) -> Kill:
     found.failures = _bad(pictures, killed_s)
     found.ready_failures = _bad(readiness, killed_s)
     for answer in readiness:
-        state = answer.models.get("background")
+        state = answer.models.get(Task.BACKGROUND)
         if state and found.states[-1:] != [state]:
             found.states.append(state)
     well_s = killed_s + found.pictures_s

@@ -24,6 +24,7 @@ from benchmarks import machine
 from benchmarks.load import parse_plan, run
 from benchmarks.output import console, today, write_result
 from benchmarks.server import cpu_s, imagen, process_title, running
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,9 @@ SLOWER: Final = 2
 _SAMPLES: Final = 400
 _SILENCE_S: Final = 5
 _IDLE_SHARE: Final = 0.2
-_ASLEEP: Final = ("Comic", "Aged")
+_ASLEEP: Final = (Task.COMIC.deployment, Task.AGED.deployment)
 _ACTORS: Final = ("ProxyActor", "ServeReplica:imagen:")
-_TASKS: Final = {"BackgroundRemove": "background", "Upscale": "upscale", "Enhance": "enhance"}
+_TASKS: Final = {task.deployment: str(task) for task in Task}
 _SIZES: Final[dict[str, list[dict[str, Any]]]] = {
     "background": [{"size": [8, 8], "up_to": [512, 512]}],
     "upscale": [

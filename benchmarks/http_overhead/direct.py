@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 
-from benchmarks.http_overhead.systems import DEPLOYMENT, TASK
+from benchmarks.http_overhead.systems import TASK
 from benchmarks.server import LOCAL_CONFIG, OUR_BIN, PEERS_BIN, NotStarted
 from deployments.settings import ROOT
 
@@ -46,7 +46,8 @@ def ours(threads: int | None) -> Call:
     args = application["args"] | ({"torch_threads": threads} if threads else {})
     settings = Settings.model_validate(args)
     spec = load_registry(settings.models)[TASK]
-    tuning = next(d for d in application["deployments"] if d["name"] == DEPLOYMENT)["user_config"]
+    deployments = {each["name"]: each for each in application["deployments"]}
+    tuning = deployments[TASK.deployment]["user_config"]
     provider = Provider(settings.models, settings.store)
     pipeline = build(spec, provider.ensure(spec), settings)
     engine = Engine(pipeline, GroupLimits(tuning["max_batch_size"]))

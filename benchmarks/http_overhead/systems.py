@@ -16,9 +16,8 @@ from benchmarks.server import PEERS_BIN, System, imagen
 from deployments.tasks import Task
 
 TASK: Final = Task.BACKGROUND
-DEPLOYMENT: Final = "BackgroundRemove"
 LITSERVE: Final = ("litserve", "litserve unbatched")
-_ASLEEP: Final = ("Upscale", "Enhance", "Comic", "Aged")
+_ASLEEP: Final = tuple(task.deployment for task in Task if task is not TASK)
 _GRPC: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**28),  # Ray's own limit is 4 MiB

@@ -1,4 +1,4 @@
-"""What the multipart peers have in common before the model: our routes, and a form read whole."""
+"""What the multipart peers share before the model: our routes, and reading a form."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ if TYPE_CHECKING:
     from benchmarks.peers.work import Upload
 
 PREFIX: Final = "/api/v1/images"
-TASKS: Final = {
-    "upscale": Task.UPSCALE,
-    "enhance": Task.ENHANCE,
-    "style/comic": Task.COMIC,
-    "style/aged": Task.AGED,
-    "background/remove": Task.BACKGROUND,
-}
+TASKS: Final = {task.route.removeprefix(f"{PREFIX}/"): task for task in Task}
+"""The tasks by what follows the prefix in their routes."""
 
 
 def media_type(upload: Upload) -> str:
-    """Of the answer to an upload."""
+    """The media type of the answer to an upload."""
     return f"image/{upload[1].get('output_format', 'png')}"
 
 
 async def read_upload(request: Request) -> Upload:
-    """The file of the field `image`, and every other field."""
+    """The file of the field `image`, and every other field.
+
+    Raises:
+        ValueError: `image` is text.
+    """
     async with request.form() as form:
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
         file = form["image"]

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.contract import Task
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
 from deployments.gpu.plan import ESTIMATE_MARGIN, TILE_OVERLAP_PX, plan
