@@ -48,21 +48,21 @@ bench: setup ## Latency of each task on a 512x512 photo, on this machine
 	$(BIN)/python -m benchmarks.latency
 
 .PHONY: bench-store
-bench-store: setup ## Pull 2 GB beside other ways to do it; load with and without verification
+bench-store: setup ## Pull and load a 2 GB model, beside other ways to do it
 	$(BIN)/python -m benchmarks.store
 
 .PHONY: profile-gpu
-profile-gpu: setup ## Measure what the production models take of this GPU's memory, for imagen plan
+profile-gpu: setup ## Measure the production models' memory on this GPU, for imagen plan
 	$(BIN)/python -m benchmarks.gpu.profile
 
 .PHONY: bench-gpu
-bench-gpu: setup ## Our GPU speed beside stock diffusers and the old worker loop (nine minutes a call)
+bench-gpu: setup ## Speed on this GPU beside stock diffusers and the old worker loop (9 minutes a call)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 PEERS := .venv-peers
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-# Two peers want other versions of a few packages: theirs are environments that see the first one's.
+# Two peers need other versions of a few packages: their environments add them to the first one's.
 $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --requirement benchmarks/peers/requirements.txt
@@ -75,7 +75,7 @@ $(PEERS)/.done: constraints.txt $(wildcard benchmarks/peers/requirements*.txt)
 	touch $@
 
 .PHONY: bench-peers
-bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (hours, or ARGS=--quick)
+bench-peers: setup $(PEERS)/.done ## The same models and load on six other servers (1 to 2 hours, or ARGS=--quick)
 	$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
 .PHONY: manifests validate
@@ -100,15 +100,15 @@ deploy: setup ## Check OVERLAY=prod, show what it changes and apply it (DRY_RUN=
 	kuberay/deploy.sh $(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(OVERLAY)
 
 .PHONY: bench-http
-bench-http: setup ## What HTTP costs on the way to a model, beside LitServe if .venv-peers is there
+bench-http: setup ## The cost of HTTP on the way to a model, beside LitServe if .venv-peers is there
 	$(BIN)/python -m benchmarks.http_overhead $(ARGS)
 
 .PHONY: bench-recovery
-bench-recovery: setup ## kill -9 of each process five times: what clients see, and for how long
+bench-recovery: setup ## kill -9 each process five times: what clients see, and for how long (10 minutes)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
 .PHONY: soak-clients
-soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (15 minutes)
+soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (20 minutes)
 	$(BIN)/python -m benchmarks.soak_clients $(ARGS)
 
 .PHONY: soak-store
