@@ -47,6 +47,20 @@ def load_average() -> float:
     return os.getloadavg()[0]
 
 
+def nvidia_smi(field: str) -> str | None:
+    """A field of `nvidia-smi --query-gpu` of the first GPU, without its unit; None if it fails."""
+    return first_line("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+
+
+def first_line(*command: str) -> str | None:
+    """The first line that a command prints; None if it prints nothing, fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
 def versions(packages: Sequence[str], python: Path | None = None) -> dict[str, str]:
     """The versions of those packages that are installed.
 

@@ -1,22 +1,20 @@
-"""Measures the GPU at hand and writes benchmarks/results/gpu-<name>-<date>.json and gpu.md.
+"""Measures this machine's GPU and writes benchmarks/results/gpu-<name>-<date>.json and gpu.md.
 
     python -m benchmarks.gpu                        all, in order of importance, for nine minutes
-    python -m benchmarks.gpu --resume FILE          go on where that file ends
+    python -m benchmarks.gpu --resume FILE          measure what that file lacks
     python -m benchmarks.gpu --only 'enhance-1024/*' 'comic-*/headline'
-    python -m benchmarks.gpu --table                gpu.md anew, from the files that are there
+    python -m benchmarks.gpu --table                write gpu.md from the result files
 
-Without a GPU it is a dry run with tiny networks, which writes nothing unless --out says where.
+Without a GPU it is a dry run with tiny networks, which writes nothing without --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.gpu.bench import ROUNDS, Budget
 from benchmarks.gpu.measure import PEAK_SIZES, matrix_peak
 from benchmarks.gpu.table import render, write_json, write_table
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
+PACKAGES = ("diffusers", "transformers", "xformers", "triton")
 _TINY_PEAK_SIZE = 64
 
 
@@ -46,19 +46,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="unset: cuda where there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny networks: a dry run")
-    parser.add_argument("--budget-s", type=float, default=540, help="begin nothing that is longer")
-    parser.add_argument("--rounds", type=int, help="of runs in turns; unset: 3, of a dry run 1")
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="of task names, see --list")
+    parser.add_argument("--budget-s", type=float, default=540, help="start no longer task")
+    parser.add_argument("--rounds", type=int, help="of runs in turns; default: 3, in a dry run 1")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="of task names; see --list")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="a file to complete")
-    parser.add_argument("--retry", action="store_true", help="with --resume: what failed, too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"unset: {RESULTS}")
+    parser.add_argument("--retry", action="store_true", help="with --resume: repeat what failed")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {RESULTS}")
     parser.add_argument("--table", action="store_true", help="only write gpu.md from the files")
     parser.add_argument("--list", action="store_true", help="only print the names of the tasks")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; without --device this is a dry run")
+        parser.error("there is no CUDA device; leave out --device for a dry run")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tiny = args.tiny or args.device == "cpu"
     args.rounds = args.rounds or (1 if args.tiny else ROUNDS)
@@ -107,17 +107,19 @@ def measure(args: argparse.Namespace, work: Sequence[Any], budget: Budget) -> No
 
 
 def _result(args: argparse.Namespace) -> tuple[Values, str]:
-    """What is known so far, and the name of its file."""
-    machine = describe(args.device)
-    session = {"date": _today(), "commit": _git("rev-parse", "--short", "HEAD")}
+    """The results so far, and the name of their file."""
+    facts = describe(args.device)
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    commit = machine.first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    session = {"date": date, "commit": commit}
     if args.resume is None:
-        result: Values = {"dry_run": args.tiny, "machine": machine, "peak": {}, "sessions": []}
+        result: Values = {"dry_run": args.tiny, "machine": facts, "peak": {}, "sessions": []}
         result["cells"] = {}
-        slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "dry-run").lower()).strip("-")
-        path = f"gpu-{slug}-{session['date']}.json"
+        slug = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or "dry-run").lower()).strip("-")
+        path = f"gpu-{slug}-{date}.json"
     else:
         result, path = json.loads(args.resume.read_text(encoding="utf-8")), args.resume.name
-        _check_same(result, machine, dry_run=args.tiny)
+        _check_same(result, facts, dry_run=args.tiny)
     if args.retry:
         for cell in result["cells"].values():
             cell["again"] = cell["status"] != "measured"
@@ -125,9 +127,13 @@ def _result(args: argparse.Namespace) -> tuple[Values, str]:
     return result, path
 
 
-def _check_same(result: Values, machine: Values, *, dry_run: bool) -> None:
-    """Figures of different machines do not belong into one file."""
-    keys = [key for key in machine if result["machine"].get(key) != machine[key]]
+def _check_same(result: Values, facts: Values, *, dry_run: bool) -> None:
+    """One file holds the figures of one machine and one setup.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    keys = [key for key in facts if result["machine"].get(key) != facts[key]]
     if keys or result["dry_run"] != dry_run:
         raise SystemExit(f"That file is of another machine or setup: {', '.join(keys)} differ.")
 
@@ -146,46 +152,17 @@ def _add_peak(result: Values, args: argparse.Namespace) -> None:
 
 def describe(device: str) -> Values:
     """The machine, as far as figures depend on it."""
-    gpu = None
+    facts: Values = dict.fromkeys(("gpu", "memory_bytes", "driver", "cuda", "cudnn"))
     if device == "cuda":
-        gpu = torch.cuda.get_device_name()
-    packages = ("diffusers", "transformers", "xformers", "triton")
-    return {
-        "gpu": gpu,
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
-        "driver": _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if gpu
-        else None,
-        "cuda": torch.version.cuda if gpu else None,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def _git(*arguments: str) -> str | None:
-    return _ask("git", "-C", str(ROOT), *arguments)
-
-
-def _ask(*command: str) -> str | None:
-    """What a command says in its first line; None if there is none, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+        facts = {
+            "gpu": torch.cuda.get_device_name(),
+            "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+            "driver": machine.nvidia_smi("driver_version"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    have = dict.fromkeys(PACKAGES, "not installed") | machine.versions(PACKAGES)
+    return facts | {"python": platform.python_version(), "torch": torch.__version__} | have
 
 
 if __name__ == "__main__":

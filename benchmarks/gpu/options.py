@@ -39,9 +39,6 @@ class Options:
         group: at most so many rows share a step, and always as many as there are; None: as the
             engine finds worth while, up to the workload's own.
         exact: every row steps alone.
-        synchronised: the host waits for every step.
-        pageable: small values are sent from memory that is not pinned.
-        in_turn: nothing is encoded or decoded beside a step.
     """
 
     dtype: torch.dtype | None = None
@@ -56,9 +53,6 @@ class Options:
     remembered: bool = False
     group: int | None = None
     exact: bool = False
-    synchronised: bool = False
-    pageable: bool = False
-    in_turn: bool = False
 
 
 BASE = Options()
@@ -78,9 +72,6 @@ OPTIONS: dict[str, Options] = {
     "group_8": Options(group=8),
     "xformers": Options(attention="xformers"),
     "padded": Options(padded=True),
-    "synchronised": Options(synchronised=True),
-    "pageable": Options(pageable=True),
-    "in_turn": Options(in_turn=True),
     "compile_reduce_overhead": Options(compiled="reduce-overhead", padded=True),
     "compile_max_autotune": Options(compiled="max-autotune-no-cudagraphs", padded=True),
 }
@@ -104,15 +95,9 @@ TITLES: dict[str, str] = {
     "group_8": "groups of 8",
     "xformers": "attention by xformers",
     "padded": "passes padded to fixed sizes",
-    "synchronised": "no host sync in the step loop",
-    "pageable": "pinned copies",
-    "in_turn": "encode and decode beside steps",
     "compile_reduce_overhead": "torch.compile, reduce-overhead",
     "compile_max_autotune": "torch.compile, max-autotune-no-cudagraphs",
 }
-REVERSED = {"synchronised", "pageable", "in_turn"}
-"""Measured by leaving out what deployments/ has."""
-
 RIVALS = (
     {"compile", "compile_reduce_overhead", "compile_max_autotune"},
     {"cudnn_attention", "xformers"},
@@ -125,7 +110,6 @@ RIVALS = (
 
 _DIFFUSION_ONLY = {
     *("remembered", "fused_qkv", "vae_bf16", "vae_fp32", "cudnn_attention", "xformers"),
-    *("synchronised", "pageable", "in_turn"),
 }
 _DEVICE_ONLY = {
     *("cudnn_attention", "xformers", "graphs"),
@@ -164,11 +148,8 @@ def combine(names: Sequence[str]) -> Options:
 
 
 def winners(gains: dict[str, float], least: float) -> list[str]:
-    """What to switch on: every option that gains at least so much, the best one of rivals.
-
-    What is measured by leaving it out is on already.
-    """
-    good = {n: gain for n, gain in gains.items() if gain >= least and n not in REVERSED}
+    """What to switch on: every option that gains at least so much, the best one of rivals."""
+    good = {name: gain for name, gain in gains.items() if gain >= least}
     for rivals in RIVALS:
         there = [name for name in good if name in rivals]
         for name in sorted(there, key=good.__getitem__)[:-1]:

@@ -4,7 +4,6 @@ autoencoder to the denoiser, with embeddings in place of texts.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,60 +157,6 @@ def apply_network(
     else:
         values = network(x).float().clamp(0, 1)
     return list((values * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-
-
-class Synchronised:
-    """A pipeline whose every step waits for the device: what a host sync in the loop costs."""
-
-    def __init__(self, pipeline: AnyPipeline) -> None:
-        self._pipeline = pipeline
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def step(self, states: Sequence[Any]) -> None:
-        self._pipeline.step(states)
-        synchronize()
-
-
-class InTurn:
-    """A pipeline that never encodes or decodes beside a step."""
-
-    def __init__(self, pipeline: AnyPipeline) -> None:
-        self._pipeline = pipeline
-        self._lock = threading.Lock()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def step(self, states: Sequence[Any]) -> None:
-        with self._lock:
-            self._pipeline.step(states)
-            synchronize()
-
-    def begin(self, row: RowInput[Request]) -> Generator[None, None, Any]:
-        return self._alone(self._pipeline.begin(row))
-
-    def finish(self, state: Any) -> Generator[None, None, Pixels]:
-        return self._alone(self._pipeline.finish(state))
-
-    def _alone(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
-        while True:
-            with self._lock:
-                try:
-                    next(pieces)
-                except StopIteration as end:
-                    return end.value
-                finally:
-                    synchronize()
-            yield
-
-
-class PageableDenoiser(Denoiser):
-    """Sends its small values from memory that is not pinned."""
-
-    def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(self.unet.device)
 
 
 def make_row(parts: Parts, item: Item) -> Row:

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import weakref
 from contextlib import ExitStack
@@ -30,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import machine
 from benchmarks.gpu.architectures import (
     ARCHITECTURES,
     build_network,
@@ -303,7 +302,7 @@ def _run_cuda(names: Sequence[str], args: argparse.Namespace) -> Values:
         gpu=gpu_name(memory.device_name),
         device_name=memory.device_name,
         context_bytes=max(0, taken_bytes - memory.reserved_bytes()),
-    ) | {"total_bytes": memory.total_bytes(), "driver": _smi("driver_version")}
+    ) | {"total_bytes": memory.total_bytes(), "driver": machine.nvidia_smi("driver_version")}
 
 
 def _each(
@@ -329,7 +328,7 @@ def _section(
     device_name: str | None,
     context_bytes: int | None,
 ) -> Values:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    versions = machine.versions(("torch", "diffusers"))
     return {
         "source": source,
         "gpu": gpu,
@@ -343,17 +342,8 @@ def _section(
 
 def _used_bytes() -> int:
     """The GPU memory in use before this process has a context; 0 without nvidia-smi."""
-    used = _smi("memory.used")
+    used = machine.nvidia_smi("memory.used")
     return int(float(used)) * 2**20 if used else 0
-
-
-def _smi(field: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.splitlines()[0].strip() if done.stdout else ""
 
 
 def write(section: Values, path: Path) -> None:

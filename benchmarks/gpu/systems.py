@@ -22,10 +22,7 @@ from benchmarks.gpu import options as speed
 from benchmarks.gpu.architectures import is_xl
 from benchmarks.gpu.pipelines import (
     DiffusionBench,
-    InTurn,
     NetworkBench,
-    PageableDenoiser,
-    Synchronised,
     apply_network,
     drive,
     make_row,
@@ -238,11 +235,8 @@ class Ours:
             unet = speed.apply(parts.unet, options, 2 * self.batch)
             vae = speed.apply_vae(parts.vae, options)
             self.shared_bytes = shared_bytes(parts, [unet, vae])
-            kind = PageableDenoiser if options.pageable else Denoiser
-            pipeline = DiffusionBench(parts, kind(unet, parts.scheduler()), vae)
-        if options.synchronised:
-            pipeline = Synchronised(pipeline)
-        return InTurn(pipeline) if options.in_turn else pipeline
+            pipeline = DiffusionBench(parts, Denoiser(unet, parts.scheduler()), vae)
+        return pipeline
 
     def warm_up(self) -> None:
         """Every size of a pass on this thread, where nothing runs beside it; then the engine."""

@@ -216,8 +216,7 @@ def _options(cells: Values) -> str:
     about = (
         "Images a second of ours with the option over ours without it: the median of runs in"
         f" turns, and the lowest. An option gains if the median is at least {LEAST_GAIN} and no run"
-        " lost. No host sync, pinned copies, and encode and decode beside steps are what"
-        " `deployments/` does; they were measured by leaving them out.\n"
+        " lost.\n"
     )
     return f"### Options\n\n{about}\n{_table(['option', *(w.name for w in tried)], rows, left=1)}"
 
@@ -229,11 +228,8 @@ def _option(cells: Values, workload: Workload, name: str) -> str:
     if cell.get("status") != "measured":
         return _gap(cell)
     gain, lowest = cell["times"]["ours"]
-    if name in speed.REVERSED:
-        # The lowest of the other's runs is not known from this one's.
-        return f"{1 / gain:.3f}, {'stays' if gain < 1 / LEAST_GAIN else 'no gain'}"
-    stays = gain >= LEAST_GAIN and lowest > 1
-    return f"{gain:.3f} ({lowest:.3f}), {'gains' if stays else 'no gain'}"
+    gains = gain >= LEAST_GAIN and lowest > 1
+    return f"{gain:.3f} ({lowest:.3f}), {'gains' if gains else 'no gain'}"
 
 
 def _switched_on(cells: Values, workload: Workload) -> str:

@@ -282,7 +282,6 @@ def test_what_gains_is_asked_again_when_more_is_known() -> None:
         "comic-512/option:padded": gained(0.9),
         "comic-512/option:group_4": gained(1.1),
         "comic-512/option:group_8": gained(1.05),
-        "comic-512/option:synchronised": gained(1.5),
         "comic-512/option:fused_qkv": gained(1.001),
     }
     names = winners(workload, cells)
