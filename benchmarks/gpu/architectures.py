@@ -1,5 +1,5 @@
-"""The production networks with random weights, for measuring: what a forward pass costs does not
-depend on what the weights say.
+"""The production networks with random weights: the cost of a forward pass does not depend on their
+values.
 
 Needs torch, diffusers and transformers only. Names are those of the model registry. Parameter
 counts equal those of the published files (tests/models/test_device_memory.py).
@@ -37,7 +37,7 @@ class Architecture:
             latents are as large as its input.
         unet, vae, text: configurations; empty for the families without.
         vae_tile_px: edge of the tiles it decodes in, output px; None decodes whole.
-        network: makes a GAN or a matting network.
+        network: creates a GAN or a matting network.
     """
 
     family: Family
@@ -194,9 +194,7 @@ def build_unet(
 def build_vae(
     name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
 ) -> nn.Module:
-    """The autoencoder of a diffusion model; in float32 where float16 may overflow, as pipelines
-    have it.
-    """
+    """The autoencoder of a diffusion model; in float32 where float16 may overflow."""
     config = dict(_required(name, ARCHITECTURES[name].vae))
     if tiny:
         config["block_out_channels"] = tuple(32 for _ in config["block_out_channels"])
@@ -279,7 +277,7 @@ def is_xl(name: str) -> bool:
 
 
 def _tiny_unet(config: Values) -> Values:
-    """The same shape of network, a few channels wide; its groups need multiples of 32."""
+    """The same network with few channels: 32, because of its group norms."""
     blocks = len(config.get("block_out_channels", (0, 0, 0, 0)))
     tiny: Values = {
         "block_out_channels": (32,) * blocks,
@@ -297,9 +295,9 @@ def _tiny_unet(config: Values) -> Values:
 
 
 def _fill(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
-    """Build without memory, then on the device in its final dtype: never twice, never in RAM."""
+    """Build on the meta device, then allocate on the device in the final dtype, without a copy."""
     with torch.device("meta"):
-        # Not the libraries' own `to`, which warns of layers that these networks do not have.
+        # The libraries' own `to` warns of layers that these networks do not have.
         module = nn.Module.to(make(), dtype)
     if device != "meta":
         module = module.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""What is done with a workload: each function fills cells of the result file."""
+"""The measurements of a workload: each function returns cells of the result file."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ ROUNDS = 3
 SWEEP = (1, 2, 4, 8, 16)
 UNET_ROWS = (1, 2, 4, 8, 16)
 LEAST_GAIN = 1.02
-"""Less is noise."""
+"""A smaller gain counts as noise."""
 COMPILE_S = {"compile": 90, "compile_reduce_overhead": 120, "compile_max_autotune": 300}
-"""What trying an option that compiles may take."""
+"""Seconds that an option takes to compile and measure."""
 _SWEEP_GAIN = 1.03
 _COMPANY_SEEDS = 4
 _PROBE_SEED = 7
 
 
 class NotMeasured(Exception):
-    """Why a figure is missing; said in its place. Another time it may be there."""
+    """Why a figure is missing. The result file states it, and a later call tries again."""
 
 
 class Budget:
-    """The time that is left.
+    """The remaining time.
 
     Args:
         seconds: from now.
@@ -62,7 +62,7 @@ class Budget:
 
 @dataclass(slots=True)
 class Bench:
-    """What the tasks of one workload share; its networks are built when first asked for.
+    """What the tasks of one workload share; its networks are built on first use.
 
     Attributes:
         cells: of the whole file, by `workload/what`.
@@ -87,7 +87,7 @@ class Bench:
 
     @property
     def reference(self) -> Pixels | None:
-        """What stock makes of the request that pictures are held against; None if too large."""
+        """Stock's picture of the probe; None if it does not fit the device."""
         if self.picture is None:
             with suppress(torch.OutOfMemoryError):
                 self.picture = Stock(self.parts).run([self.probe])[0]
@@ -133,18 +133,18 @@ def headline(bench: Bench) -> dict[str, Values]:
 
 
 def ours(parts: Parts) -> Ours:
-    """As deployments/ has it."""
+    """Ours as deployments/ has it."""
     return Ours(parts, BASE)
 
 
 def best_batch(bench: Bench) -> tuple[int, dict[int, float]]:
-    """The batch at which stock makes most images a second: doubled until that gains nothing."""
+    """Stock's fastest batch, doubled until it gains nothing, and images a second by batch."""
     rates: dict[int, float] = {}
     for batch in SWEEP[:2] if bench.tiny else SWEEP:
         try:
             system = Stock(bench.parts, batch)
             work = partial(system.run, items(bench.parts, "uniform", batch))
-            # The first call is slower.
+            # The first calls are slower.
             seconds = min(measure.timed(work) for _ in range(3 if bench.parts.timed else 1))
         except torch.OutOfMemoryError:
             break
@@ -158,7 +158,7 @@ def best_batch(bench: Bench) -> tuple[int, dict[int, float]]:
 
 
 def compare(bench: Bench, makes: dict[str, Make]) -> dict[str, Values]:
-    """Interleaved runs of several systems; what each one's cell says."""
+    """Run several systems in turns; returns a cell for each."""
     opened: dict[str, System] = {}
     cells: dict[str, Values] = {}
     try:
@@ -169,7 +169,7 @@ def compare(bench: Bench, makes: dict[str, Make]) -> dict[str, Values]:
             bench.parts, opened, bench.rounds, lambda: bench.budget.left_s < 0
         )
         for name, system in opened.items():
-            cells[name] |= measure.summary(runs[name]) | _said_by(bench, system)
+            cells[name] |= measure.summary(runs[name]) | _single_picture(bench, system)
             cells[name]["times"] = {
                 other: measure.ratio(runs[name].rates, runs[other].rates)
                 for other in opened
@@ -185,7 +185,7 @@ def compare(bench: Bench, makes: dict[str, Make]) -> dict[str, Values]:
 
 
 def _open(bench: Bench, name: str, make: Make) -> tuple[System, Values]:
-    """A warm system, and what it took. The one that all options are held against stays open."""
+    """A warm system, and its warm-up and memory. The baseline of all options stays open."""
     if name in bench.kept:
         system, took = bench.kept[name]
         return system, dict(took)
@@ -206,19 +206,19 @@ def _open(bench: Bench, name: str, make: Make) -> tuple[System, Values]:
     return system, dict(took)
 
 
-def _said_by(bench: Bench, system: System) -> Values:
-    """How long a lone request takes, and how its picture differs from stock's."""
-    said: Values = {"load": system.load, "batch": system.batch, "grouped": system.grouped}
+def _single_picture(bench: Bench, system: System) -> Values:
+    """Seconds of a single request, and how its picture differs from stock's."""
+    values: Values = {"load": system.load, "batch": system.batch, "grouped": system.grouped}
     pictures: list[Pixels] = []
     probe = [bench.probe]
-    said["alone_s"] = measure.timed(lambda: pictures.extend(system.run(probe)))
+    values["alone_s"] = measure.timed(lambda: pictures.extend(system.run(probe)))
     reference = bench.reference
     alike = None if reference is None else measure.likeness(pictures[0], reference)
-    return said | {"likeness": alike}
+    return values | {"likeness": alike}
 
 
 def network_rows(bench: Bench) -> dict[str, Values]:
-    """Seconds of one pass by its rows: what more rows in a pass gain."""
+    """Seconds of one pass, by its number of rows."""
     parts, seconds = bench.parts, dict[int, float]()
     for rows in UNET_ROWS[:2] if bench.tiny else UNET_ROWS:
         work = _pass(parts, rows)
@@ -242,7 +242,7 @@ def _pass(parts: Parts, rows: int) -> Callable[[], Any]:
 
 
 def company(bench: Bench) -> dict[str, Values]:
-    """What a picture's bits owe to its company, and what it costs that they owe nothing."""
+    """How far a picture depends on rows in the same passes, and what avoiding that costs."""
     group = bench.workload.group
     levels = {
         "default": Options(group=group),
@@ -254,7 +254,7 @@ def company(bench: Bench) -> dict[str, Values]:
     }
     differences = {name: _differences(bench, make(bench.parts)) for name, make in makes.items()}
     del makes["default"]
-    cells = _all(compare(bench, {"ours": ours, **makes}), "ours", *makes)
+    cells = _require(compare(bench, {"ours": ours, **makes}), "ours", *makes)
     entries: Values = {"default": {"levels": differences["default"], "times_ours": (1.0, 1.0)}}
     for name in makes:
         times = cells[name]["times"]["ours"]
@@ -263,7 +263,7 @@ def company(bench: Bench) -> dict[str, Values]:
 
 
 def _differences(bench: Bench, system: Ours) -> int:
-    """The largest difference, in 8-bit levels, between pictures alone and in company."""
+    """The largest difference, in 8-bit levels, between pictures made alone and in groups."""
     try:
         system.warm_up()
         singles = items(bench.parts, "uniform", _COMPANY_SEEDS)
@@ -277,28 +277,32 @@ def _differences(bench: Bench, system: Ours) -> int:
         measure.free_memory()
 
 
-def _all(cells: dict[str, Values], *names: str) -> dict[str, Values]:
-    """Cells of which each needs the others."""
+def _require(cells: dict[str, Values], *names: str) -> dict[str, Values]:
+    """The cells, if all of these names have one.
+
+    Raises:
+        NotMeasured: one did not fit the device.
+    """
     if not set(names) <= set(cells):
         raise NotMeasured("out of memory")
     return cells
 
 
 def option_task(name: str) -> Callable[[Bench], dict[str, Values]]:
-    """What one option changes."""
+    """The measurement of one option against ours without it."""
 
     def fill(bench: Bench) -> dict[str, Values]:
         if why := speed.missing(name, bench.device):
             raise NotMeasured(why)
         key = f"option:{name}"
         makes: dict[str, Make] = {"ours": ours, key: partial(Ours, options=OPTIONS[name])}
-        return {key: _all(compare(bench, makes), "ours", key)[key]}
+        return {key: _require(compare(bench, makes), "ours", key)[key]}
 
     return fill
 
 
 def best(bench: Bench) -> dict[str, Values]:
-    """Every option that gains, together, against ours as it is and the old worker loop."""
+    """Every option that gains, together, against ours without them and the old worker loop."""
     workload, names = bench.workload, winners(bench.workload, bench.cells)
     if not names:
         raise NotMeasured("no option is known to gain")
@@ -311,13 +315,13 @@ def best(bench: Bench) -> dict[str, Values]:
     if workload.mixed and not workload.brief:
         makes["winners-mixed"] = partial(Ours, options=options, load="mixed")
         makes["old-mixed"] = partial(Stock, load="mixed", sliced=True, upcast=workload.upcast)
-    cells = _all(compare(bench, makes), "ours", "winners")
+    cells = _require(compare(bench, makes), "ours", "winners")
     found = {name: cells[name] for name in ("winners", "winners-mixed") if name in cells}
     return {name: cell | {"options": names} for name, cell in found.items()}
 
 
 def winners(workload: Workload, cells: dict[str, Values]) -> list[str]:
-    """The options that gain, as far as they were tried."""
+    """The options that gain, among those tried so far."""
     gains: dict[str, float] = {}
     for name in OPTIONS:
         cell = cells.get(f"{workload.tunes}/option:{name}", {})

@@ -1,4 +1,4 @@
-"""Timing, memory, arithmetic and likeness of pictures."""
+"""Time, memory, arithmetic and picture differences."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Runs:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds until the device is done too, whatever streams and threads it uses."""
+    """Seconds of work, until the device has finished every stream."""
     synchronize()
     start_s = time.perf_counter()
     work()
@@ -68,7 +68,7 @@ def interleaved(
     parts: Parts, systems: Mapping[str, System], rounds: int, enough: Callable[[], bool]
 ) -> dict[str, Runs]:
     """Runs of warm systems in turns, every other round backwards, so that a drift of the clocks
-    meets all alike. Ends early, with whole rounds, when `enough` says so.
+    affects all alike. Stops after a whole round when `enough()` is true.
     """
     runs = {name: Runs(_images(parts, system)) for name, system in systems.items()}
     for i in range(rounds):
@@ -88,7 +88,7 @@ def _images(parts: Parts, system: System) -> int:
     if not parts.timed:
         return unit
     seconds = timed(lambda: system.run(items(parts, system.load, unit)))
-    # A group is at its best only while others wait.
+    # Groups fill up only while further requests wait.
     units = max(_SAMPLE_S / seconds, 4 * system.batch / unit)
     return unit * min(math.ceil(units), max(_MOST_IMAGES // unit, 1))
 
@@ -112,10 +112,10 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]
 
 
 class Footprint:
-    """What a system takes: made before it is built, asked after its first runs.
+    """A system's memory: create it before the system, and measure after the first runs.
 
-    Networks that systems share are counted by `System.weights_bytes`, all else is the difference to
-    what was there before.
+    Networks that systems share are added from `System.shared_bytes`; all else is the difference to
+    the memory in use before.
     """
 
     def __init__(self, device: str) -> None:
@@ -152,7 +152,7 @@ def free_memory() -> None:
 
 
 def device_seconds(work: Callable[[], Any], device: str, repeats: int = 10) -> float:
-    """Median seconds of work that the device does for one thread; by events, where it has them."""
+    """Median seconds of work that one thread gives the device; by CUDA events on a GPU."""
     for _ in range(3 if device == "cuda" else 1):
         work()
     if device != "cuda":
@@ -179,15 +179,15 @@ def matrix_peak(dtype: torch.dtype, device: str, sizes: Sequence[int]) -> Values
 
 
 def flops(work: Callable[[], Any]) -> int:
-    """Operations of matrix products, convolutions and attention; a multiply-add is two."""
+    """Operations of matrix products, convolutions and attention; a multiply-add counts as two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
 def image_flops(workload: Workload, *, tiny: bool = False) -> Values:
-    """Of one image of the uniform load: the UNet's passes, and the autoencoder as ours runs it,
-    without the overlap of its tiles. Counted without a device.
+    """Operations of one image of the uniform load: the UNet's passes and our autoencoder, without
+    the overlap of its tiles. Counted without a device.
     """
     architecture, side = ARCHITECTURES[workload.model], workload.size_px
     where: Values = {"device": "meta", "tiny": tiny}
@@ -207,9 +207,9 @@ def image_flops(workload: Workload, *, tiny: bool = False) -> Values:
 
 
 def _network_rows(workload: Workload, request: Request) -> int:
-    """Rows of the UNet that a picture takes, over all steps; guidance takes two a step."""
+    """UNet rows of a picture over all steps; guidance takes two a step."""
     assert workload.scheduler
-    # As many steps as the scheduler says: PNDM takes one more than it is asked for.
+    # Asked of the scheduler, because PNDM takes one step more than the request.
     steps = make_schedule(workload.scheduler(), request.steps, request.skipped).steps
     return steps * (2 if request.guidance_scale > 1 else 1)
 
@@ -230,7 +230,7 @@ def _vae_flops(workload: Workload, where: Values) -> int:
 
 
 def likeness(ours: Pixels, theirs: Pixels) -> Values:
-    """PSNR in dB over the 8-bit levels, None where all are equal; the largest difference."""
+    """`psnr_db` over the 8-bit levels, None if equal; `levels`, the largest difference."""
     difference = ours.astype(np.float64) - theirs.astype(np.float64)
     power = float((difference**2).mean())
     return {

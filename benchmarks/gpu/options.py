@@ -1,4 +1,4 @@
-"""The speed options: each is one change to what deployments/ does today."""
+"""The speed options: each is one change to what deployments/ does."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Options:
         fused_qkv: one matrix product for query, key and value.
         attention: of the UNet.
         compiled: a mode of torch.compile.
-        padded: passes are filled up to a few fixed sizes.
-        one_size: to a single one.
+        padded: passes are filled up to a few fixed numbers of rows.
+        one_size: passes are filled up to a single number of rows.
         graphs: a CUDA graph for each of those sizes.
         remembered: device and dtype of the UNet are looked up once.
-        group: at most so many rows share a step, and always as many as there are; None: as the
-            engine finds worth while, up to the workload's own.
+        group: up to this many rows share a step, whenever they are there; None lets the engine
+            choose, up to the workload's own.
         exact: every row steps alone.
     """
 
@@ -75,9 +75,9 @@ OPTIONS: dict[str, Options] = {
     "compile_reduce_overhead": Options(compiled="reduce-overhead", padded=True),
     "compile_max_autotune": Options(compiled="max-autotune-no-cudagraphs", padded=True),
 }
-"""In the order they are tried: what may gain most first, what takes long to compile last."""
+"""In the order of trial: the most promising first, the slowest to compile last."""
 FIRST = 6
-"""So many are tried before anything is measured of other workloads."""
+"""This many are tried before any other workload is measured."""
 
 TITLES: dict[str, str] = {
     "remembered": "device and dtype looked up once",
@@ -106,7 +106,7 @@ RIVALS = (
     {"graphs", "compile_reduce_overhead"},
     {"fused_qkv", "xformers"},
 )
-"""Of each set, only the best can be had."""
+"""Only one option of each set can be on."""
 
 _DIFFUSION_ONLY = {
     *("remembered", "fused_qkv", "vae_bf16", "vae_fp32", "cudnn_attention", "xformers"),
@@ -118,11 +118,11 @@ _DEVICE_ONLY = {
 
 
 def applicable(workload: Workload) -> list[str]:
-    """The options that mean something for a workload."""
+    """The options that apply to a workload."""
     vae = ARCHITECTURES[workload.model].vae
     if vae is None:
         return [name for name in OPTIONS if name not in _DIFFUSION_ONLY]
-    # In float32 already where float16 would overflow.
+    # An autoencoder that overflows in float16 is in float32 already.
     return [name for name in OPTIONS if name != "vae_fp32" or not vae.get("force_upcast", True)]
 
 
@@ -137,7 +137,7 @@ def missing(name: str, device: str) -> str | None:
 
 
 def combine(names: Sequence[str]) -> Options:
-    """All of these options together."""
+    """All of these options in one."""
     changes: dict[str, Any] = {}
     for name in names:
         for field in fields(Options):
@@ -158,8 +158,8 @@ def winners(gains: dict[str, float], least: float) -> list[str]:
 
 
 def fixed_sizes(options: Options, places: int) -> tuple[int, ...]:
-    """Sizes that passes of at most `places` are filled up to: powers of two, but one for what takes
-    long to compile.
+    """The numbers of rows that passes of at most `places` rows are filled up to: powers of two,
+    but only one where each takes long to compile.
     """
     if options.compiled or options.one_size:
         return (places,)
@@ -167,7 +167,7 @@ def fixed_sizes(options: Options, places: int) -> tuple[int, ...]:
 
 
 def apply(module: Any, options: Options, places: int) -> Any:
-    """A network as the options have it; the given one stays as it is.
+    """A network with the options applied; the given one is not changed.
 
     Args:
         places: the most rows of a pass.
@@ -205,7 +205,7 @@ def apply_vae(vae: Any, options: Options) -> Any:
 
 
 class Wrapper:
-    """A network with something around its calls; else like the network."""
+    """A network whose calls are wrapped; its attributes are the network's."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -218,7 +218,7 @@ class Wrapper:
 
 
 class Remembered(Wrapper):
-    """diffusers walks through all parts of a network whenever it is asked for these two."""
+    """Looks device and dtype up once; diffusers walks through all parts of a network each time."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -226,7 +226,7 @@ class Remembered(Wrapper):
 
 
 class CudnnAttention(Wrapper):
-    """Asks for cuDNN's attention first, where torch would choose by itself."""
+    """Prefers cuDNN's attention to the kernel that torch would choose."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -236,7 +236,7 @@ class CudnnAttention(Wrapper):
 
 
 class Padded(Wrapper):
-    """Fills each pass up to one of a few sizes, with copies of its first row.
+    """Fills each pass up to one of a few numbers of rows, with copies of its first row.
 
     Args:
         sizes: ascending; a larger pass goes through as it is.
@@ -262,7 +262,7 @@ class Padded(Wrapper):
 
 
 class Graphed(Wrapper):
-    """Replays a recorded pass; a size is recorded when it is first seen.
+    """Replays recorded passes; the first pass of each size is recorded.
 
     The first pass of a size must not run beside other work on the device.
 
@@ -289,7 +289,7 @@ class Graphed(Wrapper):
         for place, tensor in zip(kept, tensors, strict=True):
             place.copy_(tensor)
         replay()
-        # The next replay writes where this one did.
+        # The next replay overwrites these outputs.
         return tree_map(torch.clone, output)
 
     def _recorded(self, values: list[Any], shape: Any) -> Any:
@@ -300,7 +300,7 @@ class Graphed(Wrapper):
 
 
 def record_graph(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of `work`, and the outputs that every replay fills."""
+    """The replay of a CUDA graph of `work`, and the outputs that every replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,5 +1,5 @@
-"""Our pipelines for the engine, over networks that have no files: the production code from the
-autoencoder to the denoiser, with embeddings in place of texts.
+"""Pipelines for the engine over networks without files: the production denoiser and autoencoder,
+with embeddings in place of texts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class DiffusionBench:
     """Image to image, and the x4 upscaler; a step is a pass of the UNet.
 
     Args:
-        denoiser: over the UNet as it is tried out.
-        vae: as it is tried out.
+        denoiser: over the UNet, with the options applied.
+        vae: with the options applied.
     """
 
     def __init__(self, parts: Parts, denoiser: Denoiser, vae: Any) -> None:
@@ -39,9 +39,9 @@ class DiffusionBench:
         self._denoiser = denoiser
         self._autoencoder = Autoencoder(vae, ARCHITECTURES[parts.workload.model].vae_tile_px)
         dtype = denoiser.unet.dtype
-        assert parts.wanted
-        assert parts.unwanted
-        self._wanted, self._unwanted = _cast(parts.wanted, dtype), _cast(parts.unwanted, dtype)
+        assert parts.positive
+        assert parts.negative
+        self._positive, self._negative = _cast(parts.positive, dtype), _cast(parts.negative, dtype)
         self._dtype = dtype
 
     def cost_px(self, row: RowInput[Request]) -> int:
@@ -52,25 +52,25 @@ class DiffusionBench:
     def begin(self, row: RowInput[Request]) -> Generator[None, None, Denoising]:
         request = row.request
         generator = torch.Generator("cpu").manual_seed(row.seed)
-        unwanted = self._unwanted if request.guidance_scale > 1 else None
+        negative = self._negative if request.guidance_scale > 1 else None
         upscales = self._parts.workload.family == "upscale_diffusion"
         start = self._start_upscale if upscales else self._start_img2img
-        state = start(row, generator, unwanted)
+        state = start(row, generator, negative)
         yield
         return state
 
     def _start_img2img(
-        self, row: RowInput[Request], generator: torch.Generator, unwanted: Condition | None
+        self, row: RowInput[Request], generator: torch.Generator, negative: Condition | None
     ) -> Denoising:
         request = row.request
         clean = self._autoencoder.encode(row.pixels, generator)
         noise = randn_tensor(clean.shape, generator, clean.device, self._dtype)
         schedule = self._denoiser.schedule(request.steps, request.skipped)
         latents = clean.float() * schedule.image + noise.float() * schedule.noise
-        return Denoising(latents, schedule, self._wanted, unwanted, request.guidance_scale)
+        return Denoising(latents, schedule, self._positive, negative, request.guidance_scale)
 
     def _start_upscale(
-        self, row: RowInput[Request], generator: torch.Generator, unwanted: Condition | None
+        self, row: RowInput[Request], generator: torch.Generator, negative: Condition | None
     ) -> Denoising:
         request, device = row.request, torch.device(self._parts.device)
         picture = image_tensor(row.pixels).to(device, self._dtype)
@@ -83,8 +83,8 @@ class DiffusionBench:
         return Denoising(
             latents * schedule.first_noise,
             schedule,
-            self._wanted,
-            unwanted,
+            self._positive,
+            negative,
             request.guidance_scale,
             noisy,
             request.noise_level,
@@ -111,7 +111,7 @@ class Single:
 
 
 class NetworkBench:
-    """A network of one pass: matting, and a GAN on one tile."""
+    """A network that needs one pass: matting, or a GAN on one tile."""
 
     def __init__(self, parts: Parts, network: Any, dtype: torch.dtype) -> None:
         self._parts = parts
@@ -164,7 +164,7 @@ def make_row(parts: Parts, item: Item) -> Row:
 
 
 def drive(pipeline: AnyPipeline, rows: Sequence[Row]) -> list[Pixels]:
-    """Take rows through a pipeline together, on this thread, without an engine."""
+    """Run rows through a pipeline together on this thread, without an engine."""
     states = [_exhaust(pipeline.begin(row.input)) for row in rows]
     steps = [pipeline.steps(state) for state in states]
     for done in range(max(steps)):
@@ -173,7 +173,7 @@ def drive(pipeline: AnyPipeline, rows: Sequence[Row]) -> list[Pixels]:
 
 
 def synchronize() -> None:
-    """Wait until the device is done, where there is one."""
+    """Wait until the GPU has finished, if there is one."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""What is compared: the old worker loop, stock diffusers, and ours."""
+"""The systems that are compared: the old worker loop, stock diffusers, and ours."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _RESULT_TIMEOUT_S = 300
 
 
 class System(Protocol):
-    """Something that makes pictures of requests.
+    """A system that makes pictures of requests.
 
     Attributes:
-        load: what it is asked.
-        batch: images that it does best at once; runs are multiples of it.
-        grouped: images that shared a pass, at the most.
-        shared_bytes: of its networks, what all systems of a workload use.
+        load: the kind of load it gets.
+        batch: its fastest number of images at a time; runs are multiples of it.
+        grouped: the most images that shared a pass.
+        shared_bytes: size of its networks that all systems of a workload share.
     """
 
     load: Load
@@ -66,7 +66,7 @@ class System(Protocol):
 
 
 def shared_bytes(parts: Parts, modules: Sequence[Any]) -> int:
-    """What these networks hold of the workload's own weights."""
+    """Bytes of the workload's own weights that these networks use."""
     own = [module for module in (parts.unet, parts.vae, parts.network) if module is not None]
     known = {weight.data_ptr() for module in own for weight in module.parameters()}
     weights = [weight for module in modules for weight in module.parameters()]
@@ -74,20 +74,20 @@ def shared_bytes(parts: Parts, modules: Sequence[Any]) -> int:
 
 
 def items(parts: Parts, load: Load, count: int, seeds: int = 10_000) -> list[Item]:
-    """So many requests, with only so many different seeds."""
+    """`count` requests with at most `seeds` different seeds."""
     workload = parts.workload
     requests = workload.mixed if load == "mixed" else (workload.request,)
     return [Item(requests[i % len(requests)], i % seeds) for i in range(count)]
 
 
 class Stock:
-    """A diffusers pipeline as its users have it, or a plain forward pass of a network.
+    """A stock diffusers pipeline, or a plain forward pass of a network.
 
     Args:
         batch: requests of a call.
-        sliced: with attention slicing, as the old worker loop had it.
-        upcast: with the autoencoder of the model's own repository, where that is cast to float32
-            and back at each call.
+        sliced: with attention slicing, as in the old worker loop.
+        upcast: with an autoencoder that is cast to float32 and back at each call, as the one in
+            the model's own repository is.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Stock:
 
     def run(self, items: Sequence[Item]) -> list[Pixels]:
         done: list[Pixels] = []
-        # The UNet is everybody's: it is sliced for these calls only.
+        # All systems share the UNet: it is sliced for these calls only.
         if self._sliced:
             self._parts.unet.set_attention_slice("auto")
         try:
@@ -175,27 +175,27 @@ def quiet() -> None:
 
 
 def _arguments(parts: Parts, items: Sequence[Item]) -> dict[str, Any]:
-    """Of a stock pipeline's call; all items ask the same, but for their seeds."""
+    """Arguments of a stock pipeline's call; the items differ in their seeds alone."""
     request, count = items[0].request, len(items)
-    assert parts.wanted
-    assert parts.unwanted
+    assert parts.positive
+    assert parts.negative
     arguments: dict[str, Any] = {
-        "prompt_embeds": parts.wanted.text.repeat(count, 1, 1),
-        "negative_prompt_embeds": parts.unwanted.text.repeat(count, 1, 1),
+        "prompt_embeds": parts.positive.text.repeat(count, 1, 1),
+        "negative_prompt_embeds": parts.negative.text.repeat(count, 1, 1),
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "generator": [torch.Generator("cpu").manual_seed(item.seed) for item in items],
     }
     if parts.workload.family == "upscale_diffusion":
         return arguments | {"noise_level": request.noise_level}
-    if parts.wanted.pooled is not None and parts.unwanted.pooled is not None:
-        arguments["pooled_prompt_embeds"] = parts.wanted.pooled.repeat(count, 1)
-        arguments["negative_pooled_prompt_embeds"] = parts.unwanted.pooled.repeat(count, 1)
+    if parts.positive.pooled is not None and parts.negative.pooled is not None:
+        arguments["pooled_prompt_embeds"] = parts.positive.pooled.repeat(count, 1)
+        arguments["negative_pooled_prompt_embeds"] = parts.negative.pooled.repeat(count, 1)
     return arguments | {"strength": request.strength}
 
 
 class Whole(Pace):
-    """Groups as large as the limits allow, whether that gains or not."""
+    """Groups as large as the limits allow, even if that gains nothing."""
 
     def best_size(self, rows: Sequence[Row]) -> int:
         return len(rows)
@@ -203,12 +203,11 @@ class Whole(Pace):
 
 @dataclass(slots=True)
 class Ours:
-    """Our denoiser and autoencoder behind our engine; clients wait for twice as many pictures as
-    one pass holds.
+    """Our denoiser and autoencoder behind our engine, with two passes' worth of clients waiting.
 
     Args:
-        options: what is tried out.
-        load: what clients ask.
+        options: how it runs.
+        load: what clients send.
     """
 
     parts: Parts
@@ -239,7 +238,7 @@ class Ours:
         return pipeline
 
     def warm_up(self) -> None:
-        """Every size of a pass on this thread, where nothing runs beside it; then the engine."""
+        """Run every size of a pass on this thread alone, then start the engine."""
         guided = self.parts.workload.request
         plain = replace(guided, guidance_scale=1.0)
         drive(self.pipeline, [make_row(self.parts, Item(plain, 0))])
@@ -249,7 +248,7 @@ class Ours:
         pace = Pace() if self.options.group is None else Whole()
         self.engine = Engine(self.pipeline, limits, pace=pace)
         if self.parts.timed:
-            # So many steps that the engine knows which groups are worth while.
+            # Enough steps for the engine to learn which groups gain.
             self.run(items(self.parts, self.load, 4 * self.batch))
 
     def run(self, items: Sequence[Item]) -> list[Pixels]:

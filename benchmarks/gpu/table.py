@@ -1,4 +1,4 @@
-"""The result files and the table that is made of them."""
+"""The result files, and gpu.md, which is made of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ what was not measured says so.
 
 
 def write_json(result: Values, path: Path) -> None:
-    """At once: a run may be stopped at any time."""
+    """Replace the file at once: a run may be stopped at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def write_json(result: Values, path: Path) -> None:
 
 
 def write_table(folder: Path) -> Path:
-    """`gpu.md` of a folder, from its result files."""
+    """Write `gpu.md` of a folder from its result files; returns its path."""
     files = sorted(folder.glob("gpu-*.json"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     path = folder / "gpu.md"
@@ -77,13 +77,13 @@ def write_table(folder: Path) -> Path:
 
 
 def render(results: Sequence[Values]) -> str:
-    """The whole table; with nothing measured, one that says so in every cell."""
+    """The whole page; a figure without a result is 'not measured'."""
     sections = [_section(result) for result in results or [{}]]
     return "\n".join([INTRODUCTION, *sections])
 
 
 def _section(result: Values) -> str:
-    # A dry run's seconds are a processor's, of tiny networks.
+    # A dry run times tiny networks on a processor.
     cells: Values = {} if result.get("dry_run") else result.get("cells", {})
     peak = 0.0 if result.get("dry_run") else _peak(result)
     parts = [_heading(result, peak), _acceptance(cells), _systems(cells, peak), _rows(cells, peak)]

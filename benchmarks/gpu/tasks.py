@@ -1,4 +1,4 @@
-"""The tasks in order of importance, and how they fill the result file in the time there is."""
+"""The measurements in order of importance, and how they fill the result file in limited time."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ _SECONDS = {"headline": 90, "company": 40, "unet": 10, "winners": 90, "option": 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work that fills cells.
+    """A measurement that fills cells.
 
     Attributes:
         name: `workload/what`.
-        fill: gives the cells, by what comes after the workload's name.
-        expected_s: it is not begun with less time left.
+        fill: returns the cells, named without the workload.
+        cells: their names.
+        expected_s: it is not started with less time left.
     """
 
     name: str
@@ -57,14 +58,14 @@ class Task:
 
 
 def tasks(workloads: Sequence[Workload]) -> list[Task]:
-    """All work: the first workload with the options that may gain most; what the systems do on the
-    larger others; all options; the rest.
+    """All measurements: the first workload with its most promising options, then the systems on
+    the other workloads, then all options, then the rest.
     """
     made = [(workload, task) for workload in workloads for task in _tasks(workload)]
     phases: list[list[Task]] = [[] for _ in range(5)]
     for workload, task in made:
         phases[_phase(workload, task, first=workload is workloads[0])].append(task)
-    # Once more when all options are known; it is skipped if they change nothing.
+    # Repeated when all options are known, unless they change nothing.
     phases[2] += [task for task in phases[0] if task.fill is best]
     return [task for phase in phases for task in phase]
 
@@ -110,7 +111,7 @@ def run(
     tiny: bool,
     rounds: int = ROUNDS,
 ) -> None:
-    """Do what is not done yet, as far as time allows; write after every task.
+    """Do what is missing while time allows; write after every task.
 
     Raises:
         BaseException: the device is unusable; everything measured is written.
@@ -134,31 +135,31 @@ def run(
             _do(task, bench)
         finally:
             seconds = time.monotonic() - start_s
-            print(f"{task.name}, {seconds:.0f} s: {_short(task, cells)}", file=sys.stderr)
+            print(f"{task.name}, {seconds:.0f} s: {_one_line(task, cells)}", file=sys.stderr)
             write()
     if bench is not None:
         bench.release()
     write()
 
 
-def _short(task: Task, cells: dict[str, Values]) -> str:
-    """What was found, for whoever watches."""
-    said: list[str] = []
+def _one_line(task: Task, cells: dict[str, Values]) -> str:
+    """A task's results for the terminal."""
+    parts: list[str] = []
     for name in task.cells:
         cell = cells.get(_key(task, name), {})
         if "images_per_s" in cell:
-            said.append(f"{name} {cell['images_per_s']:.3g}/s")
+            parts.append(f"{name} {cell['images_per_s']:.3g}/s")
         elif cell.get("why"):
-            said.append(f"{name} {cell['why']}")
-    return ", ".join(said)
+            parts.append(f"{name} {cell['why']}")
+    return ", ".join(parts)
 
 
 def done(task: Task, cells: dict[str, Values]) -> bool:
-    """Whether doing it would tell nothing new."""
+    """Whether repeating the task would add nothing."""
     found = [cells.get(_key(task, cell), {"again": True}) for cell in task.cells]
     if any(cell.get("again") for cell in found):
         return False
-    # Options may have been tried since.
+    # Options may have been tried after it.
     return task.fill is not best or found[0].get("options") == winners(_workload(task), cells)
 
 
@@ -167,7 +168,7 @@ def _do(task: Task, bench: Bench) -> None:
     logger = logging.getLogger("ray.serve.imagen.engine")
     logger.addHandler(reasons)
     try:
-        # What a task leaves out did not fit beside the rest.
+        # A task leaves out the cells of systems that ran out of memory.
         _put(bench.cells, task, task.fill(bench), "out of memory")
         return
     except NotMeasured as error:
@@ -175,7 +176,7 @@ def _do(task: Task, bench: Bench) -> None:
         return
     except torch.OutOfMemoryError:
         why = "out of memory"
-    # Libraries raise anything; the next task may do well.
+    # Libraries raise all kinds of errors, and the next task may succeed.
     except Exception as error:
         if is_fatal(error) and not _works(bench.device):
             _put(bench.cells, task, {}, "the GPU failed", again=True)
@@ -188,7 +189,7 @@ def _do(task: Task, bench: Bench) -> None:
 
 
 def _works(device: str) -> bool:
-    """Whether the device still computes: a graph that could not be recorded leaves it as it was."""
+    """Whether the device still computes, as it does after a CUDA graph failed to record."""
     try:
         return torch.ones(1, device=device).sum().item() == 1
     except RuntimeError:
@@ -196,7 +197,7 @@ def _works(device: str) -> bool:
 
 
 class LastError(logging.Handler):
-    """Keeps the last line of the last error: what a row failed of is in the engine's log only."""
+    """Keeps the last error: only the engine's log says why a row failed."""
 
     text = ""
 
@@ -222,8 +223,8 @@ def _put(
     *,
     again: bool = False,
 ) -> None:
-    """Fill a task's cells; those that were not found say why, and whether to try once more, unless
-    something is known from before.
+    """Fill a task's cells. A missing one states the reason, and whether to try again; a figure
+    from an earlier call stays.
     """
     for cell in task.cells:
         if cell in found:

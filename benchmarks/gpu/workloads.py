@@ -1,4 +1,4 @@
-"""What is measured: a model, a size, and the requests that come."""
+"""The workloads: a model, a size, and the requests it gets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DDIM = partial(DDIMScheduler, clip_sample=False, set_alpha_to_one=False)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client asks of a diffusion model."""
+    """A request to a diffusion model."""
 
     steps: int = 1
     strength: float = 1.0
@@ -48,13 +48,13 @@ class Request:
 
     @property
     def skipped(self) -> int:
-        """Steps that are left out because the picture is there already."""
+        """Steps that img2img leaves out, because it starts from a picture."""
         return self.steps - min(int(self.steps * self.strength), self.steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One request of a load, and the seed that tells it from its like."""
+    """One request of a load, and its seed."""
 
     request: Request
     seed: int
@@ -67,12 +67,12 @@ class Workload:
     Attributes:
         model: a key of `ARCHITECTURES`.
         size_px: edge of the input.
-        group: largest group of the engine, as in the registry; x4: more than its one for 24 GB.
-        request: what every client of a uniform load asks.
-        mixed: what the clients of a mixed load ask, in turn; empty for networks without steps.
+        group: largest group of the engine, as in the registry; the x4 upscaler's is larger here.
+        request: of every client of a uniform load.
+        mixed: of the clients of a mixed load, in turn; empty for networks without steps.
         scheduler: of diffusers, as the model's repository has it.
         upcast: whether the repository's own autoencoder is cast to float32 and back at each call.
-        tuned_by: the workload whose options are tried out for this one too; None tries its own.
+        tuned_by: the workload whose options also count for this one; None tries its own.
         brief: without mixed loads.
     """
 
@@ -198,17 +198,17 @@ WORKLOADS: dict[str, Workload] = {
         _aged(name="aged-1024", brief=True, size_px=1024),
     )
 }
-"""In order of importance: what does not fit the time is at the end."""
+"""In order of importance; limited time cuts off the end."""
 
 
 @dataclass(slots=True)
 class Parts:
-    """A workload's networks on the device, and what its requests bring.
+    """A workload's networks on the device, and the inputs of its requests.
 
     Attributes:
         unet, vae: of a diffusion model.
         network: of a model without steps.
-        wanted, unwanted: what a prompt and a negative prompt come to.
+        positive, negative: embeddings of a prompt and of a negative prompt.
         noises: `alphas_cumprod` of the x4 upscaler's own noise.
     """
 
@@ -219,13 +219,13 @@ class Parts:
     unet: Any = None
     vae: Any = None
     network: Any = None
-    wanted: Condition | None = None
-    unwanted: Condition | None = None
+    positive: Condition | None = None
+    negative: Condition | None = None
     noises: tuple[float, ...] = ()
 
     @property
     def timed(self) -> bool:
-        """Whether seconds count; a dry run need not warm up."""
+        """Whether times matter; a dry run needs no warm-up."""
         return self.device == "cuda"
 
     def scheduler(self) -> Any:
@@ -234,7 +234,7 @@ class Parts:
 
 
 def serving_dtype(device: str) -> torch.dtype:
-    """What the registry's models are served in."""
+    """The dtype in which the registry's models are served."""
     return torch.float16 if device == "cuda" else torch.float32
 
 
@@ -252,21 +252,21 @@ def build(workload: Workload, device: str, *, tiny: bool = False) -> Parts:
         return parts
     parts.unet, parts.vae = build_unet(name, **where), build_vae(name, **where)
     use_the_range(name, parts.unet, parts.vae)
-    parts.wanted, parts.unwanted = (_condition(parts, score) for score in (6.0, 2.5))
+    parts.positive, parts.negative = (_condition(parts, score) for score in (6.0, 2.5))
     if workload.family == "upscale_diffusion":
         parts.noises = tuple(low_res_scheduler().alphas_cumprod.tolist())
     return parts
 
 
 def low_res_scheduler() -> Any:
-    """Of the x4 upscaler, for the noise on the picture that it is shown."""
+    """The x4 upscaler's scheduler for the noise on its input."""
     return DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear")
 
 
 @torch.no_grad()
 def use_the_range(name: str, unet: Any, vae: Any) -> None:
     """Scale the last layers so that the UNet predicts unit variance, as trained ones do, and
-    pictures use the range of levels: pictures that are nearly grey would all be alike.
+    pictures use the whole range of levels. Nearly grey pictures would all be alike.
     """
     size_px = 32 * ARCHITECTURES[name].latent_px
     predicted = unet(**random_inputs(name, unet, 1, size_px)).sample
@@ -277,7 +277,7 @@ def use_the_range(name: str, unet: Any, vae: Any) -> None:
 
 
 def random_inputs(name: str, unet: Any, network_rows: int, size_px: int) -> dict[str, Any]:
-    """Arguments of one pass. Random: networks can be faster on zeros, which draw less power."""
+    """Random arguments of one pass: on zeros, which draw less power, networks can be faster."""
     inputs = unet_inputs(name, unet, network_rows, size_px, size_px)
     extra = inputs.get("added_cond_kwargs", {})
     for tensor in (inputs["sample"], inputs["encoder_hidden_states"], extra.get("text_embeds")):
