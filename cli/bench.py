@@ -1,4 +1,4 @@
-"""`imagen bench`: a load on a server, and what it measured.
+"""`imagen bench`: sends a load to a server and reports what it measured.
 
 The report goes to stdout, everything else to stderr.
 """
@@ -20,30 +20,33 @@ _NOTHING_SUCCEEDED = 1
 _INTERRUPTED = 130
 Paths = Annotated[
     list[str] | None,
-    typer.Option("--path", metavar="TASK=PATH", help="Where the server has a task; repeatable"),
+    typer.Option("--path", metavar="TASK=PATH", help="The server's path of a task; repeatable"),
 ]
 
 
 def bench(
     plan: Annotated[Path, typer.Argument(help="A YAML file, as in benchmarks/plans")],
-    url: Annotated[str | None, typer.Option(help="Of the server; else the plan's")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="The server's address; default: the plan's")
+    ] = None,
     protocol: Annotated[
-        Literal["multipart", "raw", "kserve"] | None, typer.Option(help="Else the plan's")
+        Literal["multipart", "raw", "kserve"] | None, typer.Option(help="Default: the plan's")
     ] = None,
     paths: Paths = None,
-    seed: Annotated[int | None, typer.Option(help="Else the plan's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the plan's")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a PNG here; needs matplotlib")] = None,
     unloaded: Annotated[
-        Path | None, typer.Option(help="A report that has the unloaded latencies already")
+        Path | None, typer.Option(help="A report whose unloaded latencies to use")
     ] = None,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="In USD; gives the cost of 1,000 images")
+        float | None, typer.Option(min=0, help="In USD, for the cost of 1,000 images")
     ] = None,
 ) -> None:
     """Send the requests of a plan to a server, and report latencies, refusals and batches.
 
-    Exit code 1: no request succeeded; 2: the plan or an option is wrong; 3: nobody answers there.
+    Exit codes: 1 no request succeeded; 2 the plan or an option is wrong; 3 no server at the
+    address; 130 stopped early.
     """
     output = Output(as_json=False)
     try:
@@ -60,7 +63,7 @@ def bench(
         raise typer.Exit(_NOTHING_SUCCEEDED)
 
 
-# benchmarks is imported late, so that the other commands start without aiohttp.
+# Functions import benchmarks, so that other commands start without aiohttp.
 
 
 def _plan(path: Path, *, paths: list[str] | None, seed: int | None, **target: Any) -> Plan:
@@ -83,13 +86,15 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _check_files(json_file: Path | None, plot: Path | None) -> None:
-    """A long run must not end in a report that cannot be written."""
+    """Raise ConfigError before a long run whose report could not be written."""
     from cli import bench_tables as show
 
     for file in (json_file, plot):
         if file and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise ConfigError(
-                "The report cannot be written there.", value=file, remedy="Name a file in a folder."
+                "The report cannot be written there.",
+                value=file,
+                remedy="Name a file in a folder that exists.",
             )
     if plot:
         show.check_plot()
@@ -99,14 +104,14 @@ def _run(plan: Plan, unloaded: Path | None, price: float | None, output: Output)
     from benchmarks.load import run, unloaded_of
 
     unloaded_s = unloaded_of(unloaded, plan) if unloaded else None
-    # Shown only on a terminal.
+    # A status line is shown on a terminal only.
     with output.notes.status(f"{plan.name}: starting") as status:
         return run(
             plan,
             unloaded_s=unloaded_s,
             usd_per_gpu_hour=price,
             progress=lambda phase, done: status.update(
-                f"{plan.name}: {phase}, {done} done; Ctrl-C ends it with a report"
+                f"{plan.name}: {phase}, {done} done; Ctrl-C stops and reports"
             ),
         )
 

@@ -1,4 +1,4 @@
-"""A report for people: tables, and one picture."""
+"""A report as tables, and as a plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUSY = 0.8
 
 
 def tables(report: Report) -> list[Table]:
-    """The figures: per task, then refusals and batches where there are any."""
+    """Figures by task, then failures and batches if there are any."""
     names = ("Task", "OK", "Of", "p50 s", "p95 s", "p99 s", "Mean s", "Max s")
     slow = ("Slowdown p50", "p95", "p99") if report.total.slowdown else ()
     main = make_table(*names, *slow)
@@ -29,7 +29,7 @@ def tables(report: Report) -> list[Table]:
         main.add_row(name, *_cells(summary, with_slowdown=bool(slow)))
     found = [main]
     if failures := _failures(report):
-        table = make_table("Not answered with a picture", "Requests", "For example")
+        table = make_table("Without a picture", "Requests", "For example")
         for name, count, detail in failures:
             table.add_row(name, str(count), detail)
         found.append(table)
@@ -42,7 +42,7 @@ def tables(report: Report) -> list[Table]:
 
 
 def lines(report: Report) -> list[str]:
-    """What the tables do not hold."""
+    """The lines below the tables."""
     stages = ", ".join(f"{name} {_digits(s)} s" for name, s in report.stages_s.items())
     machine = report.machine
     found = [
@@ -55,19 +55,19 @@ def lines(report: Report) -> list[str]:
         f" {machine.load_before:.1f} before and {machine.load_after:.1f} after",
     ]
     if report.total.outcomes["timeout"]:
-        found.append("Timed-out requests are in no percentile: the true ones are higher.")
+        found.append("Percentiles leave out timed-out requests, so the true ones are higher.")
     if report.succeeded and machine.generator_cpu_share > _BUSY:
         found.append(
-            f"The generator itself used {machine.generator_cpu_share:.0%} of a core, so that"
-            " latencies include waits of its own."
+            f"The generator used {machine.generator_cpu_share:.0%} of a core, so latencies include"
+            " its own delays."
         )
     if report.interrupted:
-        found.append("Stopped early: this is what was done until then.")
+        found.append("Stopped early: the figures cover what was done until then.")
     return found
 
 
 def title(report: Report) -> str:
-    """What ran against what."""
+    """The plan and the server in one line."""
     plan = report.plan
     how = f"{plan.rate_per_s:g} per s" if plan.rate_per_s else f"{plan.concurrency} clients"
     return f"{plan.name}: {plan.mode}, {how}, seed {plan.seed}, {report.protocol} {report.url}"
@@ -98,7 +98,7 @@ def _lag(lag: Spread | None) -> str:
 
 
 def _failures(report: Report) -> list[tuple[str, int, str]]:
-    """What it is, how often, and one example; the commonest first."""
+    """Name, number and one example of each kind of failure; the most frequent first."""
     found: dict[str, list[Record]] = {}
     for record in report.records:
         if record.outcome != "ok":
@@ -121,7 +121,7 @@ def _gpu(report: Report) -> str:
 
 
 def check_plot() -> None:
-    """Raises ConfigError unless plots can be drawn; ask before a long run."""
+    """Raises ConfigError if matplotlib is missing; to be called before a long run."""
     if find_spec("matplotlib") is None:
         raise ConfigError(
             "A plot needs matplotlib, which is not installed.",
@@ -136,7 +136,7 @@ def plot(report: Report, path: Path) -> None:
         ConfigError: matplotlib is not installed.
     """
     check_plot()
-    # Without pyplot: no global state, and no window anywhere.
+    # pyplot would keep global state and may open a window.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -167,7 +167,7 @@ def _draw_latencies(report: Report, cdf: Any, over_time: Any) -> None:
     cdf.set(xlabel="latency, s", ylabel="share of pictures", title="Latency", ylim=(0, 1.02))
     over_time.set(xlabel="arrival, s after the start", ylabel="latency, s", title="Over time")
     if report.succeeded:
-        cdf.set_xscale("log")  # tasks differ by a factor of a hundred
+        cdf.set_xscale("log")  # latencies of tasks differ by a factor of a hundred
         cdf.legend()
     if report.records:
         over_time.legend()

@@ -1,9 +1,9 @@
-"""`imagen bench`: a load on any HTTP server of pictures, from a plan, and what it measured.
+"""`imagen bench`: sends the requests of a plan to any image server, and reports what it measured.
 
     report = run(load_plan(Path("benchmarks/plans/mixed.yaml")), "http://127.0.0.1:8000")
 
-plan.py (what to send) → workload.py (the requests as data) → runner.py (when) → client.py and
-protocols.py (one request) → report.py (what it adds up to).
+plan.py (what to send) → workload.py (the requests as data) → runner.py (when to send) → client.py
+and protocols.py (one request) → report.py (the figures).
 """
 
 from benchmarks.load.plan import Plan, load_plan, parse_plan

@@ -1,4 +1,8 @@
-"""Sends one request, and says what became of it."""
+"""Sends one request and classifies its outcome.
+
+Uses aiohttp rather than httpx, because it needs less CPU per request, which a server on the same
+machine would lack.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +27,19 @@ if TYPE_CHECKING:
     from benchmarks.load.workload import Request, Size
 
 _CONNECT_S = 5.0
-# Idle connections end before any server ends them, which would race the next request.
+# Idle connections are closed before any server closes them, which would race the next request.
 _IDLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
         outcome: as in `Record`.
-        sent_s, ended_s: on `time.perf_counter`.
-        status: HTTP's, if there was an answer.
-        answer: what it said, or the name of the connection's error.
+        sent_s, ended_s: times of `time.perf_counter`.
+        status: the HTTP status, if there was an answer.
+        answer: its content, or the name of the connection's error.
     """
 
     outcome: Outcome
@@ -46,7 +50,7 @@ class Ending:
 
 
 class Client:
-    """Posts photos to a target; an asynchronous context, with as many connections as it takes."""
+    """Posts photos to a target, on as many connections as needed; an asynchronous context."""
 
     def __init__(self, plan: Plan, photos: Mapping[Size, bytes]) -> None:
         self._target = plan.target
@@ -65,7 +69,7 @@ class Client:
         await self._session.close()
 
     async def send(self, request: Request) -> Ending:
-        """Post it; never raises for what a server does."""
+        """Post the request. Whatever the server does is an outcome, not an exception."""
         sent_s = time.perf_counter()
         leaves_s = request.leaves_after_s
         leaving = leaves_s is not None and leaves_s < self._timeout_s
@@ -86,7 +90,7 @@ class Client:
     async def _post(self, request: Request) -> tuple[int, Answer]:
         prepared = call(self._target, request, self._photos[request.size])
         url = URL(self._target.url.rstrip("/") + prepared.path, encoded=True)
-        # aiohttp warns of large `bytes`; a file it sends without copying.
+        # aiohttp warns of large `bytes`, and sends a file without copying it.
         data = io.BytesIO(prepared.body)
         async with self._session.post(
             url, data=data, headers=prepared.headers, allow_redirects=False
@@ -98,7 +102,7 @@ class Client:
 
 
 async def check_reachable(target: Target) -> None:
-    """Raises Unreachable unless somebody listens there."""
+    """Raises Unreachable unless a server listens at the target's address."""
     parts = urlsplit(target.url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -106,8 +110,8 @@ async def check_reachable(target: Target) -> None:
             _, writer = await asyncio.open_connection(parts.hostname, port)
     except OSError as error:  # TimeoutError is one
         raise Unreachable(
-            "Nobody answers at the address of the load.",
+            "No server listens at the address.",
             value=target.url,
-            remedy="Start the server (`make run`), or name another one with --url.",
+            remedy="Start the server (`make run`), or give its address with --url.",
         ) from error
     writer.close()

@@ -1,4 +1,4 @@
-"""The plan of a load: which requests, how they arrive, and to what kind of server they go."""
+"""The plan of a load: its requests, their arrivals, and the kind of server."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KEYS_REMEDY = "Correct the named keys; docs/benchmarks.md explains each."
 
 
 class Distribution(Strict):
-    """What a parameter is drawn from; exactly one of the four. A bare value is a constant.
+    """The values of a parameter; exactly one of the first four. A bare value is a constant.
 
     Attributes:
-        constant: always this.
-        uniform: a number from the first up to the second, to four decimals.
-        integers: a whole number from the first up to the second, both included.
-        choice: one of these.
-        weights: of the choices; None makes them equally likely.
+        constant: this value.
+        uniform: a random number from the first up to the second, to four decimals.
+        integers: a random whole number from the first up to the second, both included.
+        choice: a random one of these.
+        weights: relative frequencies of the choices; None makes them equal.
     """
 
     constant: Scalar | None = None
@@ -48,9 +48,9 @@ class Distribution(Strict):
             )
         for bounds in (self.uniform, self.integers):
             if bounds and bounds[0] > bounds[1]:
-                raise ValueError(f"[{bounds[0]}, {bounds[1]}] runs downwards; swap the two")
+                raise ValueError(f"[{bounds[0]}, {bounds[1]}] is descending; swap the two")
         if self.weights and len(self.weights) != len(self.choice or ()):
-            raise ValueError("weights must be as many as there are values under choice")
+            raise ValueError("weights needs one number for each value of choice")
         return self
 
 
@@ -59,12 +59,12 @@ def _constant(value: Any) -> Any:
 
 
 class PhotoSize(Strict):
-    """A size of photo, in px, and how often it comes relative to the others.
+    """A photo size in px, and its relative frequency.
 
     Attributes:
-        size: width and height; with `up_to`, the least of both.
-        up_to: the most of both; each request draws its own, every pixel equally likely.
-        weight: how often it comes.
+        size: width and height; with `up_to`, their minimum.
+        up_to: their maximum; each request draws both sides, evenly distributed.
+        weight: relative frequency.
     """
 
     size: tuple[Side, Side]
@@ -90,9 +90,9 @@ class Entry(Strict):
     """One kind of request in the mix.
 
     Attributes:
-        weight: how often it comes relative to the others.
-        task: the route; or
-        path: any other one.
+        weight: relative frequency.
+        task: the task, whose route is used; or
+        path: another path.
         parameters: name to distribution.
         sizes: photo sizes; empty takes the plan's.
     """
@@ -111,18 +111,18 @@ class Entry(Strict):
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
         return str(self.task or self.path)
 
 
 class Target(Strict):
-    """How the server wants to be asked.
+    """The server's address and protocol.
 
     Attributes:
-        url: where it listens.
+        url: its address.
         protocol: multipart is Imagen's own; raw sends the image as the body and parameters in the
             query; kserve is the KServe (Triton) v2 protocol with binary tensors.
-        paths: of tasks, in place of the protocol's own.
+        paths: paths by task that replace the protocol's.
         shape: of both kserve inputs, one element each; [1, 1] for a Triton model that batches.
     """
 
@@ -133,25 +133,25 @@ class Target(Strict):
 
 
 class Plan(Strict):
-    """A load. The same plan makes the same requests, whatever server they go to.
+    """A load. A plan makes the same requests for every server.
 
     Attributes:
-        name: of the plan, in reports.
+        name: its name in reports.
         seed: of every random choice.
-        mode: open sends at Poisson arrivals, whatever the server does; closed has a fixed number
+        mode: open sends at Poisson arrivals, however slow the server is; closed has a fixed number
             of clients, each of which waits for its answer before it sends again.
-        rate_per_s: arrivals, of an open plan.
-        concurrency: clients, of a closed one.
-        requests: how many are counted; or
-        duration_s: for how long new ones are sent.
-        warm_up: requests sent before the clock starts, the entries of the mix by turns.
-        timeout_s: after which a client gives up.
+        rate_per_s: arrivals of an open plan.
+        concurrency: clients of a closed plan.
+        requests: number of counted requests; or
+        duration_s: how long new ones are sent.
+        warm_up: requests sent before the clock starts, the entries of the mix in turn.
+        timeout_s: how long a client waits.
         disconnect_share: share of the clients that leave early, in [0, 1].
-        disconnect_after_s: range they stay for, from sending.
+        disconnect_after_s: range of the times at which they leave, from sending.
         slowdown: first send the requests one by one, and report latency over unloaded latency.
-        slowdown_requests: only the first so many; None for all.
+        slowdown_requests: how many of them; None for all.
         photo: what photos are cut from; relative to the project.
-        sizes: photo sizes of entries that name none.
+        sizes: photo sizes of entries without sizes of their own.
         mix: kinds of requests.
         target: the server.
     """
@@ -178,12 +178,12 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for wanted, key, other in (
+        for mode, key, other in (
             ("open", "rate_per_s", "concurrency"),
             ("closed", "concurrency", "rate_per_s"),
         ):
-            if self.mode == wanted and (getattr(self, key) is None or getattr(self, other)):
-                raise ValueError(f"mode {wanted} needs {key}, and no {other}")
+            if self.mode == mode and (getattr(self, key) is None or getattr(self, other)):
+                raise ValueError(f"mode {mode} needs {key}, and no {other}")
         if (self.requests is None) == (self.duration_s is None):
             raise ValueError("give either requests or duration_s")
         if bare := [entry.label for entry in self.mix if not (entry.sizes or self.sizes)]:
@@ -196,28 +196,30 @@ class Plan(Strict):
         if self.disconnect_share and stay_s is None:
             raise ValueError("disconnect_share needs disconnect_after_s, as in [0.1, 2]")
         if stay_s and stay_s[0] > stay_s[1]:
-            raise ValueError(f"disconnect_after_s: [{stay_s[0]}, {stay_s[1]}] runs downwards")
+            raise ValueError(
+                f"disconnect_after_s: [{stay_s[0]}, {stay_s[1]}] is descending; swap the two"
+            )
         if self.slowdown_requests and not self.slowdown:
             raise ValueError("slowdown_requests needs slowdown: true")
         endless = self.mode == "closed" and self.duration_s
         if endless and any(kind.up_to for kind in self.photo_sizes):
             raise ValueError(
-                "sizes: up_to needs requests in a closed plan, because the photos are made before"
+                "sizes: in a closed plan up_to needs requests, because photos are made first"
             )
         if self.slowdown and endless and not self.slowdown_requests:
             raise ValueError(
-                "slowdown needs slowdown_requests, because a closed plan with duration_s does not"
-                " know how many requests it sends"
+                "slowdown needs slowdown_requests in a closed plan with duration_s, whose number of"
+                " requests is not known before the run"
             )
         return self
 
     @property
     def photo_sizes(self) -> Sizes:
-        """All that are named anywhere."""
+        """All photo sizes of the plan and its entries."""
         return (*self.sizes, *(kind for entry in self.mix for kind in entry.sizes))
 
     def change(self, **values: Any) -> Plan:
-        """This plan with other values, checked; `target` may name a part of its keys.
+        """This plan with some values replaced, checked; `target` may hold some of its keys.
 
         Raises:
             ConfigError: as `load_plan`.
@@ -227,13 +229,13 @@ class Plan(Strict):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for plans that make the same requests, however these arrive."""
+        """A hash that is equal for plans with the same requests, whatever their arrivals."""
         kept = self.model_dump(mode="json", include={"seed", "photo", "sizes", "mix"})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_plan(path: Path) -> Plan:
-    """The plan in a YAML file, relative to the working folder, else to the project.
+    """Read a plan from a YAML file, relative to the working folder, else to the project.
 
     Raises:
         ConfigError: unreadable, or an unknown key or value.
@@ -252,7 +254,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def parse_plan(values: Any, where: str) -> Plan:
-    """A plan from plain values.
+    """Build a plan from plain values.
 
     Raises:
         ConfigError: naming each wrong key, in `where`.
@@ -269,5 +271,5 @@ def _problem(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{key}: no such key"
     if detail["type"] == "missing":
-        return f"{key}: it is missing"
+        return f"{key}: missing"
     return f"{key}: {detail['msg'].removeprefix('Value error, ')}"

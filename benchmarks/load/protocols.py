@@ -1,4 +1,4 @@
-"""Requests to HTTP, and HTTP answers to what is measured of them."""
+"""Turns requests into HTTP calls, and HTTP answers into figures."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an answer says.
+    """The content of an answer.
 
     Attributes:
-        code: why it is no picture, such as `full` (of a problem), `HTTP 500` or `no picture`; None
-            if it is one.
+        code: why there is no picture, such as `full` (a problem's code), `HTTP 500` or
+            `no picture`; None if there is one.
         detail: of a refusal, shortened.
-        batch_size, gpu_seconds: of the picture; None where the server does not say.
-        stages_s: Server-Timing.
+        batch_size, gpu_seconds: of the picture; None if the server does not report them.
+        stages_s: seconds by stage, from Server-Timing.
     """
 
     code: str | None = None
@@ -56,7 +56,7 @@ class Answer:
 
 
 def path_of(target: Target, request: Request) -> str:
-    """Where a request goes."""
+    """The path of a request."""
     if request.task is None:
         return str(request.path)
     own = f"/v2/models/{request.task}/infer"
@@ -123,11 +123,11 @@ def _element(data: bytes) -> bytes:
 
 
 def read_answer(target: Target, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
-    """What came back."""
+    """Read an answer."""
     if status != 200:
         return Answer(*_refusal(status, body))
     picture = _kserve_picture(headers, body) if target.protocol == "kserve" else body
-    # A server that says 200 and sends an error page must not look fast.
+    # A server that answers 200 with an error page must not look fast.
     if not picture.startswith(_PICTURES):
         return Answer("no picture", _text(body))
     batch_size = _number(headers.get("X-Imagen-Batch-Size"))

@@ -1,4 +1,4 @@
-"""What a run measured: a record of each request, and what they add up to."""
+"""The results of a run: a record of each request, and figures over all of them."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Record(Strict):
         task: or path.
         size: of the photo, in px.
         parameters: as sent.
-        due_s: after the start: the scheduled arrival (open), or when it was sent (closed).
-        sent_s: when the generator got to it, after the start.
+        due_s: seconds after the start: the scheduled arrival (open) or the sending (closed).
+        sent_s: when the generator sent it, in seconds after the start.
         latency_s: from `due_s` to the last byte of the answer, or to giving up.
-        unloaded_s: the same request's latency on the idle server, where that was measured.
-        leaves: its client was to leave early, and did unless the outcome is another.
+        unloaded_s: its latency on the idle server, if measured.
+        leaves: whether its client was to leave early; it did if the outcome is `disconnected`.
         outcome: ok; refused (any status but 200); no_picture (a 200 without one); timeout;
             disconnected (on purpose); connection_error; unfinished (the run was stopped).
-        status: HTTP's.
-        code: of the problem, else `HTTP 500`, or the name of the connection's error.
-        detail: of a refusal, shortened.
-        batch_size: of the forward pass; None where the server does not say.
+        status: the HTTP status.
+        code: the problem's code, else such as `HTTP 500`, or the name of the connection's error.
+        detail: the refusal's text, shortened.
+        batch_size: rows of the forward pass; None if the server does not report it.
         gpu_seconds: likewise.
-        stages_s: Server-Timing.
+        stages_s: seconds by stage, from Server-Timing.
     """
 
     index: int
@@ -78,7 +78,7 @@ class Record(Strict):
 
 
 class Spread(Strict):
-    """Of a quantity over requests; percentiles interpolate linearly between the nearest two."""
+    """The distribution of a quantity; percentiles interpolate linearly between neighbours."""
 
     count: int
     mean: float
@@ -89,14 +89,14 @@ class Spread(Strict):
 
 
 class Summary(Strict):
-    """Of some requests.
+    """Figures of some requests.
 
     Attributes:
-        outcomes: how many ended in which way.
-        refusals: the refused and the pictureless ones by code.
-        latency_s: of the pictures; without clients that were to leave, of which only the quick
-            ones get any.
-        slowdown: likewise, where unloaded latency is known.
+        outcomes: number of requests by outcome.
+        refusals: number of refused and pictureless requests by code.
+        latency_s: of the pictures, without those of clients that were to leave: only quick ones
+            reach them.
+        slowdown: of the same, if unloaded latency is known.
     """
 
     outcomes: dict[Outcome, int]
@@ -106,14 +106,14 @@ class Summary(Strict):
 
 
 class Machine(Strict):
-    """Where the load was made; the server's too, if its address is this machine's.
+    """The load generator's machine.
 
     Attributes:
-        processor, platform, python: what it is.
-        cores: this process may use.
-        load_before, load_after: average of the last minute.
-        generator_cpu_share: CPU seconds of this process over those of one core; near 1 it was busy
-            itself, and measured itself.
+        processor, platform, python: as `benchmarks.machine` describes them.
+        cores: cores that this process may use.
+        load_before, load_after: load average of the last minute.
+        generator_cpu_share: CPU seconds of this process over wall seconds; near 1, latencies
+            include the generator's own delays.
     """
 
     processor: str
@@ -126,25 +126,25 @@ class Machine(Strict):
 
 
 class Report(Strict):
-    """Everything about a run.
+    """A run.
 
     Attributes:
-        schema_version: of this document; changes when a key changes its meaning.
-        plan: as it ran, with what the command line changed.
-        url, protocol: the server.
+        schema_version: version of this format; it changes when a key changes its meaning.
+        plan: as it ran, with the command line's changes.
+        url, protocol: of the server.
         started: ISO 8601, UTC.
-        interrupted: it was stopped early; what was under way is `unfinished`.
+        interrupted: whether it was stopped early; running requests are then `unfinished`.
         wall_s: from the first due request to the last answer.
-        machine: where the load was made.
+        machine: the generator's.
         total: of all counted requests.
         tasks: the same for each task.
         images_per_s: pictures over `wall_s`.
-        send_lag_s: how late the generator sent, which open plans count as latency.
-        batch_sizes: pictures by the rows of their passes (the mean of each), where the server says.
+        send_lag_s: the generator's delays, which open plans count as latency.
+        batch_sizes: pictures by the rows of their passes, if the server reports them.
         stages_s: mean of each Server-Timing stage.
         gpu_seconds: of all pictures; None if not measured.
-        usd_per_gpu_hour: the price that was given.
-        usd_per_1000_images: at that price, for the GPU time of the pictures themselves.
+        usd_per_gpu_hour: the given price.
+        usd_per_1000_images: at that price, for the pictures' GPU time alone.
         unloaded_s: unloaded latency by request.
         records: every request, in order.
     """
@@ -176,7 +176,7 @@ class Report(Strict):
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Of the values that are known; None if none is."""
+    """The distribution of the known values; None if there is none."""
     known = np.array([value for value in values if value is not None])
     if not len(known):
         return None
@@ -186,7 +186,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """Counts and latencies of some requests."""
+    """Count the outcomes of some requests, and summarise their latencies."""
     outcomes = Counter(record.outcome for record in records)
     refused = [r for r in records if r.outcome in ("refused", "no_picture")]
     judged = [r for r in records if r.outcome == "ok" and not r.leaves]
@@ -229,7 +229,7 @@ def _mean_stages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def load_report(path: Path) -> Report:
-    """A report that was written as JSON.
+    """Read a report from JSON.
 
     Raises:
         ConfigError: it cannot be read.
@@ -237,7 +237,7 @@ def load_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        reason = "it is no report" if isinstance(error, ValidationError) else "no such file"
+        reason = "it is not a report" if isinstance(error, ValidationError) else "no such file"
         raise ConfigError(
             f"The report cannot be read: {reason}.",
             value=path,
@@ -246,22 +246,22 @@ def load_report(path: Path) -> Report:
 
 
 def unloaded_of(path: Path, plan: Plan) -> dict[int, float]:
-    """Unloaded latencies that an earlier run of the same requests measured.
+    """The unloaded latencies of an earlier run of the same requests.
 
     Raises:
-        ConfigError: it measured none, or its requests were others.
+        ConfigError: it measured none, or had other requests.
     """
     report = load_report(path)
     if report.plan.fingerprint != plan.fingerprint:
         raise ConfigError(
-            "The report is of other requests, so that its unloaded latencies do not fit.",
+            "The report has other requests, so its unloaded latencies do not apply.",
             value=path,
-            remedy="Use one of the same seed, photo, sizes and mix, or measure anew.",
+            remedy="Use one with the same seed, photo, sizes and mix, or leave out --unloaded.",
         )
     if not report.unloaded_s:
         raise ConfigError(
-            "The report holds no unloaded latencies.",
+            "The report has no unloaded latencies.",
             value=path,
-            remedy="Make one from a plan with `slowdown: true`.",
+            remedy="Use the report of a plan with `slowdown: true`.",
         )
     return report.unloaded_s

@@ -1,4 +1,4 @@
-"""Sends a plan's requests as they are due, and reports."""
+"""Sends a plan's requests when they are due, and builds the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from benchmarks.load.workload import Request
 
     Progress = Callable[[str, int], None]
-    """Hears the phase, and how many of its requests are done."""
+    """Called with the phase, and the number of its requests that are done."""
 
 
 def run(
@@ -38,14 +38,14 @@ def run(
 
     Args:
         plan: what to send.
-        url: of the server; None takes the plan's.
-        unloaded_s: unloaded latency by request, in place of measuring it.
-        usd_per_gpu_hour: for the cost of pictures.
-        progress: is told how far it is.
+        url: the server's address; None takes the plan's.
+        unloaded_s: unloaded latency by request, which is then not measured.
+        usd_per_gpu_hour: the price, for the cost of pictures.
+        progress: called after every request.
 
     Raises:
-        Unreachable: nobody listens there.
-        ConfigError: the plan's photo cannot be read, or the URL is none.
+        Unreachable: no server listens there.
+        ConfigError: the plan's photo cannot be read, or the URL is not valid.
     """
 
     async def main() -> Report:
@@ -82,7 +82,7 @@ async def run_async(
     await check_reachable(plan.target)
     load_before, started = machine.load_average(), datetime.now(UTC).isoformat(timespec="seconds")
     async with Client(plan, pictures) as client:
-        load = _Load(plan, client, progress or _tell_nobody, dict(unloaded_s or {}))
+        load = _Load(plan, client, progress or _no_progress, dict(unloaded_s or {}))
         interrupted = await _until(load.drive(), stop or asyncio.Event())
     records = sorted(load.records, key=lambda record: record.index)
     return Report(
@@ -106,7 +106,7 @@ async def run_async(
 
 @dataclass
 class _Load:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
         unloaded_s: latency of request i on the idle server.
@@ -125,7 +125,7 @@ class _Load:
     _cpu_start_s: float = 0.0
 
     async def drive(self) -> None:
-        """Warm-up, the idle server if wanted, then the load."""
+        """Send the warm-up, measure the idle server if the plan says so, then send the load."""
         for done, request in enumerate(warm_up(self.plan), 1):
             await self.client.send(request)
             self.progress("warming up", done)
@@ -144,7 +144,7 @@ class _Load:
             self.progress("one by one on the idle server", request.index + 1)
 
     async def _open(self) -> None:
-        """At each arrival, whatever became of those before."""
+        """Send each request at its arrival, whether or not earlier ones were answered."""
         async with asyncio.TaskGroup() as group:
             for request in requests(self.plan):
                 due_s = self._start_s + (request.arrival_s or 0.0)
@@ -152,7 +152,7 @@ class _Load:
                 group.create_task(self._count(request, due_s))
 
     async def _closed(self) -> None:
-        """Each client sends as soon as its former request is answered."""
+        """Let each client send as soon as its last request is answered."""
         left = requests(self.plan)
         end_s = self._start_s + (self.plan.duration_s or float("inf"))
 
@@ -201,17 +201,17 @@ class _Load:
         )
 
 
-def _tell_nobody(_phase: str, _done: int) -> None:
-    """The progress nobody asked for."""
+def _no_progress(_phase: str, _done: int) -> None:
+    pass
 
 
 async def _until(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Do the work until it ends or `stop` is set; whether it was stopped."""
+    """Run the work until it ends or `stop` is set; returns whether it was stopped."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
-            await working  # raises what it raised
+            await working  # to raise its exception
             return False
         return True
     finally:

@@ -1,7 +1,7 @@
 """The requests of a plan, as data.
 
-Request i depends on the plan's seed and on i alone: each of its choices has a random stream of its
-own, so that another rate, length or share of leavers keeps every other choice as it was.
+Request i depends on the plan's seed and on i alone. Each of its choices has a random stream of its
+own, so that a change of rate, length or share of leavers leaves every other choice as it was.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, before it is put into a server's protocol.
+    """One request, independent of the server's protocol.
 
     Attributes:
-        index: its number; below 0 for a warm-up.
+        index: its number; negative in the warm-up.
         label: task or path, in reports.
-        task, path: where it goes; one of them is None.
+        task, path: its target; one of them is None.
         size: of the photo, in px.
         parameters: name to value.
-        arrival_s: when it is due, after the start; None in a closed plan.
-        leaves_after_s: when its client drops the connection; None if it stays.
+        arrival_s: when it is due, in seconds after the start; None in a closed plan.
+        leaves_after_s: seconds after which its client disconnects; None if it stays.
     """
 
     index: int
@@ -52,7 +52,7 @@ class Request:
 
 
 def requests(plan: Plan) -> Iterator[Request]:
-    """The counted requests in order; without end for a closed plan with a duration."""
+    """The counted requests in order; endless for a closed plan with a duration."""
     weights = [entry.weight for entry in plan.mix]
     for index, arrival_s in enumerate(_arrivals(plan)):
         entry = _stream(plan, index, "entry").choices(plan.mix, weights)[0]
@@ -60,13 +60,13 @@ def requests(plan: Plan) -> Iterator[Request]:
 
 
 def warm_up(plan: Plan) -> list[Request]:
-    """The requests before the clock starts: every entry of the mix by turns."""
+    """The requests before the clock starts: the entries of the mix in turn."""
     turns = itertools.islice(itertools.cycle(plan.mix), plan.warm_up)
     return [_request(plan, entry, -1 - turn, None) for turn, entry in enumerate(turns)]
 
 
 def photos(plan: Plan) -> dict[Size, bytes]:
-    """One JPEG of each size the plan may ask for, cropped and scaled from its photo.
+    """One JPEG of each size the plan may use, cropped and scaled from its photo.
 
     Raises:
         ConfigError: the photo cannot be read.
@@ -116,7 +116,14 @@ def _request(plan: Plan, entry: Entry, index: int, arrival_s: float | None) -> R
     if index >= 0 and plan.disconnect_after_s and leaving.random() < plan.disconnect_share:
         leaves_after_s = leaving.uniform(*plan.disconnect_after_s)
     return Request(
-        index, entry.label, entry.task, entry.path, size, parameters, arrival_s, leaves_after_s
+        index=index,
+        label=entry.label,
+        task=entry.task,
+        path=entry.path,
+        size=size,
+        parameters=parameters,
+        arrival_s=arrival_s,
+        leaves_after_s=leaves_after_s,
     )
 
 
@@ -129,7 +136,7 @@ def _size(kinds: Sizes, stream: random.Random) -> Size:
 
 
 def _stream(plan: Plan, index: int, purpose: str) -> random.Random:
-    # Seeded by text, which hashes the same everywhere and on every run.
+    # A text seeds the same stream on every machine and in every run.
     return random.Random(f"{plan.seed}/{index}/{purpose}")
 
 

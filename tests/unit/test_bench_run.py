@@ -275,7 +275,7 @@ def test_a_server_that_hangs_up_is_a_connection_error() -> None:
     assert all(record.code for record in report.records)
 
 
-def test_nobody_at_the_address_is_told_before_anything_is_sent() -> None:
+def test_an_address_without_a_server_is_an_error_with_a_remedy() -> None:
     with pytest.raises(Unreachable, match="make run"):
         run(plan(), "http://127.0.0.1:9")
 
@@ -342,7 +342,7 @@ async def refuse_some(got: Got) -> web.Response:
 def test_a_file_that_is_no_report_is_a_config_error(text: str, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="it is no report"):
+    with pytest.raises(ConfigError, match="it is not a report"):
         load_report(file)
     with pytest.raises(ConfigError, match="no such file"):
         load_report(tmp_path / "absent.json")
