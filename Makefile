@@ -45,15 +45,15 @@ fix: setup ## Mend what ruff can mend
 
 .PHONY: bench
 bench: setup ## Latency of each task on a 512x512 photo, on this machine
-	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.latency $(ARGS)
 
 .PHONY: bench-store
 bench-store: setup ## Pull and load a 2 GB model, beside other ways to do it
-	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.store $(ARGS)
 
 .PHONY: profile-gpu
 profile-gpu: setup ## Measure the production models' memory on this GPU, for imagen plan
-	$(BIN)/python -m benchmarks.gpu.profile
+	$(BIN)/python -m benchmarks.gpu.profile $(ARGS)
 
 .PHONY: bench-gpu
 bench-gpu: setup ## Speed on this GPU beside stock diffusers and the old worker loop (9 minutes a call)

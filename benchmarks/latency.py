@@ -1,22 +1,20 @@
-"""Latency of each task on one photo at its defaults, with the cost of the picture file apart.
+"""`make bench`: seconds of each task for one photo, with the model's defaults.
 
-Runs the model path of a replica in this process (decode, fit, engine, restore, encode), so that
-it needs no server: `make bench`.
+Runs the work of a replica in this process (decode, fit, engine, restore, encode), without a server.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
+from benchmarks.output import console
 from deployments import images
 from deployments.contract import complete
 from deployments.engine.engine import Engine
@@ -38,7 +36,7 @@ STAGES = ("decode", "model", "encode", "total")
 def measure(
     spec: ModelSpec, pipeline: AnyPipeline, engine: Engine, image: bytes
 ) -> dict[str, float]:
-    """Seconds of each stage for one request."""
+    """Seconds of each of `STAGES` for one request."""
     request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.perf_counter()
     picture = images.decode(image, LimitSettings())
@@ -55,12 +53,14 @@ def measure(
 
 
 def main(
-    models: Annotated[Path, typer.Option(help="model registry")] = Path(
+    models: Annotated[Path, typer.Option(help="Model registry")] = Path(
         "configs/models/starter.yaml"
     ),
-    image: Annotated[Path | None, typer.Option(help="a photo; unset: 512x512 astronaut")] = None,
-    runs: Annotated[int, typer.Option(help="timed runs of each task")] = 7,
-    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
+    image: Annotated[
+        Path | None, typer.Option(help="A photo; default: an astronaut, 512x512")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each task")] = 7,
+    threads: Annotated[int, typer.Option(help="Torch threads")] = 2,
 ) -> None:
     """Print seconds by task and stage: median, and the range of the total."""
     data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
@@ -83,10 +83,9 @@ def main(
         table.add_row(str(spec.task), spec.name, *cells)
         if medians[-1] > TARGET_S:
             late.append(str(spec.task))
-    console = Console()
     console.print(table)
     console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+        f"{machine.processor()}, load {machine.load_average():.1f}, "
         f"float32 on {settings.device}; {runs} runs after one warm-up; target {TARGET_S} s: "
         + (f"missed by {', '.join(late)}" if late else "met")
     )

@@ -1,1 +1,1 @@
-"""The same five models behind other servers, to hold ours against."""
+"""`make bench-peers`: the same five models behind other servers, to compare Imagen with."""

@@ -1,11 +1,11 @@
-"""BentoML: a service for each model with a batchable API, and a front that depends on the five.
+"""BentoML: a service per model with a batchable API, and a front that depends on the five.
 
-Configured with our batch limits and timeout, and one worker a service; its adaptive batching learns
-the window by itself (it needs 11 requests of each model first; the benchmark's warm-up has them).
-Fair to it: a batch is decoded and encoded on two threads, as ours.
+Configured with Imagen's batch limits and timeout, and one worker a service. Its adaptive batching
+learns the window from 11 requests of each model, which the warm-up sends. In its favour, a batch is
+decoded and encoded on two threads, as in Imagen.
 """
 
-# No `from __future__ import annotations`: BentoML looks at the annotations themselves.
+# No `from __future__ import annotations`: BentoML reads the annotations as objects.
 from typing import Any
 
 import bentoml

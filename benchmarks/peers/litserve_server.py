@@ -1,11 +1,11 @@
 """LitServe: five LitAPIs behind one server, each with its own worker process and batching.
 
-Configured with our batch limits, a batch timeout of 10 ms (0, its default, makes idle workers spin
-and take the cores from the others), one API process, and our request timeout. Fair to it: a batch
-is decoded and encoded on two threads, as ours.
+Configured with Imagen's batch limits and request timeout, one API process, and a batch timeout of
+10 ms: with its default of 0, idle workers spin and take the cores from the others. In its favour, a
+batch is decoded and encoded on two threads, as in Imagen.
 """
 
-# No `from __future__ import annotations`: LitServe looks at the annotations themselves.
+# No `from __future__ import annotations`: LitServe reads the annotations as objects.
 from typing import Annotated
 
 import litserve
@@ -34,8 +34,7 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self._work = load(self._task)
 
-    # An upload as LitServe reads it by itself, a form with an open file, cannot be pickled to the
-    # worker.
+    # LitServe itself would read the upload as a form with an open file, which cannot be pickled.
     def decode_request(self, request: Annotated[tuple, Depends(_upload)]) -> Upload:
         return request
 

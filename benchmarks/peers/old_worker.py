@@ -1,7 +1,7 @@
-"""The worker loop that Imagen replaced: a queue and a process for each model, one job at a time.
+"""The worker loop that Imagen replaces: a queue and a process per model, one job at a time.
 
-Configured as it was: attention slicing on, no batching. Fair to it: the queue is in memory and the
-front answers with the picture, without the cloud queue, bucket and polling of the original.
+Configured like the original: attention slicing, no batching. In its favour, the queue is in memory
+and the front answers with the picture, without a cloud queue, a bucket and polling.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _START_S = 300
 
 
 def work_forever(task: Task, jobs: Any, results: Any) -> None:
-    """A worker process: take a job, do all of it, take the next."""
+    """Run a worker process: take a job, finish it, take the next."""
     from benchmarks.peers.work import load
 
     work = load(task, sliced=True)
@@ -49,7 +49,7 @@ def work_forever(task: Task, jobs: Any, results: Any) -> None:
 
 
 class Worker:
-    """The front's end of one worker process."""
+    """The front's handle of one worker process."""
 
     def __init__(self, task: Task) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -65,7 +65,7 @@ class Worker:
         self._results.get(timeout=_START_S)
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Hand results to whoever waits for them, on a thread of its own."""
+        """Hand results to the waiting requests, on a thread of its own."""
         threading.Thread(target=self._collect, args=(loop,), daemon=True).start()
 
     def _collect(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,7 +103,7 @@ async def _ready(_: Request) -> Response:
 
 
 def create_app(workers: dict[Task, Worker]) -> Starlette:
-    """The front."""
+    """The HTTP front."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

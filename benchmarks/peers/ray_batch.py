@@ -1,7 +1,7 @@
-"""Ray Serve with plain `@serve.batch`: whatever it collects is called in groups of equal keys.
+"""Ray Serve with plain `@serve.batch`: a collected batch is called in groups of equal keys.
 
-Configured with Serve's default window (10 ms) and our batch limits. Fair to it: decoding, encoding
-and the calls run on threads, so that the next batch is collected meanwhile.
+Configured with Serve's default window (10 ms) and Imagen's batch limits. In its favour, decoding,
+encoding and the calls run on threads, so that the next batch is collected meanwhile.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Ray Serve in the style of its Stable Diffusion example: a FastAPI ingress, a handle to each
 model, and one stock call for each request.
 
-Configured as the example is, but for one replica of each model, as ours. Fair to it: the picture
-travels as a PNG rather than as a pickled image, and is encoded in the model's process.
+Configured like the example, with one replica of each model, as in Imagen. In its favour, the
+picture travels as a PNG rather than as a pickled image, and is encoded in the model's process.
 """
 
-# No `from __future__ import annotations`: FastAPI needs them themselves after Ray's pickling.
+# No `from __future__ import annotations`: after Ray's pickling FastAPI needs objects.
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,7 +15,7 @@ from ray.serve import Application
 from benchmarks.peers.front import PREFIX, TASKS, media_type, read_upload
 from deployments.tasks import Task
 
-# As configs/local.yaml: shares are bookkeeping, all replicas fit two cores.
+# As in configs/local.yaml: the shares only count; all replicas fit two cores.
 MODEL_OPTIONS = {"num_cpus": 0.2}
 front = FastAPI()
 
@@ -43,7 +43,7 @@ class Front:
 
 @serve.deployment(ray_actor_options=MODEL_OPTIONS)
 class Model:
-    """One model; Serve calls a plain method for one request after the other."""
+    """One model; Serve calls a plain method for one request at a time."""
 
     def __init__(self, task: Task) -> None:
         from benchmarks.peers.work import load

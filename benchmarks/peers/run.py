@@ -1,6 +1,6 @@
-"""The same load on Imagen and on other servers with the same models: `make bench-peers`.
+"""`make bench-peers`: the same load on Imagen and on other servers with the same models.
 
-One system runs at a time. Ours runs first and last, so that a drift of the machine shows.
+One system runs at a time. Imagen runs first and last, which shows a drift of the machine.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _BUSY_PERCENT: Final = 10
 
 
 def main(
-    systems: Annotated[str, typer.Option(help="letters; g is ours")] = ",".join(SYSTEMS),
-    loads: Annotated[str, typer.Option(help="names of benchmarks/plans")] = "uniform,varied,mixed",
-    requests: Annotated[int | None, typer.Option(help="of each load; else the plan's")] = None,
-    rate: Annotated[float | None, typer.Option(help="per second; else the plan's")] = None,
-    quick: Annotated[bool, typer.Option(help="a few requests: does it work at all?")] = False,
+    systems: Annotated[str, typer.Option(help="Letters; g is Imagen")] = ",".join(SYSTEMS),
+    loads: Annotated[str, typer.Option(help="Names in benchmarks/plans")] = "uniform,varied,mixed",
+    requests: Annotated[int | None, typer.Option(help="Of each load; default: the plan's")] = None,
+    rate: Annotated[float | None, typer.Option(help="Per second; default: the plan's")] = None,
+    quick: Annotated[bool, typer.Option(help="A few requests, to see that it works")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
 ) -> None:
     """Compare, print a table, and write everything down."""
@@ -77,7 +77,7 @@ def _show(runs: list[Run]) -> None:
 
 
 def _order(letters: str) -> list[str]:
-    """Ours first and last, the others between."""
+    """The chosen letters, with ours first and last."""
     chosen = letters.split(",")
     if unknown := set(chosen) - set(SYSTEMS):
         raise typer.BadParameter(f"no such system: {', '.join(sorted(unknown))}")
@@ -88,7 +88,7 @@ def _order(letters: str) -> list[str]:
 
 
 def _measure(letter: str, loads: list[str], changes: dict[str, Any], quick: bool) -> list[Run]:
-    """Every load on one system, which is started for it."""
+    """Start one system, and run every load on it."""
     system = SYSTEMS[letter]
     console.rule(f"{letter}  {system.title}")
     busy = psutil.cpu_percent(3)
@@ -109,7 +109,7 @@ def _measure(letter: str, loads: list[str], changes: dict[str, Any], quick: bool
 
 
 def _changed(plan: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A closed plan has no rate, and only some measure the slowdown."""
+    """The plan with the changes that apply: closed plans have no rate, others no slowdown."""
     needs = {"rate_per_s": "rate_per_s", "slowdown_requests": "slowdown"}
     return plan | {k: v for k, v in changes.items() if k not in needs or needs[k] in plan}
 
@@ -119,7 +119,7 @@ def _run(letter: str, **found: Any) -> Run:
 
 
 def _warm_up(system: System, url: str, rounds: int) -> None:
-    """Every model by turns, then two requests at a time."""
+    """Send requests to every model in turn, then two at a time."""
     tasks = 5
     _bench(system, url, "smoke", {"warm_up": tasks * rounds, "requests": 2 * tasks})
 
@@ -128,7 +128,7 @@ def _bench(system: System, url: str, load: str, changes: dict[str, Any]) -> dict
     """The report of `imagen bench`, without the single requests.
 
     Raises:
-        CalledProcessError: it made no report, or no request got a picture.
+        CalledProcessError: the run failed, or no request got a picture.
     """
     plan = yaml.safe_load((PLANS / f"{load}.yaml").read_text(encoding="utf-8"))
     target = {"target": {**plan.get("target", {}), **system.target}}
@@ -144,7 +144,7 @@ def _bench(system: System, url: str, load: str, changes: dict[str, Any]) -> dict
 
 
 def _table(runs: list[Run]) -> Table:
-    table = Table(title="The same models and requests; throughput and p50 also over ours")
+    table = Table(title="The same models and requests; throughput and p50 also relative to ours")
     for name in ("system", "load"):
         table.add_column(name, no_wrap=True)
     percentiles = ("p50 s", "p95 s", "p99 s", "slowdown p50", "p95")
@@ -189,7 +189,7 @@ def _percentile(report: dict[str, Any], quantity: str, name: str) -> str:
 
 
 def _ratio(value: float | None, ours: Sequence[float | None]) -> str:
-    """Over the mean of our runs."""
+    """The value over the mean of our runs."""
     known = [one for one in ours if one]
     return f"{value * len(known) / sum(known):.2f}" if value and known else "-"
 

@@ -1,4 +1,4 @@
-"""The Python-backend model of every task: Triton runs a copy of this file, named by its folder."""
+"""The Python-backend model of every task. Triton runs a copy of this file per task."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A Triton server on the CPU, from the wheel nvidia-pytriton, with a Python-backend model a task.
+"""A Triton server on the CPU, from the wheel nvidia-pytriton, with a Python-backend model per task.
 
-Configured as in the system Imagen replaced: a dynamic batcher that prefers groups of 2 and 4
-(background also 8) and waits for 100 ms, one instance a model. Fair to it: a batch is
-decoded and encoded on two threads, as ours; clients send binary tensors, without base64.
+Configured with a dynamic batcher that prefers groups of 2 and 4 (background also 8) and waits for
+100 ms, and one instance a model. In its favour, a batch is decoded and encoded on two threads, as
+in Imagen, and clients send binary tensors without base64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 
 
 def write_repository(folder: Path) -> None:
-    """A model repository with the five tasks."""
+    """Write a model repository with the five tasks."""
     for task in Task:
         limit = MAX_BATCH[task]
         preferred = ", ".join(str(size) for size in (2, 4, 8) if size <= limit)
@@ -49,7 +49,7 @@ def write_repository(folder: Path) -> None:
 
 
 def write_backend(triton: Path, folder: Path) -> None:
-    """The Python backend, with the stub of this Python beside it, where Triton looks for it."""
+    """Copy the Python backend, and the stub of this Python version to where Triton looks for it."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copytree(triton / "backends", folder)
     shutil.copytree(
@@ -58,9 +58,10 @@ def write_backend(triton: Path, folder: Path) -> None:
 
 
 def main(
-    port: int, folder: Annotated[Path, typer.Argument(help="empty; for the model repository")]
+    port: int,
+    folder: Annotated[Path, typer.Argument(help="An empty folder for the model repository")],
 ) -> None:
-    """Become a Triton server."""
+    """Replace this process by a Triton server."""
     site = Path(sysconfig.get_path("purelib"))
     triton = site / "pytriton/tritonserver"
     write_repository(folder / "models")
@@ -68,10 +69,10 @@ def main(
     libraries = [site / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
     environment = os.environ | {
         "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
-        # The stub embeds the Python whose environment comes first here; it ignores PYTHONPATH.
+        # The stub embeds the first Python in PATH, and ignores PYTHONPATH.
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    os.chdir(ROOT)  # where the stub looks for our modules
+    os.chdir(ROOT)  # the stub imports our modules from here
     command = [
         str(triton / "bin/tritonserver"),
         f"--model-repository={folder / 'models'}",

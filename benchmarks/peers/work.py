@@ -1,7 +1,7 @@
-"""What every peer does for a request: bytes to pixels, one stock call, pixels to bytes.
+"""The work of every peer for a request: bytes to pixels, one stock call, pixels to bytes.
 
-The serving differs between the peers; this does not. It is what Imagen does for a request, from the
-same weights, defaults and working sizes, with the stock diffusers call in place of our engine.
+Only the serving differs between the peers. The work is Imagen's, with the same weights, defaults
+and working sizes, but with a stock diffusers call in place of the engine.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Upload = tuple[bytes, Mapping[str, str]]
-"""An image file, and the form fields beside it."""
+"""An image file, and the other form fields."""
 
 MODELS: Final = ROOT / "configs/models/starter.yaml"
-# As configs/local.yaml: each model is one process with these.
+# As in configs/local.yaml; each model is one process.
 TORCH_THREADS: Final = 1
 PIXEL_THREADS: Final = 2
 MAX_BATCH: Final = {**dict.fromkeys(Task, 4), Task.BACKGROUND: 8}
-# For servers that have one: as configs/local.yaml.
+# As in configs/local.yaml, for servers that have a timeout.
 TIMEOUT_S: Final = 60
 _LIMITS: Final = LimitSettings()
 _SCALE: Final = 4
@@ -48,9 +48,9 @@ class Item:
 
     Attributes:
         request: complete: every field has its final value.
-        picture: as uploaded, decoded.
-        pixels: what the model sees, `H x W x 3`.
-        seed: of this item's own random generator.
+        picture: the decoded upload.
+        pixels: the model's input, `H x W x 3`, uint8.
+        seed: of this item's random generator.
     """
 
     request: ImageRequest
@@ -81,7 +81,7 @@ class Work(ABC):
 
     @abstractmethod
     def _fit(self, picture: Picture) -> images.Array:
-        """What the model sees of a picture."""
+        """The model's input, `H x W x 3`, uint8."""
 
     @abstractmethod
     def _call(self, items: Sequence[Item]) -> list[images.Array]: ...
@@ -91,7 +91,7 @@ class Work(ABC):
         """The result for the client."""
 
     def decode(self, image: bytes, fields: Mapping[str, str]) -> Item:
-        """The uploaded file and the form fields, checked and ready for `call`."""
+        """Check the upload and its fields, and prepare them for `call`."""
         request = complete(
             parse(self.spec.task.request, fields), self.spec.defaults, self.spec.parameters
         )
@@ -102,7 +102,7 @@ class Work(ABC):
         )
 
     def call(self, items: Sequence[Item]) -> list[images.Array]:
-        """The model's output for items of equal keys, in one call.
+        """Run items of equal keys in one call.
 
         Raises:
             ValueError: their keys differ.
@@ -112,7 +112,7 @@ class Work(ABC):
         return self._call(items)
 
     def encode(self, item: Item, output: images.Array) -> bytes:
-        """The result as a file that says how it was made; a PNG unless another was asked for."""
+        """The result as a file with metadata; a PNG unless the request names another format."""
         request = item.request
         parameters = request.model_dump(include=set(self.spec.parameters))
         if "seed" in parameters:
@@ -125,7 +125,7 @@ class Work(ABC):
         )
 
     def call_groups(self, items: Sequence[Item]) -> list[images.Array]:
-        """The outputs of any items, in their order: one call for each key among them."""
+        """The outputs of any items in their order, with one call for each key."""
         outputs: dict[int, images.Array] = {}
         for places in _groups(items):
             found = self.call([items[place] for place in places])
@@ -133,17 +133,17 @@ class Work(ABC):
         return [outputs[place] for place in range(len(items))]
 
     def serve(self, uploads: Sequence[Upload]) -> list[bytes]:
-        """Everything, for a batch: decoding and encoding on two threads, the calls on this one."""
+        """Serve a batch: decode and encode on two threads, and call the model on this one."""
         items = list(self.pool.map(lambda upload: self.decode(*upload), uploads))
         return list(self.pool.map(self.encode, items, self.call_groups(items)))
 
 
 def load(task: Task | str, *, sliced: bool = False) -> Work:
-    """The model of a task, from the starter weights, in this process, on the CPU.
+    """Load the starter model of a task into this process, on the CPU.
 
     Args:
-        task: which one.
-        sliced: whether attention is computed in slices: slower, with less memory.
+        task: a task or its name.
+        sliced: compute attention in slices, which is slower and takes less memory.
     """
     enforce_offline()
     import torch
@@ -179,7 +179,7 @@ class Img2Img(Work):
         )
         self._pipeline.set_progress_bar_config(disable=True)
         for part in (self._pipeline.unet, self._pipeline.vae):
-            part.to(memory_format=torch.channels_last)  # as ours: faster on a CPU
+            part.to(memory_format=torch.channels_last)  # as Imagen does: faster on a CPU
         if self.sliced:
             self._pipeline.enable_attention_slicing()
 
@@ -211,7 +211,7 @@ class Img2Img(Work):
 
 
 class Upscale(Work):
-    """SRVGG over the tiles that ours has, which is faster than the whole picture at once."""
+    """SRVGG over Imagen's tiles, which is faster than the whole picture at once."""
 
     def _load(self, folder: Path) -> None:
         from deployments.pipelines import networks
@@ -238,7 +238,7 @@ class Upscale(Work):
         return list(canvas)
 
     def _tiles(self, pixels: images.Array) -> Iterator[tuple[int, int, images.Array]]:
-        """Top and left of each tile, and its pixels with what the network sees around it."""
+        """Top and left of each tile, and its pixels with the margin that the network sees."""
         side, around = self.spec.tile_px, self._net.receptive_field_px
         for top in range(0, pixels.shape[1], side):
             for left in range(0, pixels.shape[2], side):
@@ -307,7 +307,7 @@ def _to_bytes(image: Any) -> images.Array:
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:
-    """The places of items that share a key, first come first."""
+    """The indices of items that share a key, in order of their first item."""
     places: dict[Hashable, list[int]] = {}
     for place, item in enumerate(items):
         places.setdefault(item.key, []).append(place)

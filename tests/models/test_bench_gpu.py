@@ -255,7 +255,7 @@ def test_a_system_that_does_not_fit_leaves_the_others() -> None:
     assert broken.closed
 
 
-def test_a_failure_is_told_by_its_reason_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_written_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Any:
         raise RuntimeError("Something about a kernel")
 

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback, for load: answers as told, and remembers what it got."""
+"""A real HTTP server on loopback that answers as a test defines, and records what it got."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_kserve_answer_is_a_picture(before: bytes | None) -> None:
         ({JSON_LENGTH: "x"}, b"{}"),
     ],
 )
-def test_a_kserve_answer_without_a_picture_is_told_apart(
+def test_a_kserve_answer_without_a_picture_is_recognised(
     headers: dict[str, str], body: bytes
 ) -> None:
     assert read_answer(target(protocol="kserve"), 200, headers, body).code == "no picture"
