@@ -249,11 +249,12 @@ def company(bench: Bench) -> dict[str, Values]:
         "padded": Options(group=group, padded=True, one_size=True),
         "exact": Options(exact=True),
     }
-    makes: dict[str, Make] = {
-        name: partial(Ours, options=options) for name, options in levels.items()
+    differences = {
+        name: _differences(bench, Ours(bench.parts, options)) for name, options in levels.items()
     }
-    differences = {name: _differences(bench, make(bench.parts)) for name, make in makes.items()}
-    del makes["default"]
+    makes: dict[str, Make] = {
+        name: partial(Ours, options=levels[name]) for name in ("padded", "exact")
+    }
     cells = _require(compare(bench, {"ours": ours, **makes}), "ours", *makes)
     entries: Values = {"default": {"levels": differences["default"], "times_ours": (1.0, 1.0)}}
     for name in makes:

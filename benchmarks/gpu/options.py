@@ -257,8 +257,11 @@ class Padded(Wrapper):
                 return value
             return torch.cat([value, value[:1].expand(size - rows, *value.shape[1:])])
 
+        def cut(value: torch.Tensor) -> torch.Tensor:
+            return value[:rows]
+
         args, kwargs = tree_map(fill, (args, kwargs))
-        return tree_map(lambda value: value[:rows], self._module(*args, **kwargs))
+        return tree_map(cut, self._module(*args, **kwargs))
 
 
 class Graphed(Wrapper):

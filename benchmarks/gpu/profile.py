@@ -117,7 +117,9 @@ class LiveTensors(TorchDispatchMode):
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is freed; once, however many tensors share it."""
         storage = tensor.untyped_storage()
-        key, amount_bytes = storage._cdata, storage.nbytes()
+        # The storage's identity: tensors that share it have different Python objects for it.
+        key: int = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        amount_bytes = storage.nbytes()
         if key in self._known:
             return
         self._memory.reserve(amount_bytes)

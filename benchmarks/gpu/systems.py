@@ -143,7 +143,7 @@ def stock_pipeline(parts: Parts, *, upcast: bool) -> Any:
     if upcast or vae.dtype != parts.dtype:
         vae = copy.deepcopy(vae).to(parts.dtype)
         vae.register_to_config(force_upcast=upcast or vae.config.force_upcast)
-    nothing: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+    nothing = _none("text_encoder", "tokenizer")
     common: dict[str, Any] = {"vae": vae, "unet": parts.unet, "scheduler": parts.scheduler()}
     if parts.workload.family == "upscale_diffusion":
         pipe: Any = StableDiffusionUpscalePipeline(
@@ -153,7 +153,7 @@ def stock_pipeline(parts: Parts, *, upcast: bool) -> Any:
         pipe = StableDiffusionXLImg2ImgPipeline(
             **common,
             **nothing,
-            **dict.fromkeys(("text_encoder_2", "tokenizer_2")),
+            **_none("text_encoder_2", "tokenizer_2"),
             requires_aesthetics_score=True,
             force_zeros_for_empty_prompt=False,
             add_watermarker=False,
@@ -162,11 +162,15 @@ def stock_pipeline(parts: Parts, *, upcast: bool) -> Any:
         pipe = StableDiffusionImg2ImgPipeline(
             **common,
             **nothing,
-            **dict.fromkeys(("safety_checker", "feature_extractor")),
+            **_none("safety_checker", "feature_extractor"),
             requires_safety_checker=False,
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _none(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names)
 
 
 def quiet() -> None:

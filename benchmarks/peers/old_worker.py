@@ -23,7 +23,7 @@ from starlette.routing import Route
 from benchmarks.peers.front import PREFIX, TASKS, media_type, read_upload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from starlette.requests import Request
 
@@ -106,7 +106,7 @@ def create_app(workers: dict[Task, Worker]) -> Starlette:
     """The HTTP front."""
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         for worker in workers.values():
             worker.listen(asyncio.get_running_loop())
         yield

@@ -134,7 +134,8 @@ class Work(ABC):
 
     def serve(self, uploads: Sequence[Upload]) -> list[bytes]:
         """Serve a batch: decode and encode on two threads, and call the model on this one."""
-        items = list(self.pool.map(lambda upload: self.decode(*upload), uploads))
+        files, fields = zip(*uploads, strict=True)
+        items = list(self.pool.map(self.decode, files, fields))
         return list(self.pool.map(self.encode, items, self.call_groups(items)))
 
 
