@@ -129,7 +129,9 @@ def run(
             if bench is not None:
                 bench.release()
             workload = workload.tiny() if tiny else workload
-            bench = Bench(workload, device, tiny, cells, budget, rounds)
+            bench = Bench(
+                workload, device=device, tiny=tiny, cells=cells, budget=budget, rounds=rounds
+            )
         start_s = time.monotonic()
         try:
             _do(task, bench)

@@ -113,11 +113,11 @@ def load_on(server: Server, side_px: int) -> Ask:
         done = [record.latency_s for record in report.records if record.outcome == "ok"]
         return Block(
             done,
-            report.wall_s,
-            len(report.records) - len(done),
-            report.stages_s,
-            _cpu_since(before_s),
-            report.batch_sizes,
+            wall_s=report.wall_s,
+            failed=len(report.records) - len(done),
+            stages_s=report.stages_s,
+            cpu_s=_cpu_since(before_s),
+            batch_sizes=report.batch_sizes,
         )
 
     return ask
