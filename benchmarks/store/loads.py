@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 LOADS: Final = ("load, verified", "from_pretrained")
+_NO_SAFETY_CHECKER: Final[dict[str, Any]] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 _ARCHITECTURE: Final = "comic-ghibli"  # Stable Diffusion 1.5
 
 Job = dict[str, Any]
@@ -25,7 +30,6 @@ def prepare(way: str, job: Job) -> Callable[[], object]:
     from diffusers import StableDiffusionImg2ImgPipeline
 
     from deployments.loader import load
-    from deployments.pipelines.diffusion import NO_SAFETY_CHECKER
     from deployments.settings import Settings, StoreSettings
     from deployments.store.cache import Store
 
@@ -39,7 +43,7 @@ def prepare(way: str, job: Job) -> Callable[[], object]:
             dtype=torch.float16,
             use_safetensors=True,
             local_files_only=True,
-            **NO_SAFETY_CHECKER,
+            **_NO_SAFETY_CHECKER,
         )
     settings = Settings(device="cpu", torch_threads=2, store=StoreSettings(root=job["root"]))
     spec, store = _spec(job["folder"]), Store(settings.store)
@@ -87,9 +91,9 @@ def make_pipeline(folder: Path, *, tiny: bool = False) -> None:
         "unet": build_unet(_ARCHITECTURE, "cpu", torch.float16, tiny=tiny),
         "vae": build_vae(_ARCHITECTURE, "cpu", torch.float16, tiny=tiny),
         "scheduler": DDIMScheduler(),
-        **dict.fromkeys(("safety_checker", "feature_extractor")),
+        **_NO_SAFETY_CHECKER,
     }
-    StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionImg2ImgPipeline(**parts).save_pretrained(folder)
 
 
 def publish_pipeline(folder: Path, root: Path) -> Job:
