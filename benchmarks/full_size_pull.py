@@ -20,6 +20,7 @@ from rich.table import Table
 
 from deployments.registry import load_catalogue
 from deployments.settings import StoreSettings
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import parse
 from deployments.store.lockfile import (
     Lock,
@@ -31,7 +32,6 @@ from deployments.store.lockfile import (
 )
 from deployments.store.provider import Provider
 from deployments.store.resolve import resolve
-from deployments.store.sources import UNRESOLVED
 from tests.servers.files import FileServer
 from tests.servers.hub import HubServer
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from deployments.registry import ModelSpec
+    from deployments.store.bucket import Reader
     from deployments.store.manifest import Manifest
-    from deployments.store.sources import Source
 
 RESULTS = Path(__file__).parent / "results"
 NAME, REPO, BUCKET, PREFIX = "bench-model", "org/bench", "models", "m/v1"
@@ -74,7 +74,7 @@ Get = tuple[str, Path, int]
 # Ways to pull; each runs in a process of its own.
 
 
-def ours(plan: Plan, target: Path, source: Source) -> None:
+def ours(plan: Plan, target: Path, source: Reader) -> None:
     from deployments.settings import StoreSettings
     from deployments.store.cache import Store
 
@@ -88,14 +88,14 @@ def prepare(way: str, plan: Plan, target: Path) -> Callable[[], object]:
     if way == "ours gs":
         from deployments.store import cache, gcs
 
-        bucket = gcs.BucketSource(f"gs://{BUCKET}/{PREFIX}")
+        bucket = gcs.GcsBucket(f"gs://{BUCKET}/{PREFIX}")
         return lambda: ours(plan, target, bucket)
     if way == "ours hf":
         from huggingface_hub import HfApi
 
         from deployments.store import cache, hub  # noqa: F401
 
-        repository = hub.HubSource(f"hf://{REPO}@{plan['revision']}")
+        repository = hub.HubReader(f"hf://{REPO}@{plan['revision']}")
         return lambda: ours(plan, target, repository)
     if way.startswith("download_many"):
         return _download_many(plan, target, way.rpartition(" ")[2])
@@ -290,13 +290,13 @@ def publish_pipeline(folder: Path, root: Path) -> Plan:
     from deployments.settings import StoreSettings
     from deployments.store.cache import Store
     from deployments.store.folder import hash_file, list_files
+    from deployments.store.folder_bucket import FolderBucket
     from deployments.store.lockfile import build_manifest
     from deployments.store.manifest import FileEntry
-    from deployments.store.sources import LocalSource
 
     hashed = [(path, hash_file(folder / path)) for path in list_files(folder)]
     files = [FileEntry(path=p, size=h.size, sha256=str(h.sha256)) for p, h in hashed]
-    source = LocalSource(f"file://{folder}")
+    source = FolderBucket(f"file://{folder}")
     manifest = build_manifest(bench_spec(str(folder)), (source.url,), files)
     held = Store(StoreSettings(root=root)).pull(manifest, {f.path: (source, f.path) for f in files})
     return {
@@ -437,7 +437,7 @@ def compare(table: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    from deployments.store.cache import filesystem
+    from deployments.store.disk import filesystem
 
     names = ("google-cloud-storage", "huggingface_hub", "diffusers", "torch", "requests")
     return {

@@ -12,38 +12,37 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deployments.store import cache
+from deployments.store import cache, staging
 from deployments.store.manifest import Manifest
-from deployments.store.sources import WebSource
+from deployments.store.web import WebReader
 from tests.store import common
 
 SYNC_S = 0.02
 """A disk that takes its time, so that kills land while a folder is published."""
 
 
-class Told(cache.Store):
-    """Writes its stage to a file before it goes on."""
+METHODS = {
+    (staging.Staging, "_adopt"): "adopt",
+    (staging.Staging, "_fetch_twice"): "fetch",
+    (cache.Store, "_publish"): "publish",
+    (cache.Store, "_set_ref"): "ref",
+    (staging.Staging, "reap"): "reap",
+}
+"""The methods that begin a stage, and its name."""
 
-    stage: Path
 
-    def _adopt(self, *arguments: Any) -> Any:
-        return self._at("adopt", super()._adopt, *arguments)
+def report_stages(file: Path) -> None:
+    """Write each stage to a file before it begins."""
 
-    def _fetch_twice(self, *arguments: Any) -> Any:
-        return self._at("fetch", super()._fetch_twice, *arguments)
+    def reporting(method: Any, stage: str) -> Any:
+        def report(*arguments: Any) -> Any:
+            file.write_text(stage)
+            return method(*arguments)
 
-    def _publish(self, *arguments: Any) -> Any:
-        return self._at("publish", super()._publish, *arguments)
+        return report
 
-    def _set_ref(self, *arguments: Any) -> Any:
-        return self._at("ref", super()._set_ref, *arguments)
-
-    def _reap(self, *arguments: Any) -> Any:
-        return self._at("reap", super()._reap, *arguments)
-
-    def _at(self, stage: str, work: Any, *arguments: Any) -> Any:
-        self.stage.write_text(stage)
-        return work(*arguments)
+    for (owner, name), stage in METHODS.items():
+        setattr(owner, name, reporting(getattr(owner, name), stage))
 
 
 def main() -> None:
@@ -56,13 +55,14 @@ def main() -> None:
         sync(path)
 
     if rate:
-        cache.sync_path = slow
-    store = Told(common.settings_of(Path(root), max_bytes_per_s=float(rate[0]) if rate else None))
-    store.stage = Path(stage)
-    source = WebSource(url)
+        cache.sync_path = staging.sync_path = slow
+    settings = common.settings_of(Path(root), max_bytes_per_s=float(rate[0]) if rate else None)
+    store = cache.Store(settings)
+    report_stages(Path(stage))
+    source = WebReader(url)
     print("ready", flush=True)
     sys.stdin.readline()
-    store.stage.write_text("lock")
+    Path(stage).write_text("lock")
     store.pull(manifest, {f.path: (source, f.path) for f in manifest.files})
 
 

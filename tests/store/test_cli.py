@@ -19,8 +19,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli import console
-from cli import models as models_cli
 from cli.main import app
+from cli.models import bring, show
 from deployments.settings import ROOT, framework_caches
 from deployments.store import locks
 from deployments.store.cache import Store
@@ -185,7 +185,7 @@ def test_where_says_place_and_room(operator: Operator) -> None:
 def test_where_warns_of_a_network_file_system(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models_cli, "network_filesystem", lambda _: "nfs4")
+    monkeypatch.setattr(show, "network_filesystem", lambda _: "nfs4")
     outcome = operator("where")
     assert "network file system (nfs4)" in outcome.stderr
     assert operator.json("where")["network"] is True
@@ -377,8 +377,8 @@ def test_a_held_lock_times_out(operator: Operator) -> None:
 def test_a_model_that_does_not_fit_is_refused(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.store.cache._HEADROOM_SHARE", 2.0)
-    monkeypatch.setattr("deployments.store.cache._HEADROOM_BYTES", 2**60)
+    monkeypatch.setattr("deployments.store.staging._HEADROOM_SHARE", 2.0)
+    monkeypatch.setattr("deployments.store.staging._HEADROOM_BYTES", 2**60)
     values = operator.json("pull", "first", code=5)
     assert "imagen models gc" in values["models"][0]["error"]["remedy"]
 
@@ -386,7 +386,7 @@ def test_a_model_that_does_not_fit_is_refused(
 def test_room_is_made_before_a_pull(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(operator.root / "store" / "gone" / ("1" * 16), {"a": b"12345"})
     full = partial(make_room, used=lambda _: 99.0)
-    monkeypatch.setattr(models_cli, "make_room", full)
+    monkeypatch.setattr(bring, "make_room", full)
     outcome = operator("pull", "first")
     assert outcome.exit_code == 0
     assert f"removed gone@{'1' * 16}: 5 bytes" in outcome.stderr
@@ -406,12 +406,12 @@ def test_without_a_terminal_progress_comes_as_lines(
 
 def test_bytes_that_come_twice_are_not_more_than_all() -> None:
     meter = console.Meter(console.Output(as_json=False))
-    meter.hear(Event("bytes", "m", 5))  # of one that is not being pulled: no matter
+    meter.on_event(Event("bytes", "m", 5))  # of one that is not being pulled: no matter
     for kind, amount in [("miss", 10), ("bytes", 10), ("verify_failure", 0), ("bytes", 4)]:
-        meter.hear(Event(kind, "m", amount))
+        meter.on_event(Event(kind, "m", amount))
     (task,) = meter._bars.tasks
     assert console._line(task).startswith("m: 40 %, 4 bytes of 10 bytes")
-    meter.hear(Event("done", "m"))
+    meter.on_event(Event("done", "m"))
     assert task.finished
     assert meter.fetched("m") == 14
     assert meter.fetched("other") is None

@@ -15,8 +15,8 @@ from deployments.errors import StoreUnwritable
 from deployments.settings import StoreSettings
 from deployments.store import gc, locks
 from deployments.store.cache import Store
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.gc import collect, make_room, used_percent
-from deployments.store.sources import LocalSource
 from tests.store.common import (
     KIB,
     NAME,
@@ -58,7 +58,7 @@ def fill(store: Store, tmp_path: Path, count: int) -> list[str]:
         files = random_files(seed=i, large=KIB)
         folder = write_files(tmp_path / f"origin{i}", files)
         manifest = manifest_of(files)
-        store.pull(manifest, places_of(LocalSource(f"file://{folder}"), files))
+        store.pull(manifest, places_of(FolderBucket(f"file://{folder}"), files))
         digests.append(manifest.digest)
         os.utime(store.folder(NAME, manifest.digest), (i, i))
     return digests

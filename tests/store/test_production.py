@@ -8,15 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
 from benchmarks.full_size_pull import PRODUCTION, files_sent, stand_in
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.registry import ArtefactSpec, load_catalogue
 from deployments.settings import StoreSettings
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import parse
 from deployments.store.lockfile import (
     Lock,
@@ -28,7 +27,6 @@ from deployments.store.lockfile import (
 )
 from deployments.store.provider import Provider
 from deployments.store.resolve import resolve
-from deployments.store.sources import UNRESOLVED
 from deployments.tasks import Task
 from tests.servers import hub as hub_module
 from tests.servers.files import FileServer
@@ -88,11 +86,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
     # 60 GB of zeros would take a minute to hash, and nobody reads them.
     monkeypatch.setattr(hub_module, "_sha256", declared)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,10 @@ import httpx
 import httpx2
 import huggingface_hub
 import pytest
+from google.api_core.exceptions import NotFound, PreconditionFailed, ServiceUnavailable
+from google.cloud import storage
+from google.cloud.storage import transfer_manager
+from google.cloud.storage.exceptions import DataCorruption
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -26,14 +29,6 @@ from tests.servers.faults import Faults
 from tests.servers.files import FileServer
 from tests.servers.gcs import GcsServer
 from tests.servers.hub import HubServer
-
-with warnings.catch_warnings():
-    # google-api-core warns at import where grpcio is installed without grpcio-status.
-    warnings.simplefilter("ignore", ImportWarning)
-    from google.api_core.exceptions import NotFound, PreconditionFailed, ServiceUnavailable
-    from google.cloud import storage
-    from google.cloud.storage import transfer_manager
-    from google.cloud.storage.exceptions import DataCorruption
 
 REPO = "org/model"
 CONFIG = b'{"a": 1}\n'

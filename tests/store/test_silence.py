@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # The command as users start it, but for its patience.
 IMPATIENT = """
 import random
-from deployments.store import sources
-sources.TIMEOUT_S = (0.3, 0.3)
+from deployments.store import web
+web.TIMEOUT_S = (0.3, 0.3)
 from deployments.store import gcs
 gcs._CHUNK_TIMEOUT_S = 0.3
 random.uniform = lambda least, most: least
