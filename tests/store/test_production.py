@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.full_size_pull import PRODUCTION, files_sent, stand_in
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.registry import ArtefactSpec, load_catalogue
@@ -31,6 +30,7 @@ from deployments.tasks import Task
 from tests.servers import hub as hub_module
 from tests.servers.files import FileServer
 from tests.servers.hub import HubServer
+from tests.store.full_size import PRODUCTION, files_sent, stand_in
 
 CATALOGUE = load_catalogue(PRODUCTION)
 NAMES = [spec.name for spec in CATALOGUE.entries]
