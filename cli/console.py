@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -84,9 +84,9 @@ def make_table(*names: str, title: str | None = None) -> Table:
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr)
-    # Without a terminal rich assumes 80 columns, but logs of a Job are wider.
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, width=_NO_TERMINAL_COLUMNS)
+    if not console.is_terminal:
+        # Rich would take 80 columns, but logs of a Job are wider. $COLUMNS still counts.
+        console.width = shutil.get_terminal_size((_NO_TERMINAL_COLUMNS, 25)).columns
     return console
 
 

@@ -60,7 +60,7 @@ class GcsBucket:
     def read(
         self, file: RemoteFile, start: int, stop: int, write: Callable[[bytes], object]
     ) -> None:
-        # Not by the library, which reads 8 KiB at a time: a sixth of the speed.
+        # Without the library, which reads 8 KiB at a time: a sixth of the speed.
         account = _account()
         name = quote(self._object(file.path), safe="")
         url = f"{account.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{name}"
@@ -99,7 +99,7 @@ class GcsBucket:
                 raise SourceFailed(
                     "There is no such bucket.",
                     value=self.url,
-                    remedy="Correct its name, or make it.",
+                    remedy="Correct its name, or create it.",
                 ) from error
 
     def delete(self, path: str) -> None:
@@ -131,7 +131,7 @@ class GcsBucket:
         return self._remote(blob)
 
     def _blob(self, path: str, **options: Any) -> Any:
-        """An object to work on; asks nobody."""
+        """A handle of an object; makes no request."""
         return _account().client.bucket(self._name).blob(self._object(path), **options)
 
     def _object(self, path: str) -> str:

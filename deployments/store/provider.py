@@ -34,7 +34,7 @@ _BUCKET = re.compile(r"^(gs|file)://.+")
 
 
 def open_reader(url: str) -> Reader:
-    """The reader of a URL; asks nobody yet.
+    """The reader of a URL; makes no request yet.
 
     Raises:
         ConfigError: an unknown scheme, or a URL without a pinned revision.

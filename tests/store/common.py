@@ -179,7 +179,7 @@ def _bucket(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch)
 
 
 def _flip(path: Path) -> None:
-    """Other bytes, in a new file: whoever has the old one open keeps it."""
+    """Put other bytes into a new file; a reader that has the old one open keeps it."""
     new = path.with_name("new")
     new.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
     new.replace(path)

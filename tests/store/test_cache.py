@@ -370,7 +370,7 @@ def test_a_lock_that_cannot_be_written(store: Store, places: Places) -> None:
         store.pull(WHOLE, places)
 
 
-def test_another_digest_is_not_the_one_wanted(store: Store, places: Places) -> None:
+def test_another_digest_is_refused(store: Store, places: Places) -> None:
     folder = store.pull(WHOLE, places)
     wrong = "0" * 64
     folder.chmod(0o755)
@@ -381,7 +381,7 @@ def test_another_digest_is_not_the_one_wanted(store: Store, places: Places) -> N
     assert store.find(NAME, WHOLE.digest) is None
 
 
-def test_a_folder_that_somebody_else_published_meanwhile_is_kept(
+def test_a_folder_that_another_process_published_meanwhile_is_kept(
     store: Store, places: Places, tmp_path: Path
 ) -> None:
     other = common.store_of(tmp_path / "elsewhere").pull(WHOLE, places)
@@ -486,7 +486,7 @@ def test_a_thread_that_waits_finds_the_model(
         ("/local/deep", None),
     ],
 )
-def test_network_file_systems_are_told(tmp_path: Path, path: str, kind: str | None) -> None:
+def test_network_file_systems_are_recognised(tmp_path: Path, path: str, kind: str | None) -> None:
     table = tmp_path / "mounts"
     table.write_text(
         "/dev/vda / ext4 rw 0 0\n"
@@ -500,7 +500,7 @@ def test_network_file_systems_are_told(tmp_path: Path, path: str, kind: str | No
     assert network_filesystem(Path(path), str(table)) == kind
 
 
-def test_without_a_table_of_mounts_nothing_is_told(tmp_path: Path) -> None:
+def test_without_a_table_of_mounts_the_type_is_unknown(tmp_path: Path) -> None:
     assert network_filesystem(tmp_path, str(tmp_path / "none")) is None
 
 

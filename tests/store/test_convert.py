@@ -194,10 +194,10 @@ def test_what_a_killed_conversion_fetched_is_taken_over(half: Workshop) -> None:
     old = half.store.root / ".staging" / f"{raw.short}.host.uuid"
     shutil.copytree(half.origin, old)
     (old.with_name(f"{old.name}.made") / "unet").mkdir(parents=True)
-    heard: list[str] = []
-    convert(spec, half.registry, Store(half.settings, lambda event: heard.append(event.kind)))
-    assert heard.count("adopted") == len(raw.files)
-    assert "bytes" not in heard
+    events: list[str] = []
+    convert(spec, half.registry, Store(half.settings, lambda event: events.append(event.kind)))
+    assert events.count("adopted") == len(raw.files)
+    assert "bytes" not in events
     assert staged(half.store.root) == []
 
 

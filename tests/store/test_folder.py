@@ -1,4 +1,4 @@
-"""Whatever is wrong with a published folder is found, and named."""
+"""Every fault of a model folder is detected and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that root fills, whatever its umask, serves replicas that run as somebody else."""
+"""A store that root fills, whatever its umask, serves replicas that run as another user."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def test_an_object_with_other_bytes_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_whoever_uploads_at_the_same_time_is_compared_not_overwritten(
+def test_a_simultaneous_upload_is_compared_and_never_overwritten(
     bench: Bench, server: GcsServer, monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
     from deployments.store.gcs import GcsBucket
@@ -212,7 +212,7 @@ def test_a_bucket_that_is_not_there_fails_the_publication(bench: Bench, server: 
 
 
 def test_a_target_that_cannot_be_written_is_a_clear_error(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file, where a folder is wanted")
+    (tmp_path / "file").write_text("a file, where a folder should be")
     with pytest.raises(StoreUnwritable, match="target folder cannot be written"):
         bench.publish(f"file://{tmp_path / 'file'}")
 
@@ -255,14 +255,16 @@ def test_no_part_of_an_upload_stays_beside_the_models(bench: Bench, tmp_path: Pa
     assert [p.name for p in (tmp_path / "mirror").iterdir()] == [NAME]
 
 
-def test_progress_is_told(bench: Bench, tmp_path: Path) -> None:
-    heard: list[tuple[str, float]] = []
+def test_progress_is_reported(bench: Bench, tmp_path: Path) -> None:
+    events: list[tuple[str, float]] = []
     bench.publish(
-        f"file://{tmp_path / 'mirror'}", listener=lambda e: heard.append((e.kind, e.amount))
+        f"file://{tmp_path / 'mirror'}", listener=lambda e: events.append((e.kind, e.amount))
     )
-    assert heard[0] == ("miss", sum(map(len, bench.files.values())))
-    assert sum(amount for kind, amount in heard if kind == "bytes") > heard[0][1], "and a manifest"
-    assert heard[-1] == ("done", 0)
+    assert events[0] == ("miss", sum(map(len, bench.files.values())))
+    assert sum(amount for kind, amount in events if kind == "bytes") > events[0][1], (
+        "and a manifest"
+    )
+    assert events[-1] == ("done", 0)
 
 
 def starter(tmp_path: Path, **changes: Any) -> tuple[ModelSpec, str, Store, StoreSettings]:

@@ -1,4 +1,4 @@
-"""Resolving learns revisions, sizes and hashes, and never lets an upstream change unnoticed."""
+"""Resolving finds revisions, sizes and hashes, and refuses an upstream that changed."""
 
 from __future__ import annotations
 

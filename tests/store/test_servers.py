@@ -115,9 +115,9 @@ def test_hub_snapshot(hub: HubServer, revision: str, tmp_path: Path) -> None:
     assert (folder / "vae/über.bin").read_bytes() == bytes(SPARSE)
     cdn = f"/cdn/{REPO}/{revision}/unet/weights.safetensors"
     assert hub.faults.bytes_sent[cdn] == len(WEIGHTS)
-    told = {entry.path for entry in hub.faults.log if "authorization" in entry.headers}
-    assert f"/{REPO}/resolve/{revision}/config.json" in told
-    assert not [path for path in told if path.startswith("/cdn/")]
+    authorized = {entry.path for entry in hub.faults.log if "authorization" in entry.headers}
+    assert f"/{REPO}/resolve/{revision}/config.json" in authorized
+    assert not [path for path in authorized if path.startswith("/cdn/")]
 
 
 def test_hub_refusals(hub: HubServer, revision: str, tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_gcs_generations(gcs: GcsServer, bucket: storage.Bucket) -> None:
 
 
 def test_gcs_lists_pages(gcs: GcsServer, bucket: storage.Bucket) -> None:
-    told = {f"m/{number}": gcs.put(f"m/{number}", b"x" * number) for number in range(7)}
+    generations = {f"m/{number}": gcs.put(f"m/{number}", b"x" * number) for number in range(7)}
     gcs.put("n/other", b"")
     listed = {blob.name: blob for blob in bucket.list_blobs(prefix="m/")}
-    assert {name: blob.generation for name, blob in listed.items()} == told
+    assert {name: blob.generation for name, blob in listed.items()} == generations
     assert listed["m/5"].size == 5
     assert listed["m/5"].crc32c
     assert gcs.faults.requests[f"/storage/v1/b/{gcs.bucket}/o"] == 3

@@ -1,4 +1,4 @@
-"""A server that says nothing: every command that asks one gives up, and says what to do."""
+"""Silent servers: every command that asks one gives up and says what to do."""
 
 from __future__ import annotations
 

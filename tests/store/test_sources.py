@@ -1,4 +1,4 @@
-"""Each kind of source: what it tells of its files, and what it refuses."""
+"""Each kind of source: what it knows of its files, and what it refuses."""
 
 from __future__ import annotations
 
@@ -214,14 +214,14 @@ def test_a_metadata_server_that_is_not_up_yet_is_asked_again() -> None:
         raise RefreshError("no answer") from TransportError("no route")
 
 
-def test_a_pinned_or_unresolved_revision_is_told_apart() -> None:
+def test_pinned_and_unresolved_revisions_are_distinguished() -> None:
     check_pinned(f"hf://org/m@{PINNED}")
     with pytest.raises(ConfigError) as caught:
         check_pinned("hf://org/m@unresolved")
     assert "imagen models resolve" in caught.value.remedy
 
 
-def test_what_is_gone_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_asked_for_again(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server:
         source = WebReader(server.url)
         with pytest.raises(SourceFailed):

@@ -52,7 +52,7 @@ def at(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Held]:
 
 
 class Clock:
-    """Time for `transfer`: it passes only while somebody sleeps."""
+    """Time for `transfer`: it passes only while a thread sleeps."""
 
     def __init__(self) -> None:
         self.pauses_s: list[float] = []
@@ -183,7 +183,7 @@ def test_only_the_wrong_file_is_fetched_again(tmp_path: Path, root: Path) -> Non
     assert_whole(root)
 
 
-def test_every_further_try_is_told(tmp_path: Path, root: Path) -> None:
+def test_every_further_try_is_an_event(tmp_path: Path, root: Path) -> None:
     events: list[Event] = []
     with FileServer(common.write_files(tmp_path / "source", FILES)) as server:
         source = WebReader(server.url)
@@ -362,7 +362,7 @@ def test_who_waits_for_a_slow_pull_sees_it_move(
     files = {"a.bin": os.urandom(64 * KIB)}
     manifest = common.manifest_of(files)
     source = FolderBucket(f"file://{common.write_files(tmp_path / 'source', files)}")
-    rate = 64 * KIB / 5  # one piece: its first byte is told of after four seconds
+    rate = 64 * KIB / 5  # one piece, which counts after four seconds
     begun = threading.Event()
     store = common.store_of(root, lambda _: begun.set(), max_bytes_per_s=rate, lock_timeout_s=2)
     first = threading.Thread(target=store.pull, args=(manifest, common.places_of(source, files)))
