@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -25,18 +25,24 @@ from rich.progress import (
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from deployments.errors import SetupError
+    from deployments.errors import ImagenError
     from deployments.store.events import Event
 
 _LINE_S = 5.0
-_WAIT_TOLD_S = 1.0
+"""Between two lines of progress."""
+_SHORT_WAIT_S = 1.0
+"""Shorter waits for other processes are not reported."""
 _NO_TERMINAL_COLUMNS = 160
 _WIDEST = 1000
 Row = dict[str, Any]
 
 
 class Output:
-    """Where a command speaks: tables on stdout, or one JSON object there; the rest on stderr."""
+    """The output of a command: tables or one JSON object on stdout, everything else on stderr.
+
+    Args:
+        as_json: whether stdout gets the JSON object instead of tables.
+    """
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
@@ -44,28 +50,29 @@ class Output:
         self.notes = _console(stderr=True)
 
     def say(self, text: str, style: str = "") -> None:
-        """A line for people."""
+        """Print a line for people, on stderr."""
         self.notes.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, table: Table | str) -> None:
-        """A command's result, for people."""
+        """Print a result for people, unless --json is set."""
         if self.as_json:
             return
         if isinstance(table, str):
             self._tables.print(table, markup=False, highlight=False, soft_wrap=True)
             return
-        # Names and hashes are never cut, however narrow the terminal: people copy them.
+        # Names and hashes are never cut on narrow terminals, because people copy them.
         options = self._tables.options.update(width=_WIDEST)
         needed = self._tables.measure(table, options=options).maximum if table.show_header else 0
         self._tables.width = max(needed, self._tables.width)
         self._tables.print(table, markup=False, highlight=False)
 
     def emit(self, values: Row) -> None:
-        """A command's result, for programs."""
+        """Print a result for programs, if --json is set."""
         if self.as_json:
             sys.stdout.write(json.dumps(values, indent=2) + "\n")
 
-    def fail(self, error: SetupError, name: str = "") -> None:
+    def fail(self, error: ImagenError, name: str = "") -> None:
+        """An error, in red, after the name of what failed."""
         self.say(f"{name}: {error}" if name else str(error), "red")
 
 
@@ -77,14 +84,14 @@ def make_table(*names: str, title: str | None = None) -> Table:
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr)
-    # Logs of a Job are not as narrow as rich believes of what is no terminal.
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, width=_NO_TERMINAL_COLUMNS)
+    if not console.is_terminal:
+        # Rich would take 80 columns, but logs of a Job are wider. $COLUMNS still counts.
+        console.width = shutil.get_terminal_size((_NO_TERMINAL_COLUMNS, 25)).columns
     return console
 
 
-class Lines(logging.Handler):
-    """Log lines of the store, above the progress bars rather than across them."""
+class LogLines(logging.Handler):
+    """Prints log lines above the progress bars rather than across them."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
@@ -96,7 +103,7 @@ class Lines(logging.Handler):
 
 
 class Meter:
-    """Listens to the store: bars on a terminal, else a line for each model every few seconds."""
+    """Shows the store's progress: bars on a terminal, else a line per model every few seconds."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -127,18 +134,18 @@ class Meter:
         self._bars.stop()
 
     def fetched(self, name: str) -> int | None:
-        """Bytes that came over for a model; None if it was there."""
+        """Bytes that were fetched for a model; None if it was already in the store."""
         return self._fetched.get(name)
 
-    def hear(self, event: Event) -> None:
-        """The listener."""
+    def on_event(self, event: Event) -> None:
+        """Listen to the store."""
         name, amount = event.model, int(event.amount)
         with self._lock:
             if event.kind == "miss":
                 self._tasks[name] = self._bars.add_task(name, total=amount)
                 self._fetched[name] = 0
-            elif event.kind == "waited" and event.amount > _WAIT_TOLD_S:
-                self._output.say(f"{name}: waited {amount} s for another process that pulls it")
+            elif event.kind == "waited" and event.amount > _SHORT_WAIT_S:
+                self._output.say(f"{name}: waited {amount} s for another process that pulled it")
             elif name not in self._tasks:
                 return
             elif event.kind == "bytes":

@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, model_validator
 from deployments.contract import complete
 from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
 from deployments.settings import Strict, parse_settings, resolve
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import check_pinned, parse
 from deployments.store.manifest import SafePath, safe_path
-from deployments.store.sources import UNRESOLVED
 from deployments.tasks import Task
 
 

@@ -21,7 +21,7 @@ from deployments.engine.row import Row, RowInput
 from deployments.loader import build
 from deployments.registry import load_registry
 from deployments.settings import Settings
-from deployments.store.sources import local_folder
+from deployments.store.folder_bucket import local_folder
 from deployments.tasks import Task
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from benchmarks import machine
 from benchmarks.output import console, today, write_result
 from benchmarks.store.loads import LOADS, make_pipeline, publish_pipeline
 from benchmarks.store.pulls import FROM_BUCKET, FROM_HUB, MB, THREADS, served
-from deployments.store.cache import filesystem
+from deployments.store.disk import filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

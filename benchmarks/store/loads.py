@@ -101,13 +101,13 @@ def publish_pipeline(folder: Path, root: Path) -> Job:
     from deployments.settings import StoreSettings
     from deployments.store.cache import Store
     from deployments.store.folder import hash_file, list_files
+    from deployments.store.folder_bucket import FolderBucket
     from deployments.store.lockfile import build_manifest
     from deployments.store.manifest import FileEntry
-    from deployments.store.sources import LocalSource
 
     hashed = [(path, hash_file(folder / path)) for path in list_files(folder)]
     files = [FileEntry(path=p, size=h.size, sha256=str(h.sha256)) for p, h in hashed]
-    source = LocalSource(f"file://{folder}")
+    source = FolderBucket(f"file://{folder}")
     manifest = build_manifest(_spec(str(folder)), (source.url,), files)
     held = Store(StoreSettings(root=root)).pull(manifest, {f.path: (source, f.path) for f in files})
     return {

@@ -18,8 +18,8 @@ from urllib.parse import quote, urlsplit
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+    from deployments.store.bucket import Reader
     from deployments.store.manifest import Manifest
-    from deployments.store.sources import Source
 
 NAME, REPO, BUCKET, PREFIX = "bench-model", "org/bench", "models", "m/v1"
 THREADS: Final = 8
@@ -47,22 +47,22 @@ Get = tuple[str, Path, int]
 def prepare(way: str, job: Job, target: Path) -> Callable[[], object]:
     """Import and connect; returns the pull itself, which is timed."""
     if way == "ours gs":
-        from deployments.store.gcs import BucketSource
+        from deployments.store.gcs import GcsBucket
 
-        return _ours(job, target, BucketSource(f"gs://{BUCKET}/{PREFIX}"))
+        return _ours(job, target, GcsBucket(f"gs://{BUCKET}/{PREFIX}"))
     if way.startswith("download_many"):
         return _download_many(job, target, way.rpartition(" ")[2])
     if way.startswith("bare"):
         return _bare(job, target, way.endswith("gs"))
     import_module("huggingface_hub.hf_api")  # which the package imports when it is first used
     if way == "ours hf":
-        from deployments.store.hub import HubSource
+        from deployments.store.hub import HubReader
 
-        return _ours(job, target, HubSource(f"hf://{REPO}@{job['revision']}"))
+        return _ours(job, target, HubReader(f"hf://{REPO}@{job['revision']}"))
     return _snapshot_download(job, target)
 
 
-def _ours(job: Job, target: Path, source: Source) -> Callable[[], object]:
+def _ours(job: Job, target: Path, source: Reader) -> Callable[[], object]:
     from deployments.settings import StoreSettings
     from deployments.store.cache import Store
 

@@ -1,4 +1,4 @@
-"""Making a model as it is served from its origins' files, once, on an operator's machine."""
+"""Making the served model from its origins' files, once, on an operator's machine."""
 
 from __future__ import annotations
 
@@ -38,19 +38,20 @@ _HALF = ".fp16.safetensors"
 
 
 def convert(spec: ArtefactSpec, registry: Path, store: Store) -> Manifest:
-    """Fetch a model's origins, convert them, put the result into the store and its digest into the
-    lock file. The same origins give the same bytes, and so the same digest.
+    """Fetch a model's origins, convert them, add the result to the store and its digest to the lock
+    file. The same origins always give the same bytes, and so the same digest.
 
     Raises:
-        ConfigError: the registry wants no conversion, or not of such files; or it is unresolved.
-        ModelCorrupt: the origins hold other bytes than the lock file says; a number too large for
-            float16; a pickle that is more than tensors; no safetensors where one should be.
+        ConfigError: the registry names no conversion, or none that fits these files; or the model
+            is unresolved.
+        ModelCorrupt: the origins differ from the lock file; a value is too large for float16; a
+            pickle holds more than tensors; a file is no safetensors file.
         SourceFailed, StoreUnwritable, LockTimeout: see `Store.pull`.
     """
-    wanted = spec.convert
-    if wanted is None:
+    conversion = spec.convert
+    if conversion is None:
         raise ConfigError(
-            f"{spec.name} is served as its origins hold it; there is nothing to convert.",
+            f"{spec.name} is served with its origins' files; there is nothing to convert.",
             remedy=f"Run `imagen models pull {spec.name}`.",
         )
     origins = locked_origins(spec, load_lock(registry))
@@ -58,12 +59,12 @@ def convert(spec: ArtefactSpec, registry: Path, store: Store) -> Manifest:
     with store.fetched(raw, origin_places(spec, origins)) as (folder, beat):
         made = folder.with_name(f"{folder.name}.made")
         made.mkdir()
-        if wanted.to == "fp16":
+        if conversion.to == "fp16":
             _to_fp16(spec, folder, made, beat)
         else:
             _to_safetensors(spec, folder, made)
         files = [_entry(made, path) for path in list_files(made)]
-        manifest = build_manifest(spec, raw.sources, files, converted=wanted.to)
+        manifest = build_manifest(spec, raw.sources, files, converted=conversion.to)
         store.add(manifest, lambda staging: _move(made, staging))
     made_of = LockedModel(digest=manifest.digest, conversion=conversion_of(spec), origins=origins)
     update_lock(registry, lambda lock: lock.with_model(spec.name, made_of))
@@ -74,9 +75,9 @@ def _to_fp16(spec: ArtefactSpec, folder: Path, made: Path, beat: Beat) -> None:
     paths = list_files(folder)
     if sharded := [path for path in paths if path.endswith(".safetensors.index.json")]:
         raise ConfigError(
-            f"{spec.name} has weights in several pieces, which are not converted.",
+            f"{spec.name} has weights in several pieces, which cannot be converted.",
             value=sharded[0],
-            remedy="Name an origin that holds them in one file.",
+            remedy="Name an origin with all weights in one file.",
         )
     for done, path in enumerate(paths):
         beat(done)
@@ -92,7 +93,7 @@ def _to_fp16(spec: ArtefactSpec, folder: Path, made: Path, beat: Beat) -> None:
             (folder / path).rename(target)
         else:
             _halve(spec.name, folder / path, target)
-            (folder / path).unlink()  # so that both never take up the disk whole
+            (folder / path).unlink()  # so that the disk never holds every file twice
 
 
 def _half_name(path: str) -> str:
@@ -102,7 +103,7 @@ def _half_name(path: str) -> str:
 
 
 def _halve(name: str, source: Path, target: Path) -> None:
-    """Cast one file, tensor by tensor: in memory is its result, and one tensor more."""
+    """Cast one file, tensor by tensor: memory holds the result and one more tensor."""
     from safetensors import SafetensorError, safe_open
 
     halves: dict[str, Tensor] = {}
@@ -162,42 +163,43 @@ def _save(tensors: dict[str, Tensor], target: Path) -> None:
 
 
 def _read_checkpoint(name: str, source: Path, key: str | None) -> dict[str, Tensor]:
-    """The tensors in a pickle. Only tensors and plain containers are read, nothing is run."""
+    """The tensors in a pickle. Only tensors and plain containers are read; no code is run."""
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
-            found: Any = torch.load(source, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # about pickle protocols
+            content: Any = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelCorrupt(
             f"{name} cannot be converted: {source.name} holds code or objects, not only tensors;"
-            " nothing of it was run.",
-            remedy="Take the file from its author, and check its SHA-256.",
+            " none of it was run.",
+            remedy="Get the file from its author, and check its SHA-256.",
         ) from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything, OSError too
         raise _no_weights(name, source, _first_line(error)) from error
     if key is not None:
-        found = _item(name, source, found, key)
-    if not isinstance(found, dict) or not found:
-        raise _no_weights(name, source, f"a {type(found).__name__} where tensors by name belong")
+        content = _item(name, source, content, key)
+    if not isinstance(content, dict) or not content:
+        kind = type(content).__name__
+        raise _no_weights(name, source, f"a {kind} instead of a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
-    for item, value in cast("dict[object, object]", found).items():
+    for item, value in cast("dict[object, object]", content).items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             kind = type(value).__name__
             raise _no_weights(name, source, f"{item} is a {kind}, no dense tensor")
-        # A copy of its own: safetensors refuses tensors that share memory.
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[str(item)] = value.detach().clone(memory_format=torch.contiguous_format)
     return tensors
 
 
-def _item(name: str, source: Path, found: Any, key: str) -> Any:
-    if isinstance(found, dict) and key in found:
-        return cast("dict[str, object]", found)[key]
-    keys = ", ".join(map(str, cast("dict[object, object]", found))) if found else ""
-    held = f"it holds {keys[:100]}" if isinstance(found, dict) else "it is no dictionary"
+def _item(name: str, source: Path, content: Any, key: str) -> Any:
+    if isinstance(content, dict) and key in content:
+        return cast("dict[str, object]", content)[key]
+    keys = ", ".join(map(str, cast("dict[object, object]", content))) if content else ""
+    held = f"it holds {keys[:100]}" if isinstance(content, dict) else "it is no dictionary"
     raise _no_weights(name, source, f"it has no entry {key}; {held}")
 
 

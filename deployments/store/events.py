@@ -1,4 +1,4 @@
-"""What the store tells while it works; progress bars, logs and metrics listen."""
+"""Events of the store, for progress bars, logs and metrics."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 Kind = Literal[
-    "hit",  # a model was there already
-    "miss",  # a model must be fetched; amount: bytes in all
-    "bytes",  # bytes that came over from the source
-    "adopted",  # bytes taken over from an interrupted pull
-    "seconds",  # time of a stage
+    "hit",  # a model was already in the store
+    "miss",  # a model must be fetched; amount: total bytes
+    "bytes",  # amount: bytes received from the source
+    "adopted",  # amount: bytes taken over from an interrupted pull
+    "seconds",  # amount: duration of a stage
     "verify_failure",
-    "waited",  # seconds behind another process that pulled the same model
+    "waited",  # amount: seconds spent waiting for another process that pulled the same model
     "retry",
-    "disk_free",  # bytes
-    "done",  # a model is published in the store
+    "disk_free",  # amount: bytes
+    "done",  # a model is complete in the store
 ]
 Stage = Literal["", "fetch", "verify", "sync", "load"]
 
 
 class Event(NamedTuple):
-    """One thing that happened.
+    """One event.
 
     Attributes:
         kind: see Kind.
@@ -41,4 +41,4 @@ Listener = Callable[[Event], None]
 
 
 def ignore(_: Event) -> None:
-    """The listener of those who do not care."""
+    """A listener that does nothing."""

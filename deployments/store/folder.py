@@ -1,4 +1,4 @@
-"""Checking a folder against its manifest, byte for byte."""
+"""Checking a folder against its manifest, byte by byte."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from crc32c import crc32c
@@ -29,7 +28,7 @@ _THREADS = 4
 
 
 class Hashes:
-    """CRC32C and, unless told otherwise, SHA-256 of bytes fed in order."""
+    """CRC32C and, unless switched off, SHA-256 of bytes that are fed in order."""
 
     def __init__(self, *, sha256: bool = True) -> None:
         self.size = 0
@@ -52,10 +51,10 @@ class Hashes:
 
 
 def hash_file(path: Path, *, sha256: bool = True) -> Hashes:
-    """Hash a file front to back.
+    """Hash a file from front to back.
 
-    Mapped, in pieces of 256 MiB that are hashed without the GIL: a loop of reads would stop for
-    it so often that it could not run beside the work of another thread.
+    The file is mapped and hashed in pieces of 256 MiB, without the GIL. A loop of reads would
+    need the GIL so often that it could not run beside the work of another thread.
     """
     hashes = Hashes(sha256=sha256)
     with path.open("rb", buffering=0) as file:
@@ -72,11 +71,12 @@ def hash_file(path: Path, *, sha256: bool = True) -> Hashes:
 
 
 def read_manifest(folder: Path, name: str) -> Manifest:
-    """The manifest of a model folder; proves nothing about the other files.
+    """The manifest of a model folder; does not look at the other files.
 
     Raises:
-        ModelNotCached: there is none.
-        ModelCorrupt: it is damaged.
+        ModelNotCached: there is no manifest.
+        ModelCorrupt: the manifest is damaged.
+        StoreUnwritable: this user may not read it.
     """
     try:
         data = (folder / MANIFEST).read_bytes()
@@ -96,22 +96,22 @@ def read_manifest(folder: Path, name: str) -> Manifest:
 
 
 def check_folder(folder: Path, digest: str, name: str, verify: Verify = "crc32c") -> Manifest:
-    """Prove that a folder is what its digest says: exactly these files, with these bytes.
+    """Check that a folder is what its digest says: exactly these files, with these bytes.
 
     Args:
-        digest: the manifest's, or at least 16 of its first hex digits.
+        digest: the manifest's, or its first hex digits, 16 at least.
 
     Returns:
         Its manifest.
 
     Raises:
         ModelNotCached: the folder or one of its files is missing.
-        ModelCorrupt: a file too many, a link, or wrong bytes; names file, expected and actual.
+        ModelCorrupt: an extra file, a link, or wrong bytes; names the file, expected and actual.
     """
     manifest = read_manifest(folder, name)
     if not manifest.digest.startswith(digest):
         raise ModelCorrupt(
-            f"The manifest of {name} is that of another digest: expected {digest},"
+            f"The manifest of {name} has another digest: expected {digest},"
             f" actual {manifest.digest[: len(digest)]}.",
             value=folder,
             remedy="Pull it again.",
@@ -121,7 +121,7 @@ def check_folder(folder: Path, digest: str, name: str, verify: Verify = "crc32c"
 
 
 def check_files(folder: Path, manifest: Manifest, verify: Verify) -> None:
-    """Compare a folder with a manifest that is known to be right; raises as `check_folder`."""
+    """Compare a folder with a manifest that is known to be true; raises as `check_folder`."""
     _check_names(folder, manifest)
     each: Callable[[FileEntry], None] = lambda entry: _check(folder, entry, manifest.model, verify)  # noqa: E731
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -134,34 +134,34 @@ def list_files(folder: Path) -> list[str]:
     Raises:
         ModelCorrupt: a symbolic link, or something that is neither file nor folder.
     """
-    found: list[str] = []
+    paths: list[str] = []
     for parent, folders, files in os.walk(folder):
         for name in folders + files:
             mode = os.lstat(os.path.join(parent, name)).st_mode
             if stat.S_ISREG(mode):
-                found.append(os.path.relpath(os.path.join(parent, name), folder))
+                paths.append(os.path.relpath(os.path.join(parent, name), folder))
             elif not stat.S_ISDIR(mode):
                 raise ModelCorrupt(
                     "A model folder holds plain files only.",
                     value=os.path.join(parent, name),
                     remedy="Replace the link by the file it points to.",
                 )
-    return sorted(path.replace(os.sep, "/") for path in found)
+    return sorted(path.replace(os.sep, "/") for path in paths)
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
-    found = set(list_files(folder)) - {MANIFEST}
-    wanted = {f.path for f in manifest.files}
-    if missing := sorted(wanted - found):
+    present = set(list_files(folder)) - {MANIFEST}
+    listed = {f.path for f in manifest.files}
+    if missing := sorted(listed - present):
         raise ModelNotCached(
             f"Model {manifest.model} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more files." if len(missing) > 1 else "."),
             value=folder,
             remedy=f"Run `imagen models pull {manifest.model}`.",
         )
-    if extra := sorted(found - wanted):
+    if extra := sorted(present - listed):
         raise ModelCorrupt(
-            f"Model {manifest.model} holds {extra[0]}, which its manifest does not name.",
+            f"Model {manifest.model} holds {extra[0]}, which its manifest does not list.",
             value=folder,
             remedy="Remove the file, or pull the model again.",
         )
@@ -184,7 +184,7 @@ def _check(folder: Path, entry: FileEntry, name: str, verify: Verify) -> None:
 
 
 def compare(name: str, where: object, entry: FileEntry, hashes: Hashes) -> None:
-    """Raises ModelCorrupt unless the hashes are the entry's."""
+    """Raises ModelCorrupt unless the hashes equal the entry's."""
     if entry.crc32c not in (None, hashes.crc32c):
         raise mismatch(name, where, f"crc32c {entry.crc32c}", hashes.crc32c)
     if hashes.sha256 not in (None, entry.sha256):
@@ -192,23 +192,9 @@ def compare(name: str, where: object, entry: FileEntry, hashes: Hashes) -> None:
 
 
 def mismatch(name: str, where: object, expected: str, actual: str) -> ModelCorrupt:
-    """The error of a file that is not what the manifest says."""
+    """The error of a file that differs from its manifest."""
     return ModelCorrupt(
         f"A file of {name} is not what its manifest says: {where}: expected {expected},"
         f" actual {actual}.",
-        remedy=f"Run `imagen models pull {name}`; it replaces what is damaged.",
+        remedy=f"Run `imagen models pull {name}`, which replaces damaged files.",
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; of a file or a link, its own."""
-    total = 0
-    if folder.is_symlink() or folder.is_file():
-        with suppress(OSError):
-            total = folder.lstat().st_size
-        return total
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total

@@ -1,4 +1,4 @@
-"""Garbage collection: models that nobody wants any more, and what dead processes left behind."""
+"""Garbage collection: models that nothing refers to, and what dead processes left behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from deployments.errors import LockTimeout, StoreUnwritable
 from deployments.store import locks
-from deployments.store.cache import delete_folder, network_filesystem
-from deployments.store.folder import folder_bytes
+from deployments.store.disk import delete_folder, folder_bytes, network_filesystem
 from deployments.store.manifest import SHORT
 
 if TYPE_CHECKING:
@@ -30,11 +29,11 @@ class Removed(NamedTuple):
     """Something that garbage collection removed.
 
     Attributes:
-        kind: model: a whole one. staging: of an interrupted pull. trash: of an interrupted removal.
-            quarantine: damaged, and a week old.
+        kind: model: a whole model. staging: left by an interrupted pull. trash: left by an
+            interrupted removal. quarantine: damaged, and older than a week.
         name: of the model, or of the folder.
-        digest: 16 hex digits; empty where the folder tells none.
-        bytes: it took up.
+        digest: 16 hex digits; empty where they are unknown.
+        bytes: that it occupied.
     """
 
     kind: Literal["model", "staging", "trash", "quarantine"]
@@ -44,7 +43,7 @@ class Removed(NamedTuple):
 
 
 def used_percent(root: Path) -> float:
-    """How full a disk is for those who are not root, as df says."""
+    """How full a disk is for users other than root, in percent, as df shows it."""
     usage = shutil.disk_usage(root)
     return 100 * usage.used / (usage.used + usage.free)
 
@@ -58,20 +57,22 @@ def collect(
     resumable: Collection[str] = (),
     used: UsedPercent = used_percent,
 ) -> list[Removed]:
-    """Remove leftovers, then, on a disk that is too full, unused models, the oldest first.
+    """Remove leftovers; then, if the disk is too full, unused models, the oldest first.
 
-    A model is unused if its digest is neither in `keep`, nor the one its ref names, nor leased, nor
-    being pulled. On a network file system leases and locks may mean nothing: there, models go only
-    by `now`, and staging never.
+    A model is unused if its digest is not in `keep`, not the one its ref names, not leased, and not
+    being pulled. On a network file system leases and locks may mean nothing, so models are removed
+    only if `now` is set, and staging folders never.
 
     Args:
+        store: to clean.
         keep: digests to leave alone: those of the lock file.
+        settings: at what use of the disk to start and stop.
         now: remove every unused model, however full the disk is.
-        resumable: digests whose interrupted pulls are left for the next one to take over.
+        resumable: digests whose interrupted pulls are left for the next pull to take over.
         used: how full the disk is, percent.
 
     Raises:
-        StoreUnwritable: the store is read-only, or not ours to write.
+        StoreUnwritable: the store is read-only, or this user may not write it.
     """
     if not store.root.is_dir():
         return []
@@ -87,7 +88,7 @@ def collect(
 
 
 def _full_percent(store: Store, settings: StoreSettings, used: UsedPercent) -> float:
-    """Of the disk or of what the store may have of it, whichever is fuller."""
+    """How full the disk is, or the store's share of it if that is fuller."""
     if settings.max_bytes is None:
         return used(store.root)
     return max(used(store.root), 100 * store.used_bytes / settings.max_bytes)
@@ -99,7 +100,7 @@ def _models(
     removed: list[Removed] = []
     network = network_filesystem(store.root)
     if network and not now:
-        logger.warning("Leases may mean nothing on %s: no model is removed unasked.", network)
+        logger.warning("No model is removed: on %s, leases may mean nothing.", network)
         return removed
     for model, short in _unused(store, keep):
         if enough():
@@ -114,9 +115,9 @@ def _models(
 def make_room(
     store: Store, keep: Collection[str], settings: StoreSettings, used: UsedPercent = used_percent
 ) -> list[Removed]:
-    """Before a pull: `collect` if the disk is over the watermark, sparing what it may resume.
+    """Call `collect` before a pull if the disk is over the watermark; spares resumable pulls.
 
-    Never raises: a pull that does not fit says so itself.
+    Never raises: a pull that does not fit reports that itself.
     """
     try:
         if (
@@ -125,18 +126,19 @@ def make_room(
         ):
             return collect(store, keep, settings, resumable=keep, used=used)
     except StoreUnwritable as error:
-        logger.warning("No room could be made: %s", error)
+        logger.warning("Garbage collection before the pull failed: %s", error)
     return []
 
 
 def _unused(store: Store, keep: Collection[str]) -> list[tuple[str, str]]:
-    wanted = {digest[:SHORT] for digest in (*keep, *store.refs().values())}
-    found: list[tuple[float, str, str]] = []
+    """Model and digest of each folder that nothing refers to, the oldest first."""
+    kept = {digest[:SHORT] for digest in (*keep, *store.refs().values())}
+    unused: list[tuple[float, str, str]] = []
     for model, short in store.models():
         with suppress(OSError):
-            if short not in wanted:
-                found.append((store.folder(model, short).stat().st_mtime, model, short))
-    return [(model, short) for _, model, short in sorted(found)]
+            if short not in kept:
+                unused.append((store.folder(model, short).stat().st_mtime, model, short))
+    return [(model, short) for _, model, short in sorted(unused)]
 
 
 def _trash(store: Store) -> list[Removed]:
@@ -160,7 +162,7 @@ def _quarantine(store: Store) -> list[Removed]:
     removed: list[Removed] = []
     for folder in sorted((store.root / ".quarantine").glob("*")):
         with suppress(FileNotFoundError):
-            # The change time is that of its move there; the bytes may be much older.
+            # The time of the move to quarantine is the change time; the bytes may be much older.
             if time.time() - folder.lstat().st_ctime > _QUARANTINE_S:
                 removed.append(_drop("quarantine", folder))
     return removed
@@ -182,8 +184,8 @@ def _drop(
 
 
 def _if_free(store: Store, short: str, work: Callable[[], T]) -> T | None:
-    """Do `work` while no one pulls that digest; None if someone does."""
-    with suppress(OSError):  # the lock says it better
+    """Call `work` while no process pulls that digest; None if one does."""
+    with suppress(OSError):  # taking the lock gives the better error
         store.lock_path(short).parent.mkdir(exist_ok=True)
     try:
         with locks.exclusive(store.lock_path(short), short, 0):

@@ -3,82 +3,80 @@
 from __future__ import annotations
 
 import base64
-import os
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+import io
+import threading
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-import requests
+import google.auth
 from google.api_core.exceptions import (
+    Forbidden,
     GoogleAPICallError,
     NotFound,
     PreconditionFailed,
     RetryError,
+    Unauthorized,
 )
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError, TransportError
+from google.auth.transport.requests import Request
 from google.cloud import storage
-from google.cloud.exceptions import Forbidden, Unauthorized
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
-from google.resumable_media import DataCorruption, InvalidResponse
 
 from deployments.errors import SourceFailed
-from deployments.store.sources import (
-    TIMEOUT_S,
-    TRANSIENT,
-    Remote,
-    Transient,
-    gone,
-    more_connections,
-    retry_after_s,
-    stream,
-)
+from deployments.store import environment, web
+from deployments.store.bucket import RemoteFile, Transient, Unsignable, missing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
+_lock = threading.Lock()
 _CHUNK_BYTES = 32 * 2**20
 _CHUNK_TIMEOUT_S = 120
-"""Of an upload's chunk, tries included: the library tries a chunk again, we only a whole file."""
+"""Of one chunk of an upload with all its tries: the library repeats a chunk, we only a file."""
 
 
-class BucketSource:
+class GcsBucket:
     """Objects below a prefix; each read names the generation that was listed."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._name, _, self._prefix = self.url.removeprefix("gs://").partition("/")
 
-    def stat(self, paths: Sequence[str]) -> list[Remote]:
-        with _mending(self.url):
-            blobs = _client().list_blobs(
-                self._bucket, prefix=self._object(""), timeout=TIMEOUT_S, retry=None
-            )
-            try:
-                found = {cast("str", blob.name): blob for blob in blobs}
-            except NotFound as error:
-                raise SourceFailed(
-                    "There is no such bucket.",
-                    value=self.url,
-                    remedy="Correct its name, or make it.",
-                ) from error
-        return [self._remote(path, found.get(self._object(path))) for path in paths]
+    def stat(self, paths: Sequence[str]) -> list[RemoteFile]:
+        if len(paths) == 1:
+            return [self._stat(paths[0])]
+        held = {file.path: file for file in self.list()}
+        for path in paths:
+            if path not in held:
+                raise missing(f"{self.url}/{path}")
+        return [held[path] for path in paths]
 
-    def read(self, file: Remote, start: int, stop: int, write: Callable[[bytes], object]) -> None:
-        with _mending(f"{self.url}/{file.path}"):
-            blob = self._bucket.blob(self._object(file.path), generation=int(file.pin))
-            # The library's own download methods read 8 KiB at a time: a sixth of the speed.
-            url = blob._get_download_url(_client(), if_generation_match=int(file.pin))
-            stream(_client()._http, url, {}, (start, stop), write)
+    def read(
+        self, file: RemoteFile, start: int, stop: int, write: Callable[[bytes], object]
+    ) -> None:
+        # Without the library, which reads 8 KiB at a time: a sixth of the speed.
+        account = _account()
+        name = quote(self._object(file.path), safe="")
+        url = f"{account.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{name}"
+        query = f"?alt=media&generation={file.pin}&ifGenerationMatch={file.pin}"
+        with _google_errors(f"{self.url}/{file.path}"):
+            headers = account.authorization(url)
+        web.stream(url + query, headers, start, stop, write)
 
-    def upload(self, path: str, local: Path) -> bool:
-        """Upload a file unless there is one of that name; False if there was."""
-        with _mending(f"{self.url}/{path}"):
-            blob = self._bucket.blob(self._object(path), chunk_size=_CHUNK_BYTES)
+    def put(self, path: str, content: Path | bytes) -> bool:
+        file = content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        with file, _google_errors(f"{self.url}/{path}"):
             try:
-                blob.upload_from_filename(
-                    str(local),
+                self._blob(path, chunk_size=_CHUNK_BYTES).upload_from_file(
+                    file,
+                    size=size,
                     if_generation_match=0,
                     checksum="crc32c",
                     timeout=_CHUNK_TIMEOUT_S,
@@ -88,57 +86,113 @@ class BucketSource:
                 return False
         return True
 
-    def find(self, path: str) -> tuple[int, str] | None:
-        """Size and CRC32C (hex) of a file that is there; raises as `stat`."""
-        with _mending(f"{self.url}/{path}"):
-            blob = self._bucket.get_blob(self._object(path), timeout=TIMEOUT_S, retry=None)
-        if blob is None:
-            return None
-        return int(blob.size), base64.b64decode(blob.crc32c or "").hex()
+    def list(self, prefix: str = "") -> Iterator[RemoteFile]:
+        with _google_errors(self.url):
+            try:
+                yield from map(
+                    self._remote,
+                    _account().client.list_blobs(
+                        self._name, prefix=self._object(prefix), timeout=web.TIMEOUT_S, retry=None
+                    ),
+                )
+            except NotFound as error:
+                raise SourceFailed(
+                    "There is no such bucket.",
+                    value=self.url,
+                    remedy="Correct its name, or create it.",
+                ) from error
 
-    @property
-    def _bucket(self) -> Any:
-        return _client().bucket(self._name)  # asks nobody
+    def delete(self, path: str) -> None:
+        with _google_errors(f"{self.url}/{path}"), suppress(NotFound):
+            self._blob(path).delete(timeout=web.TIMEOUT_S, retry=None)
+
+    def sign(self, path: str, expires_s: float) -> str:
+        with _google_errors(f"{self.url}/{path}"):
+            try:
+                return self._blob(path).generate_signed_url(
+                    version="v4", expiration=timedelta(seconds=expires_s), method="GET"
+                )
+            except AttributeError as error:  # how the library says that there is no key
+                raise Unsignable(
+                    "These Google credentials cannot sign URLs.",
+                    value=f"{self.url}/{path}",
+                    remedy="Use a service account's key (GOOGLE_APPLICATION_CREDENTIALS).",
+                ) from error
+
+    def _stat(self, path: str) -> RemoteFile:
+        with _google_errors(f"{self.url}/{path}"):
+            blob = (
+                _account()
+                .client.bucket(self._name)
+                .get_blob(self._object(path), timeout=web.TIMEOUT_S, retry=None)
+            )
+        if blob is None:
+            raise missing(f"{self.url}/{path}")
+        return self._remote(blob)
+
+    def _blob(self, path: str, **options: Any) -> Any:
+        """A handle of an object; makes no request."""
+        return _account().client.bucket(self._name).blob(self._object(path), **options)
 
     def _object(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path
 
-    def _remote(self, path: str, blob: Any) -> Remote:
-        if blob is None:
-            raise gone(f"{self.url}/{path}")
-        return Remote(path, int(blob.size), None, str(blob.generation))
+    def _remote(self, blob: Any) -> RemoteFile:
+        path = blob.name[len(self._object("")) :]
+        crc32c = base64.b64decode(blob.crc32c or "").hex()
+        return RemoteFile(path, int(blob.size), crc32c=crc32c, pin=str(blob.generation))
+
+
+class _Account:
+    """Google's client, and the same credentials for our own reads."""
+
+    def __init__(self) -> None:
+        if environment.storage_emulator():
+            self._credentials: Any = AnonymousCredentials()
+        else:
+            self._credentials, _ = google.auth.default(scopes=storage.Client.SCOPE)
+        # Objects belong to a bucket, whatever the project.
+        self.client: Any = storage.Client(project=None, credentials=self._credentials)
+        self._request = partial(Request(), timeout=int(web.TIMEOUT_S[1]))
+        self._lock = threading.Lock()
+
+    def authorization(self, url: str) -> dict[str, str]:
+        """The header that authorises a GET; fetches a new token shortly before one expires."""
+        headers: dict[str, str] = {}
+        with self._lock:  # one thread fetches the token, the others wait for it
+            self._credentials.before_request(self._request, "GET", url, headers)
+        return headers
+
+
+def _account() -> _Account:
+    """This process's account."""
+    with _lock:
+        return _make_account()
 
 
 @lru_cache(1)
-def _client() -> Any:
-    """Anonymous towards an emulator, else with the application default credentials."""
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        client = storage.Client(project="emulator", credentials=AnonymousCredentials())
-    else:
-        # Objects belong to a bucket; without a project the library would refuse to start.
-        project = os.environ.get("GOOGLE_CLOUD_PROJECT") or "none"
-        client = storage.Client(project=project)
-    more_connections(client._http)  # pyright: ignore[reportPrivateUsage] # no public way to it
-    return client
+def _make_account() -> _Account:
+    return _Account()
 
 
 @contextmanager
-def _mending(url: str) -> Generator[None]:
+def _google_errors(url: str) -> Generator[None]:
     """Turn the library's errors into ours."""
     try:
         yield
     except (NotFound, PreconditionFailed) as error:
-        raise gone(url) from error
+        raise missing(url) from error
     except (Forbidden, Unauthorized) as error:
         raise _refused(url) from error
     except (InvalidResponse, GoogleAPICallError) as error:
         raise _answer(url, error.response) from error
     except RetryError as error:
         raise Transient(f"{url}: {type(error.cause).__name__}") from error
-    except (requests.RequestException, TransportError, DataCorruption, ConnectionError) as error:
+    # OSError: the library's HTTP client (requests) derives its errors from it.
+    except (OSError, TransportError, DataCorruption) as error:
         raise Transient(f"{url}: {type(error).__name__}") from error
     except GoogleAuthError as error:
-        # So the library wraps a metadata server that is not up yet.
+        # This is how the library wraps a metadata server that is not up yet.
         if isinstance(error.__cause__, TransportError):
             raise Transient(f"{url}: {type(error).__name__}") from error
         raise _refused(url) from error
@@ -158,7 +212,7 @@ def _answer(url: str, response: Any) -> Exception:
         return Transient(f"{url} does not answer")
     status: int = response.status_code
     if status in (404, 412):
-        return gone(url)
-    if status in TRANSIENT:
-        return Transient(f"{url} answered {status}", retry_after_s(response.headers))
+        return missing(url)
+    if status in web.TRANSIENT:
+        return Transient(f"{url} answered {status}", web.retry_after_s(response.headers))
     return SourceFailed(f"The bucket answered HTTP {status}.", value=url)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from deployments.errors import ConfigError, SourceFailed
-from deployments.store.sources import (
-    TIMEOUT_S,
-    TRANSIENT,
-    UNRESOLVED,
-    Remote,
-    Transient,
-    retry_after_s,
-    stream,
-    web_session,
-)
+from deployments.store import environment
+from deployments.store.bucket import UNRESOLVED, Missing, RemoteFile
+from deployments.store.web import check_status, client, http_errors, stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from huggingface_hub.hf_api import ModelInfo
-
-# As the hub library wants them; at others it raises errors of its own.
+# The hub's own rules for names.
 _PART = r"\w(?:[\w.-]*\w)?"
 _NOT = r"(?!.*(?:--|\.\.|\.git@|/[^/]{97,}@))"
 _URL = re.compile(rf"^hf://{_NOT}({_PART}/{_PART})@(\w+)$", re.ASCII)
@@ -34,7 +25,7 @@ def parse(url: str) -> tuple[str, str]:
     """Repository and revision.
 
     Raises:
-        ConfigError: it does not look like hf://org/repo@revision.
+        ConfigError: the URL does not look like hf://org/repo@revision.
     """
     match = _URL.match(url)
     if not match:
@@ -58,88 +49,85 @@ def check_pinned(url: str) -> None:
         )
 
 
-class HubSource:
-    """Metadata come through huggingface_hub, bytes by plain ranged GETs.
+class HubReader:
+    """Reads a repository through the hub's HTTP API, without its library.
 
-    `HF_ENDPOINT` names another hub; `HF_TOKEN` is sent where it is set (gated models). Neither
-    is used while serving.
+    `HF_ENDPOINT` names another hub; `HF_TOKEN` is sent where it is set (gated models).
+
+    Raises:
+        ConfigError: the revision is not pinned.
     """
 
     def __init__(self, url: str) -> None:
         check_pinned(url)
         self.url = url
         self._repo, self._revision = parse(url)
-        self._session = web_session(endpoint())
 
-    def stat(self, paths: Sequence[str]) -> list[Remote]:
-        found = {f.path: f for f in list_repository(self._repo, self._revision)}
-        missing = [path for path in paths if path not in found]
-        if missing:
-            raise SourceFailed(
-                f"{self._repo} has no {missing[0]} at that revision.",
+    def stat(self, paths: Sequence[str]) -> list[RemoteFile]:
+        held = {f.path: f for f in list_repository(self._repo, self._revision)}
+        absent = [path for path in paths if path not in held]
+        if absent:
+            raise Missing(
+                f"{self._repo} has no {absent[0]} at that revision.",
                 value=self.url,
                 remedy="Correct `files` in the model registry.",
             )
-        return [found[path] for path in paths]
+        return [held[path] for path in paths]
 
-    def read(self, file: Remote, start: int, stop: int, write: Callable[[bytes], object]) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
-        url = hf_hub_url(self._repo, file.path, revision=self._revision, endpoint=endpoint())
-        headers = build_hf_headers(token=os.environ.get("HF_TOKEN") or False)
-        stream(self._session, url, headers, (start, stop), write)
-
-
-def endpoint() -> str:
-    """The hub to ask."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    def read(
+        self, file: RemoteFile, start: int, stop: int, write: Callable[[bytes], object]
+    ) -> None:
+        place = f"{self._repo}/resolve/{self._revision}/{quote(file.path)}"
+        url = f"{environment.hub_endpoint()}/{place}"
+        stream(url, _authorization(), start, stop, write)
 
 
 def resolve_revision(repo: str) -> str:
     """The commit that `main` is at now.
 
     Raises:
-        Transient, SourceFailed: as `Source.stat`.
+        Transient, SourceFailed: as `Reader.stat`.
     """
-    return str(_info(repo).sha)
+    return str(_ask(f"/api/models/{repo}")["sha"])
 
 
-def list_repository(repo: str, revision: str) -> list[Remote]:
+def list_repository(repo: str, revision: str) -> list[RemoteFile]:
     """Every file of a repository, with the SHA-256 of the large ones.
 
     Raises:
-        Transient, SourceFailed: as `Source.stat`.
+        Transient, SourceFailed: as `Reader.stat`.
     """
-    files = _info(repo, revision=revision, files_metadata=True).siblings or []
+    answer = _ask(f"/api/models/{repo}/revision/{revision}?blobs=true")
     return [
-        Remote(f.rfilename, -1 if f.size is None else f.size, f.lfs.sha256 if f.lfs else None)
-        for f in files
+        RemoteFile(file["rfilename"], file.get("size", -1), (file.get("lfs") or {}).get("sha256"))
+        for file in answer.get("siblings", [])
     ]
 
 
-def _info(repo: str, **options: Any) -> ModelInfo:
-    import httpx2  # huggingface_hub's own
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False)
+def _ask(path: str) -> dict[str, Any]:
+    """The JSON object at a path of the hub's API, of which `sha` is known to be there."""
+    if environment.hub_offline():
+        raise SourceFailed(
+            "The hub is switched off by HF_HUB_OFFLINE.", value=path, remedy="Unset it to pull."
+        )
+    url = environment.hub_endpoint() + path
+    with http_errors(url):
+        response = client().get(url, headers=_authorization())
+    remedy = "Check repository and revision; a gated model needs HF_TOKEN."
     try:
-        # Of the library's calls this one takes a timeout, and does not try again by itself.
-        return api.model_info(repo, timeout=TIMEOUT_S[1], **options)
-    except OfflineModeIsEnabled as error:
+        check_status(response, url, remedy)
+    except Missing as error:
+        fact = "The hub has no such repository or revision."
+        raise Missing(fact, value=url, remedy=remedy) from error
+    try:
+        answer: Any = response.json()
+        return {"sha": answer["sha"], **answer}
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceFailed(
-            "The hub is switched off by HF_HUB_OFFLINE.", value=repo, remedy="Unset it to pull."
+            "What answers is no hub.", value=url, remedy="Check HF_ENDPOINT, and any proxy."
         ) from error
-    except HfHubHTTPError as error:
-        status: int = error.response.status_code
-        if status in TRANSIENT:
-            after_s = retry_after_s(error.response.headers)
-            raise Transient(f"the hub answered {status}", after_s) from error
-        raise SourceFailed(
-            f"The hub refused {repo}: HTTP {status}.",
-            value=endpoint(),
-            remedy="Check repository and revision; a gated model needs HF_TOKEN.",
-        ) from error
-    except (httpx2.TransportError, OSError) as error:
-        raise Transient(f"the hub at {endpoint()} does not answer: {error}") from error
+
+
+def _authorization() -> dict[str, str]:
+    token = environment.hub_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}

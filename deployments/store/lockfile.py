@@ -1,7 +1,7 @@
-"""The lock file beside a registry: sizes, hashes and digest of every model, as they were found.
+"""The lock file beside a registry: sizes, hashes and digest of every model.
 
 People write `production.yaml`; `imagen models resolve`, `convert` and `publish` write
-`production.lock.json`. What nobody has looked up yet is `unresolved` there.
+`production.lock.json`. Values that are not looked up yet are `unresolved` there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pydantic import Field, ValidationError
 
 from deployments.errors import ConfigError
 from deployments.settings import Strict, resolve
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import parse
 from deployments.store.manifest import FileEntry, Licence, Manifest, SafePath, Sha256
-from deployments.store.sources import UNRESOLVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -99,7 +99,7 @@ def load_lock(registry: Path) -> Lock:
 
 
 def save_lock(registry: Path, lock: Lock) -> None:
-    """Write a lock file at once or not at all.
+    """Write a lock file whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
@@ -120,7 +120,7 @@ def save_lock(registry: Path, lock: Lock) -> None:
 
 
 def update_lock(registry: Path, change: Callable[[Lock], Lock]) -> None:
-    """Change a lock file as it is now; others who do so at the same time wait.
+    """Change the lock file as it is now; other processes that change it wait meanwhile.
 
     Raises:
         ConfigError: it cannot be read or written.
@@ -129,7 +129,7 @@ def update_lock(registry: Path, change: Callable[[Lock], Lock]) -> None:
     with _writing(path):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # a network file system may know no locks
+        with suppress(OSError):  # a network file system may have no locks
             fcntl.flock(folder, fcntl.LOCK_EX)
         save_lock(registry, change(load_lock(registry)))
     finally:
@@ -147,7 +147,7 @@ def _writing(path: Path) -> Generator[None]:
 
 
 def conversion_of(spec: ArtefactSpec) -> str | None:
-    """How the lock file writes a registry entry's conversion."""
+    """A registry entry's conversion, in the form of the lock file."""
     return spec.convert.model_dump_json() if spec.convert else None
 
 
@@ -155,45 +155,44 @@ def locked_digest(lock: Lock, spec: ArtefactSpec) -> str:
     """The digest to serve.
 
     Raises:
-        ConfigError: it is unresolved, or of other origins or another conversion than the
-            registry's.
+        ConfigError: it is unresolved, or the registry has other origins or another conversion.
     """
-    found = lock.models.get(spec.name)
-    if found is None or found.digest == UNRESOLVED:
+    locked = lock.models.get(spec.name)
+    if locked is None or locked.digest == UNRESOLVED:
         raise _unresolved(spec.name, "no digest")
-    _check_agreement(spec, found)
-    if found.conversion != conversion_of(spec):
+    _check_agreement(spec, locked)
+    if locked.conversion != conversion_of(spec):
         raise ConfigError(
-            f"The lock file's digest of {spec.name} is of another conversion.",
-            value=found.conversion or "none",
+            f"The lock file's digest of {spec.name} comes from another conversion.",
+            value=locked.conversion or "none",
             remedy=f"Run `imagen models convert --again {spec.name}`."
             if spec.convert
             else f"Run `imagen models resolve {spec.name}`.",
         )
-    return found.digest
+    return locked.digest
 
 
 def locked_origins(spec: ArtefactSpec, lock: Lock) -> tuple[LockedOrigin, ...]:
-    """The origins of a model, resolved and in agreement with the registry.
+    """The origins of a model, resolved and equal to the registry's.
 
     Raises:
-        ConfigError: unresolved, or the registry has changed since.
+        ConfigError: something is unresolved, or the registry has changed since.
     """
-    found = lock.models.get(spec.name)
-    if found is None:
+    locked = lock.models.get(spec.name)
+    if locked is None:
         raise _unresolved(spec.name, "no entry in the lock file")
-    _check_agreement(spec, found)
-    for origin in found.origins:
+    _check_agreement(spec, locked)
+    for origin in locked.origins:
         if origin.source.endswith(f"@{UNRESOLVED}"):
             raise _unresolved(spec.name, "its revision")
         for file in origin.files:
             if not file.resolved:
                 raise _unresolved(spec.name, file.path)
-    return found.origins
+    return locked.origins
 
 
 def origin_manifest(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Manifest:
-    """The manifest of a model whose files are those of its origins, as they are."""
+    """The manifest of a model that is served with its origins' files unchanged."""
     files = [
         FileEntry(path=place.target(f.path), size=int(f.size), sha256=f.sha256)
         for place, origin in zip(spec.origins, origins, strict=True)
@@ -217,18 +216,18 @@ def build_manifest(
     )
 
 
-def _check_agreement(spec: ArtefactSpec, found: LockedModel) -> None:
-    if not _agree(spec, found):
+def _check_agreement(spec: ArtefactSpec, locked: LockedModel) -> None:
+    if not _agree(spec, locked):
         raise ConfigError(
-            f"The lock file's entry of {spec.name} is not that of the registry any more.",
+            f"The registry's entry of {spec.name} has changed since it was resolved.",
             remedy=f"Run `imagen models resolve {spec.name}`.",
         )
 
 
-def _agree(spec: ArtefactSpec, found: LockedModel) -> bool:
-    if len(spec.origins) != len(found.origins):
+def _agree(spec: ArtefactSpec, locked: LockedModel) -> bool:
+    if len(spec.origins) != len(locked.origins):
         return False
-    for ours, theirs in zip(spec.origins, found.origins, strict=True):
+    for ours, theirs in zip(spec.origins, locked.origins, strict=True):
         if list(ours.files) != [f.path for f in theirs.files]:
             return False
         if ours.source.endswith(f"@{UNRESOLVED}"):
@@ -242,6 +241,6 @@ def _agree(spec: ArtefactSpec, found: LockedModel) -> bool:
 def _unresolved(name: str, what: str) -> ConfigError:
     return ConfigError(
         f"Model {name} is unresolved: {what}.",
-        remedy=f"Run `imagen models resolve {name}` online; for a model that is converted,"
-        f" `imagen models convert {name}` too.",
+        remedy=f"Run `imagen models resolve {name}` online, and then, for a model with a"
+        f" conversion, `imagen models convert {name}`.",
     )

@@ -1,6 +1,7 @@
-"""Locks between processes that share a disk: one that pulls, many that read.
+"""Locks between processes that share a disk: one process pulls, many read.
 
-They save work; correctness never hangs on them, because some network file systems ignore them.
+They only save work: correctness never depends on them, because some network file systems ignore
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _BEAT_S = 1.0
 
 
 class Holder:
-    """Whoever holds the lock; `beat` tells those who wait that it is alive."""
+    """The holder of a lock; `beat` shows waiting processes that it is alive."""
 
     def __init__(self, descriptor: int, waited_s: float) -> None:
         self.waited_s = waited_s
@@ -36,7 +37,7 @@ class Holder:
         self.beat(0)
 
     def beat(self, done_bytes: int) -> None:
-        """Say how far the work is; call it as often as you like."""
+        """Record how far the work is, once a second at most; cheap to call often."""
         if time.monotonic() < self._next_s:
             return
         self._next_s = time.monotonic() + _BEAT_S
@@ -47,21 +48,23 @@ class Holder:
             "bytes": done_bytes,
             "updated": time.time(),
         }
-        # Padded, so that a reader never sees the tail of an older, longer body. A full disk must
-        # not keep garbage collection from its locks.
+        # Padded, so that a reader never sees the tail of an older, longer body. Errors are ignored,
+        # because garbage collection needs its locks on a full disk too.
         with suppress(OSError):
             os.pwrite(self._descriptor, json.dumps(body).ljust(256).encode(), 0)
 
 
 @contextmanager
 def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
-    """Hold the lock file at `path`, which stays for ever: unlinking it would split the lock.
+    """Hold the lock file at `path`. The file is never deleted: that would split the lock in two.
 
     Args:
-        timeout_s: how long a holder may go without a sign of life before waiting ends.
+        path: of the lock file.
+        what: names what is locked, for errors.
+        timeout_s: how long to wait for a holder that shows no progress.
 
     Raises:
-        LockTimeout: the holder gave no sign of life for `timeout_s`.
+        LockTimeout: the holder showed no progress for `timeout_s`.
         StoreUnwritable: the lock file cannot be made or opened.
     """
     try:
@@ -70,7 +73,7 @@ def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
         raise StoreUnwritable(
             f"The lock of {what} cannot be opened: {error.strerror}.",
             value=path,
-            remedy="Give this user write access to the store, or pull with one that has it.",
+            remedy="Give this user write access to the store, or pull as a user that has it.",
         ) from error
     try:
         start_s = time.monotonic()
@@ -82,9 +85,9 @@ def exclusive(path: Path, what: str, timeout_s: float) -> Generator[Holder]:
 
 @contextmanager
 def shared(path: Path) -> Generator[None]:
-    """Keep a lease: as long as it lasts, `alone` is False for others.
+    """Hold a lease. Meanwhile `alone` yields False to other processes.
 
-    A store this user may only read holds the file since the pull, and reading it is enough.
+    A store that this user may only read has had the file since the pull; reading it is enough.
     """
     with ExitStack() as held:
         for mode in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
@@ -100,7 +103,7 @@ def shared(path: Path) -> Generator[None]:
 
 @contextmanager
 def alone(path: Path) -> Generator[bool]:
-    """Whether nobody holds a lease; if so, nobody gets one before the end.
+    """Whether no process holds a lease; if so, none gets one until the context ends.
 
     Raises:
         OSError: the file cannot be made or opened.
@@ -118,7 +121,7 @@ def alone(path: Path) -> Generator[bool]:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds a lease."""
+    """Whether no process holds a lease."""
     if not path.exists():
         return True
     with alone(path) as free:
@@ -141,10 +144,10 @@ def _wait(descriptor: int, path: Path, what: str, timeout_s: float) -> None:
         else:
             return
     raise LockTimeout(
-        f"Another process holds the lock of {what} and has not moved for {timeout_s:g} s:"
+        f"Another process holds the lock of {what} and made no progress for {timeout_s:g} s:"
         f" {_describe(last_body)}.",
         value=path,
-        remedy="If it hangs, end it; the lock goes with its process.",
+        remedy="If that process hangs, end it; the lock ends with it.",
     )
 
 

@@ -1,7 +1,7 @@
-"""A model's manifest: what its folder holds, byte for byte.
+"""A model's manifest: exactly what its folder holds.
 
-The digest is the SHA-256 of the canonical JSON of everything but the CRC32Cs, which a hub does not
-publish: so the digest of a model is known before its first byte is fetched.
+The digest is the SHA-256 of the canonical JSON of everything but the CRC32Cs. A hub does not state
+those, so without them a model's digest is known before its first byte is fetched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deployments.settings import Strict
 
 MANIFEST = "manifest.json"
 SHORT = 16
-"""Hex digits of a digest that name a folder."""
+"""How many hex digits of a digest name a folder."""
 
 
 def safe_path(path: str) -> str:
@@ -47,7 +47,7 @@ class FileEntry(Strict):
         path: relative, POSIX.
         size: bytes.
         sha256: of the content, hex.
-        crc32c: of the content, hex; None as long as nobody has read it.
+        crc32c: of the content, hex; None until the file has been read.
     """
 
     path: SafePath
@@ -64,14 +64,14 @@ class Licence(Strict):
 
 
 class Manifest(Strict):
-    """What a model folder is.
+    """The content of a model folder.
 
     Attributes:
         model: name in the registry.
         sources: where its files came from, revisions pinned.
-        converted: how the files were made from those of the sources, if not as they are.
+        converted: the conversion that made the files; None if they are the sources' unchanged.
         licence: of the weights.
-        family: the pipeline that loads it; None for an artefact of another service.
+        family: of the pipeline that loads it; None for an artefact of another service.
         variant: file variant, such as fp16.
         files: sorted by path.
     """
@@ -107,7 +107,7 @@ class Manifest(Strict):
 
     @property
     def short(self) -> str:
-        """The folder's name."""
+        """The first 16 digits of the digest, which name the folder."""
         return self.digest[:SHORT]
 
     @property
@@ -115,7 +115,7 @@ class Manifest(Strict):
         return sum(f.size for f in self.files)
 
     def encode(self) -> bytes:
-        """The one byte sequence that stands for this manifest."""
+        """The only byte sequence that `decode` accepts for this manifest."""
         return _canonical(self.model_dump(mode="json", by_alias=True))
 
 
@@ -123,7 +123,7 @@ def decode(data: bytes, where: object) -> Manifest:
     """Read a manifest.
 
     Raises:
-        ModelCorrupt: it is not exactly what `Manifest.encode` writes.
+        ModelCorrupt: the bytes are not exactly what `Manifest.encode` writes.
     """
     try:
         manifest = Manifest.model_validate_json(data)

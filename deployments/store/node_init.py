@@ -1,7 +1,7 @@
-"""Filling a node's store: one short-lived actor a node, asked by every replica that starts there.
+"""Filling a node's store: one short-lived actor per node, asked by every replica that starts there.
 
-Serve has no hook before the first replica of a node, so replicas make the actor themselves. It must
-end: a living actor, even one that takes no CPU, keeps its node from being scaled down.
+Serve has no hook before the first replica of a node, so the replicas create the actor. It must end,
+because any living actor, even one without a CPU, keeps its node from being scaled down.
 """
 
 from __future__ import annotations
@@ -51,14 +51,17 @@ Totals = list[tuple[str, str, str, int, float]]
 def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -> None:
     """Have this node's actor pull a model, and wait for it.
 
-    Does nothing where the store already holds all that this node needs.
+    Does nothing if the store already holds every model that this node needs.
 
     Args:
-        record: gets the actor's totals; it ends too soon for its own metrics to be collected.
+        name: of the model.
+        digest: which content of it.
+        settings: the application's.
+        record: receives the actor's totals, because the actor ends before Ray collects its metrics.
 
     Raises:
         SetupError: see `Provider.ensure`.
-        SourceFailed: the actor was lost again and again.
+        SourceFailed: the actor was lost five times in a row.
     """
     if _all_there(name, digest, settings):
         record([("hit", name, "", 1, 0.0)])
@@ -69,15 +72,15 @@ def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -
             ray.get(actor.ensure.remote(name, digest))
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, SetupError) else error from None
-        except RayActorError as error:  # it was just ending, or its first asker's replica was lost
-            logger.warning("The node init actor was lost, trying again: %s", error)
+        except RayActorError as error:  # it was ending, or the replica that created it was lost
+            logger.warning("The node init actor was lost; trying again: %s", error)
             time.sleep(0.2 * 2**attempt)
             continue
-        threading.Thread(target=_see_off, args=(actor, record), daemon=True).start()
+        threading.Thread(target=_end_when_done, args=(actor, record), daemon=True).start()
         return
     raise SourceFailed(
-        "The node init actor was lost again and again.",
-        remedy="See its log on this node; it may have run out of memory.",
+        f"The node init actor was lost {_TRIES} times in a row.",
+        remedy="Read its log on this node; it may have run out of memory.",
     )
 
 
@@ -85,8 +88,8 @@ def _all_there(name: str, digest: str, settings: Settings) -> bool:
     catalogue = load_catalogue(settings.models)
     provider = Provider(settings.models, settings.store)
     with suppress(SetupError):
-        wanted = [(s.name, provider.digest(s)) for s in _prefetched(catalogue, settings)]
-        return all(provider.store.holds(n, d) for n, d in [(name, digest), *wanted])
+        prefetched = [(s.name, provider.digest(s)) for s in _prefetched(catalogue, settings)]
+        return all(provider.store.holds(n, d) for n, d in [(name, digest), *prefetched])
     return False
 
 
@@ -99,11 +102,11 @@ def _prefetched(catalogue: Catalogue, settings: Settings) -> list[ArtefactSpec]:
 
 def _get_or_create(settings: Settings) -> Any:
     node = ray.get_runtime_context().get_node_id()
-    # Applications with other settings have their own.
-    kind = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    # Applications with other settings have actors of their own.
+    variant = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     actor: Any = ray.remote(NodeInit)
     return actor.options(
-        name=f"{PREFIX}{node}-{kind}",
+        name=f"{PREFIX}{node}-{variant}",
         namespace=NAMESPACE,
         get_if_exists=True,
         num_cpus=0,
@@ -112,8 +115,8 @@ def _get_or_create(settings: Settings) -> Any:
     ).remote(settings)
 
 
-def _see_off(actor: Any, record: Record) -> None:
-    """Keep the actor until its work is done, then end it; several may do so."""
+def _end_when_done(actor: Any, record: Record) -> None:
+    """Wait until the actor's work is done, then end it; several replicas may do so."""
     with suppress(RayActorError):
         record(ray.get(actor.complete.remote()))
         ray.get(actor.close.remote())
@@ -128,35 +131,37 @@ class NodeInit:
 
     def __init__(self, settings: Settings) -> None:
         self._catalogue = load_catalogue(settings.models)
-        self._provider = Provider(settings.models, settings.store, self._hear)
+        self._provider = Provider(settings.models, settings.store, self._on_event)
         self._settings = settings
         self._condition = threading.Condition()
         self._waiting = 0
         self._asked = False
         self._amounts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
         self._counts = Counter[tuple[str, str, str]]()
-        self._planned: dict[str, float] = {}
-        self._have = Counter[str]()
+        self._total_bytes: dict[str, float] = {}
+        self._pulled_bytes = Counter[str]()
         self._logged_s = time.monotonic()
         self._prefetch = threading.Thread(target=self._prefetch_all, daemon=True)
         self._prefetch.start()
 
     def ensure(self, name: str, digest: str) -> None:
-        """Pull a model that a replica waits for, before all that none does.
+        """Pull a model that a replica waits for, before the models that none waits for.
 
         Raises:
             SetupError: see `Provider.ensure`.
         """
-        with self._awaited():
+        with self._replica_waiting():
             self._pull(self._catalogue.find(name), digest)
 
     def progress(self) -> dict[str, float]:
-        """Percent of each pull under way."""
+        """Percent done of each pull under way, by model."""
         with self._condition:
-            return {m: 100 * self._have[m] / max(p, 1) for m, p in self._planned.items()}
+            return {
+                m: 100 * self._pulled_bytes[m] / max(n, 1) for m, n in self._total_bytes.items()
+            }
 
     def complete(self) -> Totals:
-        """Wait until nothing is left to pull; what happened since the last call."""
+        """Wait until nothing is left to pull; the events since the last call."""
         self._prefetch.join()
         with self._condition:
             self._condition.wait_for(lambda: self._waiting == 0)
@@ -179,7 +184,7 @@ class NodeInit:
         try:
             self._pull(spec, self._provider.digest(spec))
         except SetupError as error:
-            logger.warning("Not pulled ahead: %s", error)
+            logger.warning("A prefetch failed: %s", error)
 
     def _pull(self, spec: ArtefactSpec, digest: str) -> None:
         self._catalogue.check_licence(spec)
@@ -190,10 +195,10 @@ class NodeInit:
             self._provider.ensure(spec, digest)
         finally:
             with self._condition:
-                self._planned.pop(spec.name, None)
+                self._total_bytes.pop(spec.name, None)
 
     @contextmanager
-    def _awaited(self) -> Generator[None]:
+    def _replica_waiting(self) -> Generator[None]:
         with self._condition:
             self._waiting += 1
             self._asked = True
@@ -204,18 +209,18 @@ class NodeInit:
                 self._waiting -= 1
                 self._condition.notify_all()
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         key = (event.kind, event.model, event.stage)
         with self._condition:
             self._counts[key] += 1
             self._amounts[key] += event.amount
             if event.kind == "miss":
-                self._planned[event.model] = event.amount
-                self._have[event.model] = 0
+                self._total_bytes[event.model] = event.amount
+                self._pulled_bytes[event.model] = 0
             if event.kind in ("bytes", "adopted"):
-                self._have[event.model] += int(event.amount)
+                self._pulled_bytes[event.model] += int(event.amount)
             if event.kind == "done":
-                self._planned.pop(event.model, None)
+                self._total_bytes.pop(event.model, None)
         if time.monotonic() - self._logged_s > _LOG_EVERY_S:
             self._logged_s = time.monotonic()
             done = self.progress().items()
@@ -223,9 +228,9 @@ class NodeInit:
 
 
 async def pulling() -> dict[str, float]:
-    """Percent of each pull under way in the cluster, the slowest node of each model.
+    """Percent done of each pull under way in the cluster; of each model, on the slowest node.
 
-    Takes half a second at most; nodes that do not answer are left out.
+    Takes half a second at most. Nodes that do not answer in time are left out.
     """
     percent: dict[str, float] = {}
     actors = await asyncio.to_thread(_actors)
@@ -241,10 +246,10 @@ async def pulling() -> dict[str, float]:
 
 
 def _actors() -> list[Any]:
-    found: list[Any] = []
+    actors: list[Any] = []
     everything: list[Any] = list_named_actors(all_namespaces=True)
     for named in everything:
         if named["namespace"] == NAMESPACE and named["name"].startswith(PREFIX):
             with suppress(ValueError):  # it has just ended
-                found.append(ray.get_actor(named["name"], NAMESPACE))
-    return found
+                actors.append(ray.get_actor(named["name"], NAMESPACE))
+    return actors

@@ -1,51 +1,51 @@
-"""From a registry entry and a digest to a folder in the store: which bytes, and from where."""
+"""From a registry entry and a digest to a folder in the store: which files, and from where."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.store.bucket import UNRESOLVED, Missing
 from deployments.store.cache import Store
 from deployments.store.events import ignore
+from deployments.store.folder_bucket import FolderBucket
+from deployments.store.hub import HubReader
 from deployments.store.lockfile import load_lock, locked_digest, locked_origins, origin_manifest
 from deployments.store.manifest import MANIFEST, SHORT, decode
-from deployments.store.sources import NOT_THERE, UNRESOLVED, LocalSource, WebSource
 from deployments.store.transfer import retrying
+from deployments.store.web import WebReader
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.registry import ArtefactSpec
     from deployments.settings import StoreSettings
-    from deployments.store.cache import Places
+    from deployments.store.bucket import Bucket, Reader
     from deployments.store.events import Listener
     from deployments.store.folder import Verify
     from deployments.store.lockfile import LockedOrigin
     from deployments.store.manifest import Manifest
-    from deployments.store.sources import Source
+    from deployments.store.staging import Places
 
 
-def open_source(url: str) -> Source:
-    """The source of a URL.
+_BUCKET = re.compile(r"^(gs|file)://.+")
+
+
+def open_reader(url: str) -> Reader:
+    """The reader of a URL; makes no request yet.
 
     Raises:
-        ConfigError: an unknown scheme, or a URL that does not pin what it names.
+        ConfigError: an unknown scheme, or a URL without a pinned revision.
     """
-    # Client libraries are imported where they are used: each costs most of a second.
     match urlsplit(url).scheme:
-        case "file":
-            return LocalSource(url)
+        case "file" | "gs":
+            return _bucket(url)
         case "https" | "http":
-            return WebSource(url)
+            return WebReader(url)
         case "hf":
-            from deployments.store.hub import HubSource
-
-            return HubSource(url)
-        case "gs":
-            from deployments.store.gcs import BucketSource
-
-            return BucketSource(url)
+            return HubReader(url)
         case scheme:
             raise ConfigError(
                 f"Models cannot come from {scheme or 'a place without a scheme'}.",
@@ -54,16 +54,43 @@ def open_source(url: str) -> Source:
             )
 
 
+def open_bucket(url: str, settings: StoreSettings) -> Bucket:
+    """The bucket of a URL. It is listed once, so that a wrong name is noticed early.
+
+    Raises:
+        ConfigError: the URL is neither gs:// nor file://.
+        SourceFailed: there is no such bucket, or no access to it.
+    """
+    if not _BUCKET.match(url):
+        raise ConfigError(
+            "Files cannot be written to this URL.",
+            value=url,
+            remedy="Use gs://bucket/prefix or file:///folder.",
+        )
+    bucket = _bucket(url)
+    retrying(lambda: next(iter(bucket.list()), None), settings)
+    return bucket
+
+
+def _bucket(url: str) -> Bucket:
+    if url.startswith("gs:"):
+        # Here, because the import takes most of a second.
+        from deployments.store.gcs import GcsBucket
+
+        return GcsBucket(url)
+    return FolderBucket(url)
+
+
 class Provider:
     """Brings models of a registry into the store of this node.
 
-    A model in the store needs no source and no network. Otherwise it comes from the mirror, if
-    there is one, else from its origins.
+    A model that is in the store needs neither source nor network. Otherwise it comes from the
+    mirror, if there is one, else from its origins.
 
     Args:
-        registry: its YAML file; the lock file lies beside it.
+        registry: the registry's YAML file; the lock file is beside it.
         settings: of the store.
-        listener: hears of everything.
+        listener: receives every event.
     """
 
     def __init__(
@@ -77,7 +104,7 @@ class Provider:
         """The lock file's digest of a model.
 
         Raises:
-            ConfigError: it is unresolved.
+            ConfigError: the digest is unresolved.
         """
         return locked_digest(self._lock, spec)
 
@@ -89,22 +116,23 @@ class Provider:
     def ensure(
         self, spec: ArtefactSpec, digest: str | None = None, verify: Verify = "quick"
     ) -> Path:
-        """The folder of a model, pulled if it is not there.
+        """The folder of a model, pulled if it is not in the store.
 
         Args:
+            spec: of the model.
             digest: which content; None takes the lock file's.
-            verify: how well to look at a folder that is already there.
+            verify: how to check a folder that is already there.
 
         Raises:
-            ConfigError: unresolved, or to be converted first.
+            ConfigError: the model is unresolved, or must be converted first.
             SourceFailed, ModelCorrupt, StoreUnwritable, LockTimeout: see `Store.pull`.
         """
         digest = digest or self.digest(spec)
-        found = self.store.find(spec.name, digest, verify)
-        return found or self.store.pull(*self.plan(spec, digest))
+        folder = self.store.find(spec.name, digest, verify)
+        return folder or self.store.pull(*self.plan(spec, digest))
 
     def plan(self, spec: ArtefactSpec, digest: str | None = None) -> tuple[Manifest, Places]:
-        """What a pull would fetch, and from where; fetches a manifest at most.
+        """What a pull would fetch, and from where; fetches at most a manifest.
 
         Raises:
             ConfigError, SourceFailed, ModelCorrupt: as `ensure`.
@@ -115,64 +143,62 @@ class Provider:
         return self._from_origins(spec, digest)
 
     def _from_mirror(self, spec: ArtefactSpec, digest: str, url: str) -> tuple[Manifest, Places]:
-        source = open_source(mirror_url(url, spec.name, digest))
+        mirror = open_reader(mirror_url(url, spec.name, digest))
         remedy = f"Run `imagen models publish {spec.name} {url}`, or correct store.mirror."
         try:
-            content = retrying(lambda: _read_small(source, MANIFEST), self._settings)
-        except SourceFailed as error:
-            if error.remedy != NOT_THERE:
-                raise
-            raise SourceFailed(error.message, value=error.value, remedy=remedy) from error
+            content = retrying(lambda: _read_whole(mirror, MANIFEST), self._settings)
+        except Missing as error:
+            raise Missing(error.message, value=error.value, remedy=remedy) from error
         try:
-            manifest = decode(content, source.url)
+            manifest = decode(content, mirror.url)
         except ModelCorrupt as error:
             raise ModelCorrupt(
-                error.message, value=source.url, remedy=f"Remove the manifest there. {remedy}"
+                error.message, value=mirror.url, remedy=f"Remove the manifest there. {remedy}"
             ) from error
         if manifest.model != spec.name or not manifest.digest.startswith(digest):
             raise ModelCorrupt(
                 f"The mirror holds another model under this digest: expected"
                 f" {spec.name}@{digest[:SHORT]}, actual {manifest.model}@{manifest.short}.",
-                value=source.url,
+                value=mirror.url,
                 remedy="Publish the model again.",
             )
-        return manifest, {f.path: (source, f.path) for f in manifest.files}
+        return manifest, {f.path: (mirror, f.path) for f in manifest.files}
 
     def _from_origins(self, spec: ArtefactSpec, digest: str) -> tuple[Manifest, Places]:
         if spec.convert:
             raise ConfigError(
-                f"{spec.name} is made by a conversion; its origins do not hold it as it is served.",
+                f"{spec.name} is made by a conversion; its origins do not hold the served files.",
                 remedy=f"Run `imagen models convert {spec.name}` here, or set store.mirror to where"
-                " it was published.",
+                " the model is published.",
             )
         origins = locked_origins(spec, self._lock)
         manifest = origin_manifest(spec, origins)
         if not manifest.digest.startswith(digest):
             raise SourceFailed(
-                f"The origins of {spec.name} do not hold the digest wanted: expected"
-                f" {digest[:SHORT]}, they give {manifest.short}.",
-                remedy="Set store.mirror to where it was published, or correct the digest.",
+                f"The origins of {spec.name} do not hold this digest: expected"
+                f" {digest[:SHORT]}, actual {manifest.short}.",
+                remedy="Set store.mirror to where it is published, or correct the digest.",
             )
         return manifest, origin_places(spec, origins)
 
 
 def origin_places(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Places:
-    """Where each file of an entry's folder comes from; raises as `open_source`."""
+    """Where each file of an entry's folder comes from; raises as `open_reader`."""
     return {
-        place.target(file.path): (source, file.path)
+        place.target(file.path): (reader, file.path)
         for place, origin in zip(spec.origins, origins, strict=True)
-        for source in [open_source(origin.source)]
+        for reader in [open_reader(origin.source)]
         for file in origin.files
     }
 
 
 def mirror_url(mirror: str, model: str, digest: str) -> str:
-    """Where a mirror keeps a model."""
+    """The URL below which a mirror keeps a model."""
     return f"{mirror.rstrip('/')}/{model}/{digest[:SHORT]}"
 
 
-def _read_small(source: Source, path: str) -> bytes:
-    file = source.stat([path])[0]
+def _read_whole(reader: Reader, path: str) -> bytes:
+    file = reader.stat([path])[0]
     content = bytearray()
-    source.read(file, 0, file.size, content.extend)
+    reader.read(file, 0, file.size, content.extend)
     return bytes(content)

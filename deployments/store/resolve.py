@@ -1,10 +1,11 @@
-"""Looking a registry entry up at its origins: revisions, sizes, hashes, and so its digest."""
+"""Looking up a registry entry at its origins: revisions, sizes, hashes, and so its digest."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.store.bucket import UNRESOLVED, Transient
 from deployments.store.folder import Hashes
 from deployments.store.hub import parse, resolve_revision
 from deployments.store.lockfile import (
@@ -14,16 +15,16 @@ from deployments.store.lockfile import (
     conversion_of,
     origin_manifest,
 )
-from deployments.store.provider import open_source
-from deployments.store.sources import UNRESOLVED, Transient, WebSource
+from deployments.store.provider import open_reader
 from deployments.store.transfer import retrying
+from deployments.store.web import WebReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deployments.registry import ArtefactSpec, Origin
     from deployments.settings import StoreSettings
-    from deployments.store.sources import Remote, Source
+    from deployments.store.bucket import Reader, RemoteFile
 
     Expected = Mapping[tuple[str, str], LockedFile]
 
@@ -37,20 +38,21 @@ def resolve(
     *,
     renew: bool = False,
 ) -> LockedModel:
-    """What the lock file is to say of a model. Reads only files whose hash nobody publishes.
+    """The lock file's new entry of a model. Reads only files whose hash nobody publishes.
 
     Args:
-        settings: how patiently to ask.
-        known: the lock file's present entry. What it holds of a source is expected to be true
-            still: an upstream that moved, or was tampered with, never replaces it.
-        renew: forget `known`, but for the hashes of web files, which come from their authors.
+        spec: of the model.
+        settings: attempts and backoff.
+        known: the lock file's present entry. Its revisions and hashes are expected to be true
+            still: an upstream that moved or was tampered with never replaces them.
+        renew: ignore `known`, except for the hashes of web files, which come from their authors.
 
     Returns:
-        Every revision, size and hash; and the digest, unless the model is to be converted first.
+        Every revision, size and hash; and the digest, unless the model must be converted first.
 
     Raises:
-        ConfigError: an https file whose SHA-256 the lock file does not hold.
-        ModelCorrupt: a file differs from what `known` says.
+        ConfigError: an https file whose SHA-256 is not in the lock file.
+        ModelCorrupt: a file differs from `known`.
         SourceFailed: `main` moved away from the revision in `known`; a file or repository is
             missing; a source failed for good.
     """
@@ -79,11 +81,11 @@ def _resolve_origin(
     settings: StoreSettings,
 ) -> LockedOrigin:
     url = _pin(name, place.source, held, settings)
-    source = open_source(url)
-    remotes = retrying(lambda: source.stat(place.files), settings)
-    nothing = LockedFile(path="nothing")
+    reader = open_reader(url)
+    remotes = retrying(lambda: reader.stat(place.files), settings)
+    unknown = LockedFile(path="unknown")
     files = tuple(
-        _resolve_file(name, source, remote, expected.get((url, remote.path), nothing), settings)
+        _resolve_file(name, reader, remote, expected.get((url, remote.path), unknown), settings)
         for remote in remotes
     )
     return LockedOrigin(source=url, files=files)
@@ -98,29 +100,29 @@ def _pin(name: str, url: str, held: LockedOrigin | None, settings: StoreSettings
         raise SourceFailed(
             f"The main branch of a source of {name} has moved: expected {held.source},"
             f" actual {main}.",
-            remedy="Write the one you want as `source` in the model registry.",
+            remedy="Write the revision you want as `source` in the model registry.",
         )
     return main
 
 
 def _resolve_file(
-    name: str, source: Source, remote: Remote, expected: LockedFile, settings: StoreSettings
+    name: str, reader: Reader, remote: RemoteFile, expected: LockedFile, settings: StoreSettings
 ) -> LockedFile:
-    where = f"{source.url.rstrip('/')}/{remote.path}"
+    where = f"{reader.url.rstrip('/')}/{remote.path}"
     if remote.size < 0:
         raise SourceFailed(
-            f"A source of {name} does not tell the size of its file.",
+            f"A source of {name} does not state the size of a file.",
             value=where,
             remedy="Take it from a server that sends Content-Length.",
         )
     _check(name, where, "bytes", expected.size, remote.size)
-    if isinstance(source, WebSource) and expected.sha256 == UNRESOLVED:
+    if isinstance(reader, WebReader) and expected.sha256 == UNRESOLVED:
         raise ConfigError(
-            f"The SHA-256 of a file of {name} is unknown, and a web server vouches for nothing.",
+            f"The SHA-256 of a file of {name} is unknown, and web servers do not publish one.",
             value=where,
-            remedy="Write the hash that its project publishes into the lock file.",
+            remedy="Write the hash that the file's project publishes into the lock file.",
         )
-    sha256 = remote.sha256 or _hash(source, remote, settings)
+    sha256 = remote.sha256 or _hash(reader, remote, settings)
     _check(name, where, "sha256", expected.sha256, sha256)
     return LockedFile(path=remote.path, size=remote.size, sha256=sha256)
 
@@ -128,23 +130,23 @@ def _resolve_file(
 def _check(name: str, where: str, what: str, expected: int | str, actual: int | str) -> None:
     if expected not in (UNRESOLVED, actual):
         raise ModelCorrupt(
-            f"A file of {name} is not what the lock file says: {where}:"
+            f"A file of {name} differs from the lock file: {where}:"
             f" expected {what} {expected}, actual {actual}.",
-            remedy="Find out why it changed. To accept it, take the file's values out of the lock"
+            remedy="Find out why it changed. To accept it, delete the file's values from the lock"
             " file, and resolve again.",
         )
 
 
-def _hash(source: Source, remote: Remote, settings: StoreSettings) -> str:
+def _hash(reader: Reader, remote: RemoteFile, settings: StoreSettings) -> str:
     hashes = Hashes()
     before = 0
 
     def attempt() -> None:
         nonlocal before
         before = hashes.size
-        source.read(remote, before, remote.size, hashes.update)
+        reader.read(remote, before, remote.size, hashes.update)
         if hashes.size < remote.size:
-            raise Transient(f"{source.url} {remote.path} ended early")
+            raise Transient(f"{reader.url} {remote.path} ended early")
 
     retrying(attempt, settings, lambda: hashes.size > before)
     return str(hashes.sha256)

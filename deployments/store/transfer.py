@@ -1,4 +1,4 @@
-"""Fetching files: many ranges at a time, tried again after failures, hashed while they come."""
+"""Fetching files: many ranges at a time, repeated after failures, hashed as they arrive."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from deployments.errors import ModelCorrupt, SourceFailed
+from deployments.store.bucket import Reader, RemoteFile, Transient
 from deployments.store.events import Event
 from deployments.store.folder import Hashes, compare, mismatch
-from deployments.store.sources import Remote, Source, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,12 +31,12 @@ _LONGEST_SLEEP_S = 1.0
 logger = logging.getLogger("ray.serve.imagen.store")
 
 
-class Wanted(NamedTuple):
+class Download(NamedTuple):
     """A file to fetch: what it must be, and where it is."""
 
     entry: FileEntry
-    source: Source
-    remote: Remote
+    reader: Reader
+    remote: RemoteFile
 
 
 class Throttle:
@@ -48,7 +48,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def take(self, count: int, beat: Callable[[], object] = lambda: None) -> None:
-        """Wait until so many bytes may pass; `beat` is called while that lasts."""
+        """Wait until `count` bytes may pass; `beat` is called now and then while waiting."""
         if self._rate is None:
             return
         with self._lock:
@@ -62,24 +62,25 @@ class Throttle:
 def retrying(
     work: Callable[[], T],
     settings: StoreSettings,
-    moved: Callable[[], bool] = lambda: False,
-    again: Callable[[], object] = lambda: None,
+    progressed: Callable[[], bool] = lambda: False,
+    on_retry: Callable[[], object] = lambda: None,
 ) -> T:
-    """Do `work`, again after each Transient: exponential backoff with full jitter.
+    """Call `work`, and repeat it after each Transient: exponential backoff with full jitter.
 
     Args:
-        moved: whether the last try got any further; then the count of failures starts anew.
-        again: called before each further try.
+        settings: attempts and backoff.
+        progressed: whether the last try got any further; if so, counting failures starts anew.
+        on_retry: called before each further try.
 
     Raises:
-        SourceFailed: it failed `settings.attempts` times in a row.
+        SourceFailed: `work` failed `settings.attempts` times in a row.
     """
     failures = 0
     while True:
         try:
             return work()
         except Transient as error:
-            failures = 1 if moved() else failures + 1
+            failures = 1 if progressed() else failures + 1
             if failures >= settings.attempts:
                 raise SourceFailed(
                     f"A source failed {failures} times in a row: {error}.",
@@ -88,22 +89,26 @@ def retrying(
             longest_s = min(settings.backoff_s * 2**failures, 30.0)
             pause_s = max(error.after_s, random.uniform(0, longest_s))  # noqa: S311 - jitter
             logger.warning("%s; trying again in %.1f s", error, pause_s)
-            again()
+            on_retry()
             time.sleep(pause_s)
 
 
 @dataclass(slots=True)
 class _Progress:
-    """One file on its way: a hash follows the ranges in order, reading back what came early.
+    """One file being fetched. Its hash follows the ranges in order and reads back those behind it.
 
-    It is open only from its first range to its last: a model may have more files than a process
-    may open.
+    The file is open only from its first range to its last, because a model may have more files
+    than a process may open.
+
+    Attributes:
+        ranges_left: how many are not done.
+        arrived: stop by start of each range that is written and not hashed yet.
+        hashing: whether a thread is hashing.
     """
 
-    wanted: Wanted
+    download: Download
     path: Path
-    left: int
-    """Ranges that are not done."""
+    ranges_left: int
     descriptor: int = -1
     hashes: Hashes = field(default_factory=Hashes)
     arrived: dict[int, int] = field(default_factory=dict[int, int])
@@ -112,7 +117,7 @@ class _Progress:
 
     @property
     def where(self) -> str:
-        return f"{self.wanted.source.url} {self.wanted.remote.path}"
+        return f"{self.download.reader.url} {self.download.remote.path}"
 
     def open(self) -> None:
         with self.lock:
@@ -127,14 +132,14 @@ class _Progress:
                 os.close(self.descriptor)
             self.descriptor = -1
 
-    def leave(self) -> bool:
-        """Note that a range is done; True for the last."""
+    def finish_range(self) -> bool:
+        """Count a range as done; True for the last."""
         with self.lock:
-            self.left -= 1
-            return not self.left
+            self.ranges_left -= 1
+            return not self.ranges_left
 
     def advance(self, start: int, stop: int) -> None:
-        """Note a range, and hash what follows on; whoever finds another at it leaves it to him."""
+        """Record a range as written, and hash all that can be, unless another thread is at it."""
         with self.lock:
             self.arrived[start] = stop
             if self.hashing:
@@ -152,7 +157,7 @@ class _Progress:
         while (position := self.hashes.size) < stop:
             data = os.pread(self.descriptor, min(_READ_BACK_BYTES, stop - position), position)
             if not data:
-                raise OSError(errno.EIO, "what was written is gone")
+                raise OSError(errno.EIO, "the bytes just written cannot be read back")
             self.hashes.update(data)
 
 
@@ -161,9 +166,9 @@ class Fetcher:
 
     Args:
         settings: threads, range size, rate, attempts.
-        listener: hears of bytes and of tries.
-        beat: called as bytes come.
-        throttle: shared with other fetchers of this process; None for one of its own.
+        listener: receives an event for all bytes and further tries.
+        beat: called with the bytes so far, as they arrive.
+        throttle: shared with other fetchers of this process; None makes a new one.
 
     Attributes:
         done: entries with CRC32C, by path, of the files that are fetched, checked and synced.
@@ -186,26 +191,26 @@ class Fetcher:
         self._done_bytes = 0
         self._failed = threading.Event()
 
-    def fetch(self, files: Sequence[Wanted], folder: Path) -> None:
-        """Fetch, check and sync every file; what has other bytes than expected is removed again.
+    def fetch(self, downloads: Sequence[Download], folder: Path) -> None:
+        """Fetch, check and sync every file; files with wrong bytes are removed again.
 
         Raises:
             SourceFailed: a source failed for good.
-            ModelCorrupt: it sent other bytes than expected; the other files are done.
-            OSError: of this disk.
+            ModelCorrupt: a source sent wrong bytes; the other files are done.
+            OSError: from this disk.
         """
         self._failed.clear()
-        # The largest first, so that no long one is left alone at the end.
-        ordered = sorted(files, key=lambda f: -f.entry.size)
-        progresses = [self._plan(wanted, folder) for wanted in ordered]
+        # The largest first, so that no thread is left with a long one at the end.
+        ordered = sorted(downloads, key=lambda d: -d.entry.size)
+        progresses = [self._begin(download, folder) for download in ordered]
         try:
             with ThreadPoolExecutor(self._settings.threads, thread_name_prefix="fetch") as pool:
-                # In order, so that no more files are open than there are threads, and one.
-                ranges = [(p, *span) for p in progresses for span in self._ranges(p.wanted)]
+                # In order, so that at most one file more than there are threads is open.
+                ranges = [(p, *span) for p in progresses for span in self._ranges(p.download)]
                 tasks = [pool.submit(self._range, *r) for r in ranges]
                 try:
                     wrong = [error for task in tasks if (error := task.result())]
-                except BaseException:  # Ctrl-C too, of which the threads know nothing
+                except BaseException:  # Ctrl-C too, which the threads do not see
                     self._failed.set()
                     raise
         finally:
@@ -214,20 +219,21 @@ class Fetcher:
         if wrong:
             raise wrong[0]
 
-    def _plan(self, wanted: Wanted, folder: Path) -> _Progress:
-        progress = _Progress(wanted, folder / wanted.entry.path, len(self._ranges(wanted)))
-        expected, actual = wanted.entry.size, wanted.remote.size
+    def _begin(self, download: Download, folder: Path) -> _Progress:
+        path = folder / download.entry.path
+        progress = _Progress(download, path, len(self._ranges(download)))
+        expected, actual = download.entry.size, download.remote.size
         if actual not in (-1, expected):
             raise mismatch(self._model, progress.where, f"{expected} bytes", f"{actual} bytes")
         return progress
 
-    def _ranges(self, wanted: Wanted) -> list[tuple[int, int]]:
-        """At least one: an empty file is made too."""
-        size, step = wanted.entry.size, self._settings.range_bytes
+    def _ranges(self, download: Download) -> list[tuple[int, int]]:
+        """Start and stop of each range; at least one, so that empty files are made too."""
+        size, step = download.entry.size, self._settings.range_bytes
         return [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
     def _range(self, progress: _Progress, start: int, stop: int) -> ModelCorrupt | None:
-        """Fetch a range; whoever has a file's last one gives what is wrong with the file."""
+        """Fetch a range; after a file's last one, return what is wrong with the file."""
         try:
             if self._failed.is_set():
                 return None
@@ -236,11 +242,11 @@ class Fetcher:
             if self._failed.is_set():
                 return None
             progress.advance(start, stop)
-            # Now, beside the others' transfers, rather than all at the end.
+            # Now, beside the other threads' transfers, rather than all at the end.
             os.fdatasync(progress.descriptor)
-            return self._finish(progress) if progress.leave() else None
+            return self._finish(progress) if progress.finish_range() else None
         except BaseException:
-            self._failed.set()  # the others end soon; the first error is the one that is told
+            self._failed.set()  # the others end soon, and the first error is reported
             raise
 
     def _transfer(self, progress: _Progress, start: int, stop: int) -> None:
@@ -250,7 +256,7 @@ class Fetcher:
             nonlocal position
             data = data[: stop - position]
             self._throttle.take(len(data), lambda: self._beat(self._done_bytes))
-            while data:  # a disk that is nearly full takes a part
+            while data:  # a disk that is nearly full takes only a part
                 written = os.pwrite(progress.descriptor, data, position)
                 position += written
                 data = data[written:]
@@ -261,16 +267,19 @@ class Fetcher:
             before = position
             if self._failed.is_set() or position == stop:
                 return
-            source, remote = progress.wanted.source, progress.wanted.remote
-            source.read(remote, position, stop, write)
+            progress.download.reader.read(progress.download.remote, position, stop, write)
             if position < stop:
-                raise Transient(f"{source.url} {remote.path} ended early")
+                raise Transient(f"{progress.where} ended early")
 
-        again = lambda: self._listener(Event("retry", self._model))  # noqa: E731
-        retrying(attempt, self._settings, lambda: position > before, again)
+        retrying(
+            attempt,
+            self._settings,
+            progressed=lambda: position > before,
+            on_retry=lambda: self._listener(Event("retry", self._model)),
+        )
 
     def _finish(self, progress: _Progress) -> ModelCorrupt | None:
-        entry, hashes = progress.wanted.entry, progress.hashes
+        entry, hashes = progress.download.entry, progress.hashes
         try:
             compare(self._model, progress.where, entry, hashes)
         except ModelCorrupt as error:

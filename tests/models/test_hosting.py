@@ -22,6 +22,7 @@ from deployments.images import Picture
 from deployments.settings import Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.lockfile import (
     Lock,
     LockedFile,
@@ -31,7 +32,6 @@ from deployments.store.lockfile import (
     save_lock,
 )
 from deployments.store.manifest import FileEntry
-from deployments.store.sources import LocalSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class Bench:
         hashed = [(path, hash_file(folder / path)) for path in list_files(folder)]
         files = [FileEntry(path=p, size=h.size, sha256=str(h.sha256)) for p, h in hashed]
         manifest = build_manifest(self.spec, (f"file://{name}",), files)
-        source = LocalSource(f"file://{folder}")
+        source = FolderBucket(f"file://{folder}")
         places = {f.path: (source, f.path) for f in files}
         Store(self.settings.store).pull(manifest, places)
         return manifest.digest

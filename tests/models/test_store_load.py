@@ -13,9 +13,9 @@ from deployments.loader import Loaded, load
 from deployments.settings import Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.lockfile import build_manifest
 from deployments.store.manifest import MANIFEST, FileEntry
-from deployments.store.sources import LocalSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ class TinyStore:
         hashed = [(path, hash_file(folder / path)) for path in list_files(folder)]
         files = [FileEntry(path=p, size=h.size, sha256=str(h.sha256)) for p, h in hashed]
         manifest = build_manifest(self.spec, (f"file://{folder}",), files)
-        source = LocalSource(f"file://{folder}")
+        source = FolderBucket(f"file://{folder}")
         self.digest = manifest.digest
         self.folder = self.store.pull(manifest, {f.path: (source, f.path) for f in files})
 

@@ -28,7 +28,7 @@ from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.registry import ModelSpec
 from deployments.settings import Settings
-from deployments.store.sources import local_folder
+from deployments.store.folder_bucket import local_folder
 from deployments.tasks import Task
 from starter_models.training.tokenizer import build_tokenizer
 

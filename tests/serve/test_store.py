@@ -19,11 +19,11 @@ from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.lockfile import build_manifest
 from deployments.store.manifest import FileEntry
 from deployments.store.node_init import NAMESPACE, ensure_on_node, pulling
 from deployments.store.provider import Provider
-from deployments.store.sources import LocalSource
 from deployments.tasks import Task
 from deployments.telemetry import ModelMetrics
 from tests.serve.conftest import deploy, wait_until_running
@@ -66,7 +66,7 @@ def add_variant(root: Path, work: Path, factor: float) -> str:
     hashed = [(path, hash_file(folder / path)) for path in list_files(folder)]
     files = [FileEntry(path=p, size=h.size, sha256=str(h.sha256)) for p, h in hashed]
     manifest = build_manifest(UPSCALE, ("file://variant",), files)
-    source = LocalSource(f"file://{folder}")
+    source = FolderBucket(f"file://{folder}")
     places = {f.path: (source, f.path) for f in files}
     Store(StoreSettings(root=root)).pull(manifest, places)
     return manifest.short
@@ -219,7 +219,7 @@ def test_a_replica_that_starts_with_an_unknown_digest_serves_the_locked_one(
     wait_for(lambda: served(address)["wanted"] == unknown, 120)
     status = served(address)
     assert status["serving"] == locked()
-    assert "do not hold the digest wanted" in status["error"]
+    assert "do not hold this digest" in status["error"]
     assert post(address, "upscale", jpeg()).status_code == 200
 
 

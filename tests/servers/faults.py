@@ -1,4 +1,4 @@
-"""What goes wrong on a server, when, and what was asked of it."""
+"""Planned faults of a server, and the log of its requests."""
 
 from __future__ import annotations
 

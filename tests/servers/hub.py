@@ -78,23 +78,23 @@ class RepoFile:
         return _git_blob(self.pointer if self.is_lfs else self.path.read_bytes())
 
     def entry(self) -> dict[str, Any]:
-        """As trees and paths-info say it."""
-        told = {"type": "file", "path": self.name, "size": self.size, "oid": self.oid}
+        """As in trees and paths-info."""
+        entry = {"type": "file", "path": self.name, "size": self.size, "oid": self.oid}
         if not self.is_lfs:
-            return told
+            return entry
         pointer = len(self.pointer)
-        return told | {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": pointer}}
+        return entry | {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": pointer}}
 
     def sibling(self, blobs: bool) -> dict[str, Any]:
-        """As a model's information says it."""
-        told: dict[str, Any] = {"rfilename": self.name}
+        """As in a model's information."""
+        entry: dict[str, Any] = {"rfilename": self.name}
         if not blobs:
-            return told
-        told |= {"size": self.size, "blobId": self.oid}
+            return entry
+        entry |= {"size": self.size, "blobId": self.oid}
         if not self.is_lfs:
-            return told
+            return entry
         pointer = len(self.pointer)
-        return told | {"lfs": {"sha256": self.sha256, "size": self.size, "pointerSize": pointer}}
+        return entry | {"lfs": {"sha256": self.sha256, "size": self.size, "pointerSize": pointer}}
 
 
 class HubServer(Loopback):

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 half of every server here: connections, ranges, faults, counters."""
+"""HTTP/1.1 for every server here: connections, ranges, faults, counters."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from deployments.store.cache import Places
+    from deployments.store.bucket import Reader
     from deployments.store.events import Listener
-    from deployments.store.sources import Source
+    from deployments.store.staging import Places
     from tests.servers.faults import Faults
 
 KIB = 1024
@@ -61,7 +61,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def places_of(source: Source, files: Mapping[str, bytes]) -> Places:
+def places_of(source: Reader, files: Mapping[str, bytes]) -> Places:
     return {path: (source, path) for path in files}
 
 
@@ -83,7 +83,7 @@ class Held:
     """A model at one source; `faults` is None for a plain folder."""
 
     def __init__(
-        self, source: Source, faults: Faults | None, part: str, overwrite: Any = None
+        self, source: Reader, faults: Faults | None, part: str, overwrite: Any = None
     ) -> None:
         self.files: list[str] = []
         self.source = source
@@ -122,9 +122,9 @@ def _held(
     scheme: str, files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch
 ) -> Iterator[Held]:
     if scheme == "file":
-        from deployments.store.sources import LocalSource
+        from deployments.store.folder_bucket import FolderBucket
 
-        yield Held(LocalSource(f"file://{folder}"), None, LARGE, lambda: _flip(folder / LARGE))
+        yield Held(FolderBucket(f"file://{folder}"), None, LARGE, lambda: _flip(folder / LARGE))
     elif scheme == "https":
         with _web(folder) as found:
             yield found
@@ -138,64 +138,48 @@ def _held(
 
 @contextmanager
 def _web(folder: Path) -> Iterator[Held]:
-    from deployments.store.sources import WebSource
+    from deployments.store.web import WebReader
     from tests.servers.files import FileServer
 
     with FileServer(folder) as server:
-        source = WebSource(server.url)
+        source = WebReader(server.url)
         yield Held(source, server.faults, LARGE, lambda: _flip(folder / LARGE))
-        source._session.close()
 
 
 @contextmanager
 def _hub(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Held]:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    from deployments.store.hub import HubSource
+    from deployments.store.hub import HubReader
     from tests.servers.hub import HubServer
 
-    # Read from the environment at import, which other tests change.
-    patch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer(folder.with_name("hub")) as server:
         revision = server.add_repo(REPO, files)
         patch.setenv("HF_ENDPOINT", server.url)
         place = server.root / REPO / revision / LARGE
-        source = HubSource(f"hf://{REPO}@{revision}")
+        source = HubReader(f"hf://{REPO}@{revision}")
         yield Held(source, server.faults, f"/cdn/{REPO}/{revision}/{LARGE}", lambda: _flip(place))
-        source._session.close()
-    huggingface_hub.close_session()
 
 
 @contextmanager
 def _bucket(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Held]:
-    import warnings
-
+    from deployments.store import gcs
     from tests.servers.gcs import GcsServer
 
-    with warnings.catch_warnings():
-        # google-api-core warns at import where grpcio is installed without grpcio-status.
-        warnings.simplefilter("ignore", ImportWarning)
-        from deployments.store import gcs
     with GcsServer() as server:
         for path, data in files.items():
             server.put(f"m/v1/{path}", data)
         for name, value in server.env.items():
             patch.setenv(name, value)
-        gcs._client.cache_clear()
         other = bytes(byte ^ 0xFF for byte in files[LARGE])
         yield Held(
-            gcs.BucketSource("gs://models/m/v1"),
+            gcs.GcsBucket("gs://models/m/v1"),
             server.faults,
             "/download/",
             lambda: server.put(f"m/v1/{LARGE}", other),
         )
-        gcs._client().close()
-        gcs._client.cache_clear()
 
 
 def _flip(path: Path) -> None:
-    """Other bytes, in a new file: whoever has the old one open keeps it."""
+    """Put other bytes into a new file; a reader that has the old one open keeps it."""
     new = path.with_name("new")
     new.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
     new.replace(path)

@@ -1,4 +1,4 @@
-"""The production registry's files as sparse zeros on local servers, at their full sizes."""
+"""Servers that hold the production registry in full size, with zeros for weights."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import parse
-from deployments.store.lockfile import Lock, LockedFile, LockedModel, LockedOrigin, load_lock
-from deployments.store.sources import UNRESOLVED
+from deployments.store.lockfile import LockedFile, LockedModel, LockedOrigin, load_lock
 
 if TYPE_CHECKING:
     from collections import Counter
 
     from deployments.registry import ArtefactSpec, Catalogue, Origin
+    from deployments.store.lockfile import Lock
     from tests.servers.files import FileServer
     from tests.servers.hub import HubServer
 
 PRODUCTION = Path("configs/models/production.yaml")
 HEADER = 2**16
-"""Roughly the size of a safetensors header, in bytes."""
+"""Roughly the size of a safetensors header."""
 WEIGHTS = {
     "upscale-sd-x4": {
         "unet/diffusion_pytorch_model.fp16.safetensors": 2 * 473_398_020 + HEADER,
@@ -39,12 +40,12 @@ WEIGHTS = {
     "background-rmbg14": {"model.safetensors": 4 * 44_046_790 + HEADER},
     "mms-lid-126": {"model.safetensors": 3_860_000_000},
 }
-"""Bytes by model and file, from parameter counts, where the lock file has no size."""
+"""Bytes by model and file, from parameter counts, where the lock file has none yet."""
 SMALL = {"vocab.json": 1_059_962, "merges.txt": 524_619}
 
 
 def size_of(name: str, file: LockedFile) -> int:
-    """The file's size in bytes: from the lock file, else from parameter counts, else a config's."""
+    """Bytes of a file: from the lock file, else from parameter counts, else those of a config."""
     if isinstance(file.size, int):
         return file.size
     return WEIGHTS.get(name, {}).get(file.path) or SMALL.get(Path(file.path).name, 1000)
@@ -54,8 +55,8 @@ def stand_in(catalogue: Catalogue, hub: HubServer, web: FileServer) -> tuple[Cat
     """Fill the servers with zeros for every file of a registry.
 
     Returns:
-        The registry with its https sources moved to the local server, and a lock file without the
-        hashes of the real files.
+        The registry with its https sources on the local server, and its lock file without the
+        real files' hashes.
     """
     lock = load_lock(PRODUCTION)
     entries: dict[str, ArtefactSpec] = {}
@@ -92,7 +93,7 @@ def _place(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
         os.truncate(target, size)
-    # An https source states no hash, so that the lock file must.
+    # The hash of an https file must be known beforehand.
     return tuple(
         LockedFile(path=path, sha256=hashlib.sha256(bytes(size)).hexdigest())
         for path, size in sizes.items()
@@ -100,7 +101,7 @@ def _place(
 
 
 def files_sent(sent: Counter[str]) -> dict[str, int]:
-    """Bytes sent by path on the hub, without its listings and its redirects to the CDN."""
+    """Bytes of files, by path on the hub; without its listings and the redirects to its CDN."""
     return {
         path: count
         for path, count in sorted(sent.items())

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deployments.errors import ModelCorrupt, SourceFailed, StoreUnwritable
-from deployments.store import cache
-from deployments.store.cache import network_filesystem
+from deployments.store import disk, staging
+from deployments.store.disk import network_filesystem
 from deployments.store.folder import list_files
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.manifest import MANIFEST
-from deployments.store.sources import LocalSource, WebSource
+from deployments.store.web import WebReader
 from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import LARGE, NAME
@@ -42,13 +43,13 @@ NOBODY = 65534
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
     folder = common.write_files(tmp_path / "source", FILES)
-    return common.places_of(LocalSource(f"file://{folder}"), FILES)
+    return common.places_of(FolderBucket(f"file://{folder}"), FILES)
 
 
 @pytest.fixture
 def other_places(tmp_path: Path) -> Places:
     folder = common.write_files(tmp_path / "other", OTHER_FILES)
-    return common.places_of(LocalSource(f"file://{folder}"), OTHER_FILES)
+    return common.places_of(FolderBucket(f"file://{folder}"), OTHER_FILES)
 
 
 @pytest.fixture
@@ -58,10 +59,9 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def web(server: FileServer) -> Iterator[Places]:
-    source = WebSource(server.url)
-    yield common.places_of(source, FILES)
-    source._session.close()
+def web(server: FileServer) -> Places:
+    source = WebReader(server.url)
+    return common.places_of(source, FILES)
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path, to: str) ->
     folder.chmod(0o700)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / to)
-    cache._unprotect(link)
-    cache.delete_folder(link)
+    disk.unprotect(link)
+    disk.delete_folder(link)
     assert not link.is_symlink()
     assert (folder / "a").read_bytes() == b"1"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -168,7 +168,7 @@ def test_stale_staging_goes_before_the_disk_is_measured(
     stale = store.root / ".staging" / f"{WHOLE.short}.host.1"
     common.write_files(stale, {LARGE: b"half"})
     seen: list[bool] = []
-    monkeypatch.setattr(store, "_check_space", lambda *_: seen.append(stale.exists()))
+    monkeypatch.setattr(store._staging, "_check_space", lambda *_: seen.append(stale.exists()))
     store.pull(WHOLE, places)
     assert seen == [False]
 
@@ -272,7 +272,7 @@ def test_a_disk_that_is_really_full(
         store.pull(OTHER, other_places)
         assert_refused_and_clean(store, places, "does not fit")
         # Somebody else may fill it after it was measured.
-        monkeypatch.setattr(store, "_check_space", lambda *_: None)
+        monkeypatch.setattr(store._staging, "_check_space", lambda *_: None)
         assert_refused_and_clean(store, places, "No space left")
 
 
@@ -305,7 +305,7 @@ import encodings.unicode_escape, os, sys
 from pathlib import Path
 from deployments.errors import StoreUnwritable
 from deployments.store.manifest import Manifest
-from deployments.store.sources import LocalSource
+from deployments.store.folder_bucket import FolderBucket
 from tests.store import common
 os.setgid(65534)
 os.setuid(65534)  # after the imports, which may lie in root's home
@@ -323,7 +323,7 @@ except StoreUnwritable as error:
     sys.exit(error.exit_code)
 """
 PULLS = """
-source = LocalSource("file://" + source)
+source = FolderBucket("file://" + source)
 store.pull(manifest, {f.path: (source, f.path) for f in manifest.files})
 store.check(manifest.model, manifest.digest, "full")
 assert not common.staged(Path(root))
@@ -370,7 +370,7 @@ def test_a_lock_that_cannot_be_written(store: Store, places: Places) -> None:
         store.pull(WHOLE, places)
 
 
-def test_another_digest_is_not_the_one_wanted(store: Store, places: Places) -> None:
+def test_another_digest_is_refused(store: Store, places: Places) -> None:
     folder = store.pull(WHOLE, places)
     wrong = "0" * 64
     folder.chmod(0o755)
@@ -381,7 +381,7 @@ def test_another_digest_is_not_the_one_wanted(store: Store, places: Places) -> N
     assert store.find(NAME, WHOLE.digest) is None
 
 
-def test_a_folder_that_somebody_else_published_meanwhile_is_kept(
+def test_a_folder_that_another_process_published_meanwhile_is_kept(
     store: Store, places: Places, tmp_path: Path
 ) -> None:
     other = common.store_of(tmp_path / "elsewhere").pull(WHOLE, places)
@@ -486,7 +486,7 @@ def test_a_thread_that_waits_finds_the_model(
         ("/local/deep", None),
     ],
 )
-def test_network_file_systems_are_told(tmp_path: Path, path: str, kind: str | None) -> None:
+def test_network_file_systems_are_recognised(tmp_path: Path, path: str, kind: str | None) -> None:
     table = tmp_path / "mounts"
     table.write_text(
         "/dev/vda / ext4 rw 0 0\n"
@@ -500,14 +500,14 @@ def test_network_file_systems_are_told(tmp_path: Path, path: str, kind: str | No
     assert network_filesystem(Path(path), str(table)) == kind
 
 
-def test_without_a_table_of_mounts_nothing_is_told(tmp_path: Path) -> None:
+def test_without_a_table_of_mounts_the_type_is_unknown(tmp_path: Path) -> None:
     assert network_filesystem(tmp_path, str(tmp_path / "none")) is None
 
 
 def test_on_a_network_disk_nothing_is_taken_over(
     store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "network_filesystem", lambda _: "nfs4")
+    monkeypatch.setattr(staging, "network_filesystem", lambda _: "nfs4")
     living = store.root / ".staging" / f"{WHOLE.short}.host.1"
     common.write_files(living, FILES)
     store.pull(WHOLE, places)

@@ -194,10 +194,10 @@ def test_what_a_killed_conversion_fetched_is_taken_over(half: Workshop) -> None:
     old = half.store.root / ".staging" / f"{raw.short}.host.uuid"
     shutil.copytree(half.origin, old)
     (old.with_name(f"{old.name}.made") / "unet").mkdir(parents=True)
-    heard: list[str] = []
-    convert(spec, half.registry, Store(half.settings, lambda event: heard.append(event.kind)))
-    assert heard.count("adopted") == len(raw.files)
-    assert "bytes" not in heard
+    events: list[str] = []
+    convert(spec, half.registry, Store(half.settings, lambda event: events.append(event.kind)))
+    assert events.count("adopted") == len(raw.files)
+    assert "bytes" not in events
     assert staged(half.store.root) == []
 
 
@@ -282,8 +282,8 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
     [
         ({"other": {}}, "no entry params; it holds other"),
         ([1, 2], "no entry params; it is no dictionary"),
-        ({"params": {}}, "where tensors by name belong"),
-        ({"params": 5}, "an? int where tensors by name belong"),
+        ({"params": {}}, "a dict instead of a dictionary of tensors"),
+        ({"params": 5}, "an? int instead of a dictionary of tensors"),
         ({"params": {"w": torch.ones(1), "n": 5}}, "n is a int, no dense tensor"),
         ({"params": {"w": torch.ones(1).to_sparse()}}, "w is a Tensor, no dense tensor"),
     ],

@@ -1,4 +1,4 @@
-"""kill -9 at random instants, and many processes at once.
+"""kill -9 at each stage and at random instants, and many processes at once.
 
 `IMAGEN_SOAK_KILLS=100` kills a hundred times and prints where the kills landed.
 """
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.errors import ModelNotCached
+from deployments.store.web import WebReader
 from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import KIB, NAME
+from tests.store.crash import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,7 @@ MANIFEST = common.manifest_of(FILES)
 RATE = 200 * KIB
 LONGEST_S = 1.6
 """A little more than a pull takes at that rate."""
+GIVE_UP_S = 60
 
 
 @pytest.fixture
@@ -42,13 +45,12 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
         yield server
 
 
-def start(root: Path, server: FileServer, rate: float | None = None) -> subprocess.Popen[str]:
+def start(root: Path, server: FileServer, *options: str) -> subprocess.Popen[str]:
     manifest = root.with_name("manifest.json")
     manifest.write_bytes(MANIFEST.encode())
-    rates = [str(rate)] if rate else []
-    stage = str(root.with_name("stage"))
+    arguments = [str(root), server.url, str(manifest), str(stage_file(root)), *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.store.crash", str(root), server.url, manifest, stage, *rates],
+        [sys.executable, "-m", "tests.store.crash", *arguments],
         cwd=PROJECT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -57,6 +59,10 @@ def start(root: Path, server: FileServer, rate: float | None = None) -> subproce
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def stage_file(root: Path) -> Path:
+    return root.with_name("stage")
 
 
 def go(process: subprocess.Popen[str]) -> None:
@@ -71,16 +77,6 @@ def end(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def killed(root: Path, server: FileServer, delay_s: float) -> str:
-    """The stage at which a pull was killed; empty if it was faster."""
-    process = start(root, server, RATE)
-    go(process)
-    time.sleep(delay_s)
-    process.kill()
-    done = end(process) == 0
-    return "" if done else root.with_name("stage").read_text()
-
-
 def is_whole(store: Store) -> bool:
     """Whether the model is there; anything between is an error."""
     try:
@@ -91,7 +87,46 @@ def is_whole(store: Store) -> bool:
     return True
 
 
-def test_a_killed_pull_leaves_all_or_nothing(tmp_path: Path, server: FileServer) -> None:
+def wait_for_stage(root: Path, stage: str) -> None:
+    deadline_s = time.monotonic() + GIVE_UP_S
+    while not (stage_file(root).exists() and stage_file(root).read_text() == stage):
+        assert time.monotonic() < deadline_s, f"never came to {stage}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pull_killed_at_a_stage_leaves_all_or_nothing(
+    tmp_path: Path, server: FileServer, stage: str
+) -> None:
+    root = tmp_path / "root"
+    process = start(root, server, "--stop-at", stage)
+    go(process)
+    wait_for_stage(root, stage)
+    process.kill()
+    end(process)
+    store = common.store_of(root)
+    assert is_whole(store) == (stage in ("reap", "ref"))
+    store.pull(MANIFEST, common.places_of(WebReader(server.url), FILES))
+    assert is_whole(store)
+    assert store.refs() == {NAME: MANIFEST.digest}
+    assert common.staged(root) == []
+    assert server.faults.bytes_sent.total() == MANIFEST.total_bytes, "nothing came twice"
+
+
+def killed(root: Path, server: FileServer, delay_s: float) -> str:
+    """The stage at which a pull was killed; empty if it was faster."""
+    process = start(root, server, "--rate", str(RATE))
+    go(process)
+    time.sleep(delay_s)
+    process.kill()
+    done = end(process) == 0
+    return "" if done else stage_file(root).read_text()
+
+
+@pytest.mark.slow
+def test_a_pull_killed_at_any_time_leaves_all_or_nothing(
+    tmp_path: Path, server: FileServer
+) -> None:
     draw = random.Random(KILLS)
     root = tmp_path / "root"
     store = common.store_of(root)
@@ -115,12 +150,13 @@ def test_a_killed_pull_leaves_all_or_nothing(tmp_path: Path, server: FileServer)
     assert common.staged(root) == []
 
 
-def test_eight_processes_fetch_once(tmp_path: Path, server: FileServer) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_of_many_processes_one_fetches(tmp_path: Path, server: FileServer, count: int) -> None:
     root = tmp_path / "root"
-    processes = [start(root, server) for _ in range(8)]
+    processes = [start(root, server) for _ in range(count)]
     for process in processes:
         go(process)
-    assert [end(process) for process in processes] == [0] * 8
+    assert [end(process) for process in processes] == [0] * count
     assert is_whole(common.store_of(root))
     assert server.faults.bytes_sent.total() == MANIFEST.total_bytes
     assert common.staged(root) == []

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a published folder is found, and named."""
+"""Every fault of a model folder is detected and named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from deployments.errors import ModelCorrupt, ModelNotCached
 from deployments.store.folder import Verify, check_folder, hash_file
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.manifest import MANIFEST
-from deployments.store.sources import LocalSource
 from tests.store import common
 from tests.store.common import LARGE, NAME
 
@@ -26,7 +26,7 @@ READING: list[Verify] = ["crc32c", "full"]
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
-    source = LocalSource(f"file://{common.write_files(folder / 'source', FILES)}")
+    source = FolderBucket(f"file://{common.write_files(folder / 'source', FILES)}")
     return common.store_of(folder / "root").pull(WHOLE, common.places_of(source, FILES))
 
 

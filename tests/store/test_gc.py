@@ -1,4 +1,4 @@
-"""Garbage collection takes what nobody wants, the oldest first, and nothing else."""
+"""Garbage collection removes unused models, the oldest first, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deployments.errors import StoreUnwritable
 from deployments.settings import StoreSettings
 from deployments.store import gc, locks
 from deployments.store.cache import Store
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.gc import collect, make_room, used_percent
-from deployments.store.sources import LocalSource
 from tests.store.common import (
     KIB,
     NAME,
@@ -58,7 +58,7 @@ def fill(store: Store, tmp_path: Path, count: int) -> list[str]:
         files = random_files(seed=i, large=KIB)
         folder = write_files(tmp_path / f"origin{i}", files)
         manifest = manifest_of(files)
-        store.pull(manifest, places_of(LocalSource(f"file://{folder}"), files))
+        store.pull(manifest, places_of(FolderBucket(f"file://{folder}"), files))
         digests.append(manifest.digest)
         os.utime(store.folder(NAME, manifest.digest), (i, i))
     return digests
@@ -104,7 +104,7 @@ def test_below_the_upper_watermark_no_model_goes(
     assert held(store) == shorts(digests)
 
 
-def test_now_takes_every_unused_model_and_leaves_the_wanted(
+def test_now_removes_every_unused_model_and_no_other(
     store: Store, settings: StoreSettings, tmp_path: Path
 ) -> None:
     unused, locked, leased, pulled, current = fill(store, tmp_path, 5)
@@ -191,14 +191,14 @@ def test_room_is_made_before_a_pull_without_losing_what_it_can_resume(
     store: Store, settings: StoreSettings, tmp_path: Path
 ) -> None:
     old, current = fill(store, tmp_path, 2)
-    wanted = "3" * 64
-    write_files(store.root / ".staging" / f"{wanted[:16]}.host.uuid", {"a": b"123"})
+    resumable = "3" * 64
+    write_files(store.root / ".staging" / f"{resumable[:16]}.host.uuid", {"a": b"123"})
     write_files(store.root / ".staging" / f"{'4' * 16}.host.uuid", {"a": b"123"})
-    assert make_room(store, [wanted], settings, used=lambda _: 79.9) == []
-    removed = make_room(store, [wanted], settings, used=lambda _: 80.0)
+    assert make_room(store, [resumable], settings, used=lambda _: 79.9) == []
+    removed = make_room(store, [resumable], settings, used=lambda _: 80.0)
     assert {(r.kind, r.digest) for r in removed} == {("staging", "4" * 16), ("model", old[:16])}
     assert held(store) == shorts([current])
-    assert (store.root / ".staging" / f"{wanted[:16]}.host.uuid").is_dir()
+    assert (store.root / ".staging" / f"{resumable[:16]}.host.uuid").is_dir()
 
 
 def test_a_store_that_cannot_be_written_stops_gc_but_not_a_pull(

@@ -1,4 +1,4 @@
-"""Locks end with their holder, and waiting for one that lives ends when it stands still."""
+"""Locks end with their holder; waiting ends when a living holder makes no progress."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_holder_that_ends_frees_at_once(path: Path) -> None:
             assert holder.waited_s < 1
 
 
-def test_a_body_nobody_can_read(path: Path) -> None:
+def test_an_unreadable_body_is_named_unknown(path: Path) -> None:
     with another(path):
         path.write_bytes(b"?" * 256)
         with pytest.raises(LockTimeout, match="holder unknown"), locks.exclusive(path, "m", 0.1):
@@ -105,7 +105,7 @@ def test_a_lease_blocks_and_leases_do_not_block_each_other(path: Path) -> None:
     assert locks.is_free(path)
 
 
-def test_nobody_gets_a_lease_while_one_is_alone(path: Path) -> None:
+def test_no_lease_is_given_while_a_process_is_alone(path: Path) -> None:
     got = threading.Event()
 
     def lease() -> None:

@@ -1,4 +1,4 @@
-"""A store that root fills, whatever its umask, serves replicas that run as somebody else."""
+"""A store that root fills, whatever its umask, serves replicas that run as another user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from deployments.errors import StoreUnwritable
 from deployments.settings import ROOT
-from deployments.store.sources import LocalSource
+from deployments.store.folder_bucket import FolderBucket
 from tests.store import common
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_path(tmp_path: Path) -> Path:
 def test_what_another_user_has_loaded_is_not_removed(open_path: Path) -> None:
     content = common.random_files()
     manifest = common.manifest_of(content)
-    source = LocalSource(f"file://{common.write_files(open_path / 'source', content)}")
+    source = FolderBucket(f"file://{common.write_files(open_path / 'source', content)}")
     former = os.umask(0o077)
     try:
         store = common.store_of(open_path / "store")

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.registry import ArtefactSpec, load_catalogue
 from deployments.settings import StoreSettings
+from deployments.store.bucket import UNRESOLVED
 from deployments.store.hub import parse
 from deployments.store.lockfile import (
     Lock,
@@ -27,7 +26,6 @@ from deployments.store.lockfile import (
 )
 from deployments.store.provider import Provider
 from deployments.store.resolve import resolve
-from deployments.store.sources import UNRESOLVED
 from deployments.tasks import Task
 from tests.servers import hub as hub_module
 from tests.servers.files import FileServer
@@ -78,7 +76,7 @@ LURES = {
         "briarmbg.py": 15_000,
     },
 }
-"""What the true repositories hold beside what is wanted."""
+"""Other files of the real repositories, which must not be fetched."""
 
 
 @pytest.fixture
@@ -86,13 +84,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     def declared(path: Path, size: int, mtime_ns: int, inode: int) -> str:
         return hashlib.sha256(f"{path.name} {size}".encode()).hexdigest()
 
-    # 60 GB of zeros would take a minute to hash, and nobody reads them.
+    # 60 GB of zeros would take a minute to hash, and no test reads them.
     monkeypatch.setattr(hub_module, "_sha256", declared)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -131,9 +127,9 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
     for spec in catalogue.entries:
         model = lock.models[spec.name]
         served[spec.name] = served_bytes(spec, model)
-        wanted = Counter(origin.target(path) for origin in spec.origins for path in origin.files)
+        expected = Counter(origin.target(path) for origin in spec.origins for path in origin.files)
         manifest = origin_manifest(spec, locked_origins(spec, lock))
-        assert Counter(file.path for file in manifest.files) == wanted
+        assert Counter(file.path for file in manifest.files) == expected
         if spec.convert:
             assert model.digest == UNRESOLVED
             with pytest.raises(ConfigError, match="convert"):
@@ -142,7 +138,7 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
             planned, places = provider.plan(spec)
             assert planned == manifest
             assert planned.total_bytes == served[spec.name]
-            assert set(places) == set(wanted)
+            assert set(places) == set(expected)
     assert sum(served[name] for name in FULL_MODELS) == pytest.approx(12.7e9, rel=0.02)
 
     # Resolving read the small files once and no large one; planning read nothing.

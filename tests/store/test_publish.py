@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from deployments.settings import ROOT, StoreSettings
 from deployments.store import publish as publishing
 from deployments.store.cache import Store
 from deployments.store.folder import list_files
+from deployments.store.folder_bucket import FolderBucket
 from deployments.store.lockfile import Lock, load_lock, save_lock
-from deployments.store.provider import Provider
-from deployments.store.publish import FolderTarget, Published, open_target, publish
+from deployments.store.provider import Provider, open_bucket
+from deployments.store.publish import Published, publish
 from deployments.store.resolve import resolve
 from tests.servers.gcs import GcsServer
 from tests.store.common import NAME, random_files, settings_of, write_files
@@ -78,17 +78,10 @@ def bench(tmp_path: Path) -> Bench:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
-    with warnings.catch_warnings():
-        # google-api-core warns at import where grpcio is installed without grpcio-status.
-        warnings.simplefilter("ignore", ImportWarning)
-        from deployments.store import gcs
     with GcsServer() as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        gcs._client.cache_clear()
         yield server
-        gcs._client().close()
-        gcs._client.cache_clear()
 
 
 @pytest.fixture(params=["file", "gs"])
@@ -122,14 +115,14 @@ def test_the_manifest_comes_last(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    upload = FolderTarget.upload
+    upload = FolderBucket.put
 
-    def slow_upload(target: FolderTarget, path: str, local: Path) -> bool:
+    def slow_upload(target: FolderBucket, path: str, local: Path) -> bool:
         done = upload(target, path, local)
         order.append(path)
         return done
 
-    monkeypatch.setattr(FolderTarget, "upload", slow_upload)
+    monkeypatch.setattr(FolderBucket, "put", slow_upload)
     bench.publish(f"file://{tmp_path / 'mirror'}")
     assert order[-1] == "manifest.json"
     assert sorted(order[:-1]) == sorted(bench.files)
@@ -139,15 +132,15 @@ def test_a_half_published_model_is_not_seen_and_is_completed_later(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"file://{tmp_path / 'mirror'}"
-    upload = FolderTarget.upload
+    upload = FolderBucket.put
 
-    def fail(target: FolderTarget, path: str, local: Path) -> bool:
+    def fail(target: FolderBucket, path: str, local: Path) -> bool:
         if path == "vae/weights.safetensors":
             raise OSError("the cable is cut")
         return upload(target, path, local)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderTarget, "upload", fail)
+        patch.setattr(FolderBucket, "put", fail)
         with pytest.raises(OSError, match="cable"):
             bench.publish(url)
     with pytest.raises(SourceFailed, match="cannot be read"):
@@ -177,20 +170,20 @@ def test_an_object_with_other_bytes_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_whoever_uploads_at_the_same_time_is_compared_not_overwritten(
+def test_a_simultaneous_upload_is_compared_and_never_overwritten(
     bench: Bench, server: GcsServer, monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
-    from deployments.store.gcs import BucketSource
+    from deployments.store.gcs import GcsBucket
 
     name = f"m/{NAME}/{bench.digest[:16]}/model_index.json"
-    upload = BucketSource.upload
+    upload = GcsBucket.put
 
-    def late(source: BucketSource, path: str, local: Path) -> bool:
+    def late(source: GcsBucket, path: str, local: Path) -> bool:
         if path == "model_index.json" and not server.generation(name):
             server.put(name, bench.files[path] if same else b'{"a": 2}\n')
         return upload(source, path, local)
 
-    monkeypatch.setattr(BucketSource, "upload", late)
+    monkeypatch.setattr(GcsBucket, "put", late)
     if same:
         assert bench.publish("gs://models/m").files == len(bench.files)
     else:
@@ -215,11 +208,11 @@ def test_a_bucket_that_is_not_there_fails_the_publication(bench: Bench, server: 
     with pytest.raises(SourceFailed, match="There is no such bucket"):
         bench.publish("gs://no-such-bucket/m")
     with pytest.raises(SourceFailed, match="There is no such bucket"):
-        open_target("gs://no-such-bucket/m", bench.settings)
+        open_bucket("gs://no-such-bucket/m", bench.settings)
 
 
 def test_a_target_that_cannot_be_written_is_a_clear_error(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file, where a folder is wanted")
+    (tmp_path / "file").write_text("a file, where a folder should be")
     with pytest.raises(StoreUnwritable, match="target folder cannot be written"):
         bench.publish(f"file://{tmp_path / 'file'}")
 
@@ -238,7 +231,7 @@ def test_a_target_that_cannot_be_written_is_a_clear_error(bench: Bench, tmp_path
     ],
 )
 def test_only_buckets_and_folders_are_targets(bench: Bench, url: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be published"):
+    with pytest.raises(ConfigError, match="cannot be written to this URL"):
         bench.publish(url)
 
 
@@ -262,14 +255,16 @@ def test_no_part_of_an_upload_stays_beside_the_models(bench: Bench, tmp_path: Pa
     assert [p.name for p in (tmp_path / "mirror").iterdir()] == [NAME]
 
 
-def test_progress_is_told(bench: Bench, tmp_path: Path) -> None:
-    heard: list[tuple[str, float]] = []
+def test_progress_is_reported(bench: Bench, tmp_path: Path) -> None:
+    events: list[tuple[str, float]] = []
     bench.publish(
-        f"file://{tmp_path / 'mirror'}", listener=lambda e: heard.append((e.kind, e.amount))
+        f"file://{tmp_path / 'mirror'}", listener=lambda e: events.append((e.kind, e.amount))
     )
-    assert heard[0] == ("miss", sum(map(len, bench.files.values())))
-    assert sum(amount for kind, amount in heard if kind == "bytes") > heard[0][1], "and a manifest"
-    assert heard[-1] == ("done", 0)
+    assert events[0] == ("miss", sum(map(len, bench.files.values())))
+    assert sum(amount for kind, amount in events if kind == "bytes") > events[0][1], (
+        "and a manifest"
+    )
+    assert events[-1] == ("done", 0)
 
 
 def starter(tmp_path: Path, **changes: Any) -> tuple[ModelSpec, str, Store, StoreSettings]:
@@ -315,13 +310,13 @@ def test_the_smoke_load_cannot_reach_the_network() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=True
     )
-    assert done.stdout.count("no network while a model is tried") == 2
+    assert done.stdout.count("no network during a smoke load") == 2
 
 
 def test_a_smoke_load_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, digest, store, _ = starter(tmp_path)
     monkeypatch.setattr(publishing, "_SMOKE_TIMEOUT_S", 0.01)
-    with pytest.raises(ModelCorrupt, match=r"not done after 0\.01 s"):
+    with pytest.raises(ModelCorrupt, match=r"not finished after 0\.01 s"):
         publishing.smoke_load(spec, store.folder(spec.name, digest))
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,10 @@ import httpx
 import httpx2
 import huggingface_hub
 import pytest
+from google.api_core.exceptions import NotFound, PreconditionFailed, ServiceUnavailable
+from google.cloud import storage
+from google.cloud.storage import transfer_manager
+from google.cloud.storage.exceptions import DataCorruption
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -26,14 +29,6 @@ from tests.servers.faults import Faults
 from tests.servers.files import FileServer
 from tests.servers.gcs import GcsServer
 from tests.servers.hub import HubServer
-
-with warnings.catch_warnings():
-    # google-api-core warns at import where grpcio is installed without grpcio-status.
-    warnings.simplefilter("ignore", ImportWarning)
-    from google.api_core.exceptions import NotFound, PreconditionFailed, ServiceUnavailable
-    from google.cloud import storage
-    from google.cloud.storage import transfer_manager
-    from google.cloud.storage.exceptions import DataCorruption
 
 REPO = "org/model"
 CONFIG = b'{"a": 1}\n'
@@ -120,9 +115,9 @@ def test_hub_snapshot(hub: HubServer, revision: str, tmp_path: Path) -> None:
     assert (folder / "vae/über.bin").read_bytes() == bytes(SPARSE)
     cdn = f"/cdn/{REPO}/{revision}/unet/weights.safetensors"
     assert hub.faults.bytes_sent[cdn] == len(WEIGHTS)
-    told = {entry.path for entry in hub.faults.log if "authorization" in entry.headers}
-    assert f"/{REPO}/resolve/{revision}/config.json" in told
-    assert not [path for path in told if path.startswith("/cdn/")]
+    authorized = {entry.path for entry in hub.faults.log if "authorization" in entry.headers}
+    assert f"/{REPO}/resolve/{revision}/config.json" in authorized
+    assert not [path for path in authorized if path.startswith("/cdn/")]
 
 
 def test_hub_refusals(hub: HubServer, revision: str, tmp_path: Path) -> None:
@@ -223,10 +218,10 @@ def test_gcs_generations(gcs: GcsServer, bucket: storage.Bucket) -> None:
 
 
 def test_gcs_lists_pages(gcs: GcsServer, bucket: storage.Bucket) -> None:
-    told = {f"m/{number}": gcs.put(f"m/{number}", b"x" * number) for number in range(7)}
+    generations = {f"m/{number}": gcs.put(f"m/{number}", b"x" * number) for number in range(7)}
     gcs.put("n/other", b"")
     listed = {blob.name: blob for blob in bucket.list_blobs(prefix="m/")}
-    assert {name: blob.generation for name, blob in listed.items()} == told
+    assert {name: blob.generation for name, blob in listed.items()} == generations
     assert listed["m/5"].size == 5
     assert listed["m/5"].crc32c
     assert gcs.faults.requests[f"/storage/v1/b/{gcs.bucket}/o"] == 3

@@ -1,51 +1,95 @@
-"""A server that says nothing: every command that asks one gives up, and says what to do."""
+"""Silent servers: every command that asks one gives up and says what to do."""
 
 from __future__ import annotations
 
 import math
-import os
+import random
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from cli.main import app
 from deployments.settings import ROOT
+from deployments.store import gcs, web
 from tests.servers.files import FileServer
 from tests.servers.gcs import GcsServer
 from tests.servers.hub import HubServer
 from tests.store.common import NAME, REPO, random_files, write_files
+from tests.store.conftest import close_clients
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.servers.listener import Loopback
 
+WAY_TOO_LONG_S = 60
+FILES = random_files()
+TIMEOUT_S = 0.3
+
+
+class Outcome(NamedTuple):
+    code: int
+    said: str
+
+
+def run_here(arguments: list[str]) -> Outcome:
+    """The command in this process, in a thread that can be left behind if it hangs."""
+    results: list[Outcome] = []
+
+    def invoke() -> None:
+        result = CliRunner().invoke(app, arguments)
+        results.append(Outcome(result.exit_code, result.stderr))
+
+    thread = threading.Thread(target=invoke, daemon=True)
+    thread.start()
+    thread.join(WAY_TOO_LONG_S)
+    assert results, "the command hangs"
+    close_clients()
+    return results[0]
+
+
 # The command as users start it, but for its patience.
-IMPATIENT = """
+IMPATIENT = f"""
 import random
-from deployments.store import sources
-sources.TIMEOUT_S = (0.3, 0.3)
-from deployments.store import gcs
-gcs._CHUNK_TIMEOUT_S = 0.3
+from deployments.store import gcs, web
+web.TIMEOUT_S = ({TIMEOUT_S}, {TIMEOUT_S})
+gcs._CHUNK_TIMEOUT_S = {TIMEOUT_S}
 random.uniform = lambda least, most: least
 from cli.main import app
 app()
 """
-WAY_TOO_LONG_S = 60
-FILES = random_files()
+
+
+def run_alone(arguments: list[str]) -> Outcome:
+    """The command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAY_TOO_LONG_S,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stderr)
 
 
 class Bench:
     """A registry of one entry, the command, and the server that holds the entry."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, run: Callable[[list[str]], Outcome], patch: pytest.MonkeyPatch
+    ) -> None:
         self.folder = folder
         self.registry = folder / "registry.yaml"
-        self.environment: dict[str, str] = {"HF_HUB_OFFLINE": "0"}
+        self._run = run
+        self._patch = patch
 
     def entry(self, source: str) -> None:
         values: dict[str, Any] = {
@@ -57,93 +101,91 @@ class Bench:
         }
         self.registry.write_text(yaml.safe_dump({"models": [], "artefacts": [values]}))
 
-    def __call__(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def set_environment(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self._patch.setenv(name, value)
+
+    def __call__(self, command: str, *arguments: str) -> Outcome:
         options = ["--registry", str(self.registry), "--store", str(self.folder / "models")]
-        return subprocess.run(
-            [sys.executable, "-c", IMPATIENT, "models", command, NAME, *arguments, *options],
-            env=os.environ | self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=WAY_TOO_LONG_S,
-            check=False,
-        )
+        return self._run(["models", command, NAME, *arguments, *options])
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+@pytest.fixture(params=[run_here, pytest.param(run_alone, marks=pytest.mark.slow)])
+def bench(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(web, "TIMEOUT_S", (TIMEOUT_S, TIMEOUT_S))
+    monkeypatch.setattr(gcs, "_CHUNK_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(random, "uniform", lambda least, most: least)
+    return Bench(tmp_path, request.param, monkeypatch)
 
 
 @contextmanager
-def hub(bench: Bench) -> Iterator[Loopback]:
+def at_hub(bench: Bench) -> Iterator[Loopback]:
     with HubServer(bench.folder / "hub") as server:
         revision = server.add_repo(REPO, FILES)
-        bench.environment["HF_ENDPOINT"] = server.url
+        bench.set_environment(HF_ENDPOINT=server.url)
         bench.entry(f"hf://{REPO}@{revision}")
         yield server
 
 
 @contextmanager
-def bucket(bench: Bench) -> Iterator[Loopback]:
+def at_bucket(bench: Bench) -> Iterator[Loopback]:
     with GcsServer() as server:
         for path, data in FILES.items():
             server.put(f"m/{path}", data)
-        bench.environment |= server.env
+        bench.set_environment(**server.env)
         bench.entry("gs://models/m")
         yield server
 
 
 @contextmanager
-def web(bench: Bench) -> Iterator[Loopback]:
+def at_web(bench: Bench) -> Iterator[Loopback]:
     with FileServer(write_files(bench.folder / "web", FILES)) as server:
         bench.entry(server.url)
         yield server
 
 
-def gave_up(done: subprocess.CompletedProcess[str]) -> bool:
-    assert done.returncode == 7, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "times in a row" in done.stderr, done.stderr
-    assert "Try again" in done.stderr
-    return True
+def assert_gave_up(outcome: Outcome) -> None:
+    assert outcome.code == 7, outcome.said
+    assert "Traceback" not in outcome.said
+    assert "times in a row" in outcome.said
+    assert "Try again" in outcome.said
 
 
-@pytest.mark.parametrize("source", [hub, bucket])
+@pytest.mark.parametrize("source", [at_hub, at_bucket])
 @pytest.mark.parametrize("command", ["resolve", "pull"])
 def test_a_source_that_is_silent_while_it_lists(bench: Bench, source: Any, command: str) -> None:
     with source(bench) as server:
         if command == "pull":
-            assert bench("resolve").returncode == 0
+            assert bench("resolve").code == 0
         server.faults.add("silent", times=math.inf, seconds=3600)
-        assert gave_up(bench(command))
+        assert_gave_up(bench(command))
 
 
 def test_a_hub_that_is_silent_when_asked_for_its_main_branch(bench: Bench) -> None:
-    with hub(bench) as server:
+    with at_hub(bench) as server:
         bench.entry(f"hf://{REPO}@unresolved")
         server.faults.add("silent", times=math.inf, seconds=3600)
-        assert gave_up(bench("resolve"))
+        assert_gave_up(bench("resolve"))
 
 
 def test_a_web_server_that_is_silent(bench: Bench) -> None:
-    with web(bench) as server:
+    with at_web(bench) as server:
         server.faults.add("silent", times=math.inf, seconds=3600)
-        assert gave_up(bench("resolve"))
+        assert_gave_up(bench("resolve"))
 
 
-@pytest.mark.parametrize("source", [hub, bucket])
+@pytest.mark.parametrize("source", [at_hub, at_bucket])
 def test_a_source_that_is_silent_while_it_sends(bench: Bench, source: Any) -> None:
     with source(bench) as server:
-        assert bench("resolve").returncode == 0
+        assert bench("resolve").code == 0
         server.faults.add("stall", times=math.inf, seconds=3600)
-        assert gave_up(bench("pull"))
+        assert_gave_up(bench("pull"))
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_bucket_that_is_silent_while_it_is_published_to(bench: Bench, method: str) -> None:
-    with bucket(bench) as server:
-        assert bench("resolve").returncode == 0
-        assert bench("pull").returncode == 0
+    with at_bucket(bench) as server:
+        assert bench("resolve").code == 0
+        assert bench("pull").code == 0
         server.faults.add("silent", times=math.inf, seconds=3600, method=method)
-        assert gave_up(bench("publish", "gs://models/mirror"))
+        assert_gave_up(bench("publish", "gs://models/mirror"))

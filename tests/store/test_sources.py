@@ -1,4 +1,4 @@
-"""Each kind of source: what it tells of its files, and what it refuses."""
+"""Each kind of source: what it knows of its files, and what it refuses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.settings import ROOT
+from deployments.store.bucket import RemoteFile, Transient
+from deployments.store.folder_bucket import FolderBucket, local_folder
 from deployments.store.hub import check_pinned, parse
-from deployments.store.provider import open_source
-from deployments.store.sources import (
-    LocalSource,
-    Remote,
-    Transient,
-    WebSource,
-    local_folder,
-    retry_after_s,
-)
+from deployments.store.provider import open_reader
+from deployments.store.web import WebReader, retry_after_s
 from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import LARGE, SCHEMES
@@ -91,7 +86,7 @@ def test_a_bucket_pins_generations(at: Held) -> None:
 
 @pytest.mark.parametrize("at", ["hf"], indirect=True)
 def test_an_offline_hub_says_so(at: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceFailed, match="HF_HUB_OFFLINE"):
         at.source.stat([LARGE])
 
@@ -115,7 +110,7 @@ def test_a_folder_has_one_form(url: str) -> None:
     with pytest.raises(ConfigError, match="file:///folder"):
         local_folder(url)
     with pytest.raises(ConfigError):
-        open_source(url)
+        open_reader(url)
 
 
 @pytest.mark.parametrize("link", ["file", "folder"])
@@ -125,39 +120,39 @@ def test_a_link_in_a_source_is_refused(tmp_path: Path, link: str) -> None:
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ModelCorrupt, match="no symbolic links"):
-        LocalSource(f"file://{folder}").stat([LARGE])
+        FolderBucket(f"file://{folder}").stat([LARGE])
 
 
 def test_a_pipe_in_a_source_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceFailed, match="plain file"):
-        LocalSource(f"file://{tmp_path}").stat(["pipe"])
+        FolderBucket(f"file://{tmp_path}").stat(["pipe"])
 
 
 @pytest.mark.parametrize("scheme", ["ftp://a/b", "s3://a/b", "a/b", "C:\\a", ""])
 def test_an_unknown_scheme_is_refused(scheme: str) -> None:
     with pytest.raises(ConfigError, match="cannot come from"):
-        open_source(scheme)
+        open_reader(scheme)
 
 
 def test_plain_http_is_for_loopback() -> None:
     with pytest.raises(ConfigError, match="not http"):
-        open_source("http://example.org/m")
-    open_source("http://127.0.0.1:1/m")
-    open_source("https://example.org/m")
+        open_reader("http://example.org/m")
+    open_reader("http://127.0.0.1:1/m")
+    open_reader("https://example.org/m")
 
 
 @pytest.mark.parametrize("url", ["hf://org/m@main", "hf://org/m@v1", "hf://org/m@0123456"])
 def test_a_hub_revision_must_be_pinned(url: str) -> None:
     with pytest.raises(ConfigError, match="not pinned") as caught:
-        open_source(url)
+        open_reader(url)
     assert "40 hex digits" in caught.value.remedy
 
 
 @pytest.mark.parametrize("url", ["hf://org", "hf://org/m", "hf://org/m/x@main", "hf://../m@main"])
 def test_a_hub_url_has_one_form(url: str) -> None:
     with pytest.raises(ConfigError):
-        open_source(url)
+        open_reader(url)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +198,11 @@ def test_credentials_that_do_not_work_are_a_clear_error(
             raise error
         return Useless(), None
 
-    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_CLOUD_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setattr("google.auth.default", find)
-    gcs._client.cache_clear()
-    source = gcs.BucketSource("gs://models/m")
+    source = gcs.GcsBucket("gs://models/m")
     with pytest.raises(kind) as caught:
         source.stat([])
-    gcs._client.cache_clear()
     if isinstance(caught.value, SourceFailed):
         assert "gcloud auth application-default login" in caught.value.remedy
 
@@ -218,30 +210,29 @@ def test_credentials_that_do_not_work_are_a_clear_error(
 def test_a_metadata_server_that_is_not_up_yet_is_asked_again() -> None:
     from deployments.store import gcs
 
-    with pytest.raises(Transient), gcs._mending("gs://models/m"):
+    with pytest.raises(Transient), gcs._google_errors("gs://models/m"):
         raise RefreshError("no answer") from TransportError("no route")
 
 
-def test_a_pinned_or_unresolved_revision_is_told_apart() -> None:
+def test_pinned_and_unresolved_revisions_are_distinguished() -> None:
     check_pinned(f"hf://org/m@{PINNED}")
     with pytest.raises(ConfigError) as caught:
         check_pinned("hf://org/m@unresolved")
     assert "imagen models resolve" in caught.value.remedy
 
 
-def test_what_is_gone_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_asked_for_again(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server:
-        source = WebSource(server.url)
+        source = WebReader(server.url)
         with pytest.raises(SourceFailed):
-            source.read(Remote("none", 1), 0, 1, lambda _: None)
-        source._session.close()
+            source.read(RemoteFile("none", 1), 0, 1, lambda _: None)
 
 
 def test_a_server_that_is_not_there_may_come_back(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server:
         url = server.url
     with pytest.raises(Transient):
-        WebSource(url).stat(["a"])
+        WebReader(url).stat(["a"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""`imagen models list`, `info` and `where`: what there is; they change nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from cli.console import Output, Row, make_table
+from cli.ending import ending
+from cli.models.session import (
+    STARTER,
+    AsJson,
+    Mirror,
+    Name,
+    RegistryFile,
+    Root,
+    Session,
+    session,
+    store_settings,
+)
+from cli.paths import existing
+from deployments.errors import ModelCorrupt, ModelNotCached
+from deployments.registry import ArtefactSpec, ModelSpec
+from deployments.settings import framework_caches
+from deployments.store.bucket import UNRESOLVED
+from deployments.store.disk import filesystem, network_filesystem
+from deployments.store.folder import read_manifest
+from deployments.store.manifest import SHORT
+
+
+def list_models(
+    registry: RegistryFile = STARTER,
+    store: Root = None,
+    mirror: Mirror = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every entry of the registry, and whether it is in the store."""
+    with session(registry, as_json, root=store, mirror=mirror) as opened:
+        rows = [_summary(opened, entry) for entry in opened.catalogue.entries]
+        table = make_table("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
+        for row in rows:
+            size = decimal(row["bytes"]) if row["bytes"] is not None else "unresolved"
+            held = row["in_store"] if row["in_store"] != "other" else ", ".join(row["stored"])
+            table.add_row(
+                row["name"],
+                row["task"] or "-",
+                row["licence"],
+                _commercial(row),
+                size,
+                held,
+                (row["digest"] or UNRESOLVED)[:SHORT],
+            )
+        opened.output.show(table)
+        places = {"registry": str(opened.registry), "store": str(opened.store.root)}
+        opened.output.emit(places | {"models": rows})
+
+
+def info(
+    name: Name,
+    registry: RegistryFile = STARTER,
+    store: Root = None,
+    mirror: Mirror = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all that is known of one entry, with its files."""
+    with session(registry, as_json, root=store, mirror=mirror) as opened:
+        entry = opened.catalogue.find(name)
+        values = _summary(opened, entry) | entry.model_dump(mode="json", exclude={"origins"})
+        values["origins"] = _origins(opened, entry)
+        digest = values["digest"]
+        values["folder"] = str(opened.store.folder(name, digest)) if digest else None
+        facts = Table(show_header=False, box=None)
+        for key, value in values.items():
+            if key != "origins" and value not in (None, [], {}):
+                facts.add_row(key, value if isinstance(value, str) else json.dumps(value))
+        opened.output.show(facts)
+        for origin in values["origins"]:
+            title = f"{origin['source']} -> {origin['into'] or '.'}"
+            table = make_table("File", "Bytes", "SHA-256", title=title)
+            for file in origin["files"]:
+                table.add_row(file["path"], str(file["size"]), file["sha256"])
+            opened.output.show(table)
+        opened.output.emit(values)
+
+
+def where(
+    env: Annotated[
+        bool, typer.Option("--env", help='Lines for the shell: eval "$(… where --env)"')
+    ] = False,
+    store: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the store is, on what disk, and how much room it has."""
+    output = Output(as_json=as_json)
+    with ending(output):
+        root = store_settings(root=store).folder
+        variables = framework_caches(root)
+        if env:
+            for name, value in variables.items():
+                output.show(f"export {name}={shlex.quote(value)}")
+            output.emit({"env": variables})
+            return
+        usage = shutil.disk_usage(existing(root))
+        kind, network = filesystem(root), network_filesystem(root)
+        output.show(f"Store        {root}{'' if root.is_dir() else '  (not made yet)'}")
+        output.show(f"Free         {decimal(usage.free)} of {decimal(usage.total)}")
+        output.show(f"File system  {kind or 'unknown'}")
+        if network:
+            warn_network(output, network)
+        output.emit(
+            {
+                "store": str(root),
+                "exists": root.is_dir(),
+                "free_bytes": usage.free,
+                "total_bytes": usage.total,
+                "filesystem": kind,
+                "network": bool(network),
+                "env": variables,
+            }
+        )
+
+
+def warn_network(output: Output, kind: str) -> None:
+    """Warn of a store on a network file system."""
+    output.say(
+        f"Warning: the store is on a network file system ({kind}), where locks may mean nothing and"
+        " loading is slow. Use a local disk.",
+        "yellow",
+    )
+
+
+def _summary(opened: Session, entry: ArtefactSpec) -> Row:
+    state, stored = _state(opened, entry.name)
+    return {
+        "name": entry.name,
+        "task": str(entry.task) if isinstance(entry, ModelSpec) else None,
+        "licence": entry.licence,
+        "commercial": entry.commercial,
+        "accepted": entry.commercial or entry.name in opened.catalogue.accept_noncommercial,
+        "bytes": _bytes(opened, entry),
+        "in_store": state,
+        "stored": stored,
+        "digest": opened.digest(entry.name),
+    }
+
+
+def _state(opened: Session, name: str) -> tuple[str, list[str]]:
+    """Whether the locked digest is in the store, by names and sizes; and which digests are."""
+    stored = [short for model, short in opened.store.models() if model == name]
+    digest = opened.digest(name)
+    if digest is None or digest[:SHORT] not in stored:
+        return ("other" if stored else "no"), stored
+    return ("yes" if opened.store.holds(name, digest) else "damaged"), stored
+
+
+def _bytes(opened: Session, entry: ArtefactSpec) -> int | None:
+    """Bytes of the model in the store; else of its origins, which a conversion changes."""
+    digest = opened.digest(entry.name)
+    if digest:
+        try:
+            folder = opened.store.folder(entry.name, digest)
+            return read_manifest(folder, entry.name).total_bytes
+        except (ModelNotCached, ModelCorrupt):
+            pass
+    sizes = [file["size"] for origin in _origins(opened, entry) for file in origin["files"]]
+    return None if UNRESOLVED in sizes else sum(sizes)
+
+
+def _origins(opened: Session, entry: ArtefactSpec) -> list[Row]:
+    """The registry's origins, with what the lock file knows of them."""
+    locked = opened.lock.models.get(entry.name)
+    rows: list[Row] = []
+    for i, origin in enumerate(entry.origins):
+        theirs = locked.origins[i] if locked and i < len(locked.origins) else None
+        known = {f.path: f for f in theirs.files} if theirs else {}
+        files = [
+            {
+                "path": path,
+                "size": known[path].size if path in known else UNRESOLVED,
+                "sha256": known[path].sha256 if path in known else UNRESOLVED,
+            }
+            for path in origin.files
+        ]
+        source = theirs.source if theirs else origin.source
+        rows.append({"source": source, "into": origin.into, "files": files})
+    return rows
+
+
+def _commercial(row: Row) -> str:
+    if row["commercial"]:
+        return "yes"
+    return "no, accepted" if row["accepted"] else "no"

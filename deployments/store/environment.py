@@ -1,0 +1,35 @@
+"""What the store reads from the environment: variables that other tools know too."""
+
+from __future__ import annotations
+
+import os
+
+_TRUE = frozenset({"1", "on", "yes", "true"})
+
+
+def hub_endpoint() -> str:
+    """The URL of the hub, without a slash at its end: `HF_ENDPOINT`, else huggingface.co."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_token() -> str | None:
+    """The token for gated models: `HF_TOKEN`."""
+    return os.environ.get("HF_TOKEN") or None
+
+
+def hub_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
+
+
+def storage_emulator() -> str | None:
+    """The URL of an emulator of Google Cloud Storage: `STORAGE_EMULATOR_HOST`."""
+    return os.environ.get("STORAGE_EMULATOR_HOST") or None
+
+
+def ca_file() -> str | None:
+    """A file of CA certificates to trust instead of certifi's: `REQUESTS_CA_BUNDLE`.
+
+    `SSL_CERT_FILE` is not here because httpx reads it itself.
+    """
+    return os.environ.get("REQUESTS_CA_BUNDLE") or None
