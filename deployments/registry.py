@@ -10,10 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from deployments.contract import complete
 from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
+from deployments.origins import UNRESOLVED, SafePath, check_pinned, parse_hub, safe_path
 from deployments.settings import Strict, parse_settings, resolve
-from deployments.store.bucket import UNRESOLVED
-from deployments.store.hub import check_pinned, parse
-from deployments.store.manifest import SafePath, safe_path
 from deployments.tasks import Task
 
 
@@ -23,7 +21,7 @@ def _pinned(source: str) -> str:
         raise ValueError(f"{source!r} is not a file://, hf://, gs:// or https:// source")
     if scheme == "hf":
         try:
-            if parse(source)[1] != UNRESOLVED:
+            if parse_hub(source)[1] != UNRESOLVED:
                 check_pinned(source)
         except ConfigError as error:
             raise ValueError(str(error)) from error

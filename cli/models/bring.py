@@ -29,8 +29,8 @@ from cli.models.session import (
 from cli.models.show import warn_network
 from cli.models.upkeep import show_removed
 from cli.paths import existing
+from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec
-from deployments.store.bucket import UNRESOLVED
 from deployments.store.disk import network_filesystem
 from deployments.store.folder import read_manifest
 from deployments.store.gc import make_room

@@ -26,9 +26,9 @@ from cli.models.session import (
 )
 from cli.paths import existing
 from deployments.errors import ModelCorrupt, ModelNotCached
+from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import framework_caches
-from deployments.store.bucket import UNRESOLVED
 from deployments.store.disk import filesystem, network_filesystem
 from deployments.store.folder import read_manifest
 from deployments.store.manifest import SHORT

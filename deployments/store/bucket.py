@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-UNRESOLVED = "unresolved"
-"""Stands in registries and lock files for a revision, size or hash that is not known yet."""
-
 
 class RemoteFile(NamedTuple):
     """A file at its source.

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from deployments.errors import ConfigError, SourceFailed
+from deployments.errors import SourceFailed
+from deployments.origins import check_pinned, parse_hub
 from deployments.store import environment
-from deployments.store.bucket import UNRESOLVED, Missing, RemoteFile
+from deployments.store.bucket import Missing, RemoteFile
 from deployments.store.web import check_status, client, http_errors, stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-# The hub's own rules for names.
-_PART = r"\w(?:[\w.-]*\w)?"
-_NOT = r"(?!.*(?:--|\.\.|\.git@|/[^/]{97,}@))"
-_URL = re.compile(rf"^hf://{_NOT}({_PART}/{_PART})@(\w+)$", re.ASCII)
-_REVISION = re.compile(r"^[0-9a-f]{40}$")
-
-
-def parse(url: str) -> tuple[str, str]:
-    """Repository and revision.
-
-    Raises:
-        ConfigError: the URL does not look like hf://org/repo@revision.
-    """
-    match = _URL.match(url)
-    if not match:
-        raise ConfigError(
-            "A hub source is written hf://org/repo@revision.", value=url, remedy="Correct it."
-        )
-    return match[1], match[2]
-
-
-def check_pinned(url: str) -> None:
-    """Raises ConfigError unless the revision is a full commit id: a branch moves."""
-    _, revision = parse(url)
-    if not _REVISION.match(revision):
-        unresolved = revision == UNRESOLVED
-        raise ConfigError(
-            "A hub revision is not pinned.",
-            value=url,
-            remedy="Run `imagen models resolve` online."
-            if unresolved
-            else "Write the commit's 40 hex digits; branches and tags move.",
-        )
 
 
 class HubReader:
@@ -61,7 +27,7 @@ class HubReader:
     def __init__(self, url: str) -> None:
         check_pinned(url)
         self.url = url
-        self._repo, self._revision = parse(url)
+        self._repo, self._revision = parse_hub(url)
 
     def stat(self, paths: Sequence[str]) -> list[RemoteFile]:
         held = {f.path: f for f in list_repository(self._repo, self._revision)}

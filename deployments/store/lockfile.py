@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, ValidationError
 
 from deployments.errors import ConfigError
+from deployments.origins import UNRESOLVED, SafePath, parse_hub
 from deployments.settings import Strict, resolve
-from deployments.store.bucket import UNRESOLVED
-from deployments.store.hub import parse
-from deployments.store.manifest import FileEntry, Licence, Manifest, SafePath, Sha256
+from deployments.store.manifest import FileEntry, Licence, Manifest, Sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -231,7 +230,7 @@ def _agree(spec: ArtefactSpec, locked: LockedModel) -> bool:
         if list(ours.files) != [f.path for f in theirs.files]:
             return False
         if ours.source.endswith(f"@{UNRESOLVED}"):
-            if parse(ours.source)[0] != parse(theirs.source)[0]:
+            if parse_hub(ours.source)[0] != parse_hub(theirs.source)[0]:
                 return False
         elif ours.source != theirs.source:
             return False

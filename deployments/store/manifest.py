@@ -11,31 +11,16 @@ import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from deployments.errors import ModelCorrupt
+from deployments.origins import SafePath
 from deployments.settings import Strict
 
-MANIFEST = "manifest.json"
 SHORT = 16
 """How many hex digits of a digest name a folder."""
 
 
-def safe_path(path: str) -> str:
-    """A relative POSIX path that stays inside its folder.
-
-    Raises:
-        ValueError: it is absolute, leaves the folder, or is not in its plain form.
-    """
-    plain = path.isprintable() and "\\" not in path
-    if not plain or {"", ".", ".."} & set(path.split("/")):
-        raise ValueError(f"{path!r} is not a plain relative path")
-    if path.casefold() == MANIFEST:
-        raise ValueError(f"{MANIFEST} is the store's own")
-    return path
-
-
-SafePath = Annotated[str, AfterValidator(safe_path)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
-from deployments.store.bucket import UNRESOLVED, Missing
+from deployments.origins import UNRESOLVED
+from deployments.store.bucket import Missing
 from deployments.store.cache import Store
 from deployments.store.events import ignore
 from deployments.store.folder_bucket import FolderBucket

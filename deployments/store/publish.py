@@ -8,11 +8,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from deployments.errors import ModelCorrupt, SetupError
+from deployments.errors import ModelCorrupt
 from deployments.registry import ArtefactSpec, ModelSpec
-from deployments.settings import ROOT, Settings
+from deployments.settings import ROOT
 from deployments.store.bucket import Bucket, RemoteFile, find
 from deployments.store.events import Event, ignore
 from deployments.store.folder import Hashes, hash_file
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from deployments.store.manifest import Manifest
 
 _SMOKE_TIMEOUT_S = 900
-_NETWORK = frozenset(
-    {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo"}
-    | {"socket.gethostbyname"}
-)
 
 
 class Published(NamedTuple):
@@ -152,7 +148,7 @@ def smoke_load(spec: ModelSpec, folder: Path) -> None:
         ModelCorrupt: it does not load.
     """
     work = json.dumps({"spec": spec.model_dump(mode="json"), "folder": str(folder)})
-    command = [sys.executable, "-m", "deployments.store.publish"]
+    command = [sys.executable, "-m", "deployments.smoke_load"]
     try:
         done = subprocess.run(  # noqa: S603 - ourselves
             command,
@@ -175,25 +171,3 @@ def _unloadable(spec: ModelSpec, reason: str) -> ModelCorrupt:
         f"{spec.name} has the right bytes but does not load, so it is not published: {reason}",
         remedy="Correct the entry in the model registry (files, family, variant, convert).",
     )
-
-
-def _refuse_network(event: str, _: tuple[Any, ...]) -> None:
-    if event in _NETWORK:
-        raise OSError(f"no network during a smoke load: {event}")
-
-
-def _smoke_main() -> None:
-    sys.addaudithook(_refuse_network)
-    work = json.load(sys.stdin)
-    # This machine may have no GPU, and the kind of attention changes no weights.
-    spec = ModelSpec.model_validate(work["spec"]).model_copy(update={"attention": "sdpa"})
-    from deployments.loader import build
-
-    try:
-        build(spec, Path(work["folder"]), Settings(device="cpu"))
-    except SetupError as error:
-        sys.exit(" ".join(str(error).split()))
-
-
-if __name__ == "__main__":
-    _smoke_main()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
-from deployments.store.bucket import UNRESOLVED, Transient
+from deployments.origins import UNRESOLVED, parse_hub
+from deployments.store.bucket import Transient
 from deployments.store.folder import Hashes
-from deployments.store.hub import parse, resolve_revision
+from deployments.store.hub import resolve_revision
 from deployments.store.lockfile import (
     LockedFile,
     LockedModel,
@@ -94,7 +95,7 @@ def _resolve_origin(
 def _pin(name: str, url: str, held: LockedOrigin | None, settings: StoreSettings) -> str:
     if not url.endswith(f"@{UNRESOLVED}"):
         return url
-    repo, _ = parse(url)
+    repo, _ = parse_hub(url)
     main = f"hf://{repo}@{retrying(lambda: resolve_revision(repo), settings)}"
     if held and held.source.startswith(f"hf://{repo}@") and held.source not in (url, main):
         raise SourceFailed(

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deployments.store.bucket import UNRESOLVED
-from deployments.store.hub import parse
+from deployments.origins import UNRESOLVED, parse_hub
 from deployments.store.lockfile import LockedFile, LockedModel, LockedOrigin, load_lock
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def _place(
 ) -> tuple[LockedFile, ...]:
     sizes = {file.path: size_of(name, file) for file in held.files}
     if origin.source.startswith("hf://"):
-        repo, revision = parse(origin.source)
+        repo, revision = parse_hub(origin.source)
         hub.add_repo(repo, sizes, None if revision == UNRESOLVED else revision)
         return tuple(LockedFile(path=path) for path in sizes)
     for path, size in sizes.items():

@@ -12,10 +12,9 @@ import pytest
 
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
+from deployments.origins import UNRESOLVED, parse_hub
 from deployments.registry import ArtefactSpec, load_catalogue
 from deployments.settings import StoreSettings
-from deployments.store.bucket import UNRESOLVED
-from deployments.store.hub import parse
 from deployments.store.lockfile import (
     Lock,
     LockedModel,
@@ -147,7 +146,7 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
     for spec in catalogue.entries:
         for origin in lock.models[spec.name].origins:
             if origin.source.startswith("hf://"):
-                repo, revision = parse(origin.source)
+                repo, revision = parse_hub(origin.source)
                 for file in origin.files:
                     small = not file.path.endswith((".safetensors", ".bin", ".onnx"))
                     asked = sent.pop(f"/{repo}/resolve/{revision}/{file.path}", 0)

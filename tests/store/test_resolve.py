@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, Conversion, ModelSpec
 from deployments.settings import StoreSettings
-from deployments.store.bucket import UNRESOLVED
 from deployments.store.lockfile import (
     Lock,
     LockedFile,

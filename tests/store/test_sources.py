@@ -17,10 +17,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.origins import check_pinned, parse_hub
 from deployments.settings import ROOT
 from deployments.store.bucket import RemoteFile, Transient
 from deployments.store.folder_bucket import FolderBucket, local_folder
-from deployments.store.hub import check_pinned, parse
 from deployments.store.provider import open_reader
 from deployments.store.web import WebReader, retry_after_s
 from tests.servers.files import FileServer
@@ -166,13 +166,13 @@ def test_a_repository_the_hub_library_refuses_is_refused_first(repo: str) -> Non
     with pytest.raises(HFValidationError):
         validate_repo_id(repo)
     with pytest.raises(ConfigError, match="hf://org/repo@revision"):
-        parse(f"hf://{repo}@unresolved")
+        parse_hub(f"hf://{repo}@unresolved")
 
 
 @pytest.mark.parametrize("repo", ["o/r", "a-b/c.d_e-f", "_o/x_", f"o/{'x' * 96}", "o/a-.b"])
 def test_a_repository_the_hub_library_takes_is_taken(repo: str) -> None:
     validate_repo_id(repo)
-    assert parse(f"hf://{repo}@unresolved") == (repo, "unresolved")
+    assert parse_hub(f"hf://{repo}@unresolved") == (repo, "unresolved")
 
 
 @pytest.mark.parametrize(
