@@ -26,6 +26,8 @@
         x StoreUnwritable      5  disk full, read-only, not permitted
         x LockTimeout          6
         x SourceFailed         7  a hub, a bucket, a server, a folder to pull from
+        x Missing              7  a file that is not at its source
+        x Unsignable           2  a bucket that cannot sign URLs
         x LicenceRefused       8
         x GpuTooSmall          9  models, or a share, that do not fit a GPU's memory
 
@@ -251,6 +253,18 @@ class SourceFailed(SetupError):
 
     code = "source_failed"
     exit_code = 7
+
+
+class Missing(SourceFailed):
+    """A file is not at its source, or was replaced since it was listed."""
+
+    code = "missing"
+
+
+class Unsignable(SetupError):
+    """The bucket has no way to sign URLs."""
+
+    code = "unsignable"
 
 
 class Unreachable(SetupError):

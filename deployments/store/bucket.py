@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from deployments.errors import SetupError, SourceFailed
+from deployments.errors import Missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,16 +45,6 @@ class Transient(Exception):
     def __init__(self, reason: str, after_s: float = 0) -> None:
         super().__init__(reason)
         self.after_s = after_s
-
-
-class Missing(SourceFailed):
-    """The file is not there, or was replaced since it was listed."""
-
-
-class Unsignable(SetupError):
-    """The bucket has no way to sign URLs."""
-
-    code = "unsignable"
 
 
 class Reader(Protocol):

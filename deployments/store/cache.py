@@ -24,11 +24,12 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
+from deployments.origins import MANIFEST
 from deployments.store import locks
 from deployments.store.disk import delete_folder, folder_bytes, is_folder, make_folder, sync_path
 from deployments.store.events import Event, Kind, Stage, ignore
 from deployments.store.folder import check_files, check_folder, list_files
-from deployments.store.manifest import MANIFEST, SHORT
+from deployments.store.manifest import SHORT
 from deployments.store.staging import Staging
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from crc32c import crc32c
 
 from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
-from deployments.store.manifest import MANIFEST, FileEntry, decode
+from deployments.origins import MANIFEST
+from deployments.store.manifest import FileEntry, decode
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,9 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deployments.errors import ConfigError, ModelCorrupt, SourceFailed, StoreUnwritable
+from deployments.errors import (
+    ConfigError,
+    Missing,
+    ModelCorrupt,
+    SourceFailed,
+    StoreUnwritable,
+    Unsignable,
+)
 from deployments.settings import resolve
-from deployments.store.bucket import Missing, RemoteFile, Unsignable
+from deployments.store.bucket import RemoteFile
 from deployments.store.disk import make_folder, sync_path
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-from deployments.errors import SourceFailed
+from deployments.errors import SourceFailed, Unsignable
 from deployments.store import environment, web
-from deployments.store.bucket import RemoteFile, Transient, Unsignable, missing
+from deployments.store.bucket import RemoteFile, Transient, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence

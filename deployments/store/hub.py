@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from deployments.errors import SourceFailed
+from deployments.errors import Missing, SourceFailed
 from deployments.origins import check_pinned, parse_hub
 from deployments.store import environment
-from deployments.store.bucket import Missing, RemoteFile
+from deployments.store.bucket import RemoteFile
 from deployments.store.web import check_status, client, http_errors, stream
 
 if TYPE_CHECKING:

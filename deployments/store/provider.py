@@ -6,15 +6,14 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
-from deployments.origins import UNRESOLVED
-from deployments.store.bucket import Missing
+from deployments.errors import ConfigError, Missing, ModelCorrupt, SourceFailed
+from deployments.origins import MANIFEST, UNRESOLVED
 from deployments.store.cache import Store
 from deployments.store.events import ignore
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.hub import HubReader
 from deployments.store.lockfile import load_lock, locked_digest, locked_origins, origin_manifest
-from deployments.store.manifest import MANIFEST, SHORT, decode
+from deployments.store.manifest import SHORT, decode
 from deployments.store.transfer import retrying
 from deployments.store.web import WebReader
 

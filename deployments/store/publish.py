@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.errors import ModelCorrupt
+from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import ROOT
 from deployments.store.bucket import Bucket, RemoteFile, find
 from deployments.store.events import Event, ignore
 from deployments.store.folder import Hashes, hash_file
-from deployments.store.manifest import MANIFEST
 from deployments.store.provider import mirror_url, open_bucket
 from deployments.store.transfer import retrying
 

@@ -10,12 +10,13 @@ import tiny
 
 from deployments.errors import ModelCorrupt, ModelNotCached
 from deployments.loader import Loaded, load
+from deployments.origins import MANIFEST
 from deployments.settings import Settings, StoreSettings
 from deployments.store.cache import Store
 from deployments.store.folder import hash_file, list_files
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.lockfile import build_manifest
-from deployments.store.manifest import MANIFEST, FileEntry
+from deployments.store.manifest import FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,9 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.oauth2 import service_account
 
-from deployments.errors import SourceFailed, StoreUnwritable
+from deployments.errors import Missing, SourceFailed, StoreUnwritable, Unsignable
 from deployments.store import gcs
-from deployments.store.bucket import Missing, Unsignable, find
+from deployments.store.bucket import find
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.provider import open_bucket
 from tests.servers.gcs import GcsServer

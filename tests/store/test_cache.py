@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deployments.errors import ModelCorrupt, SourceFailed, StoreUnwritable
+from deployments.origins import MANIFEST
 from deployments.store import disk, staging
 from deployments.store.disk import network_filesystem
 from deployments.store.folder import list_files
 from deployments.store.folder_bucket import FolderBucket
-from deployments.store.manifest import MANIFEST
 from deployments.store.web import WebReader
 from tests.servers.files import FileServer
 from tests.store import common

@@ -12,9 +12,9 @@ import google_crc32c
 import pytest
 
 from deployments.errors import ModelCorrupt, ModelNotCached
+from deployments.origins import MANIFEST
 from deployments.store.folder import Verify, check_folder, hash_file
 from deployments.store.folder_bucket import FolderBucket
-from deployments.store.manifest import MANIFEST
 from tests.store import common
 from tests.store.common import LARGE, NAME
 

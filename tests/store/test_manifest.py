@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deployments.errors import ModelCorrupt
-from deployments.origins import safe_path
-from deployments.store.manifest import MANIFEST, FileEntry, Manifest, decode
+from deployments.origins import MANIFEST, safe_path
+from deployments.store.manifest import FileEntry, Manifest, decode
 from tests.store import common
 
 FILES = common.random_files()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
+from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, Origin
 from deployments.settings import StoreSettings
 from deployments.store.lockfile import Lock, LockedFile, LockedModel, LockedOrigin, save_lock
-from deployments.store.manifest import MANIFEST
 from deployments.store.provider import Provider, mirror_url
 from tests.store import common
 from tests.store.common import LARGE, NAME

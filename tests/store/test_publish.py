@@ -299,7 +299,7 @@ def test_a_model_that_does_not_load_is_not_published(tmp_path: Path) -> None:
 def test_the_smoke_load_cannot_reach_the_network() -> None:
     script = (
         "import sys, socket\n"
-        "from deployments.store.publish import _refuse_network\n"
+        "from deployments.smoke_load import _refuse_network\n"
         "sys.addaudithook(_refuse_network)\n"
         "for address in [('127.0.0.1', 9), ('localhost', 9)]:\n"
         "    try:\n"
