@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.console import Output
-from deployments.errors import ConfigError, SetupError
+from cli.ending import INTERRUPTED, ending
+from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
     from benchmarks.load import Plan, Report
 
 _NOTHING_SUCCEEDED = 1
-_INTERRUPTED = 130
 Paths = Annotated[
     list[str] | None,
     typer.Option("--path", metavar="TASK=PATH", help="The server's path of a task; repeatable"),
@@ -49,16 +49,13 @@ def bench(
     address; 130 stopped early.
     """
     output = Output(as_json=False)
-    try:
+    with ending(output):
         chosen = _plan(plan, url=url, protocol=protocol, paths=paths, seed=seed)
         _check_files(json_file, plot)
         report = _run(chosen, unloaded, price_per_gpu_hour, output)
         _write(report, output, json_file, plot)
-    except SetupError as error:
-        output.fail(error)
-        raise typer.Exit(error.exit_code) from error
     if report.interrupted:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if not report.succeeded:
         raise typer.Exit(_NOTHING_SUCCEEDED)
 

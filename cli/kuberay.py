@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.console import Output
-from deployments.errors import ConfigError, SetupError
+from cli.ending import ending
+from deployments.errors import ConfigError
 from deployments.settings import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from kuberay.checks.manifests import Manifests
     from kuberay.checks.validate import Report
@@ -43,7 +43,7 @@ def render_manifests(
 ) -> None:
     """Write every generated file below kuberay/."""
     output = Output(as_json=as_json)
-    with _errors(output):
+    with ending(output):
         from kuberay.render.files import out_of_date, render, write
 
         place = resolve(folder)
@@ -75,7 +75,7 @@ def lock_images(
 ) -> None:
     """Ask registries for the digests of the images' tags, and write them to images.lock."""
     output = Output(as_json=False)
-    with _errors(output):
+    with ending(output):
         import httpx
 
         from kuberay.render.environment import load_environments
@@ -112,7 +112,7 @@ def validate_manifests(
     Exit codes: 0 no mistake, 1 mistakes or placeholders, 2 usage.
     """
     output = Output(as_json=as_json)
-    with _errors(output):
+    with ending(output):
         from kuberay.checks.validate import validate
 
         nodes = [_resources(one) for one in node or []]
@@ -162,16 +162,3 @@ def _show(report: Report, output: Output, allow_placeholder: bool) -> None:
         output.show(f"  Ray's autoscaler: {fact}")
     for name, keys in report.secrets.items():
         output.show(f"  needs the Secret {name} ({', '.join(keys)})")
-
-
-@contextmanager
-def _errors(output: Output) -> Generator[None]:
-    """Show a SetupError, as JSON too, and exit with its code."""
-    try:
-        yield
-    except SetupError as error:
-        output.fail(error)
-        values = {"code": error.code, "message": error.message, "value": error.value}
-        values["remedy"] = error.remedy
-        output.emit({"error": values, "exit_code": error.exit_code})
-        raise typer.Exit(error.exit_code) from error

@@ -1,27 +1,39 @@
-"""`imagen metadata`: what a picture says of how it was made."""
+"""`imagen metadata`: what a picture says about how it was made."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from deployments.errors import ImagenError
+from cli.console import Output
+from cli.ending import ending
+from deployments.errors import ConfigError
 from deployments.images import read_metadata
 
-console = Console()
+_NONE = 3
 
 
 def metadata(file: Annotated[Path, typer.Argument(help="A picture made by Imagen")]) -> None:
-    """Print the model, seed and parameters a picture carries, as JSON."""
-    try:
-        found = read_metadata(file.read_bytes())
-    except (OSError, ImagenError) as error:
-        console.print(f"{file} cannot be read: {error}", style="red", markup=False)
-        raise typer.Exit(2) from error
+    """Print the model, seed and parameters that a picture carries, as JSON.
+
+    Exit codes: 2 the file cannot be read; 3 it carries no metadata of Imagen.
+    """
+    output = Output(as_json=False)
+    with ending(output):
+        found = read_metadata(_read(file))
     if not found:
-        console.print(f"{file} carries no metadata of Imagen.", style="yellow", markup=False)
-        raise typer.Exit(3)
-    console.print_json(data=found)
+        output.say(f"{file} carries no metadata of Imagen.", "yellow")
+        raise typer.Exit(_NONE)
+    output.show(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "The picture cannot be read.", value=error.strerror, remedy="Name a file."
+        ) from error

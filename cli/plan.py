@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from cli.console import Output, make_table
-from deployments.errors import ConfigError, SetupError
+from cli.ending import ending
+from deployments.errors import ConfigError
 from deployments.gpu.plan import Plan
 from deployments.gpu.plan import plan as make_plan
 from deployments.gpu.profiles import as_gpu
@@ -51,7 +52,7 @@ def plan(
     Exit codes: 0 planned; 2 usage or configuration; 9 the models do not fit.
     """
     output = Output(as_json=as_json)
-    try:
+    with ending(output):
         registry = _here(models)
         catalogue = load_catalogue(registry)
         made = make_plan(_choose(catalogue, names), as_gpu(gpu), gpus)
@@ -62,12 +63,6 @@ def plan(
         else:
             output.say("Two models have the same task: no Serve config holds this plan.", "yellow")
         output.emit(_as_values(made) | {"deployments": entries})
-    except SetupError as error:
-        output.fail(error)
-        values = {"code": error.code, "message": error.message, "value": error.value}
-        values["remedy"] = error.remedy
-        output.emit({"error": values, "exit_code": error.exit_code})
-        raise typer.Exit(error.exit_code) from error
 
 
 def _here(path: Path) -> Path:

@@ -17,6 +17,8 @@ import typer
 import yaml
 from rich.console import Console
 
+from cli.console import Output
+from cli.ending import ending
 from deployments.errors import ConfigError
 from deployments.settings import ROOT, resolve
 
@@ -35,20 +37,18 @@ def run(
     timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
 ) -> None:
     """Serve on this machine until Ctrl-C. Says when it is ready, and where."""
-    try:
+    with ending(Output(as_json=False)):
         address = address_of(config)
-    except ConfigError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(2) from error
-    if _answers(address):
-        console.print(
-            f"[red]Something already serves on {address}. Stop it, or change http_options."
-        )
-        raise typer.Exit(2)
+        if _answers(address):
+            raise ConfigError(
+                "Another server answers at this address.",
+                value=address,
+                remedy="Stop it, or change http_options.",
+            )
     start_s = time.monotonic()
     # A shell makes background jobs ignore Ctrl-C, which the server would inherit.
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     failed = True
     with _started(config) as (server, dashboard):
         try:
