@@ -239,13 +239,18 @@ class Catalogue(Strict):
             )
 
     def served(self) -> Registry:
-        """The model of each task.
+        """The model of each task that has one.
 
         Raises:
-            ConfigError: a task has none, or several and no choice.
+            ConfigError: a task has several and no choice, or no task has any.
             LicenceRefused: see `check_licence`.
         """
-        return {task: self._model(task) for task in Task}
+        served = {task: self._model(task) for task in Task if self._candidates(task)}
+        if not served:
+            raise ConfigError(
+                "The model registry serves no task.", remedy="Add a model, as in configs/models."
+            )
+        return served
 
     def _candidates(self, task: Task) -> list[ModelSpec]:
         return [
@@ -254,11 +259,11 @@ class Catalogue(Strict):
 
     def _model(self, task: Task) -> ModelSpec:
         candidates = self._candidates(task)
-        if len(candidates) != 1:
+        if len(candidates) > 1:
             raise ConfigError(
-                f"The model registry must name one model for the task {task}.",
-                value=", ".join(m.name for m in candidates) or "none",
-                remedy="Name each task once, or choose under `serving`.",
+                f"The model registry names several models for the task {task}.",
+                value=", ".join(m.name for m in candidates),
+                remedy="Choose one under `serving`.",
             )
         self.check_licence(candidates[0])
         return candidates[0]
@@ -282,7 +287,7 @@ def load_catalogue(path: Path) -> Catalogue:
 
 
 def load_registry(path: Path) -> Registry:
-    """The models that a registry file serves, one per task. Raises as the two functions above."""
+    """The models that a registry file serves by task. Raises as the two functions above."""
     return load_catalogue(path).served()
 
 

@@ -19,7 +19,6 @@ from deployments.errors import (
     NotFound,
     ServiceError,
 )
-from deployments.tasks import Task
 from serve_app import service
 from serve_app.intake import Intake
 from serve_app.middleware import (
@@ -110,12 +109,12 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 def _ours(error: HTTPException, request: Request) -> ImagenError:
     """Starlette's error in our own tree."""
-    prefix = request.scope.get("root_path", "")
+    prefix, served = request.scope.get("root_path", ""), request.app.state.registry
     known: dict[int, Callable[[], ImagenError]] = {
         404: lambda: NotFound(
             "There is no such route.",
             value=request.scope["path"],
-            remedy=f"Image routes: {', '.join(prefix + task.route for task in Task)}.",
+            remedy=f"Image routes: {', '.join(prefix + task.route for task in served)}.",
         ),
         405: lambda: MethodNotAllowed(
             "This route does not take that method.",

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from starlette.datastructures import Headers, MutableHeaders
 
-from deployments.tasks import Task
 from deployments.telemetry import HttpMetrics
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
@@ -17,9 +16,8 @@ if TYPE_CHECKING:
 
     from deployments.registry import Registry
     from deployments.settings import Settings
+    from deployments.tasks import Task
     from serve_app.backends import Handle
-
-_ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"}
 
 
 class _ReplicaApp:
@@ -71,7 +69,8 @@ class Ingress:
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
         self.api = create_app(backends, registry, settings, self._count)
+        self._routes = frozenset(self.api.openapi()["paths"])
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
-        route = path if path in _ROUTES else "other"  # unknown paths share one label
+        route = path if path in self._routes else "other"  # unknown paths share one label
         self._metrics.answered(route, status, reason, seconds)

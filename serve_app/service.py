@@ -87,10 +87,10 @@ async def healthz() -> Health:
     summary="200 when every model is ready or idle",
     responses={503: {"model": Readiness, "description": "A model is starting or has failed"}},
 )
-async def readyz(response: Response, backends: AnyBackends) -> Readiness:
+async def readyz(request: Request, response: Response, backends: AnyBackends) -> Readiness:
     """For readiness probes, and for people who want to know why."""
     states = await backends.states()
-    models = {task: _state(states, task) for task in Task}
+    models = {task: _state(states, task) for task in request.app.state.registry}
     waiting = [task for task, state in models.items() if state not in ("ready", "idle")]
     if waiting:
         recovery_s = max(backends.recovery_s(task) for task in waiting)

@@ -19,7 +19,9 @@ from PIL import Image
 from deployments import errors
 from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
+from deployments.settings import Settings
 from deployments.tasks import Task
+from serve_app.api import create_app
 from serve_app.intake import Details
 from tests.unit.fakes import (
     REGISTRY,
@@ -735,3 +737,17 @@ def test_the_bomb_of_these_tests_is_a_real_png() -> None:
     image = Image.open(io.BytesIO(png_of(100, 50)))
     image.load()
     assert image.size == (100, 50)
+
+
+# A registry of fewer tasks
+
+
+async def test_a_task_without_a_model_has_no_route() -> None:
+    registry = {task: spec for task, spec in REGISTRY.items() if task != Task.AGED}
+    app = create_app(FakeBackends(), registry, Settings())
+    problem = refused(await post(app, Task.AGED.route, PHOTO), 404)
+    assert Task.AGED.route not in problem["remedy"]
+    assert Task.COMIC.route in problem["remedy"]
+    assert set((await send(app, "GET", "/readyz")).json()["models"]) == set(registry)
+    models = (await send(app, "GET", "/api/v1/models")).json()["models"]
+    assert {model["task"] for model in models} == set(registry)

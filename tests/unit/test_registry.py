@@ -112,7 +112,7 @@ def test_a_key_left_out_is_named(key: str, load: Callable[[Any], Any]) -> None:
 
 def test_a_task_twice_is_refused(load: Callable[[Any], Any]) -> None:
     models = [*starter().values(), starter()["comic"] | {"name": "comic-two"}]
-    with pytest.raises(ConfigError, match="one model for the task comic") as caught:
+    with pytest.raises(ConfigError, match="several models for the task comic") as caught:
         load({"models": models})
     assert caught.value.value == "comic-starter, comic-two"
     assert "serving" in caught.value.remedy
@@ -120,11 +120,14 @@ def test_a_task_twice_is_refused(load: Callable[[Any], Any]) -> None:
     assert chosen[Task.COMIC].name == "comic-two"
 
 
-def test_a_task_left_out_is_refused(load: Callable[[Any], Any]) -> None:
+def test_a_task_without_a_model_is_not_served(load: Callable[[Any], Any]) -> None:
     models = [model for task, model in starter().items() if task != "aged"]
-    with pytest.raises(ConfigError, match="one model for the task aged") as caught:
-        load({"models": models})
-    assert caught.value.value == "none"
+    assert set(load({"models": models})) == set(Task) - {Task.AGED}
+
+
+def test_a_registry_that_serves_nothing_is_refused(load: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigError, match="serves no task"):
+        load({"models": []})
 
 
 def test_a_non_commercial_model_is_served_only_if_accepted_by_name(
