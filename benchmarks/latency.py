@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.output import console
+from benchmarks.output import console, make_table
 from deployments import images
 from deployments.contract import complete
 from deployments.engine.engine import Engine
@@ -67,9 +66,9 @@ def main(
     header = images.read_header(data, LimitSettings())
     settings = Settings(models=models, device="cpu", torch_threads=threads)
     provider = Provider(models, settings.store)
-    table = Table(title=f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads")
-    for name in ("task", "model", *(f"{s} s" for s in STAGES), "min", "max"):
-        table.add_column(name, justify="left" if name in ("task", "model") else "right")
+    title = f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads"
+    figures = (*(f"{stage} s" for stage in STAGES), "min", "max")
+    table = make_table(title, ("task", "model"), figures)
     late: list[str] = []
     for spec in load_registry(models).values():
         pipeline = build(spec, provider.ensure(spec), settings)

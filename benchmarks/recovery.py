@@ -11,16 +11,15 @@ import statistics
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Self
 
 import httpx
 import psutil
 import typer
-from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.output import console, write_result
+from benchmarks.output import console, make_table, write_result
 from benchmarks.server import imagen, process_title, running
 from deployments.settings import ROOT
 from deployments.tasks import Task
@@ -28,6 +27,8 @@ from deployments.tasks import Task
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+
+    from rich.table import Table
 
 KINDS: Final = {
     "replica": f"ServeReplica:imagen:{Task.BACKGROUND.deployment}",
@@ -167,7 +168,7 @@ def recovered_s(answers: Sequence[Answer], killed_s: float) -> float:
     return min(good) - killed_s
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kill:
     """What one kill did.
 
@@ -176,17 +177,15 @@ class Kill:
         ready_s: from the kill to the first ready `/readyz` after which all were ready.
         failures: answers of the image route that were not 200, by outcome.
         ready_failures: the same of `/readyz`.
-        states: the background model's states in `/readyz`, in order.
-        retry_after_s: each Retry-After, and the seconds until pictures came again.
+        load: the machine's load average after it.
     """
 
     kind: str
-    pictures_s: float = 0.0
-    ready_s: float = 0.0
-    failures: dict[str, int] = field(default_factory=dict[str, int])
-    ready_failures: dict[str, int] = field(default_factory=dict[str, int])
-    states: list[str] = field(default_factory=list[str])
-    retry_after_s: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    pictures_s: float
+    ready_s: float
+    failures: dict[str, int]
+    ready_failures: dict[str, int]
+    load: float
 
 
 def kill(kind: str, url: str, picture: bytes) -> Kill:
@@ -200,79 +199,57 @@ def kill(kind: str, url: str, picture: bytes) -> Kill:
         victim.kill()
         watch.settle(kind, victim)
         pictures, readiness = list(watch.pictures), list(watch.readiness)
-    found = Kill(kind)
-    found.pictures_s = recovered_s(pictures, killed_s)
-    found.ready_s = recovered_s(readiness, killed_s)
-    found.failures = _bad(pictures, killed_s)
-    found.ready_failures = _bad(readiness, killed_s)
-    for answer in readiness:
-        state = answer.models.get(Task.BACKGROUND)
-        if state and found.states[-1:] != [state]:
-            found.states.append(state)
-    well_s = killed_s + found.pictures_s
-    found.retry_after_s = [
-        (one.retry_after_s, round(well_s - one.came_s, 1))
-        for one in (*pictures, *readiness)
-        if one.retry_after_s is not None and one.came_s >= killed_s
-    ]
-    return found
+    return Kill(
+        kind,
+        pictures_s=recovered_s(pictures, killed_s),
+        ready_s=recovered_s(readiness, killed_s),
+        failures=_failures(pictures, killed_s),
+        ready_failures=_failures(readiness, killed_s),
+        load=machine.load_average(),
+    )
 
 
-def _bad(answers: Sequence[Answer], killed_s: float) -> dict[str, int]:
+def _failures(answers: Sequence[Answer], killed_s: float) -> dict[str, int]:
     late = (one.outcome for one in answers if one.came_s >= killed_s)
     return dict(Counter(outcome for outcome in late if outcome != "200"))
 
 
-def table(kills: Sequence[Kill]) -> Table:
+def summary(kills: Sequence[Kill]) -> Table:
     """Medians by kind, and the sum of what clients saw."""
-    found = Table("killed", "pictures again, s", "/readyz again, s", "clients saw", "/readyz was")
+    columns = ("killed", "pictures again, s", "/readyz again, s", "clients saw", "/readyz was")
+    table = make_table("", columns, ())
     for kind in KINDS:
         these = [one for one in kills if one.kind == kind]
-        if not these:
-            continue
-        pictures, readiness = Counter[str](), Counter[str]()
-        for one in these:
-            pictures.update(one.failures)
-            readiness.update(one.ready_failures)
-        found.add_row(
+        table.add_row(
             kind,
             _spread([one.pictures_s for one in these]),
             _spread([one.ready_s for one in these]),
-            _counts(pictures),
-            _counts(readiness),
+            _counts([one.failures for one in these]),
+            _counts([one.ready_failures for one in these]),
         )
-    return found
+    return table
 
 
 def _spread(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
 
 
-def _counts(seen: Counter[str]) -> str:
+def _counts(failures: Sequence[dict[str, int]]) -> str:
+    seen = sum(map(Counter, failures), Counter[str]())
     return ", ".join(f"{count} x {name}" for name, count in seen.most_common()) or "200 only"
 
 
-def main(
-    rounds: Annotated[int, typer.Option(help="Kills of each process")] = 5,
-    only: Annotated[str, typer.Option(help="One kind alone; writes nothing")] = "",
-) -> None:
+def main(rounds: Annotated[int, typer.Option(help="Kills of each process", min=1)] = 5) -> None:
     """Kill each process of a running server so many times, and print how it recovered."""
     picture = (ROOT / "docs/photo.jpg").read_bytes()
     kills: list[Kill] = []
-    load: list[float] = []
     with running(imagen()) as server:
         for number in range(rounds):
-            for kind in [only] if only else KINDS:
+            for kind in KINDS:
                 kills.append(kill(kind, server.url, picture))
-                load.append(round(machine.load_average(), 1))
-                console.print(f"{number + 1} {asdict(kills[-1])} load {load[-1]}")
-    console.print(table(kills))
-    console.print(f"Load average: {min(load)} to {max(load)}")
-    if only:
-        return
-    facts = machine.describe() | {"versions": machine.versions(["ray"]), "load": load}
-    document: dict[str, Any] = {"machine": facts, "kills": [asdict(one) for one in kills]}
-    write_result("recovery", document)
+                console.print(f"{number + 1} {kills[-1]}")
+    console.print(summary(kills))
+    write_result("recovery", machine.versions(["ray"]), kills=[asdict(one) for one in kills])
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def running(system: System) -> Generator[Server]:
     Raises:
         NotStarted: with the end of its log.
     """
+    # SIGTERM stops the server, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))  # a short path: Ray puts sockets below it
     port = free_port()
     log = folder / "server.log"

@@ -8,21 +8,18 @@ request or use the CPU, and 100 further requests must all get their picture.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import httpx
 import numpy as np
 import psutil
 import typer
-from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.load import parse_plan, run
-from benchmarks.output import console, today, write_result
+from benchmarks.load import parse_plan, run_whole
+from benchmarks.output import console, make_table, write_result
 from benchmarks.server import cpu_s, imagen, process_title, running
 from deployments.tasks import Task
 
@@ -37,8 +34,8 @@ JUDGED_REQUESTS: Final = 1000
 """A process is judged on its memory if it had at least so many requests after the warm-up."""
 AFTERWARDS: Final = 100
 LEAVERS: Final = 200
-LEAVERS_AT_A_TIME: Final = 8
-"""More at a time are refused, because the server cannot finish all their steps in time."""
+CLIENTS: Final = 8
+"""At a time; more leavers are refused, because the server cannot finish all their steps in time."""
 MOST_LEAVERS: Final = 4 * LEAVERS
 """Requests of leaving clients that are sent at most."""
 SLOWER: Final = 2
@@ -62,12 +59,7 @@ _WEIGHTS: Final = {"background": 40, "upscale": 60, "enhance": 0.2}
 
 
 def plan(
-    requests: int,
-    *,
-    leaving: float = 0.3,
-    seed: int = 0,
-    clients: int = 8,
-    tasks: Sequence[str] = tuple(_SIZES),
+    requests: int, *, leaving: float = 0.3, seed: int = 0, tasks: Sequence[str] = tuple(_SIZES)
 ) -> Plan:
     """A closed load of pictures of 8 to 512 px; a share of its clients leaves within 100 ms.
 
@@ -75,43 +67,26 @@ def plan(
     upscale, and nearly all its large ones.
     """
     mix = [{"task": task, "weight": _WEIGHTS[task], "sizes": _SIZES[task]} for task in tasks]
-    return _plan(requests, clients, mix, seed=seed, leaving=leaving, after_s=(0, 0.1))
+    early = {"disconnect_share": leaving, "disconnect_after_s": (0, 0.1)}
+    return _plan(mix, requests=requests, seed=seed, **early)
 
 
 def leavers(seed: int) -> Plan:
     """Clients who ask for a hundred steps, all at once, and leave when these have begun."""
     mix = [{"task": "enhance", "parameters": {"steps": 100}, "sizes": [[256, 256]]}]
-    count = LEAVERS_AT_A_TIME
-    return _plan(count, count, mix, seed=seed, leaving=1, after_s=(0.1, 0.5))
+    early = {"disconnect_share": 1, "disconnect_after_s": (0.1, 0.5)}
+    return _plan(mix, requests=CLIENTS, seed=seed, **early)
 
 
 def default_requests(count: int, warm_up: int = 0) -> Plan:
     """Requests to the same model, one by one, with its own defaults."""
     mix = [{"task": "enhance", "sizes": [[512, 512]]}]
-    return _plan(count, 1, mix, leaving=0).change(warm_up=warm_up)
+    return _plan(mix, requests=count, warm_up=warm_up, concurrency=1)
 
 
-def _plan(
-    requests: int,
-    clients: int,
-    mix: list[dict[str, Any]],
-    *,
-    seed: int = 0,
-    leaving: float,
-    after_s: tuple[float, float] = (0, 0),
-) -> Plan:
-    values: dict[str, Any] = {
-        "name": "soak of leaving clients",
-        "seed": seed,
-        "mode": "closed",
-        "concurrency": clients,
-        "requests": requests,
-        "timeout_s": 60,
-        "disconnect_share": leaving,
-        "disconnect_after_s": after_s,
-        "mix": mix,
-    }
-    return parse_plan(values, "The plan of the soak")
+def _plan(mix: list[dict[str, Any]], **values: Any) -> Plan:
+    common = {"name": "soak", "mode": "closed", "concurrency": CLIENTS, "timeout_s": 60}
+    return parse_plan({**common, "mix": mix, **values}, "The plan of the soak")
 
 
 class Memory:
@@ -175,17 +150,11 @@ def fit(requests: Sequence[int], mib: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def judge_memory(slope: float, error: float, tolerance: float, requests: int) -> str:
+def judge_memory(slope: float, error: float, tolerance: float) -> str:
     """Whether memory grows by more than the tolerance, by more than two standard errors.
 
-    Args:
-        slope: MiB per 1,000 requests.
-        error: its standard error.
-        tolerance: MiB per 1,000 requests that are accepted.
-        requests: that the process had after the warm-up.
+    All in MiB per 1,000 requests.
     """
-    if requests < JUDGED_REQUESTS:
-        return "not judged"
     if slope - 2 * error > tolerance:
         return "grows"
     return "flat" if slope + 2 * error <= tolerance else "unclear"
@@ -205,8 +174,9 @@ def judge_processes(
         # The proxy and the Ingress carry the requests of every task.
         requests = tasks[_TASKS[name]] if name in _TASKS else tasks.total()
         line = fit(memory.requests[warm:], mib[warm:])
-        judged = requests if warm_up >= WARM_UP else 0
-        verdict = judge_memory(line["slope"], line["standard_error"], tolerance, judged)
+        verdict = "not judged"
+        if requests >= JUDGED_REQUESTS and warm_up >= WARM_UP:
+            verdict = judge_memory(line["slope"], line["standard_error"], tolerance)
         found[name] = line | {"requests": requests, "verdict": verdict}
     return found
 
@@ -218,7 +188,7 @@ def send_leavers(send: Callable[[Plan], Report]) -> Counter[str]:
     towards `MOST_LEAVERS`, where it ends in any case.
     """
     outcomes = Counter[str]()
-    for seed in range(MOST_LEAVERS // LEAVERS_AT_A_TIME):
+    for seed in range(MOST_LEAVERS // CLIENTS):
         outcomes.update(send(leavers(seed)).total.outcomes)
         if outcomes["disconnected"] >= LEAVERS:
             break
@@ -276,33 +246,31 @@ def slow_after(idle: Report, left: Counter[str], following: Report) -> list[str]
     return found
 
 
-def soak(
-    *, requests: int, clients: int, seed: int, tolerance: float, warm_up: int
-) -> dict[str, Any]:
-    """Run every phase, and return the result file's content."""
+def soak(requests: int, tolerance: float) -> dict[str, Any]:
+    """Run every phase, and return what was measured.
+
+    Args:
+        requests: of the load, its warm-up included.
+        tolerance: growth of memory that is accepted, in MiB per 1,000 requests.
+    """
     # A short run has a shorter warm-up, to have samples to fit a line to.
-    warm_up = min(warm_up, requests // 2)
+    warm_up = min(WARM_UP, requests // 2)
     with running(imagen(asleep=_ASLEEP)) as server:
         url = server.url
-        idle = _complete(run(default_requests(5, warm_up=2), url))
+        idle = run_whole(default_requests(5, warm_up=2), url)
         memory = Memory(requests)
-        load = _complete(run(plan(requests, seed=seed, clients=clients), url, progress=memory))
-        left = send_leavers(lambda round_: _complete(run(round_, url)))
-        following = _complete(run(default_requests(1), url))
+        load = run_whole(plan(requests), url, memory)
+        left = send_leavers(lambda round_: run_whole(round_, url))
+        following = run_whole(default_requests(1), url)
         busy = memory.busy_share(_SILENCE_S)
         held = requests_held(url)
-        after = _complete(run(plan(AFTERWARDS, leaving=0, seed=seed + 1, clients=clients), url))
+        after = run_whole(plan(AFTERWARDS, leaving=0, seed=1), url)
     return {
         "requests": requests,
         "warm_up": warm_up,
-        "clients": clients,
-        "seed": seed,
-        "machine": load.machine.model_dump(),
         "wall_s": load.wall_s,
         "outcomes": load.total.outcomes,
         "distinct_sizes": len({(record.task, record.size) for record in load.records}),
-        "tasks": {name: task.outcomes for name, task in load.tasks.items()},
-        "latency_s": load.total.latency_s and load.total.latency_s.model_dump(),
         "leavers": dict(left),
         "idle_s": idle.total.latency_s and idle.total.latency_s.p50,
         "after_leavers_s": following.total.latency_s and following.total.latency_s.max,
@@ -311,77 +279,50 @@ def soak(
         "tolerance_mib_per_1000": tolerance,
         "memory": judge_processes(memory, load, warm_up=warm_up, tolerance=tolerance),
         "faults": [*faults(load, after, busy, held), *slow_after(idle, left, following)],
-        "samples": {"requests": memory.requests, "mib": memory.mib},
     }
 
 
-def _complete(report: Report) -> Report:
-    if report.interrupted:
-        raise KeyboardInterrupt
-    return report
-
-
-def show(document: dict[str, Any]) -> None:
-    """Print the verdicts and the faults of a result."""
-    table = Table(title=f"Resident memory, after {document['warm_up']} requests of warm-up")
-    table.add_column("process", no_wrap=True)
-    names = ("requests", "MiB per 1,000 requests", "standard error", "MiB at the end", "verdict")
-    for name in names:
-        table.add_column(name, justify="right")
-    for name, found in document["memory"].items():
-        cells = [f"{found[key]:.2f}" for key in ("slope", "standard_error")]
-        cells += [f"{found['last_mib']:.0f}", found["verdict"]]
-        table.add_row(name, str(found["requests"]), *cells)
+def show(found: dict[str, Any]) -> None:
+    """Print the verdicts and the faults."""
+    figures = ("requests", "MiB per 1,000 requests", "standard error", "MiB at the end", "verdict")
+    title = f"Resident memory, after {found['warm_up']} requests of warm-up"
+    table = make_table(title, ("process",), figures)
+    for name, line in found["memory"].items():
+        cells = [f"{line[key]:.2f}" for key in ("slope", "standard_error")]
+        table.add_row(
+            name, str(line["requests"]), *cells, f"{line['last_mib']:.0f}", line["verdict"]
+        )
     console.print(table)
-    outcomes = {name: count for name, count in document["outcomes"].items() if count}
+    outcomes = {name: count for name, count in found["outcomes"].items() if count}
+    idle_s, after_s = (found[key] or float("nan") for key in ("idle_s", "after_leavers_s"))
     console.print(
-        f"{document['requests']} requests of {document['distinct_sizes']} sizes in"
-        f" {document['wall_s']:.0f} s: {outcomes}"
-    )
-    idle_s, after_s = (document[key] or float("nan") for key in ("idle_s", "after_leavers_s"))
-    console.print(
-        f"The request after {document['leavers'].get('disconnected', 0)} leavers took"
+        f"{found['requests']} requests of {found['distinct_sizes']} sizes in {found['wall_s']:.0f}"
+        f" s: {outcomes}\nThe request after {found['leavers'].get('disconnected', 0)} leavers took"
         f" {after_s:.2f} s, {idle_s:.2f} s on the idle server."
     )
-    got = document["afterwards"]["outcomes"]["ok"]
-    slowest = (document["afterwards"]["latency_s"] or {}).get("max", float("nan"))
-    console.print(
-        f"Afterwards {got} of {AFTERWARDS} got a picture, the slowest in {slowest:.1f} s."
-    )
-    for fault in document["faults"]:
+    for fault in found["faults"]:
         console.print(fault, style="red", markup=False)
 
 
-def verdict(document: dict[str, Any]) -> str:
+def judge(found: dict[str, Any]) -> str:
     """`passed`, `failed`, or `unclear` where memory is too uneven to tell."""
-    found = {process["verdict"] for process in document["memory"].values()}
-    if document["faults"] or "grows" in found:
+    verdicts = {process["verdict"] for process in found["memory"].values()}
+    if found["faults"] or "grows" in verdicts:
         return "failed"
-    return "unclear" if "unclear" in found else "passed"
+    return "unclear" if "unclear" in verdicts else "passed"
 
 
 def main(
     requests: Annotated[int, typer.Option(help="Warm-up included", min=40)] = 20_000,
-    clients: Annotated[int, typer.Option(help="Clients at a time")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the requests")] = 0,
     tolerance: Annotated[float, typer.Option(help="Growth in MiB per 1,000 requests")] = 0.5,
-    warm_up: Annotated[int, typer.Option(help="Requests before memory is judged")] = WARM_UP,
-    output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
 ) -> None:
     """Run, print a verdict, and write everything down; exit code 1 if it failed."""
-    # SIGTERM stops the server, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found = soak(
-        requests=requests, clients=clients, seed=seed, tolerance=tolerance, warm_up=warm_up
-    )
-    document = {"date": today(), **found, "verdict": verdict(found)}
-    show(document)
-    write_result("soak", document, output)
-    console.print(
-        f"{document['verdict']}: at most {tolerance:g} MiB per 1,000 requests;"
-        f" load {machine.load_average():.1f}"
-    )
-    raise typer.Exit(int(document["verdict"] == "failed"))
+    found = soak(requests, tolerance)
+    verdict = judge(found)
+    show(found)
+    write_result("soak", machine.versions(["ray"]), **found, verdict=verdict)
+    console.print(f"{verdict}: at most {tolerance:g} MiB per 1,000 requests")
+    raise typer.Exit(int(verdict == "failed"))
 
 
 if __name__ == "__main__":

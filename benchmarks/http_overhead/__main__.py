@@ -7,27 +7,20 @@ overhead is the p50 of one client less the p50 of the same work called in one pr
 
 from __future__ import annotations
 
-import signal
 import statistics
-import time
-from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import psutil
 import typer
-from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.http_overhead.direct import process
+from benchmarks.http_overhead import direct
 from benchmarks.http_overhead.systems import LITSERVE, TASK, VARIANTS, litserve, ours
-from benchmarks.load import parse_plan, run
+from benchmarks.load import parse_plan, run_whole
 from benchmarks.load.workload import photos
-from benchmarks.output import console, today, write_result
-from benchmarks.server import PEERS_BIN, NotStarted, Server, cpu_s, process_title, running
+from benchmarks.output import console, make_table, write_result
+from benchmarks.server import PEERS_BIN, NotStarted, Server, cpu_s, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.load import Plan
 
 PACKAGES: Final = ("ray", "torch", "pillow", "uvicorn", "fastapi", "aiohttp")
+SIDE_PX: Final = 256
 # Requests of a block by clients: two or three seconds each on two cores.
 BLOCKS: Final = {1: 24, 8: 32, 32: 64}
 _WARM_UP: Final = {1: 10, 8: 64}
@@ -49,17 +43,13 @@ class Block:
         seconds: of each request that got a picture.
         wall_s: of all.
         failed: requests without a picture.
-        stages_s: mean of each Server-Timing stage.
-        cpu_s: of the server, by process; varies less than latency on a busy machine.
-        batch_sizes: pictures by the batch they came from, where the server says.
+        cpu_s: of the server's processes; varies less than latency on a busy machine.
     """
 
     seconds: list[float]
     wall_s: float = 0.0
     failed: int = 0
-    stages_s: dict[str, float] = field(default_factory=dict[str, float])
-    cpu_s: dict[str, float] = field(default_factory=dict[str, float])
-    batch_sizes: dict[int, int] = field(default_factory=dict[int, int])
+    cpu_s: float = 0.0
 
 
 if TYPE_CHECKING:
@@ -70,24 +60,7 @@ Runs = dict[tuple[str, int], list[Block]]
 """The blocks of a system at a number of clients, in order."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Of a run.
-
-    Attributes:
-        side_px: of the square photo.
-        rounds: of each variant.
-        blocks: requests by clients.
-        threads: torch threads of ours; None keeps configs/local.yaml's.
-    """
-
-    side_px: int
-    rounds: int
-    blocks: dict[int, int]
-    threads: int | None
-
-
-def plan(side_px: int, clients: int = 1, requests: int = 1) -> Plan:
+def plan(clients: int = 1, requests: int = 1) -> Plan:
     """A closed load of one photo."""
     values = {
         "name": "http",
@@ -95,40 +68,25 @@ def plan(side_px: int, clients: int = 1, requests: int = 1) -> Plan:
         "concurrency": clients,
         "requests": requests,
         "timeout_s": _TIMEOUT_S,
-        "sizes": [[side_px, side_px]],
+        "sizes": [[SIDE_PX, SIDE_PX]],
         "mix": [{"task": str(TASK)}],
     }
     return parse_plan(values, "The plan of make bench-http")
 
 
-def load_on(server: Server, side_px: int) -> Ask:
+def load_on(server: Server) -> Ask:
     """Blocks of requests to a running server."""
 
     def ask(clients: int, requests: int) -> Block:
         family = [server.process, *server.process.children(recursive=True)]
-        before_s = {process: cpu_s(process) for process in family}
-        report = run(plan(side_px, clients, requests), server.url)
-        if report.interrupted:
-            raise KeyboardInterrupt
+        before_s = [cpu_s(process) for process in family]
+        report = run_whole(plan(clients, requests), server.url)
+        # A process that has ended since has used 0 s.
+        used_s = [max(cpu_s(p) - s, 0) for p, s in zip(family, before_s, strict=True)]
         done = [record.latency_s for record in report.records if record.outcome == "ok"]
-        return Block(
-            done,
-            wall_s=report.wall_s,
-            failed=len(report.records) - len(done),
-            stages_s=report.stages_s,
-            cpu_s=_cpu_since(before_s),
-            batch_sizes=report.batch_sizes,
-        )
+        return Block(done, report.wall_s, len(report.records) - len(done), sum(used_s))
 
     return ask
-
-
-def _cpu_since(before_s: dict[psutil.Process, float]) -> dict[str, float]:
-    used_s: dict[str, float] = {}
-    for each, start_s in before_s.items():
-        name = process_title(each).rpartition(":")[2]
-        used_s[name] = used_s.get(name, 0.0) + max(cpu_s(each) - start_s, 0.0)
-    return used_s
 
 
 def calls_of(call: Callable[[int], list[float]]) -> Ask:
@@ -136,17 +94,15 @@ def calls_of(call: Callable[[int], list[float]]) -> Ask:
     return lambda clients, requests: Block(call(requests)) if clients == 1 else None
 
 
-def start_others(stack: ExitStack, photo: Path, options: Options) -> dict[str, Ask]:
+def start_others(stack: ExitStack) -> dict[str, Ask]:
     """The direct calls and LitServe, warm; without LitServe if it is not installed."""
-    have_litserve = bool(machine.versions(["litserve"], PEERS_BIN / "python"))
-    ways: dict[str, Ask] = {}
-    for name in ("ours", "litserve") if have_litserve else ("ours",):
-        call = stack.enter_context(process(name, photo, options.threads))
-        ways[f"direct {name}"] = calls_of(call)
-    if have_litserve:
+    photo = photos(plan())[SIDE_PX, SIDE_PX]
+    ways = {"direct ours": calls_of(stack.enter_context(direct.process(direct.ours, photo)))}
+    if machine.versions(["litserve"], PEERS_BIN / "python"):
+        call = stack.enter_context(direct.process(direct.peers, photo))
+        ways["direct litserve"] = calls_of(call)
         for name in LITSERVE:
-            server = stack.enter_context(running(litserve(name)))
-            ways[name] = load_on(server, options.side_px)
+            ways[name] = load_on(stack.enter_context(running(litserve(name))))
     else:
         console.print("LitServe is not installed (`make bench-peers` makes .venv-peers): skipped.")
     for ask in ways.values():
@@ -160,14 +116,14 @@ def warm_up(ask: Ask) -> None:
         ask(clients, requests)
 
 
-def measure_variant(name: str, others: dict[str, Ask], options: Options) -> Runs:
+def measure_variant(name: str, others: dict[str, Ask], rounds: int) -> Runs:
     """Rounds over every system and number of clients, every other round backwards."""
     runs: Runs = {}
-    with running(ours(name, options.threads)) as server:
-        ways = {"ours": load_on(server, options.side_px), **others}
+    with running(ours(name)) as server:
+        ways = {"ours": load_on(server), **others}
         warm_up(ways["ours"])
-        for turn in range(options.rounds):
-            for clients, requests in options.blocks.items():
+        for turn in range(rounds):
+            for clients, requests in BLOCKS.items():
                 for way in list(ways)[:: -1 if turn % 2 else 1]:
                     if block := ways[way](clients, requests):
                         runs.setdefault((way, clients), []).append(block)
@@ -181,8 +137,8 @@ def summarise(runs: Runs) -> list[dict[str, Any]]:
         if way.startswith("direct "):
             continue
         row: dict[str, Any] = {"way": way, "clients": clients, **_row(blocks)}
-        if direct := runs.get((f"direct {way.partition(' ')[0]}", clients)):
-            row["direct_p50_ms"] = _p50_ms(direct)
+        if same_work := runs.get((f"direct {way.partition(' ')[0]}", clients)):
+            row["direct_p50_ms"] = _p50_ms(same_work)
             row["overhead_ms"] = row["p50_ms"] - row["direct_p50_ms"]
         rows.append(row)
     return rows
@@ -191,26 +147,12 @@ def summarise(runs: Runs) -> list[dict[str, Any]]:
 def _row(blocks: Sequence[Block]) -> dict[str, Any]:
     done = sum(len(block.seconds) for block in blocks)
     failed = sum(block.failed for block in blocks)
-    batch_sizes = sum((Counter(block.batch_sizes) for block in blocks), Counter[int]())
-    stages = dict.fromkeys(name for block in blocks for name in block.stages_s)
-    processes = dict.fromkeys(name for block in blocks for name in block.cpu_s)
-    cpu_ms = {
-        name: sum(block.cpu_s.get(name, 0.0) for block in blocks) / (done + failed) * 1e3
-        for name in processes
-    }
     return {
         "p50_ms": _p50_ms(blocks),
         "p50_ms_of_blocks": [_p50_ms([block]) for block in blocks],
         "requests_per_s": done / sum(block.wall_s for block in blocks),
-        "requests": done,
+        "cpu_ms": sum(block.cpu_s for block in blocks) / (done + failed) * 1e3,
         "failed": failed,
-        "stages_ms": {
-            name: statistics.median(block.stages_s.get(name, 0.0) for block in blocks) * 1e3
-            for name in stages
-        },
-        "batch_sizes": dict(batch_sizes),
-        "cpu_ms": sum(cpu_ms.values()),
-        "cpu_ms_by_process": cpu_ms,
     }
 
 
@@ -221,11 +163,8 @@ def _p50_ms(blocks: Sequence[Block]) -> float:
 
 def show(variant: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print the table of a variant."""
-    table = Table(title=f"Serve: {variant}")
-    for name in ("clients", "system"):
-        table.add_column(name, no_wrap=True)
-    for name in ("p50 ms", "of blocks", "overhead ms", "requests/s", "CPU ms", "failed"):
-        table.add_column(name, justify="right")
+    figures = ("p50 ms", "of blocks", "overhead ms", "requests/s", "CPU ms", "failed")
+    table = make_table(f"Serve: {variant}", ("clients", "system"), figures)
     for row in rows:
         low, high = min(row["p50_ms_of_blocks"]), max(row["p50_ms_of_blocks"])
         table.add_row(
@@ -241,60 +180,27 @@ def show(variant: str, rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def measure_all(variants: Sequence[str], options: Options) -> dict[str, Any]:
-    """The rows of each variant, or why it did not start."""
-    found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        photo = Path(stack.enter_context(TemporaryDirectory(prefix="bench-http-"))) / "photo.jpg"
-        photo.write_bytes(photos(plan(options.side_px))[options.side_px, options.side_px])
-        others = start_others(stack, photo, options)
-        for variant in variants:
-            try:
-                found[variant] = summarise(measure_variant(variant, others, options))
-            except NotStarted as error:
-                console.print(f"{variant}: did not start\n{error}", style="red", markup=False)
-                found[variant] = {"failed": str(error)}
-            else:
-                show(variant, found[variant])
-    return found
-
-
 def main(
     variants: Annotated[str, typer.Option(help="Of Serve, by comma")] = ",".join(VARIANTS),
-    side: Annotated[int, typer.Option(help="Of the photo, px")] = 256,
     rounds: Annotated[int, typer.Option(help="Of blocks, for each variant")] = 2,
-    scale: Annotated[float, typer.Option(help="Of the number of requests in a block")] = 1.0,
-    threads: Annotated[int | None, typer.Option(help="Of ours; else configs/local.yaml's")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON; else benchmarks/results")] = None,
 ) -> None:
     """Measure, print the tables, and write everything down."""
     chosen = variants.split(",")
     if unknown := set(chosen) - set(VARIANTS):
         raise typer.BadParameter(f"no such variant: {', '.join(sorted(unknown))}")
-    # SIGTERM stops servers that run, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    blocks = {clients: max(round(n * scale), clients) for clients, n in BLOCKS.items()}
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        others = start_others(stack)
+        for variant in chosen:
+            try:
+                found[variant] = summarise(measure_variant(variant, others, rounds))
+            except NotStarted as error:
+                console.print(f"{variant}: did not start\n{error}", style="red", markup=False)
+                found[variant] = {"failed": str(error)}
+            else:
+                show(variant, found[variant])
     versions = machine.versions(PACKAGES) | machine.versions(["litserve"], PEERS_BIN / "python")
-    facts = machine.describe() | {"load_before": machine.load_average(), "versions": versions}
-    start_s = time.monotonic()
-    found = measure_all(chosen, Options(side, rounds, blocks, threads))
-    facts["load_after"] = machine.load_average()
-    document: dict[str, Any] = {
-        "date": today(),
-        "machine": facts,
-        "task": str(TASK),
-        "photo_px": [side, side],
-        "blocks": blocks,
-        "rounds": rounds,
-        "threads": threads,
-        "seconds": time.monotonic() - start_s,
-        "variants": found,
-    }
-    console.print(
-        f"{facts['processor']}, {facts['cores']} cores, load {facts['load_before']:.1f} before and"
-        f" {facts['load_after']:.1f} after; {document['seconds']:.0f} s"
-    )
-    write_result("http", document, output)
+    write_result("http", versions, photo_px=[SIDE_PX, SIDE_PX], rounds=rounds, variants=found)
 
 
 if __name__ == "__main__":

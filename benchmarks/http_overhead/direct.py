@@ -1,29 +1,21 @@
-"""A request's work in one process, without a server: decode, fit, model, restore, encode.
+"""A request's work in a process of its own, without a server: decode, fit, model, restore, encode.
 
-    python -m benchmarks.http_overhead.direct ours PHOTO
-
-prints `[]` once the model is loaded, and then, for each number on stdin, a JSON list with the
-seconds of so many calls. `litserve` in place of `ours` does what the peers do for a request.
+Functions import the models, which this process does not need.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 import yaml
 
 from benchmarks.http_overhead.systems import TASK
-from benchmarks.server import LOCAL_CONFIG, OUR_BIN, PEERS_BIN, NotStarted
-from deployments.settings import ROOT
+from benchmarks.server import LOCAL_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -31,8 +23,11 @@ if TYPE_CHECKING:
     Call = Callable[[bytes], float]
     """Does one request, and returns its seconds."""
 
+_calls: list[Call] = []
+"""Of a process of direct calls: the only one."""
 
-def ours(threads: int | None) -> Call:
+
+def ours() -> Call:
     """One request through our engine."""
     from benchmarks.latency import measure
     from deployments.engine.engine import Engine
@@ -43,8 +38,7 @@ def ours(threads: int | None) -> Call:
     from deployments.store.provider import Provider
 
     application = yaml.safe_load(LOCAL_CONFIG.read_text(encoding="utf-8"))["applications"][0]
-    args = application["args"] | ({"torch_threads": threads} if threads else {})
-    settings = Settings.model_validate(args)
+    settings = Settings.model_validate(application["args"])
     spec = load_registry(settings.models)[TASK]
     deployments = {each["name"]: each for each in application["deployments"]}
     tuning = deployments[TASK.deployment]["user_config"]
@@ -68,56 +62,23 @@ def peers() -> Call:
     return call
 
 
-def main(
-    name: str, photo: Path, threads: Annotated[int | None, typer.Option(help="Of ours")] = None
-) -> None:
-    """Answer each line of stdin."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark ends this process by closing stdin
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing that a library prints may come between the answers
-    call, image = ours(threads) if name == "ours" else peers(), photo.read_bytes()
-    print("[]", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps([call(image) for _ in range(int(line))]), file=answers, flush=True)
+def _load(make: Callable[[], Call]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark itself ends this process
+    _calls.append(make())
+
+
+def _repeat(image: bytes, calls: int) -> list[float]:
+    return [_calls[0](image) for _ in range(calls)]
 
 
 @contextmanager
-def process(name: str, photo: Path, threads: int | None) -> Generator[Callable[[int], list[float]]]:
-    """A process of this module, as a function from the number of calls to their seconds."""
-    binaries = OUR_BIN if name == "ours" else PEERS_BIN
-    command = [str(binaries / "python"), "-m", "benchmarks.http_overhead.direct", name, str(photo)]
-    child = subprocess.Popen(
-        [*command, *(["--threads", str(threads)] if threads else [])],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert child.stdin
-    assert child.stdout
-    questions, answers = child.stdin, child.stdout
+def process(make: Callable[[], Call], image: bytes) -> Generator[Callable[[int], list[float]]]:
+    """A process of its own, as a function from the number of calls to their seconds.
 
-    def answer() -> list[float]:
-        if not (line := answers.readline()):
-            raise NotStarted(f"{name}: the process of direct calls ended")
-        return json.loads(line)
-
-    def ask(calls: int) -> list[float]:
-        print(calls, file=questions, flush=True)
-        return answer()
-
-    try:
-        answer()
-        yield ask
-    finally:
-        questions.close()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    Args:
+        make: `ours` or `peers`.
+        image: an image file, which every call gets.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_load, initargs=(make,)) as pool:
+        yield lambda calls: pool.submit(_repeat, image, calls).result()

@@ -30,15 +30,13 @@ VARIANTS: Final[dict[str, dict[str, str]]] = {
 """The environment of `serve run` by variant. Imagen itself sets none of it."""
 
 
-def ours(variant: str, threads: int | None) -> System:
+def ours(variant: str) -> System:
     """Imagen as in configs/local.yaml, with the other four models asleep.
 
     Args:
         variant: a key of `VARIANTS`.
-        threads: torch threads; None keeps the configured number.
     """
-    args = {"torch_threads": threads} if threads else {}
-    return imagen(f"Imagen, {variant}", args=args, asleep=_ASLEEP, environment=VARIANTS[variant])
+    return imagen(f"Imagen, {variant}", asleep=_ASLEEP, environment=VARIANTS[variant])
 
 
 def litserve(name: str) -> System:

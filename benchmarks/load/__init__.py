@@ -8,7 +8,7 @@ and protocols.py (one request) → report.py (the figures).
 
 from benchmarks.load.plan import Plan, load_plan, parse_plan
 from benchmarks.load.report import Report, load_report, unloaded_of
-from benchmarks.load.runner import run, run_async
+from benchmarks.load.runner import run, run_async, run_whole
 from deployments.errors import Unreachable
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "parse_plan",
     "run",
     "run_async",
+    "run_whole",
     "unloaded_of",
 ]

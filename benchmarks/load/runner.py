@@ -66,6 +66,18 @@ def run(
     return asyncio.run(main())
 
 
+def run_whole(plan: Plan, url: str, progress: Progress | None = None) -> Report:
+    """As `run`, for one load of several.
+
+    Raises:
+        KeyboardInterrupt: it was stopped early.
+    """
+    report = run(plan, url, progress=progress)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    return report
+
+
 async def run_async(
     plan: Plan,
     url: str | None = None,

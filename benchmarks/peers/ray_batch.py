@@ -40,7 +40,7 @@ class BatchedModel:
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.01)
     async def _call(self, items: list[Item]) -> list[Any]:
-        return await asyncio.to_thread(self._work.call_groups, items)
+        return await asyncio.to_thread(self._work.call, items)
 
 
 app = bind(BatchedModel)

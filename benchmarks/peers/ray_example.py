@@ -54,8 +54,7 @@ class Model:
         """Answers once the model is loaded."""
 
     def generate(self, upload: tuple[bytes, dict[str, str]]) -> bytes:
-        item = self._work.decode(*upload)
-        return self._work.encode(item, self._work.call([item])[0])
+        return self._work.serve([upload])[0]
 
 
 def bind(model: Any) -> Application:

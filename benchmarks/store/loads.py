@@ -65,13 +65,8 @@ def read(tensors: list[Any]) -> None:
         tensor.view(torch.int16).max()
 
 
-def make_pipeline(folder: Path, *, tiny: bool = False) -> None:
-    """Write Stable Diffusion 1.5 with random float16 weights and a small vocabulary.
-
-    Args:
-        folder: where to write.
-        tiny: with a tiny UNet and autoencoder, instead of 2 GB in all.
-    """
+def make_pipeline(folder: Path) -> None:
+    """Write Stable Diffusion 1.5 with random float16 weights, 2 GB, and a small vocabulary."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -88,8 +83,8 @@ def make_pipeline(folder: Path, *, tiny: bool = False) -> None:
     parts: dict[str, Any] = {
         "tokenizer": tokenizer,
         "text_encoder": encoder.to(torch.float16),
-        "unet": build_unet(_ARCHITECTURE, "cpu", torch.float16, tiny=tiny),
-        "vae": build_vae(_ARCHITECTURE, "cpu", torch.float16, tiny=tiny),
+        "unet": build_unet(_ARCHITECTURE, "cpu", torch.float16),
+        "vae": build_vae(_ARCHITECTURE, "cpu", torch.float16),
         "scheduler": DDIMScheduler(),
         **_NO_SAFETY_CHECKER,
     }

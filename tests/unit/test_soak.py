@@ -10,9 +10,9 @@ import pytest
 from benchmarks.load.report import Machine, Record, Report, derive
 from benchmarks.load.workload import requests
 from benchmarks.soak_clients import (
+    CLIENTS,
     JUDGED_REQUESTS,
     LEAVERS,
-    LEAVERS_AT_A_TIME,
     MOST_LEAVERS,
     WARM_UP,
     Memory,
@@ -79,7 +79,7 @@ def test_the_soak_has_thousands_of_sizes_and_three_in_ten_leave() -> None:
 
 def test_the_leavers_all_leave_a_hundred_steps_and_come_a_few_at_a_time() -> None:
     made = list(requests(leavers(0)))
-    assert len(made) == leavers(0).concurrency == LEAVERS_AT_A_TIME
+    assert len(made) == leavers(0).concurrency == CLIENTS
     assert all(request.leaves_after_s is not None for request in made)
     assert {request.parameters["steps"] for request in made} == {100}
     assert made != list(requests(leavers(1)))
