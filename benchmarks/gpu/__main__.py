@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu.bench import ROUNDS, Budget
 from benchmarks.gpu.measure import PEAK_SIZES, matrix_peak
 from benchmarks.gpu.table import render, write_json, write_table
 from benchmarks.gpu.tasks import run, tasks
-from benchmarks.gpu.workloads import WORKLOADS
+from benchmarks.gpu.workloads import serving_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("diffusers", "transformers", "xformers", "triton")
-_TINY_PEAK_SIZE = 64
+_TINY_PEAK_SIZES = (64,)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,108 +45,78 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks: a dry run")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument("--budget-s", type=float, default=540, help="start no longer task")
-    parser.add_argument("--rounds", type=int, help="of runs in turns; default: 3, in a dry run 1")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="of task names; see --list")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="a file to complete")
-    parser.add_argument("--retry", action="store_true", help="with --resume: repeat what failed")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {RESULTS}")
     parser.add_argument("--table", action="store_true", help="only write gpu.md from the files")
     parser.add_argument("--list", action="store_true", help="only print the names of the tasks")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; leave out --device for a dry run")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.tiny = args.tiny or args.device == "cpu"
-    args.rounds = args.rounds or (1 if args.tiny else ROUNDS)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    budget = Budget(args.budget_s)
-    work = tasks(list(WORKLOADS.values()))
-    if args.only:
-        work = [task for task in work if any(fnmatch(task.name, one) for one in args.only)]
+    patterns = args.only or ["*"]
+    work = [task for task in tasks() if any(fnmatch(task.name, one) for one in patterns)]
     if args.list:
         print("\n".join(task.name for task in work))
     elif args.table:
         print(f"Written: {write_table(args.out or RESULTS)}", file=sys.stderr)
     else:
-        measure(args, work, budget)
+        measure(args, work)
 
 
-def measure(args: argparse.Namespace, work: Sequence[Any], budget: Budget) -> None:
-    result, path = _result(args)
-    folder = args.out or (None if args.tiny else RESULTS)
+def measure(args: argparse.Namespace, work: Sequence[Any]) -> None:
+    """Do the tasks, and write or print what they found."""
+    tiny = args.device == "cpu"
+    result, name = _result(args, dry_run=tiny)
+    folder = args.out or (None if tiny else RESULTS)
 
     def write() -> None:
         if folder is not None:
-            write_json(result, folder / path)
+            write_json(result, folder / name)
 
-    _add_peak(result, args)
+    if not result["peak"]:
+        sizes = _TINY_PEAK_SIZES if tiny else PEAK_SIZES
+        result["peak"] = matrix_peak(serving_dtype(args.device), args.device, sizes)
     write()
+    options = {"device": args.device, "tiny": tiny, "budget_s": args.budget_s}
     try:
-        run(
-            work,
-            result,
-            budget,
-            write,
-            device=args.device,
-            tiny=args.tiny,
-            rounds=args.rounds,
-        )
+        run(work, result["cells"], write, **options)
     finally:
         if folder is None:
             print(render([result]))
         else:
-            print(f"Written: {folder / path}, {write_table(folder)}", file=sys.stderr)
+            print(f"Written: {folder / name}, {write_table(folder)}", file=sys.stderr)
 
 
-def _result(args: argparse.Namespace) -> tuple[Values, str]:
-    """The results so far, and the name of their file."""
+def _result(args: argparse.Namespace, *, dry_run: bool) -> tuple[Values, str]:
+    """The results so far, and the name of their file.
+
+    Raises:
+        SystemExit: the file to complete is of another machine or other packages.
+    """
     facts = describe(args.device)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     commit = machine.first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    session = {"date": date, "commit": commit}
     if args.resume is None:
-        result: Values = {"dry_run": args.tiny, "machine": facts, "peak": {}, "sessions": []}
-        result["cells"] = {}
         slug = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or "dry-run").lower()).strip("-")
-        path = f"gpu-{slug}-{date}.json"
+        name = f"gpu-{slug}-{date}.json"
+        result: Values = {"dry_run": dry_run, "machine": facts, "peak": {}, "sessions": []}
+        result["cells"] = {}
     else:
-        result, path = json.loads(args.resume.read_text(encoding="utf-8")), args.resume.name
-        _check_same(result, facts, dry_run=args.tiny)
-    if args.retry:
-        for cell in result["cells"].values():
-            cell["again"] = cell["status"] != "measured"
-    result["sessions"].append(session)
-    return result, path
-
-
-def _check_same(result: Values, facts: Values, *, dry_run: bool) -> None:
-    """One file holds the figures of one machine and one setup.
-
-    Raises:
-        SystemExit: they differ.
-    """
-    keys = [key for key in facts if result["machine"].get(key) != facts[key]]
-    if keys or result["dry_run"] != dry_run:
-        raise SystemExit(f"That file is of another machine or setup: {', '.join(keys)} differ.")
-
-
-def _add_peak(result: Values, args: argparse.Namespace) -> None:
-    if result["peak"]:
-        return
-    sizes = [_TINY_PEAK_SIZE] if args.tiny else PEAK_SIZES
-    half = [torch.float16]
-    if args.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        half.append(torch.bfloat16)
-    for dtype in [torch.float32] if args.device == "cpu" else half:
-        name = str(dtype).removeprefix("torch.")
-        result["peak"][name] = matrix_peak(dtype, args.device, sizes)
+        name, result = args.resume.name, json.loads(args.resume.read_text(encoding="utf-8"))
+        if other := [key for key in facts if result["machine"].get(key) != facts[key]]:
+            raise SystemExit(
+                f"That file is of another machine or setup: {', '.join(other)} differ."
+            )
+    result["sessions"].append({"date": date, "commit": commit})
+    return result, name
 
 
 def describe(device: str) -> Values:

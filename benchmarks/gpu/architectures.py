@@ -60,15 +60,21 @@ _SD_VAE: Values = {
     # Only the upscaler and SDXL cast theirs to float32.
     "force_upcast": False,
 }
-_SD2_TEXT: Values = {
-    "vocab_size": 49408,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "projection_dim": 512,
-    "hidden_act": "gelu",
-}
+
+
+def _text(width: int, layers: int, heads: int, projection: int, act: str = "gelu") -> Values:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": projection,
+        "hidden_act": act,
+    }
+
+
+_SD2_TEXT = _text(1024, 23, 16, 512)
 # A tile of 512 px with the largest overlap of our networks on each side.
 _TILE_PX = (512 + 2 * 34, 512 + 2 * 34)
 
@@ -90,13 +96,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_linear_projection": True,
         },
         vae={
+            **_SD_VAE,
             "block_out_channels": (128, 256, 512),
             "down_block_types": ("DownEncoderBlock2D",) * 3,
             "up_block_types": ("UpDecoderBlock2D",) * 3,
-            "layers_per_block": 2,
-            "latent_channels": 4,
             "sample_size": 256,
             "scaling_factor": 0.08333,
+            "force_upcast": True,
         },
         text=_SD2_TEXT,
         vae_tile_px=256,
@@ -110,34 +116,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attention_head_dim": (6, 12, 24, 24),
             "block_out_channels": (384, 768, 1536, 1536),
             "cross_attention_dim": 1280,
-            "down_block_types": (
-                "DownBlock2D",
-                "CrossAttnDownBlock2D",
-                "CrossAttnDownBlock2D",
-                "DownBlock2D",
-            ),
-            "up_block_types": (
-                "UpBlock2D",
-                "CrossAttnUpBlock2D",
-                "CrossAttnUpBlock2D",
-                "UpBlock2D",
-            ),
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
             "transformer_layers_per_block": 4,
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2560,
         },
-        vae={**_SD_VAE, "sample_size": 1024, "force_upcast": False},
-        text={
-            "vocab_size": 49408,
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 20,
-            "projection_dim": 1280,
-            "hidden_act": "gelu",
-        },
+        vae={**_SD_VAE, "sample_size": 1024},
+        text=_text(1280, 32, 20, 1280),
     ),
     "comic-ghibli": Architecture(
         "img2img",
@@ -145,14 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         latent_px=8,
         unet={"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
         vae=_SD_VAE,
-        text={
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "projection_dim": 768,
-        },
+        text=_text(768, 12, 12, 768, "quick_gelu"),
     ),
     "aged-sd21": Architecture(
         "img2img",
@@ -185,7 +166,7 @@ def build_unet(
     name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
 ) -> nn.Module:
     """The UNet of a diffusion model, ready to infer."""
-    config = dict(_required(name, ARCHITECTURES[name].unet))
+    config = dict(ARCHITECTURES[name].unet or {})
     if tiny:
         config |= _tiny_unet(config)
     return _fill(lambda: UNet2DConditionModel(**config), device, dtype)
@@ -195,7 +176,7 @@ def build_vae(
     name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
 ) -> nn.Module:
     """The autoencoder of a diffusion model; in float32 where float16 may overflow."""
-    config = dict(_required(name, ARCHITECTURES[name].vae))
+    config = dict(ARCHITECTURES[name].vae or {})
     if tiny:
         config["block_out_channels"] = tuple(32 for _ in config["block_out_channels"])
         config["layers_per_block"] = 1
@@ -208,18 +189,9 @@ def build_text_encoder(
     name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
 ) -> nn.Module:
     """The text encoder of a diffusion model; SDXL's projects what it pools."""
-    config = dict(_required(name, ARCHITECTURES[name].text))
+    config = dict(ARCHITECTURES[name].text or {})
     if tiny:
-        config |= {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "projection_dim": 32,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        }
+        config = _text(32, 1, 2, 32) | {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
     kind = CLIPTextModelWithProjection if is_xl(name) else CLIPTextModel
     settings = CLIPTextConfig(max_position_embeddings=TEXT_TOKENS, **config)
     return _fill(lambda: kind(settings), device, dtype)
@@ -229,7 +201,7 @@ def build_network(
     name: str, device: str = "cuda", dtype: torch.dtype = torch.float16, *, tiny: bool = False
 ) -> nn.Module:
     """The network of a GAN upscaler or a matting model."""
-    make = _TINY_NETWORKS[name] if tiny else _required(name, ARCHITECTURES[name].network)
+    make = _TINY_NETWORKS[name] if tiny else ARCHITECTURES[name].network
     return _fill(make, device, dtype)
 
 
@@ -310,9 +282,3 @@ def _fill(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Any:
                 if buffer_name.endswith("position_ids"):
                     buffer.copy_(torch.arange(buffer.shape[-1], device=device))
     return module.requires_grad_(False).eval()
-
-
-def _required(name: str, value: Any) -> Any:
-    if value is None:
-        raise ValueError(f"{name} has no such part")
-    return value

@@ -12,8 +12,7 @@ import torch
 
 from benchmarks.gpu import measure
 from benchmarks.gpu import options as speed
-from benchmarks.gpu.options import BASE, OPTIONS, Options
-from benchmarks.gpu.pipelines import drive, make_row
+from benchmarks.gpu.options import COMPILE_S, OPTIONS, Options
 from benchmarks.gpu.systems import Ours, Stock, items
 from benchmarks.gpu.workloads import Item, build, random_inputs
 
@@ -28,13 +27,11 @@ if TYPE_CHECKING:
     Make = Callable[[Parts], System]
 
 ROUNDS = 3
-SWEEP = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16)
 UNET_ROWS = (1, 2, 4, 8, 16)
 LEAST_GAIN = 1.02
 """A smaller gain counts as noise."""
-COMPILE_S = {"compile": 90, "compile_reduce_overhead": 120, "compile_max_autotune": 300}
-"""Seconds that an option takes to compile and measure."""
-_SWEEP_GAIN = 1.03
+_BATCH_GAIN = 1.03
 _COMPANY_SEEDS = 4
 _PROBE_SEED = 7
 
@@ -43,29 +40,13 @@ class NotMeasured(Exception):
     """Why a figure is missing. The result file states it, and a later call tries again."""
 
 
-class Budget:
-    """The remaining time.
-
-    Args:
-        seconds: from now.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._until_s = clock() + seconds
-
-    @property
-    def left_s(self) -> float:
-        return self._until_s - self._clock()
-
-
 @dataclass(slots=True)
 class Bench:
     """What the tasks of one workload share; its networks are built on first use.
 
     Attributes:
         cells: of the whole file, by `workload/what`.
+        until_s: the end of the budget, on the monotonic clock.
         rounds: of interleaved runs.
     """
 
@@ -73,7 +54,7 @@ class Bench:
     device: str
     tiny: bool
     cells: dict[str, Values]
-    budget: Budget
+    until_s: float
     rounds: int = ROUNDS
     known: Parts | None = None
     kept: dict[str, tuple[System, Values]] = field(default_factory=dict)
@@ -84,6 +65,10 @@ class Bench:
         if self.known is None:
             self.known = build(self.workload, self.device, tiny=self.tiny)
         return self.known
+
+    @property
+    def left_s(self) -> float:
+        return self.until_s - time.monotonic()
 
     @property
     def reference(self) -> Pixels | None:
@@ -98,6 +83,7 @@ class Bench:
         return Item(self.workload.request, _PROBE_SEED)
 
     def release(self) -> None:
+        """Let go of everything on the device."""
         for system, _ in self.kept.values():
             system.close()
         self.kept, self.known, self.picture = {}, None, None
@@ -115,32 +101,24 @@ def headline_cells(workload: Workload) -> list[str]:
 
 def headline(bench: Bench) -> dict[str, Values]:
     """The old worker loop, stock diffusers and ours, in turns."""
-    batch, sweep = best_batch(bench)
-    upcast = bench.workload.upcast
+    old = partial(Stock, sliced=True, upcast=bench.workload.upcast)
     makes: dict[str, Make] = {
-        "old": lambda parts: Stock(parts, sliced=True, upcast=upcast),
-        "old-safe-vae": lambda parts: Stock(parts, sliced=True),
+        "old": old,
+        "old-safe-vae": partial(Stock, sliced=True),
         "stock": Stock,
-        "stock-best": lambda parts: Stock(parts, batch),
-        "ours": ours,
-        "old-mixed": lambda parts: Stock(parts, load="mixed", sliced=True, upcast=upcast),
-        "ours-mixed": lambda parts: Ours(parts, BASE, load="mixed"),
+        "stock-best": partial(Stock, batch=best_batch(bench)),
+        "ours": Ours,
+        "old-mixed": partial(old, load="mixed"),
+        "ours-mixed": partial(Ours, load="mixed"),
     }
     found = compare(bench, {name: makes[name] for name in headline_cells(bench.workload)})
-    if "stock-best" in found:
-        found["stock-best"]["sweep"] = sweep
     return found | {"flops": measure.image_flops(bench.workload, tiny=bench.tiny)}
 
 
-def ours(parts: Parts) -> Ours:
-    """Ours as deployments/ has it."""
-    return Ours(parts, BASE)
-
-
-def best_batch(bench: Bench) -> tuple[int, dict[int, float]]:
-    """Stock's fastest batch, doubled until it gains nothing, and images a second by batch."""
+def best_batch(bench: Bench) -> int:
+    """Stock's fastest batch, doubled until it gains nothing."""
     rates: dict[int, float] = {}
-    for batch in SWEEP[:2] if bench.tiny else SWEEP:
+    for batch in BATCHES[:2] if bench.tiny else BATCHES:
         try:
             system = Stock(bench.parts, batch)
             work = partial(system.run, items(bench.parts, "uniform", batch))
@@ -149,32 +127,31 @@ def best_batch(bench: Bench) -> tuple[int, dict[int, float]]:
         except torch.OutOfMemoryError:
             break
         former, rates[batch] = max(rates.values(), default=0), batch / seconds
-        if rates[batch] < _SWEEP_GAIN * former:
+        if rates[batch] < _BATCH_GAIN * former:
             break
     measure.free_memory()
     if not rates:
         raise NotMeasured("out of memory")
-    return max(rates, key=rates.__getitem__), rates
+    return max(rates, key=rates.__getitem__)
 
 
-def compare(bench: Bench, makes: dict[str, Make]) -> dict[str, Values]:
-    """Run several systems in turns; returns a cell for each."""
+def compare(bench: Bench, makes: dict[str, Make], *needed: str) -> dict[str, Values]:
+    """Run several systems in turns; returns a cell for each that fits the device.
+
+    Raises:
+        NotMeasured: one of the needed ones does not fit.
+    """
     opened: dict[str, System] = {}
     cells: dict[str, Values] = {}
     try:
         for name, make in makes.items():
             with suppress(torch.OutOfMemoryError):
                 opened[name], cells[name] = _open(bench, name, make)
-        runs = measure.interleaved(
-            bench.parts, opened, bench.rounds, lambda: bench.budget.left_s < 0
-        )
+        if not set(needed) <= set(opened):
+            raise NotMeasured("out of memory")
+        rates = measure.interleaved(bench.parts, opened, bench.rounds, lambda: bench.left_s < 0)
         for name, system in opened.items():
-            cells[name] |= measure.summary(runs[name]) | _single_picture(bench, system)
-            cells[name]["times"] = {
-                other: measure.ratio(runs[name].rates, runs[other].rates)
-                for other in opened
-                if other != name
-            }
+            cells[name] |= measure.summary(name, rates) | _single_picture(bench, system)
         return cells
     finally:
         for name, system in opened.items():
@@ -185,45 +162,39 @@ def compare(bench: Bench, makes: dict[str, Make]) -> dict[str, Values]:
 
 
 def _open(bench: Bench, name: str, make: Make) -> tuple[System, Values]:
-    """A warm system, and its warm-up and memory. The baseline of all options stays open."""
-    if name in bench.kept:
-        system, took = bench.kept[name]
-        return system, dict(took)
-    parts = bench.parts
-    footprint = measure.Footprint(bench.device)
-    system = make(parts)
-    start_s = time.perf_counter()
-    try:
-        system.warm_up()
-        took = {"warm_up_s": time.perf_counter() - start_s}
-        load = items(parts, system.load, system.batch)
-        took |= footprint.measure(partial(system.run, load), system.shared_bytes)
-    except BaseException:
-        system.close()
-        raise
-    if name == "ours":
+    """A warm system, and its memory. The baseline of all options stays open."""
+    if name not in bench.kept:
+        before = measure.memory()
+        system = make(bench.parts)
+        try:
+            system.warm_up()
+            load = items(bench.parts, system.load, system.batch)
+            took = measure.footprint(partial(system.run, load), before, system.shared_bytes)
+        except BaseException:
+            system.close()
+            raise
+        if name != "ours":
+            return system, took
         bench.kept[name] = (system, took)
+    system, took = bench.kept[name]
     return system, dict(took)
 
 
 def _single_picture(bench: Bench, system: System) -> Values:
     """Seconds of a single request, and how its picture differs from stock's."""
-    values: Values = {"load": system.load, "batch": system.batch, "grouped": system.grouped}
     pictures: list[Pixels] = []
-    probe = [bench.probe]
-    values["alone_s"] = measure.timed(lambda: pictures.extend(system.run(probe)))
+    alone_s = measure.timed(lambda: pictures.extend(system.run([bench.probe])))
     reference = bench.reference
-    alike = None if reference is None else measure.likeness(pictures[0], reference)
-    return values | {"likeness": alike}
+    psnr_db = None if reference is None else measure.psnr_db(pictures[0], reference)
+    return {"grouped": system.grouped, "alone_s": alone_s, "psnr_db": psnr_db}
 
 
 def network_rows(bench: Bench) -> dict[str, Values]:
     """Seconds of one pass, by its number of rows."""
-    parts, seconds = bench.parts, dict[int, float]()
+    seconds: dict[int, float] = {}
     for rows in UNET_ROWS[:2] if bench.tiny else UNET_ROWS:
-        work = _pass(parts, rows)
         try:
-            seconds[rows] = measure.device_seconds(work, bench.device)
+            seconds[rows] = measure.device_seconds(_pass(bench.parts, rows), bench.device)
         except torch.OutOfMemoryError:
             break
     measure.free_memory()
@@ -233,73 +204,37 @@ def network_rows(bench: Bench) -> dict[str, Values]:
 
 
 def _pass(parts: Parts, rows: int) -> Callable[[], Any]:
+    side = parts.workload.size_px
     if parts.unet is None:
-        side = parts.workload.size_px
         x = torch.rand(rows, 3, side, side, device=parts.device).to(parts.dtype)
         return torch.inference_mode()(partial(parts.network, x))
-    inputs = random_inputs(parts.workload.model, parts.unet, rows, parts.workload.size_px)
+    inputs = random_inputs(parts.workload.model, parts.unet, rows, side)
     return torch.inference_mode()(partial(parts.unet, **inputs))
 
 
 def company(bench: Bench) -> dict[str, Values]:
-    """How far a picture depends on rows in the same passes, and what avoiding that costs."""
-    group = bench.workload.group
-    levels = {
-        "default": Options(group=group),
-        "padded": Options(group=group, padded=True, one_size=True),
-        "exact": Options(exact=True),
-    }
-    differences = {
-        name: _differences(bench, Ours(bench.parts, options)) for name, options in levels.items()
-    }
-    makes: dict[str, Make] = {
-        name: partial(Ours, options=levels[name]) for name in ("padded", "exact")
-    }
-    cells = _require(compare(bench, {"ours": ours, **makes}), "ours", *makes)
-    entries: Values = {"default": {"levels": differences["default"], "times_ours": (1.0, 1.0)}}
-    for name in makes:
-        times = cells[name]["times"]["ours"]
-        entries[name] = {"levels": differences[name], "times_ours": times}
-    return {"company": {"by_level": entries, "group": group}}
-
-
-def _differences(bench: Bench, system: Ours) -> int:
-    """The largest difference, in 8-bit levels, between pictures made alone and in groups."""
+    """How far a picture depends on rows in the same passes, in 8-bit levels."""
+    system = Ours(bench.parts, Options(group=bench.workload.group))
     try:
         system.warm_up()
         singles = items(bench.parts, "uniform", _COMPANY_SEEDS)
-        alone = [drive(system.pipeline, [make_row(bench.parts, item)])[0] for item in singles]
+        alone = [system.run_together([item])[0] for item in singles]
         load = items(bench.parts, "uniform", 4 * max(system.batch, 2), _COMPANY_SEEDS)
-        pictures = system.run(load)
-        pairs = zip(load, pictures, strict=True)
-        return max(measure.likeness(p, alone[item.seed])["levels"] for item, p in pairs)
+        pairs = zip(load, system.run(load), strict=True)
+        levels = max(measure.levels(picture, alone[item.seed]) for item, picture in pairs)
     finally:
         system.close()
         measure.free_memory()
+    return {"company": {"levels": levels}}
 
 
-def _require(cells: dict[str, Values], *names: str) -> dict[str, Values]:
-    """The cells, if all of these names have one.
-
-    Raises:
-        NotMeasured: one did not fit the device.
-    """
-    if not set(names) <= set(cells):
-        raise NotMeasured("out of memory")
-    return cells
-
-
-def option_task(name: str) -> Callable[[Bench], dict[str, Values]]:
-    """The measurement of one option against ours without it."""
-
-    def fill(bench: Bench) -> dict[str, Values]:
-        if why := speed.missing(name, bench.device):
-            raise NotMeasured(why)
-        key = f"option:{name}"
-        makes: dict[str, Make] = {"ours": ours, key: partial(Ours, options=OPTIONS[name])}
-        return {key: _require(compare(bench, makes), "ours", key)[key]}
-
-    return fill
+def option(name: str, bench: Bench) -> dict[str, Values]:
+    """One option against ours without it."""
+    if why := speed.missing(name, bench.device):
+        raise NotMeasured(why)
+    key = f"option:{name}"
+    makes: dict[str, Make] = {"ours": Ours, key: partial(Ours, options=OPTIONS[name])}
+    return {key: compare(bench, makes, *makes)[key]}
 
 
 def best(bench: Bench) -> dict[str, Values]:
@@ -307,16 +242,17 @@ def best(bench: Bench) -> dict[str, Values]:
     workload, names = bench.workload, winners(bench.workload, bench.cells)
     if not names:
         raise NotMeasured("no option is known to gain")
-    if bench.device == "cuda" and bench.budget.left_s < sum(COMPILE_S.get(n, 0) for n in names):
+    if bench.device == "cuda" and bench.left_s < sum(COMPILE_S.get(name, 0) for name in names):
         raise NotMeasured("time")
-    options = speed.combine(names)
-    makes: dict[str, Make] = {"ours": ours, "winners": partial(Ours, options=options)}
+    old = partial(Stock, sliced=True, upcast=workload.upcast)
+    together = partial(Ours, options=speed.combine(names))
+    makes: dict[str, Make] = {"ours": Ours, "winners": together}
     if workload.mixed:
-        makes["old"] = partial(Stock, sliced=True, upcast=workload.upcast)
+        makes["old"] = old
     if workload.mixed and not workload.brief:
-        makes["winners-mixed"] = partial(Ours, options=options, load="mixed")
-        makes["old-mixed"] = partial(Stock, load="mixed", sliced=True, upcast=workload.upcast)
-    cells = _require(compare(bench, makes), "ours", "winners")
+        makes["winners-mixed"] = partial(together, load="mixed")
+        makes["old-mixed"] = partial(old, load="mixed")
+    cells = compare(bench, makes, "ours", "winners")
     found = {name: cells[name] for name in ("winners", "winners-mixed") if name in cells}
     return {name: cell | {"options": names} for name, cell in found.items()}
 
@@ -324,10 +260,8 @@ def best(bench: Bench) -> dict[str, Values]:
 def winners(workload: Workload, cells: dict[str, Values]) -> list[str]:
     """The options that gain, among those tried so far."""
     gains: dict[str, float] = {}
-    for name in OPTIONS:
-        cell = cells.get(f"{workload.tunes}/option:{name}", {})
-        if cell.get("status") == "measured":
-            middle, lowest = cell["times"]["ours"]
+    for name in speed.applicable(workload):
+        if times := cells.get(f"{workload.tunes}/option:{name}", {}).get("times"):
+            middle, lowest = times["ours"]
             gains[name] = middle if lowest > 1 else 0.0
-    known = speed.winners(gains, LEAST_GAIN)
-    return [name for name in known if name in speed.applicable(workload)]
+    return speed.winners(gains, LEAST_GAIN)

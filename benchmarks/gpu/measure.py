@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from benchmarks.gpu.architectures import (
     build_vae,
     unet_inputs,
 )
-from benchmarks.gpu.pipelines import synchronize
 from benchmarks.gpu.systems import items
 from deployments.pipelines.schedules import make_schedule
 
@@ -38,47 +37,36 @@ _SAMPLE_S = 1.5
 _MOST_IMAGES = 96
 
 
-@dataclass(slots=True)
-class Runs:
-    """Timed runs of one system.
-
-    Attributes:
-        images: of each run.
-        seconds: of each run.
-    """
-
-    images: int
-    seconds: list[float] = field(default_factory=list[float])
-
-    @property
-    def rates(self) -> list[float]:
-        return [self.images / seconds for seconds in self.seconds]
-
-
 def timed(work: Callable[[], Any]) -> float:
     """Seconds of work, until the device has finished every stream."""
-    synchronize()
+    _synchronize()
     start_s = time.perf_counter()
     work()
-    synchronize()
+    _synchronize()
     return time.perf_counter() - start_s
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interleaved(
     parts: Parts, systems: Mapping[str, System], rounds: int, enough: Callable[[], bool]
-) -> dict[str, Runs]:
-    """Runs of warm systems in turns, every other round backwards, so that a drift of the clocks
-    affects all alike. Stops after a whole round when `enough()` is true.
+) -> dict[str, list[float]]:
+    """Images a second of warm systems in turns, every other round backwards, so that a drift of the
+    clocks affects all alike. Stops after a whole round when `enough()` is true.
     """
-    runs = {name: Runs(_images(parts, system)) for name, system in systems.items()}
+    counts = {name: _images(parts, system) for name, system in systems.items()}
+    rates: dict[str, list[float]] = {name: [] for name in systems}
     for i in range(rounds):
-        order = list(systems.items())
-        for name, system in reversed(order) if i % 2 else order:
-            load = items(parts, system.load, runs[name].images)
-            runs[name].seconds.append(timed(lambda system=system, load=load: system.run(load)))
+        for name in list(systems)[:: -1 if i % 2 else 1]:
+            system = systems[name]
+            load = items(parts, system.load, counts[name])
+            rates[name].append(counts[name] / timed(partial(system.run, load)))
         if enough():
             break
-    return runs
+    return rates
 
 
 def _images(parts: Parts, system: System) -> int:
@@ -93,61 +81,56 @@ def _images(parts: Parts, system: System) -> int:
     return unit * min(math.ceil(units), max(_MOST_IMAGES // unit, 1))
 
 
-def summary(runs: Runs) -> Values:
-    rates = runs.rates
-    middle = statistics.median(rates)
+def summary(name: str, rates: Mapping[str, Sequence[float]]) -> Values:
+    """Images a second of a system, and how many times those of each other it makes."""
+    middle = statistics.median(rates[name])
     return {
         "images_per_s": middle,
-        "seconds_per_image": 1 / middle,
-        "spread": (max(rates) - min(rates)) / middle,
-        "runs": [round(rate, 5) for rate in rates],
-        "images_per_run": runs.images,
+        "spread": (max(rates[name]) - min(rates[name])) / middle,
+        "times": {
+            other: _ratio(rates[name], theirs) for other, theirs in rates.items() if other != name
+        },
     }
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """Median of the rounds' ratios, and the lowest."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ratios), min(ratios)
 
 
-class Footprint:
-    """A system's memory: create it before the system, and measure after the first runs.
-
-    Networks that systems share are added from `System.shared_bytes`; all else is the difference to
-    the memory in use before.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._on = device == "cuda"
-        if self._on:
-            free_memory()
-            self._allocated, self._reserved = _memory()
-
-    def measure(self, work: Callable[[], Any], shared_bytes: int) -> Values:
-        if not self._on:
-            work()
-            return {"peak_bytes": None, "reserved_bytes": None}
-        free_memory()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        allocated = torch.cuda.max_memory_allocated() - self._allocated
-        reserved = torch.cuda.max_memory_reserved() - self._reserved
-        return {
-            "peak_bytes": allocated + shared_bytes,
-            "reserved_bytes": reserved + shared_bytes,
-        }
-
-
-def _memory() -> tuple[int, int]:
+def memory() -> tuple[int, int]:
+    """Allocated and reserved bytes, with nothing unused; zeros without a GPU."""
+    free_memory()
+    if not torch.cuda.is_initialized():
+        return 0, 0
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def footprint(work: Callable[[], Any], before: tuple[int, int], shared_bytes: int) -> Values:
+    """The most memory that a system takes during work; None without a GPU.
+
+    Args:
+        work: of the warm system.
+        before: `memory()` before the system was made.
+        shared_bytes: networks that were there already.
+    """
+    free_memory()
+    if not torch.cuda.is_initialized():
+        work()
+        return {"peak_bytes": None, "reserved_bytes": None}
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before[0] + shared_bytes
+    reserved = torch.cuda.max_memory_reserved() - before[1] + shared_bytes
+    return {"peak_bytes": peak, "reserved_bytes": reserved}
 
 
 def free_memory() -> None:
     gc.collect()
+    _synchronize()
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
@@ -175,7 +158,7 @@ def matrix_peak(dtype: torch.dtype, device: str, sizes: Sequence[int]) -> Values
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         rates[size] = 2 * size**3 / device_seconds(lambda a=a, b=b: a @ b, device)
     best = max(rates, key=rates.__getitem__)
-    return {"flops": rates[best], "size": best, "by_size": rates}
+    return {"flops": rates[best], "size": best}
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -229,11 +212,12 @@ def _vae_flops(workload: Workload, where: Values) -> int:
     return total
 
 
-def likeness(ours: Pixels, theirs: Pixels) -> Values:
-    """`psnr_db` over the 8-bit levels, None if equal; `levels`, the largest difference."""
-    difference = ours.astype(np.float64) - theirs.astype(np.float64)
-    power = float((difference**2).mean())
-    return {
-        "psnr_db": None if power == 0 else 10 * math.log10(255**2 / power),
-        "levels": int(np.abs(difference).max()),
-    }
+def psnr_db(ours: Pixels, theirs: Pixels) -> float:
+    """Over the 8-bit levels; infinite if the pictures are equal."""
+    power = float(((ours.astype(np.float64) - theirs) ** 2).mean())
+    return 10 * math.log10(255**2 / power) if power else math.inf
+
+
+def levels(ours: Pixels, theirs: Pixels) -> int:
+    """The largest difference of two pictures, in 8-bit levels."""
+    return int(np.abs(ours.astype(np.int16) - theirs).max())

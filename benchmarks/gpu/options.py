@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.workloads import Workload
 
-Attention = Literal["sdpa", "cudnn", "xformers"]
 _WARM_UPS = 3
 
 
@@ -33,7 +32,6 @@ class Options:
         attention: of the UNet.
         compiled: a mode of torch.compile.
         padded: passes are filled up to a few fixed numbers of rows.
-        one_size: passes are filled up to a single number of rows.
         graphs: a CUDA graph for each of those sizes.
         remembered: device and dtype of the UNet are looked up once.
         group: up to this many rows share a step, whenever they are there; None lets the engine
@@ -45,10 +43,9 @@ class Options:
     vae_dtype: torch.dtype | None = None
     channels_last: bool = False
     fused_qkv: bool = False
-    attention: Attention = "sdpa"
+    attention: Literal["sdpa", "cudnn", "xformers"] = "sdpa"
     compiled: str | None = None
     padded: bool = False
-    one_size: bool = False
     graphs: bool = False
     remembered: bool = False
     group: int | None = None
@@ -72,96 +69,74 @@ OPTIONS: dict[str, Options] = {
     "group_8": Options(group=8),
     "xformers": Options(attention="xformers"),
     "padded": Options(padded=True),
+    "exact": Options(group=1, exact=True),
     "compile_reduce_overhead": Options(compiled="reduce-overhead", padded=True),
     "compile_max_autotune": Options(compiled="max-autotune-no-cudagraphs", padded=True),
 }
 """In the order of trial: the most promising first, the slowest to compile last."""
 FIRST = 6
 """This many are tried before any other workload is measured."""
-
-TITLES: dict[str, str] = {
-    "remembered": "device and dtype looked up once",
-    "channels_last": "channels_last",
-    "fused_qkv": "fused QKV",
-    "cudnn_attention": "attention by cuDNN",
-    "graphs": "CUDA graphs per bucket",
-    "compile": "torch.compile",
-    "bf16": "bf16 throughout",
-    "vae_bf16": "autoencoder in bf16",
-    "vae_fp32": "autoencoder in fp32",
-    "group_1": "groups of 1",
-    "group_2": "groups of 2",
-    "group_4": "groups of 4",
-    "group_8": "groups of 8",
-    "xformers": "attention by xformers",
-    "padded": "passes padded to fixed sizes",
-    "compile_reduce_overhead": "torch.compile, reduce-overhead",
-    "compile_max_autotune": "torch.compile, max-autotune-no-cudagraphs",
-}
-RIVALS = (
-    {"compile", "compile_reduce_overhead", "compile_max_autotune"},
-    {"cudnn_attention", "xformers"},
-    {"bf16", "vae_bf16", "vae_fp32"},
-    {"group_1", "group_2", "group_4", "group_8"},
-    {"graphs", "compile_reduce_overhead"},
-    {"fused_qkv", "xformers"},
-)
-"""Only one option of each set can be on."""
-
-_DIFFUSION_ONLY = {
-    *("remembered", "fused_qkv", "vae_bf16", "vae_fp32", "cudnn_attention", "xformers"),
-}
-_DEVICE_ONLY = {
-    *("cudnn_attention", "xformers", "graphs"),
-    *("compile", "compile_reduce_overhead", "compile_max_autotune"),
-}
+COMPILE_S = {"compile": 90, "compile_reduce_overhead": 120, "compile_max_autotune": 300}
+"""Seconds that an option takes to compile and measure."""
+_EXCLUSIVE = ({"graphs", "compile_reduce_overhead"}, {"fused_qkv", "xformers"})
 
 
 def applicable(workload: Workload) -> list[str]:
     """The options that apply to a workload."""
     vae = ARCHITECTURES[workload.model].vae
     if vae is None:
-        return [name for name in OPTIONS if name not in _DIFFUSION_ONLY]
+        return [name for name, options in OPTIONS.items() if not _is_for_diffusion(options)]
     # An autoencoder that overflows in float16 is in float32 already.
     return [name for name in OPTIONS if name != "vae_fp32" or not vae.get("force_upcast", True)]
 
 
+def _is_for_diffusion(options: Options) -> bool:
+    of_unet = options.remembered or options.fused_qkv or options.attention != "sdpa"
+    return of_unet or (options.vae_dtype is not None and options.dtype is None)
+
+
 def missing(name: str, device: str) -> str | None:
     """Why an option cannot be tried here; None if it can."""
+    options = OPTIONS[name]
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
-    if name in _DEVICE_ONLY and device != "cuda":
-        return "needs a GPU"
-    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)
-    return "needs sm80" if old and "bf16" in name else None
+    if device != "cuda":
+        of_gpus = options.compiled or options.graphs or options.attention != "sdpa"
+        return "needs a GPU" if of_gpus else None
+    old = torch.cuda.get_device_capability() < (8, 0)
+    return "needs sm80" if old and torch.bfloat16 in (options.dtype, options.vae_dtype) else None
 
 
 def combine(names: Sequence[str]) -> Options:
     """All of these options in one."""
-    changes: dict[str, Any] = {}
-    for name in names:
-        for field in fields(Options):
-            value = getattr(OPTIONS[name], field.name)
-            if value != getattr(BASE, field.name):
-                changes[field.name] = value
-    return replace(BASE, **changes)
+    return replace(BASE, **{key: value for name in names for key, value in _changes(name).items()})
+
+
+def _changes(name: str) -> dict[str, Any]:
+    values = {field.name: getattr(OPTIONS[name], field.name) for field in fields(Options)}
+    return {key: value for key, value in values.items() if value != getattr(BASE, key)}
+
+
+def are_rivals(one: str, other: str) -> bool:
+    """Whether only one of two options can be on."""
+    shared = _changes(one).keys() & _changes(other).keys() - {"padded"}
+    return bool(shared) or {one, other} in _EXCLUSIVE
 
 
 def winners(gains: dict[str, float], least: float) -> list[str]:
     """What to switch on: every option that gains at least so much, the best one of rivals."""
-    good = {name: gain for name, gain in gains.items() if gain >= least}
-    for rivals in RIVALS:
-        there = [name for name in good if name in rivals]
-        for name in sorted(there, key=good.__getitem__)[:-1]:
-            del good[name]
-    return [name for name in OPTIONS if name in good]
+    chosen: list[str] = []
+    for name in sorted(gains, key=gains.__getitem__, reverse=True):
+        if gains[name] >= least and not any(are_rivals(name, one) for one in chosen):
+            chosen.append(name)
+    return [name for name in OPTIONS if name in chosen]
 
 
 def fixed_sizes(options: Options, places: int) -> tuple[int, ...]:
     """The numbers of rows that passes of at most `places` rows are filled up to: powers of two,
     but only one where each takes long to compile.
     """
-    if options.compiled or options.one_size:
+    if options.compiled:
         return (places,)
     return tuple(dict.fromkeys([*(1 << i for i in range(places.bit_length())), places]))
 
@@ -170,14 +145,15 @@ def apply(module: Any, options: Options, places: int) -> Any:
     """A network with the options applied; the given one is not changed.
 
     Args:
+        module: the UNet, or the only network.
+        options: what to apply.
         places: the most rows of a pass.
     """
-    dtype = options.dtype
-    changed = dtype is not None or options.channels_last or options.fused_qkv or options.compiled
+    changed = options.dtype or options.channels_last or options.fused_qkv or options.compiled
     if changed or options.attention == "xformers":
         module = copy.deepcopy(module)
-    if dtype is not None:
-        module = module.to(dtype)
+    if options.dtype is not None:
+        module = module.to(options.dtype)
     if options.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if options.fused_qkv:
@@ -196,12 +172,11 @@ def apply(module: Any, options: Options, places: int) -> Any:
 
 
 def apply_vae(vae: Any, options: Options) -> Any:
+    """An autoencoder with the options applied; the given one is not changed."""
     if options.vae_dtype is None and not options.channels_last:
         return vae
-    vae = copy.deepcopy(vae)
-    if options.vae_dtype is not None:
-        vae = vae.to(options.vae_dtype)
-    return vae.to(memory_format=torch.channels_last) if options.channels_last else vae
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    return copy.deepcopy(vae).to(dtype=options.vae_dtype or vae.dtype, memory_format=layout)
 
 
 class Wrapper:
@@ -257,11 +232,8 @@ class Padded(Wrapper):
                 return value
             return torch.cat([value, value[:1].expand(size - rows, *value.shape[1:])])
 
-        def cut(value: torch.Tensor) -> torch.Tensor:
-            return value[:rows]
-
         args, kwargs = tree_map(fill, (args, kwargs))
-        return tree_map(cut, self._module(*args, **kwargs))
+        return tree_map(lambda value: value[:rows], self._module(*args, **kwargs))
 
 
 class Graphed(Wrapper):

@@ -17,11 +17,12 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -42,32 +43,19 @@ from deployments.gpu.cap import CudaMemory
 from deployments.gpu.profiles import PROFILES, gpu_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+
+    from deployments.gpu.cap import DeviceMemory
 
     Values = dict[str, Any]
 
 SIZES_PX = (512, 768, 1024)
 NETWORK_ROWS = (1, 2, 4, 8)
 TINY_PX = 128
-_DATE = "%Y-%m-%d"
-
-
-class Memory(Protocol):
-    """How much memory tensors take on a device."""
-
-    def allocated_bytes(self) -> int:
-        """What they take now."""
-        ...
-
-    def peak_bytes(self) -> int:
-        """The most they took since `reset_peak`."""
-        ...
-
-    def reset_peak(self) -> None: ...
 
 
 class CountedMemory:
-    """A `Memory` that adds up what is reserved, of a device without limits."""
+    """Adds up what is reserved, of a device without limits; else like `DeviceMemory`."""
 
     def __init__(self) -> None:
         self._taken_bytes = self._peak_bytes = 0
@@ -155,20 +143,18 @@ class Bench:
         tiny: whether networks and sizes are tiny.
     """
 
-    def __init__(self, device: str, memory: Memory, *, tiny: bool) -> None:
-        self._device = device
-        self._memory = memory
-        self._tiny = tiny
+    def __init__(self, device: str, memory: CountedMemory | DeviceMemory, *, tiny: bool) -> None:
+        self._device, self._memory, self._tiny = device, memory, tiny
         self._dtype = torch.float32 if device == "cpu" else torch.float16
 
-    def profile(self, name: str, sizes_px: Sequence[int], rows: Sequence[int]) -> Values:
+    def profile(self, name: str) -> Values:
         """The entry of one model in the profile file."""
         own_px = (TINY_PX, TINY_PX) if self._tiny else ARCHITECTURES[name].size_px
-        vae: Values = {"vae_size_px": list(own_px), "vae_peak_bytes": 0}
         if ARCHITECTURES[name].unet:
-            weights, passes, vae = self._diffusion(name, own_px, sizes_px, rows)
+            weights, passes, vae = self._diffusion(name, own_px)
         else:
-            weights, passes = self._network(name, own_px, rows)
+            weights, passes = self._network(name, own_px)
+            vae = {"vae_size_px": list(own_px), "vae_peak_bytes": 0}
         return {
             "size_px": list(own_px),
             "weights_bytes": weights,
@@ -177,24 +163,22 @@ class Bench:
             "passes": passes,
         }
 
-    def _diffusion(
-        self, name: str, own_px: tuple[int, int], sizes_px: Sequence[int], rows: Sequence[int]
-    ) -> tuple[int, list[Values], Values]:
+    def _diffusion(self, name: str, own_px: tuple[int, int]) -> tuple[int, list[Values], Values]:
         where: Values = {"device": self._device, "dtype": self._dtype, "tiny": self._tiny}
-        text = weights_bytes(build_text_encoder(name, **where))
+        weights = weights_bytes(build_text_encoder(name, **where))
         vae = build_vae(name, **where)
-        weights = text + weights_bytes(vae)
+        weights += weights_bytes(vae)
         vae_entry = self._vae(name, vae, own_px)
         del vae
         unet = build_unet(name, **where)
-        weights += weights_bytes(unet)
-        passes = []
-        for width_px, height_px in dict.fromkeys([own_px, *((side, side) for side in sizes_px)]):
-            for count in rows:
-                inputs = unet_inputs(name, unet, count, width_px, height_px)
+        passes: list[Values] = []
+        others = () if self._tiny else tuple((side, side) for side in SIZES_PX)
+        for size in dict.fromkeys((own_px, *others)):
+            for count in NETWORK_ROWS:
+                inputs = unet_inputs(name, unet, count, *size)
                 peak = self._peak(lambda inputs=inputs: unet(**inputs).sample.float())
-                passes.append(_pass((width_px, height_px), count, peak))
-        return weights, passes, vae_entry
+                passes.append(_pass(size, count, peak))
+        return weights + weights_bytes(unet), passes, vae_entry
 
     def _vae(self, name: str, vae: Any, own_px: tuple[int, int]) -> Values:
         """Of encoding and of decoding one picture, or one tile of it; the larger."""
@@ -214,20 +198,16 @@ class Bench:
             raise SystemExit(f"{name}: one picture of its autoencoder does not fit this device.")
         return {"vae_size_px": [width_px, height_px], "vae_peak_bytes": peak}
 
-    def _network(
-        self, name: str, own_px: tuple[int, int], rows: Sequence[int]
-    ) -> tuple[int, list[Values]]:
+    def _network(self, name: str, own_px: tuple[int, int]) -> tuple[int, list[Values]]:
         net = build_network(name, self._device, self._dtype, tiny=self._tiny)
-        passes = []
-        for count in rows:
+        passes: list[Values] = []
+        for count in NETWORK_ROWS:
             x = torch.zeros(count, 3, own_px[1], own_px[0], device=self._device, dtype=self._dtype)
-            matting = ARCHITECTURES[name].family == "matting"
-            work = (
-                (lambda x=x: net(x, sides=1)[0].float().sigmoid())
-                if matting
-                else (lambda x=x: _to_bytes(net(x).float()))
-            )
-            passes.append(_pass(own_px, count, self._peak(work)))
+            if ARCHITECTURES[name].family == "matting":
+                peak = self._peak(lambda x=x: net(x, sides=1)[0].float().sigmoid())
+            else:
+                peak = self._peak(lambda x=x: _to_bytes(net(x).float()))
+            passes.append(_pass(own_px, count, peak))
         return weights_bytes(net), passes
 
     def _peak(self, work: Callable[[], torch.Tensor]) -> int | None:
@@ -268,129 +248,95 @@ def _to_bytes(images: torch.Tensor) -> torch.Tensor:
     return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def run(args: argparse.Namespace) -> Values:
-    """The file's section of one device."""
-    names = args.models or list(ARCHITECTURES)
-    if unknown := set(names) - set(ARCHITECTURES):
-        raise SystemExit(f"Unknown models {sorted(unknown)}; known: {', '.join(ARCHITECTURES)}.")
-    if args.device == "cuda":
-        return _run_cuda(names, args)
+def run(device: str, names: Sequence[str], *, tiny: bool) -> Values:
+    """The file's section of one device.
+
+    Raises:
+        SystemExit: there is no such device, or one row does not fit it.
+    """
+    section: Values = {
+        "source": "dry run" if tiny else "measured" if device == "cuda" else "estimate",
+        "gpu": None,
+        "device_name": None,
+        "measured_at": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "context_bytes": None,
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **machine.versions(("torch", "diffusers")),
+        },
+    }
+    if device == "cuda":
+        return section | _run_cuda(names, tiny=tiny)
     memory = CountedMemory()
-    bench = Bench(args.device, memory, tiny=args.tiny)
     with ExitStack() as modes:
         modes.enter_context(LiveTensors(memory))
-        if args.device == "meta":
+        if device == "meta":
             modes.enter_context(FusedAttention())
-        models = dict(_each(bench, names, args))
-    source = "dry run" if args.tiny else "estimate"
-    return _section(source, models, gpu=None, device_name=None, context_bytes=None)
+        return section | {"models": _profiles(Bench(device, memory, tiny=tiny), names)}
 
 
-def _run_cuda(names: Sequence[str], args: argparse.Namespace) -> Values:
+def _run_cuda(names: Sequence[str], *, tiny: bool) -> Values:
     if not torch.cuda.is_available():
         raise SystemExit(
             "There is no CUDA device, so nothing can be measured. Run this on a machine with a GPU."
             " Until then `imagen plan` uses the estimate in configs/gpu_profiles.json, which"
             " --device meta makes."
         )
-    others_bytes = _used_bytes()
+    used_mib = machine.nvidia_smi("memory.used")  # by others, before we have a context
     memory = CudaMemory("cuda")
-    models = dict(_each(Bench("cuda", memory, tiny=args.tiny), names, args))
+    models = _profiles(Bench("cuda", memory, tiny=tiny), names)
     # Measured at the end, because libraries load their kernels when they are first used.
-    taken_bytes = memory.total_bytes() - memory.free_bytes() - others_bytes
-    return _section(
-        "dry run" if args.tiny else "measured",
-        models,
-        gpu=gpu_name(memory.device_name),
-        device_name=memory.device_name,
-        context_bytes=max(0, taken_bytes - memory.reserved_bytes()),
-    ) | {"total_bytes": memory.total_bytes(), "driver": machine.nvidia_smi("driver_version")}
-
-
-def _each(
-    bench: Bench, names: Sequence[str], args: argparse.Namespace
-) -> Iterator[tuple[str, Values]]:
-    sizes_px = [TINY_PX] if args.tiny else args.sizes_px
-    for name in names:
-        entry = bench.profile(name, sizes_px, args.rows)
-        print(
-            f"{name}: weights {entry['weights_bytes'] / 2**30:.2f} GiB, at {entry['size_px']} px"
-            f" {entry['base_peak_bytes'] / 2**20:.0f} MiB and {entry['per_row_bytes'] / 2**20:.0f}"
-            f" MiB a further network row, autoencoder {entry['vae_peak_bytes'] / 2**20:.0f} MiB",
-            file=sys.stderr,
-        )
-        yield name, entry
-
-
-def _section(
-    source: str,
-    models: Values,
-    *,
-    gpu: str | None,
-    device_name: str | None,
-    context_bytes: int | None,
-) -> Values:
-    versions = machine.versions(("torch", "diffusers"))
+    taken_bytes = memory.total_bytes() - memory.free_bytes() - int(float(used_mib or 0)) * 2**20
     return {
-        "source": source,
-        "gpu": gpu,
-        "device_name": device_name,
-        "measured_at": datetime.datetime.now(datetime.UTC).strftime(_DATE),
-        "context_bytes": context_bytes,
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
+        "gpu": gpu_name(memory.device_name),
+        "device_name": memory.device_name,
+        "context_bytes": max(0, taken_bytes - memory.reserved_bytes()),
+        "total_bytes": memory.total_bytes(),
+        "driver": machine.nvidia_smi("driver_version"),
         "models": models,
     }
 
 
-def _used_bytes() -> int:
-    """The GPU memory in use before this process has a context; 0 without nvidia-smi."""
-    used = machine.nvidia_smi("memory.used")
-    return int(float(used)) * 2**20 if used else 0
+def _profiles(bench: Bench, names: Sequence[str]) -> Values:
+    models: Values = {}
+    for name in names:
+        models[name] = entry = bench.profile(name)
+        mib = {key: f"{value / 2**20:.0f}" for key, value in entry.items() if "bytes" in key}
+        print(
+            f"{name}: weights {mib['weights_bytes']} MiB, at {entry['size_px']} px"
+            f" {mib['base_peak_bytes']} MiB and {mib['per_row_bytes']} MiB a further network row,"
+            f" autoencoder {mib['vae_peak_bytes']} MiB",
+            file=sys.stderr,
+        )
+    return models
 
 
 def write(section: Values, path: Path) -> None:
     """Put the section in place of the same device's; models it does not name stay."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))["profiles"]
-    except FileNotFoundError:
-        known = []
+    known = json.loads(path.read_text(encoding="utf-8"))["profiles"] if path.exists() else []
     key = (section["source"], section["gpu"])
     former = [old for old in known if (old["source"], old["gpu"]) == key]
     for old in former:
         section["models"] = old["models"] | section["models"]
     section["models"] = dict(sorted(section["models"].items()))
     profiles = [old for old in known if old not in former] + [section]
-    text = _dump({"profiles": profiles})
+    text = json.dumps({"profiles": profiles}, indent=1)
+    # Each measured pass on a line, so that the file can be read and compared.
+    text = re.sub(r"\{[^{}]*\}", lambda match: " ".join(match.group().split()), text)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _dump(values: Values) -> str:
-    """JSON with each measured pass on a line, so that the file can be read and compared."""
-    lines: dict[str, str] = {}
-    for section in values["profiles"]:
-        for model in section["models"].values():
-            for i, entry in enumerate(model["passes"]):
-                if not isinstance(entry, str):
-                    mark = f"@{len(lines)}@"
-                    lines[mark] = json.dumps(entry)
-                    model["passes"][i] = mark
-    text = json.dumps(values, indent=1)
-    for mark, line in lines.items():
-        text = text.replace(f'"{mark}"', line)
-    return text + "\n"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = list(ARCHITECTURES)
     parser.add_argument("--device", choices=("cuda", "meta", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks")
-    parser.add_argument("--models", nargs="+", help="names of the registry; unset: all")
-    parser.add_argument("--sizes-px", nargs="+", type=int, default=list(SIZES_PX))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(NETWORK_ROWS))
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--out", type=Path, help=f"unset: {PROFILES.name}")
     args = parser.parse_args(argv)
     if args.tiny and args.out is None:
@@ -403,7 +349,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     out = args.out or PROFILES
-    write(run(args), out)
+    write(run(args.device, args.models, tiny=args.tiny), out)
     print(f"Written: {out}", file=sys.stderr)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import numpy as np
@@ -18,32 +18,28 @@ from diffusers import (
 )
 from PIL import Image
 
+from benchmarks.driving import drive
 from benchmarks.gpu import options as speed
 from benchmarks.gpu.architectures import is_xl
-from benchmarks.gpu.pipelines import (
-    DiffusionBench,
-    NetworkBench,
-    apply_network,
-    drive,
-    make_row,
-)
+from benchmarks.gpu.options import BASE
+from benchmarks.gpu.pipelines import DiffusionBench, NetworkBench, apply_network
 from benchmarks.gpu.workloads import Item, low_res_scheduler
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits, Pace
-from deployments.pipelines.denoiser import Denoiser
+from deployments.engine.row import Row, RowInput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.gpu.options import Options
     from benchmarks.gpu.workloads import Parts
-    from deployments.engine.row import Pixels, Row
+    from deployments.engine.row import Pixels
 
 Load = Literal["uniform", "mixed"]
 _RESULT_TIMEOUT_S = 300
 
 
-class System(Protocol):
+class System:
     """A system that makes pictures of requests.
 
     Attributes:
@@ -53,16 +49,19 @@ class System(Protocol):
         shared_bytes: size of its networks that all systems of a workload share.
     """
 
-    load: Load
-    batch: int
-    grouped: int
-    shared_bytes: int
+    load: Load = "uniform"
+    batch: int = 1
+    grouped: int = 1
+    shared_bytes: int = 0
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> None:
+        raise NotImplementedError
 
-    def run(self, items: Sequence[Item]) -> list[Pixels]: ...
+    def run(self, items: Sequence[Item]) -> list[Pixels]:
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of everything on the device."""
 
 
 def shared_bytes(parts: Parts, modules: Sequence[Any]) -> int:
@@ -80,7 +79,7 @@ def items(parts: Parts, load: Load, count: int, seeds: int = 10_000) -> list[Ite
     return [Item(requests[i % len(requests)], i % seeds) for i in range(count)]
 
 
-class Stock:
+class Stock(System):
     """A stock diffusers pipeline, or a plain forward pass of a network.
 
     Args:
@@ -99,8 +98,7 @@ class Stock:
         sliced: bool = False,
         upcast: bool = False,
     ) -> None:
-        self.load: Load = load
-        self.batch = self.grouped = batch
+        self.load, self.batch, self.grouped = load, batch, batch
         self._parts, self._sliced = parts, sliced
         self._pipe = None if parts.unet is None else stock_pipeline(parts, upcast=upcast)
         held = [parts.network] if self._pipe is None else [self._pipe.unet, self._pipe.vae]
@@ -143,37 +141,30 @@ def stock_pipeline(parts: Parts, *, upcast: bool) -> Any:
     if upcast or vae.dtype != parts.dtype:
         vae = copy.deepcopy(vae).to(parts.dtype)
         vae.register_to_config(force_upcast=upcast or vae.config.force_upcast)
-    nothing = _none("text_encoder", "tokenizer")
-    common: dict[str, Any] = {"vae": vae, "unet": parts.unet, "scheduler": parts.scheduler()}
+    components: dict[str, Any] = {"vae": vae, "unet": parts.unet, "scheduler": parts.scheduler()}
+    absent = ["text_encoder", "tokenizer"]
     if parts.workload.family == "upscale_diffusion":
-        pipe: Any = StableDiffusionUpscalePipeline(
-            **common, **nothing, low_res_scheduler=low_res_scheduler()
-        )
+        kind: Any = StableDiffusionUpscalePipeline
+        components["low_res_scheduler"] = low_res_scheduler()
     elif is_xl(parts.workload.model):
-        pipe = StableDiffusionXLImg2ImgPipeline(
-            **common,
-            **nothing,
-            **_none("text_encoder_2", "tokenizer_2"),
-            requires_aesthetics_score=True,
-            force_zeros_for_empty_prompt=False,
-            add_watermarker=False,
-        )
+        kind = StableDiffusionXLImg2ImgPipeline
+        absent += ["text_encoder_2", "tokenizer_2"]
+        components |= {
+            "requires_aesthetics_score": True,
+            "force_zeros_for_empty_prompt": False,
+            "add_watermarker": False,
+        }
     else:
-        pipe = StableDiffusionImg2ImgPipeline(
-            **common,
-            **nothing,
-            **_none("safety_checker", "feature_extractor"),
-            requires_safety_checker=False,
-        )
+        kind = StableDiffusionImg2ImgPipeline
+        absent += ["safety_checker", "feature_extractor"]
+        components["requires_safety_checker"] = False
+    pipe = kind(**components, **dict.fromkeys(absent))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _none(*names: str) -> dict[str, Any]:
-    return dict.fromkeys(names)
-
-
 def quiet() -> None:
+    """Keep the libraries' advice out of the output."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
 
@@ -181,20 +172,19 @@ def quiet() -> None:
 def _arguments(parts: Parts, items: Sequence[Item]) -> dict[str, Any]:
     """Arguments of a stock pipeline's call; the items differ in their seeds alone."""
     request, count = items[0].request, len(items)
-    assert parts.positive
-    assert parts.negative
+    positive, negative = parts.conditions
     arguments: dict[str, Any] = {
-        "prompt_embeds": parts.positive.text.repeat(count, 1, 1),
-        "negative_prompt_embeds": parts.negative.text.repeat(count, 1, 1),
+        "prompt_embeds": positive.text.repeat(count, 1, 1),
+        "negative_prompt_embeds": negative.text.repeat(count, 1, 1),
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "generator": [torch.Generator("cpu").manual_seed(item.seed) for item in items],
     }
     if parts.workload.family == "upscale_diffusion":
         return arguments | {"noise_level": request.noise_level}
-    if parts.positive.pooled is not None and parts.negative.pooled is not None:
-        arguments["pooled_prompt_embeds"] = parts.positive.pooled.repeat(count, 1)
-        arguments["negative_pooled_prompt_embeds"] = parts.negative.pooled.repeat(count, 1)
+    if positive.pooled is not None and negative.pooled is not None:
+        arguments["pooled_prompt_embeds"] = positive.pooled.repeat(count, 1)
+        arguments["negative_pooled_prompt_embeds"] = negative.pooled.repeat(count, 1)
     return arguments | {"strength": request.strength}
 
 
@@ -205,8 +195,7 @@ class Whole(Pace):
         return len(rows)
 
 
-@dataclass(slots=True)
-class Ours:
+class Ours(System):
     """Our denoiser and autoencoder behind our engine, with two passes' worth of clients waiting.
 
     Args:
@@ -214,59 +203,52 @@ class Ours:
         load: what clients send.
     """
 
-    parts: Parts
-    options: Options
-    load: Load = "uniform"
-    batch: int = 1
-    grouped: int = 1
-    shared_bytes: int = 0
-    pipeline: Any = None
-    engine: Any = None
-
-    def __post_init__(self) -> None:
-        self.batch = 1 if self.options.exact else self.options.group or self.parts.workload.group
-        self.pipeline = self._pipeline()
-
-    def _pipeline(self) -> Any:
-        parts, options = self.parts, self.options
-        pipeline: Any
+    def __init__(self, parts: Parts, options: Options = BASE, load: Load = "uniform") -> None:
+        self.load, self._parts, self._options = load, parts, options
+        self.batch = options.group or parts.workload.group
+        self._engine: Any = None
+        self.pipeline: Any
         if parts.unet is None:
-            network = speed.apply(parts.network, options, self.batch)
-            self.shared_bytes = shared_bytes(parts, [network])
-            pipeline = NetworkBench(parts, network, options.dtype or parts.dtype)
+            networks = [speed.apply(parts.network, options, self.batch)]
+            self.pipeline = NetworkBench(parts, *networks, options.dtype or parts.dtype)
         else:
             unet = speed.apply(parts.unet, options, 2 * self.batch)
-            vae = speed.apply_vae(parts.vae, options)
-            self.shared_bytes = shared_bytes(parts, [unet, vae])
-            pipeline = DiffusionBench(parts, Denoiser(unet, parts.scheduler()), vae)
-        return pipeline
+            networks = [unet, speed.apply_vae(parts.vae, options)]
+            self.pipeline = DiffusionBench(parts, *networks)
+        self.shared_bytes = shared_bytes(parts, networks)
 
     def warm_up(self) -> None:
         """Run every size of a pass on this thread alone, then start the engine."""
-        guided = self.parts.workload.request
-        plain = replace(guided, guidance_scale=1.0)
-        drive(self.pipeline, [make_row(self.parts, Item(plain, 0))])
+        guided = self._parts.workload.request
+        self.run_together([Item(replace(guided, guidance_scale=1.0), 0)])
         for count in dict.fromkeys([*(1 << i for i in range(self.batch.bit_length())), self.batch]):
-            drive(self.pipeline, [make_row(self.parts, Item(guided, i)) for i in range(count)])
-        limits = GroupLimits(self.batch, exact=self.options.exact)
-        pace = Pace() if self.options.group is None else Whole()
-        self.engine = Engine(self.pipeline, limits, pace=pace)
-        if self.parts.timed:
+            self.run_together([Item(guided, i) for i in range(count)])
+        limits = GroupLimits(self.batch, exact=self._options.exact)
+        pace = Pace() if self._options.group is None else Whole()
+        self._engine = Engine(self.pipeline, limits, pace=pace)
+        if self._parts.timed:
             # Enough steps for the engine to learn which groups gain.
-            self.run(items(self.parts, self.load, 4 * self.batch))
+            self.run(items(self._parts, self.load, 4 * self.batch))
+
+    def run_together(self, items: Sequence[Item]) -> list[Pixels]:
+        """Run items in the same passes, without the engine."""
+        return drive(self.pipeline, [self._input(item) for item in items])
 
     def run(self, items: Sequence[Item]) -> list[Pixels]:
         slots = threading.Semaphore(2 * self.batch)
-        rows = [make_row(self.parts, item) for item in items]
+        rows = [Row(self._input(item)) for item in items]
         for row in rows:
             slots.acquire()
             row.future.add_done_callback(lambda _: slots.release())
-            self.engine.put([row])
+            self._engine.put([row])
         pictures = [row.future.result(_RESULT_TIMEOUT_S) for row in rows]
         self.grouped = max(self.grouped, *(row.progress.batch_size for row in rows))
         return pictures
 
+    def _input(self, item: Item) -> RowInput[Any]:
+        return RowInput(item.request, self._parts.pixels, item.seed, deadline_s=float("inf"))
+
     def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
-        self.engine = self.pipeline = None
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self.pipeline = None

@@ -1,4 +1,7 @@
-"""The measurements in order of importance, and how they fill the result file in limited time."""
+"""The measurements in order of importance, and how they fill the result file in limited time.
+
+A cell of the file holds figures, or `why` there are none, and whether to try `again`.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,27 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu import bench as measurements
 from benchmarks.gpu import options as speed
-from benchmarks.gpu.bench import (
-    COMPILE_S,
-    ROUNDS,
-    Bench,
-    NotMeasured,
-    best,
-    company,
-    headline,
-    headline_cells,
-    network_rows,
-    option_task,
-    winners,
-)
-from benchmarks.gpu.options import OPTIONS
+from benchmarks.gpu.bench import ROUNDS, Bench, NotMeasured, headline_cells, winners
+from benchmarks.gpu.options import COMPILE_S
 from benchmarks.gpu.systems import quiet
 from benchmarks.gpu.workloads import WORKLOADS
-from deployments.engine.engine import is_fatal
+from deployments.engine.device import is_fatal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from benchmarks.gpu.bench import Budget
     from benchmarks.gpu.workloads import Workload
 
     Values = dict[str, Any]
 
-_SECONDS = {"headline": 90, "company": 40, "unet": 10, "winners": 90, "option": 25}
+_OPTION_S = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,71 +37,74 @@ class Task:
     """A measurement that fills cells.
 
     Attributes:
-        name: `workload/what`.
+        workload: what it measures.
+        what: its name, without the workload's.
         fill: returns the cells, named without the workload.
         cells: their names.
         expected_s: it is not started with less time left.
+        phase: tasks of a lower one come first.
     """
 
-    name: str
+    workload: Workload
+    what: str
     fill: Callable[[Bench], dict[str, Values]]
     cells: tuple[str, ...]
-    expected_s: float = 0.0
+    expected_s: float
+    phase: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload.name}/{self.what}"
+
+    def key(self, cell: str) -> str:
+        """The cell's name in the file."""
+        return f"{self.workload.name}/{cell}"
 
 
-def tasks(workloads: Sequence[Workload]) -> list[Task]:
+def tasks() -> list[Task]:
     """All measurements: the first workload with its most promising options, then the systems on
     the other workloads, then all options, then the rest.
     """
-    made = [(workload, task) for workload in workloads for task in _tasks(workload)]
-    phases: list[list[Task]] = [[] for _ in range(5)]
-    for workload, task in made:
-        phases[_phase(workload, task, first=workload is workloads[0])].append(task)
+    made = [task for workload in WORKLOADS.values() for task in _tasks(workload)]
     # Repeated when all options are known, unless they change nothing.
-    phases[2] += [task for task in phases[0] if task.fill is best]
-    return [task for phase in phases for task in phase]
-
-
-def _phase(workload: Workload, task: Task, *, first: bool) -> int:
-    what = task.name.partition("/")[2]
-    if first:
-        later = [f"option:{name}" for name in list(OPTIONS)[speed.FIRST :]]
-        return 2 if what in ("company", *later) else 0
-    if workload.brief:
-        return 4
-    if what in ("headline", "unet"):
-        return 1
-    return 3 if workload.tuned_by is None else 4
+    repeated = [task for task in made if task.phase == 0 and task.what == "winners"]
+    ordered = sorted(made, key=lambda task: task.phase)
+    place = sum(task.phase <= 2 for task in made)
+    return ordered[:place] + repeated + ordered[place:]
 
 
 def _tasks(workload: Workload) -> list[Task]:
-    name = workload.name
-    systems = ("flops", *headline_cells(workload))
+    first = workload.name == next(iter(WORKLOADS))
+    systems, rest = 0 if first else 1, 0 if first else 3
+    if workload.brief or workload.tuned_by:
+        rest = 4
+    if workload.brief:
+        systems = 4
+    names = ("flops", *headline_cells(workload))
     made = [
-        Task(f"{name}/headline", headline, systems, _SECONDS["headline"]),
-        Task(f"{name}/unet", network_rows, ("unet",), _SECONDS["unet"]),
+        Task(workload, "headline", measurements.headline, names, 90, systems),
+        Task(workload, "unet", measurements.network_rows, ("unet",), 10, systems),
     ]
     if workload.tuned_by is None:
-        for option in speed.applicable(workload):
-            expected_s = COMPILE_S.get(option, _SECONDS["option"])
-            cells = (f"option:{option}",)
-            made.append(Task(f"{name}/option:{option}", option_task(option), cells, expected_s))
-        made.append(Task(f"{name}/company", company, ("company",), _SECONDS["company"]))
+        for i, name in enumerate(speed.applicable(workload)):
+            fill, expected_s = partial(measurements.option, name), COMPILE_S.get(name, _OPTION_S)
+            what, phase = f"option:{name}", 2 if first and i >= speed.FIRST else rest
+            made.append(Task(workload, what, fill, (what,), expected_s, phase))
+        phase = 2 if first else rest
+        made.append(Task(workload, "company", measurements.company, ("company",), 40, phase))
     mixed = bool(workload.mixed) and not workload.brief
     cells = ("winners", "winners-mixed") if mixed else ("winners",)
-    made.append(Task(f"{name}/winners", best, cells, _SECONDS["winners"]))
-    return made
+    return [*made, Task(workload, "winners", measurements.best, cells, 90, rest)]
 
 
 def run(
     work: Sequence[Task],
-    result: Values,
-    budget: Budget,
+    cells: dict[str, Values],
     write: Callable[[], None],
     *,
     device: str,
     tiny: bool,
-    rounds: int = ROUNDS,
+    budget_s: float,
 ) -> None:
     """Do what is missing while time allows; write after every task.
 
@@ -117,52 +112,39 @@ def run(
         BaseException: the device is unusable; everything measured is written.
     """
     quiet()
-    cells, bench = result["cells"], None
+    bench, until_s = None, time.monotonic() + budget_s
     for task in work:
-        if done(task, cells):
+        if is_done(task, cells):
             continue
-        if budget.left_s < (0 if tiny else task.expected_s):
+        if until_s - time.monotonic() < (0 if tiny else task.expected_s):
             _put(cells, task, {}, "time", again=True)
             continue
-        workload = _workload(task)
-        if bench is None or bench.workload.name != workload.name:
+        if bench is None or bench.workload.name != task.workload.name:
             if bench is not None:
                 bench.release()
-            workload = workload.tiny() if tiny else workload
-            bench = Bench(
-                workload, device=device, tiny=tiny, cells=cells, budget=budget, rounds=rounds
-            )
+            workload = task.workload.tiny() if tiny else task.workload
+            bench = Bench(workload, device, tiny, cells, until_s, rounds=1 if tiny else ROUNDS)
         start_s = time.monotonic()
         try:
             _do(task, bench)
         finally:
             seconds = time.monotonic() - start_s
-            print(f"{task.name}, {seconds:.0f} s: {_one_line(task, cells)}", file=sys.stderr)
+            filled = [cells.get(task.key(cell), {}) for cell in task.cells]
+            reasons = sorted({cell["why"] for cell in filled if "why" in cell})
+            print(f"{task.name}, {seconds:.0f} s", *reasons, file=sys.stderr)
             write()
     if bench is not None:
         bench.release()
     write()
 
 
-def _one_line(task: Task, cells: dict[str, Values]) -> str:
-    """A task's results for the terminal."""
-    parts: list[str] = []
-    for name in task.cells:
-        cell = cells.get(_key(task, name), {})
-        if "images_per_s" in cell:
-            parts.append(f"{name} {cell['images_per_s']:.3g}/s")
-        elif cell.get("why"):
-            parts.append(f"{name} {cell['why']}")
-    return ", ".join(parts)
-
-
-def done(task: Task, cells: dict[str, Values]) -> bool:
+def is_done(task: Task, cells: dict[str, Values]) -> bool:
     """Whether repeating the task would add nothing."""
-    found = [cells.get(_key(task, cell), {"again": True}) for cell in task.cells]
+    found = [cells.get(task.key(cell), {"again": True}) for cell in task.cells]
     if any(cell.get("again") for cell in found):
         return False
     # Options may have been tried after it.
-    return task.fill is not best or found[0].get("options") == winners(_workload(task), cells)
+    return task.what != "winners" or found[0].get("options") == winners(task.workload, cells)
 
 
 def _do(task: Task, bench: Bench) -> None:
@@ -172,22 +154,19 @@ def _do(task: Task, bench: Bench) -> None:
     try:
         # A task leaves out the cells of systems that ran out of memory.
         _put(bench.cells, task, task.fill(bench), "out of memory")
-        return
     except NotMeasured as error:
         _put(bench.cells, task, {}, str(error), again=True)
-        return
-    except torch.OutOfMemoryError:
-        why = "out of memory"
     # Libraries raise all kinds of errors, and the next task may succeed.
     except Exception as error:
         if is_fatal(error) and not _works(bench.device):
             _put(bench.cells, task, {}, "the GPU failed", again=True)
             raise
-        why = f"failed: {reasons.text or repr(error)}"[:300]
+        full = isinstance(error, torch.OutOfMemoryError)
+        why = "out of memory" if full else f"failed: {reasons.text or repr(error)}"[:300]
+        _put(bench.cells, task, {}, why)
+        bench.release()
     finally:
         logger.removeHandler(reasons)
-    _put(bench.cells, task, {}, why)
-    bench.release()
 
 
 def _works(device: str) -> bool:
@@ -209,14 +188,6 @@ class LastError(logging.Handler):
             self.text = repr(error) if error else record.getMessage().strip().splitlines()[-1]
 
 
-def _key(task: Task, cell: str) -> str:
-    return f"{task.name.partition('/')[0]}/{cell}"
-
-
-def _workload(task: Task) -> Workload:
-    return WORKLOADS[task.name.partition("/")[0]]
-
-
 def _put(
     cells: dict[str, Values],
     task: Task,
@@ -225,12 +196,10 @@ def _put(
     *,
     again: bool = False,
 ) -> None:
-    """Fill a task's cells. A missing one states the reason, and whether to try again; a figure
-    from an earlier call stays.
-    """
+    """Fill a task's cells. A missing one states the reason; a figure from an earlier call stays."""
     for cell in task.cells:
+        key = task.key(cell)
         if cell in found:
-            cells[_key(task, cell)] = {"status": "measured", **found[cell]}
-        elif cells.get(_key(task, cell), {}).get("status") != "measured" or not again:
-            gap: Values = {"status": "not measured", "why": why, "again": again}
-            cells[_key(task, cell)] = gap
+            cells[key] = found[cell]
+        elif not again or "why" in cells.get(key, {"why": ""}):
+            cells[key] = {"why": why, "again": again}

@@ -12,11 +12,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDM
 
 from benchmarks.gpu.architectures import (
     ARCHITECTURES,
-    TEXT_TOKENS,
     build_network,
     build_unet,
     build_vae,
-    is_xl,
     unet_inputs,
 )
 from deployments.pipelines.denoiser import Condition
@@ -108,35 +106,21 @@ class Workload:
         )
 
 
-_ENHANCE_MIX = (
-    Request(30, 0.3, 5),
-    Request(20, 0.4, 5),
-    Request(40, 0.2, 5),
-    Request(30, 0.5, 1),
-    Request(25, 0.3, 7.5),
-    Request(30, 0.2, 5),
-    Request(10, 0.9, 3),
-    Request(20, 0.6, 1),
+def _mix(*values: tuple[Any, ...]) -> tuple[Request, ...]:
+    return tuple(Request(*each) for each in values)
+
+
+_ENHANCE_MIX = _mix(
+    *((30, 0.3, 5), (20, 0.4, 5), (40, 0.2, 5), (30, 0.5, 1)),
+    *((25, 0.3, 7.5), (30, 0.2, 5), (10, 0.9, 3), (20, 0.6, 1)),
 )
-_STYLE_MIX = (
-    Request(30, 0.5, 7.5),
-    Request(20, 0.6, 7.5),
-    Request(40, 0.4, 9),
-    Request(30, 0.7, 1),
-    Request(25, 0.5, 5),
-    Request(30, 0.3, 7.5),
-    Request(10, 0.9, 3),
-    Request(20, 0.8, 1),
+_STYLE_MIX = _mix(
+    *((30, 0.5, 7.5), (20, 0.6, 7.5), (40, 0.4, 9), (30, 0.7, 1)),
+    *((25, 0.5, 5), (30, 0.3, 7.5), (10, 0.9, 3), (20, 0.8, 1)),
 )
-_UPSCALE_MIX = (
-    Request(20, 1, 5, 20),
-    Request(15, 1, 5, 10),
-    Request(30, 1, 7, 40),
-    Request(25, 1, 1, 20),
-    Request(20, 1, 9, 5),
-    Request(10, 1, 4, 60),
-    Request(20, 1, 1, 20),
-    Request(25, 1, 6, 0),
+_UPSCALE_MIX = _mix(
+    *((20, 1, 5, 20), (15, 1, 5, 10), (30, 1, 7, 40), (25, 1, 1, 20)),
+    *((20, 1, 9, 5), (10, 1, 4, 60), (20, 1, 1, 20), (25, 1, 6, 0)),
 )
 
 _enhance = partial(
@@ -208,7 +192,7 @@ class Parts:
     Attributes:
         unet, vae: of a diffusion model.
         network: of a model without steps.
-        positive, negative: embeddings of a prompt and of a negative prompt.
+        conditions: embeddings of a prompt and of a negative prompt.
         noises: `alphas_cumprod` of the x4 upscaler's own noise.
     """
 
@@ -219,8 +203,7 @@ class Parts:
     unet: Any = None
     vae: Any = None
     network: Any = None
-    positive: Condition | None = None
-    negative: Condition | None = None
+    conditions: tuple[Condition, ...] = ()
     noises: tuple[float, ...] = ()
 
     @property
@@ -243,16 +226,15 @@ def build(workload: Workload, device: str, *, tiny: bool = False) -> Parts:
     torch.manual_seed(0)
     dtype = serving_dtype(device)
     where: dict[str, Any] = {"device": device, "dtype": dtype, "tiny": tiny}
-    shape = (workload.size_px, workload.size_px, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    side, name = workload.size_px, workload.model
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     parts = Parts(workload, device, dtype, pixels)
-    name = workload.model
-    if workload.family in ("matting", "upscale_gan"):
+    if ARCHITECTURES[name].unet is None:
         parts.network = build_network(name, **where)
         return parts
     parts.unet, parts.vae = build_unet(name, **where), build_vae(name, **where)
     use_the_range(name, parts.unet, parts.vae)
-    parts.positive, parts.negative = (_condition(parts, score) for score in (6.0, 2.5))
+    parts.conditions = tuple(_condition(parts, aesthetic) for aesthetic in (6.0, 2.5))
     if workload.family == "upscale_diffusion":
         parts.noises = tuple(low_res_scheduler().alphas_cumprod.tolist())
     return parts
@@ -268,22 +250,10 @@ def use_the_range(name: str, unet: Any, vae: Any) -> None:
     """Scale the last layers so that the UNet predicts unit variance, as trained ones do, and
     pictures use the whole range of levels. Nearly grey pictures would all be alike.
     """
-    size_px = 32 * ARCHITECTURES[name].latent_px
-    predicted = unet(**random_inputs(name, unet, 1, size_px)).sample
+    predicted = unet(**random_inputs(name, unet, 1, 32 * ARCHITECTURES[name].latent_px)).sample
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8).to(vae.device, vae.dtype)
     _scale(unet.conv_out, 1 / predicted.float().std())
-    weight = next(vae.parameters())
-    latents = torch.randn(1, vae.config.latent_channels, 8, 8).to(weight)
     _scale(vae.decoder.conv_out, 0.4 / vae.decode(latents).sample.float().std())
-
-
-def random_inputs(name: str, unet: Any, network_rows: int, size_px: int) -> dict[str, Any]:
-    """Random arguments of one pass: on zeros, which draw less power, networks can be faster."""
-    inputs = unet_inputs(name, unet, network_rows, size_px, size_px)
-    extra = inputs.get("added_cond_kwargs", {})
-    for tensor in (inputs["sample"], inputs["encoder_hidden_states"], extra.get("text_embeds")):
-        if tensor is not None:
-            tensor.normal_()
-    return inputs
 
 
 def _scale(layer: Any, factor: torch.Tensor) -> None:
@@ -291,12 +261,21 @@ def _scale(layer: Any, factor: torch.Tensor) -> None:
     layer.bias.zero_()
 
 
+def random_inputs(name: str, unet: Any, rows: int, size_px: int) -> dict[str, Any]:
+    """Random arguments of one pass: on zeros, which draw less power, networks can be faster."""
+    inputs = unet_inputs(name, unet, rows, size_px, size_px)
+    extra = inputs.get("added_cond_kwargs", {})
+    for tensor in (inputs["sample"], inputs["encoder_hidden_states"], extra.get("text_embeds")):
+        if tensor is not None:
+            tensor.normal_()
+    return inputs
+
+
 def _condition(parts: Parts, aesthetic: float) -> Condition:
-    config = parts.unet.config
-    options: dict[str, Any] = {"device": parts.device, "dtype": parts.dtype}
-    text = torch.randn(1, TEXT_TOKENS, config.cross_attention_dim).to(**options)
-    if not is_xl(parts.workload.model):
-        return Condition(text)
-    ids = (parts.workload.size_px, parts.workload.size_px, 0, 0, aesthetic)
-    width = config.projection_class_embeddings_input_dim - len(ids) * config.addition_time_embed_dim
-    return Condition(text, torch.randn(1, width).to(**options), torch.tensor([ids], **options))
+    side = parts.workload.size_px
+    inputs = random_inputs(parts.workload.model, parts.unet, 1, side)
+    if "added_cond_kwargs" not in inputs:
+        return Condition(inputs["encoder_hidden_states"])
+    pooled = inputs["added_cond_kwargs"]["text_embeds"]
+    ids = torch.tensor([(side, side, 0, 0, aesthetic)], device=parts.device, dtype=parts.dtype)
+    return Condition(inputs["encoder_hidden_states"], pooled, ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -20,15 +20,7 @@ SCHEMA = 1
 Outcome = Literal[
     "ok", "refused", "no_picture", "timeout", "disconnected", "connection_error", "unfinished"
 ]
-OUTCOMES: tuple[Outcome, ...] = (
-    "ok",
-    "refused",
-    "no_picture",
-    "timeout",
-    "disconnected",
-    "connection_error",
-    "unfinished",
-)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 class Record(Strict):

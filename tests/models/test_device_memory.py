@@ -181,7 +181,7 @@ def test_random_weights_give_finite_output_for_every_row(name: str) -> None:
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("profile") / "profiles.json"
-    args = ["--device", "cpu", "--tiny", "--rows", "1", "2", "3", "--out", str(out)]
+    args = ["--device", "cpu", "--tiny", "--out", str(out)]
     names = ["comic-ghibli", "enhance-sdxl-refiner", "background-rmbg14"]
     profile_gpu.main([*args, "--models", *names])
     return json.loads(out.read_text())["profiles"][0]
@@ -196,7 +196,7 @@ def test_the_dry_run_measures_every_part_of_every_model(dry_run: dict[str, Any])
         assert (entry["vae_peak_bytes"] > 0) == (name in DIFFUSION)
         peaks = [p["peak_bytes"] for p in entry["passes"]]
         assert peaks == sorted(peaks)
-        assert [p["network_rows"] for p in entry["passes"]] == [1, 2, 3]
+        assert [p["network_rows"] for p in entry["passes"]] == [1, 2, 4, 8]
 
 
 def test_the_fitted_line_is_above_every_measured_pass() -> None:
@@ -214,21 +214,20 @@ def test_the_fitted_line_is_above_every_measured_pass() -> None:
         profile_gpu.fit([{"network_rows": 1, "peak_bytes": None}])
 
 
-def test_a_pass_that_does_not_fit_is_left_out() -> None:
+def test_a_pass_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_gpu, "NETWORK_ROWS", (1, 2))
     memory = FakeDeviceMemory(GIB)
     bench = profile_gpu.Bench("cpu", memory, tiny=True)
     with profile_gpu.LiveTensors(memory):
-        free = bench.profile("background-rmbg14", [128], [1, 2])
+        free = bench.profile("background-rmbg14")
         memory.set_cap((memory.allocated_bytes() + 1.5 * free["base_peak_bytes"]) / GIB)
-        tight = bench.profile("background-rmbg14", [128], [1, 2])
+        tight = bench.profile("background-rmbg14")
     assert [p["peak_bytes"] for p in tight["passes"]] == [free["base_peak_bytes"], None]
 
 
 def test_the_committed_estimate_is_what_the_code_counts(tmp_path: Path) -> None:
     out = tmp_path / "profiles.json"
-    profile_gpu.main(
-        ["--device", "meta", "--out", str(out), "--sizes-px", "768", "--models", "aged-sd21"]
-    )
+    profile_gpu.main(["--device", "meta", "--out", str(out), "--models", "aged-sd21"])
     (counted,) = load_profiles(out)
     (committed,) = (p for p in load_profiles() if p.model == "aged-sd21" and p.source == "estimate")
     assert counted.weights_bytes == committed.weights_bytes
