@@ -164,11 +164,11 @@ def compare(bench: Bench, makes: dict[str, Make], *needed: str) -> dict[str, Val
 def _open(bench: Bench, name: str, make: Make) -> tuple[System, Values]:
     """A warm system, and its memory. The baseline of all options stays open."""
     if name not in bench.kept:
-        before = measure.memory()
-        system = make(bench.parts)
+        parts, before = bench.parts, measure.memory()
+        system = make(parts)
         try:
             system.warm_up()
-            load = items(bench.parts, system.load, system.batch)
+            load = items(parts, system.load, system.batch)
             took = measure.footprint(partial(system.run, load), before, system.shared_bytes)
         except BaseException:
             system.close()
