@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.load import Plan, Report
 
 MIB: Final = 2**20
-WARM_UP: Final = 2000
+WARM_UP: Final = 10_000
 JUDGED_REQUESTS: Final = 1000
 """A process is judged on its memory if it had at least so many requests after the warm-up."""
 AFTERWARDS: Final = 100
