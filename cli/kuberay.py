@@ -27,7 +27,6 @@ kuberay_app = typer.Typer(
 FOLDER = Path("kuberay")
 SOURCE = Path("configs/gke.yaml")
 _WRONG = 1
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout")]
 Folder = Annotated[Path, typer.Option(help="Folder of the manifests")]
 Source = Annotated[Path, typer.Option(help="File to render from")]
 
@@ -39,10 +38,9 @@ def render_manifests(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if a file is out of date")
     ] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Write every generated file below kuberay/."""
-    output = Output(as_json=as_json)
+    output = Output(as_json=False)
     with ending(output):
         from kuberay.render.files import out_of_date, render, write
 
@@ -52,7 +50,6 @@ def render_manifests(
     for path in changed:
         output.say(f"{folder / path}: {'out of date' if check else 'written'}", "yellow")
     output.say(f"{len(files)} files, {len(changed)} {'out of date' if check else 'changed'}")
-    output.emit({"files": sorted(files), "changed": changed})
     if check and changed:
         output.say("Run `imagen kuberay render`, and commit the files.", "red")
         raise typer.Exit(_WRONG)
@@ -79,9 +76,9 @@ def lock_images(
         import httpx
 
         from kuberay.render.environment import load_environments
-        from kuberay.render.images import chosen, load_digests, look_up, pulled, write_digests
+        from kuberay.render.images import load_digests, look_up, pulled, write_digests
 
-        images = chosen(pulled(load_environments(source).values()), names)
+        images = pulled(load_environments(source).values(), names or ())
         lock = resolve(folder) / "images.lock"
         others = load_digests(lock) if names else {}
         with httpx.Client(follow_redirects=True) as client:
@@ -105,7 +102,9 @@ def validate_manifests(
         typer.Option(help="Check that all pods fit nodes like cpu=4,memory=12Gi; repeat for each"),
     ] = None,
     folder: Folder = FOLDER,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout")
+    ] = False,
 ) -> None:
     """Find mistakes that no cluster refuses. kuberay/README.md has the list.
 

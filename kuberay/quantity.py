@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 _PATTERN = re.compile(r"([+-]?[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|[KMGTPE]i|[MGTPE]|e[0-9]{1,2})?")
 _FACTORS = {
@@ -37,33 +34,6 @@ def parse_quantity(text: object) -> Decimal:
 def as_bytes(text: object) -> int:
     """A quantity of memory or disk, in whole bytes; raises ValueError like parse_quantity."""
     return int(parse_quantity(text))
-
-
-def _memory(text: str) -> str:
-    if as_bytes(text) < MIB:
-        raise ValueError(f"{text!r} is less than one Mi: is its unit missing?")
-    return text
-
-
-def _size(size: dict[str, str]) -> dict[str, str]:
-    if missing := sorted({"cpu", "memory"} - size.keys()):
-        raise ValueError(f"{' and '.join(missing)} must be set")
-    for name, text in size.items():
-        if name in ("memory", "ephemeral-storage"):
-            _memory(text)
-        elif name != "cpu" and "/" not in name:
-            raise ValueError(f"Kubernetes has no resource named {name}")
-        elif (amount := parse_quantity(text)) <= 0 or (name != "cpu" and amount % 1):
-            raise ValueError(
-                f"{name} {text!r} is not {'above 0' if name == 'cpu' else 'a whole number above 0'}"
-            )
-    return size
-
-
-Memory = Annotated[str, AfterValidator(_memory)]
-"""RAM or disk, as a quantity."""
-Size = Annotated[dict[str, str], AfterValidator(_size)]
-"""Resources of a container: cpu, memory, and whole devices."""
 
 
 def as_gi(amount_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import promql_parser
@@ -22,7 +23,7 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def panels() -> list[dict[str, Any]]:
-    return yaml.safe_load((_FOLDER / "panels.yaml").read_text(encoding="utf-8"))["panels"]
+    return json.loads((_FOLDER / "dashboard.json").read_text(encoding="utf-8"))["panels"]
 
 
 def selectors(expression: str) -> list[promql_parser.VectorSelector]:
@@ -47,7 +48,7 @@ def names(expression: str) -> set[str]:
 
 def shown(panel: dict[str, Any]) -> list[str]:
     """The expressions of a panel, with a price filled in."""
-    return [expression.replace(_PRICE, "1") for expression in panel["queries"].values()]
+    return [target["expr"].replace(_PRICE, "1") for target in panel["targets"]]
 
 
 EXPRESSIONS = [alert["expr"] for alert in alerts()] + [e for p in panels() for e in shown(p)]

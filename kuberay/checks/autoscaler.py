@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
@@ -17,7 +16,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import common_pb2
 
-from kuberay.checks.manifests import Finding, serve_deployments, where, worker_groups
+from kuberay.checks.manifests import Finding, where, worker_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,21 +25,19 @@ if TYPE_CHECKING:
 
 # Generated code, without types.
 _IN: Any = common_pb2.LABEL_OPERATOR_IN  # pyright: ignore[reportAttributeAccessIssue]
-# The operator builds the same from the RayCluster. Ray offers no public name for it.
+# What the autoscaler derives from the RayCluster. Ray has no public name for it; a test fails as
+# soon as there is one.
 _derive: Any = autoscaling_config._derive_autoscaling_config_from_ray_cr  # pyright: ignore[reportPrivateUsage]
-_UNREADABLE = (AssertionError, ValueError, KeyError, TypeError)
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What one replica asks for.
+class Demand(NamedTuple):
+    """What the replicas of a deployment ask for.
 
     Attributes:
         deployment: its name.
-        resources: as Ray counts them; memory in bytes.
+        resources: of a replica, as Ray counts them; memory in bytes.
         labels: that its node must have.
-        fewest: replicas that always run.
-        most: replicas that may run.
+        fewest, most: replicas that always run, and that may run.
     """
 
     deployment: str
@@ -53,12 +50,7 @@ class Demand:
 def check(manifests: Manifests) -> Iterator[Finding]:
     """Replicas that no pod can hold, and GPU nodes that run without requests."""
     for service in manifests.of("RayService"):
-        place = where(service)
-        try:
-            ray = autoscaling_config_of(service)
-        except _UNREADABLE as error:
-            yield Finding("unreadable", place, f"Ray's autoscaler cannot read it: {error}")
-            continue
+        place, ray = where(service), autoscaling_config_of(service)
         yield from _idle(place, ray, worker_groups(service))
         yield from _feasible(place, ray, demands(manifests.serve_config(service)))
 
@@ -96,10 +88,9 @@ def facts(manifests: Manifests) -> list[str]:
     """Nodes by group: without a request, and with one replica of each deployment."""
     lines: list[str] = []
     for service in manifests.of("RayService"):
-        ray = autoscaling_config_of(service)
         every = demands(manifests.serve_config(service))
         for name, asked in (("idle", []), ("one replica of each deployment", every)):
-            started, _ = nodes(ray, asked)
+            started, _ = nodes(autoscaling_config_of(service), asked)
             lines.append(f"{name}: {', '.join(f'{n} {g}' for g, n in started.items()) or 'none'}")
     return lines
 
@@ -114,38 +105,53 @@ def autoscaling_config_of(service: Document) -> AutoscalingConfig:
 def demands(config: Document) -> list[Demand]:
     """One for each deployment of a Serve config."""
     return [
-        _demand(application.get("name", ""), one)
-        for application in config.get("applications") or []
-        for one in serve_deployments({"applications": [application]})
+        _demand(application["name"], deployment)
+        for application in config["applications"]
+        for deployment in application.get("deployments") or []
     ]
 
 
 def _demand(application: str, deployment: Document) -> Demand:
     options = deployment.get("ray_actor_options") or {}
     name = deployment["name"]
-    resources: dict[str, float] = {"CPU": options.get("num_cpus", 1)}
-    resources |= options.get("resources", {})
-    resources |= {"GPU": options.get("num_gpus", 0), "memory": options.get("memory", 0)}
+    resources: dict[str, float] = {
+        "CPU": options.get("num_cpus", 1),
+        "GPU": options.get("num_gpus", 0),
+        "memory": options.get("memory", 0),
+        **options.get("resources", {}),
+    }
     if kind := options.get("accelerator_type"):
         resources[f"accelerator_type:{kind}"] = 0.001
     if most_per_node := deployment.get("max_replicas_per_node"):
         implicit = f"node:__internal_implicit_resource_{application}:{name}"
         resources[implicit] = 1 / most_per_node
-    scaling = deployment.get("autoscaling_config") or {}
     fixed = deployment.get("num_replicas", 1)
-    fewest = int(scaling.get("min_replicas", 1) if scaling else fixed)
-    most = int(scaling.get("max_replicas", 1) if scaling else fixed)
-    labels = options.get("label_selector") or {}
-    return Demand(name, {k: v for k, v in resources.items() if v}, labels, fewest, most)
+    scaling = deployment.get("autoscaling_config") or {"min_replicas": fixed, "max_replicas": fixed}
+    return Demand(
+        deployment=name,
+        resources={resource: amount for resource, amount in resources.items() if amount},
+        labels=options.get("label_selector") or {},
+        fewest=scaling.get("min_replicas", 1),
+        most=scaling.get("max_replicas", 1),
+    )
 
 
 def nodes(ray: AutoscalingConfig, asked: Sequence[Demand]) -> tuple[dict[str, int], int]:
     """Nodes by group that it would start from none, and how many demands find no room."""
+    requests = [
+        ResourceRequestUtil.make(
+            one.resources,
+            label_selectors=[[(key, _IN, [value]) for key, value in one.labels.items()]]
+            if one.labels
+            else None,
+        )
+        for one in asked
+    ]
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=ray.get_node_type_configs(),
         max_num_nodes=ray.get_max_num_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count([_request(one) for one in asked]),
+        resource_requests=ResourceRequestUtil.group_by_count(requests),
         idle_timeout_s=ray.get_idle_timeout_s(),
     )
     # It logs a line for every node.
@@ -155,10 +161,3 @@ def nodes(ray: AutoscalingConfig, asked: Sequence[Demand]) -> tuple[dict[str, in
     for launch in reply.to_launch:
         started[launch.instance_type] += launch.count
     return dict(started), len(reply.infeasible_resource_requests)
-
-
-def _request(demand: Demand) -> Any:
-    selector = [(key, _IN, [value]) for key, value in demand.labels.items()]
-    return ResourceRequestUtil.make(
-        demand.resources, label_selectors=[selector] if selector else None
-    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kuberay.checks.manifests import Finding, serve_deployments, where
 
@@ -24,30 +23,16 @@ _GOOGLE_IDLE_S = 600
 """Google's load balancers keep idle connections this long; a client gets 502 if Serve does not."""
 
 
-@dataclass(frozen=True)
-class Timeout:
-    """How long one party waits for an answer."""
-
-    who: str
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.who} ({self.seconds:g} s)"
-
-
-def timeouts(manifests: Manifests, service: Document) -> list[Timeout]:
-    """Who waits how long for a picture, outermost first; without those who have no timeout."""
+def timeouts(manifests: Manifests, service: Document) -> dict[str, float | None]:
+    """Who waits how many seconds for a picture, outermost first; None has no timeout."""
     config = manifests.serve_config(service)
-    annotations = service["metadata"].get("annotations") or {}
-    waits: list[tuple[str, Any]] = [("client", annotations.get(CLIENT))]
-    waits += [
-        ("load balancer", _backend(one).get("timeoutSec", _GOOGLE_DEFAULT_S))
-        for one in manifests.of("GCPBackendPolicy")
-    ]
-    waits.append(("Serve", (config.get("http_options") or {}).get("request_timeout_s")))
+    waits = {"client": (service["metadata"].get("annotations") or {}).get(CLIENT)}
+    for policy in manifests.of("GCPBackendPolicy"):
+        waits["load balancer"] = _backend(policy).get("timeoutSec", _GOOGLE_DEFAULT_S)
+    waits["Serve"] = (config.get("http_options") or {}).get("request_timeout_s")
     for application in config.get("applications") or []:
-        waits.append(("engine", (application.get("args") or {}).get("request_timeout_s", 60)))
-    return [Timeout(who, float(seconds)) for who, seconds in waits if seconds is not None]
+        waits["engine"] = (application.get("args") or {}).get("request_timeout_s", 60)
+    return {who: None if waits_s is None else float(waits_s) for who, waits_s in waits.items()}
 
 
 def check(manifests: Manifests) -> Iterator[Finding]:
@@ -59,22 +44,23 @@ def check(manifests: Manifests) -> Iterator[Finding]:
 def _service(manifests: Manifests, service: Document) -> Iterator[Finding]:
     place, config = where(service), manifests.serve_config(service)
     waits = timeouts(manifests, service)
-    seconds = {one.who: one.seconds for one in waits}
-    for missing in {"client", "Serve", "engine"} - seconds.keys():
-        yield Finding("timeout-order", place, f"the {missing} has no timeout")
-    for outer, inner in pairwise(waits):
-        if outer.seconds <= inner.seconds:
-            yield Finding("timeout-order", place, f"{outer} must wait longer than {inner}")
+    for who in (who for who, waits_s in waits.items() if waits_s is None):
+        yield Finding("timeout-order", place, f"the {who} has no timeout")
+    seconds = {who: waits_s or 0 for who, waits_s in waits.items()}
+    for (outer, outer_s), (inner, inner_s) in pairwise(seconds.items()):
+        if outer_s <= inner_s:
+            message = f"{outer} ({outer_s:g} s) must wait longer than {inner} ({inner_s:g} s)"
+            yield Finding("timeout-order", place, message)
     keep_alive = (config.get("http_options") or {}).get("keep_alive_timeout_s", 0)
     for one in manifests.of("GCPBackendPolicy"):
         yield from _load_balancer(one, keep_alive, seconds)
     delay = service["spec"].get("rayClusterDeletionDelaySeconds", 60)
-    if delay <= max(seconds.get("load balancer", 0), seconds.get("Serve", 0)):
+    if delay <= max(seconds.get("load balancer", 0), seconds["Serve"]):
         message = f"rayClusterDeletionDelaySeconds {delay} cuts off requests of the old cluster"
         yield Finding("deletion-delay", place, message)
     for one in serve_deployments(config):
         grace = one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
-        if one.get("name") == "Ingress" and grace <= seconds.get("engine", 0):
+        if one.get("name") == "Ingress" and grace <= seconds["engine"]:
             message = f"Ingress: graceful_shutdown_timeout_s {grace:g} cuts off requests, which"
             message += f" take up to the engine's {seconds['engine']:g} s"
             yield Finding("graceful-shutdown", place, message)
@@ -91,7 +77,7 @@ def _load_balancer(
         message = f"keep_alive_timeout_s {keep_alive} must be above the load balancer's"
         yield Finding("keep-alive", where(policy), f"{message} {longest:g} s")
     drain = (_backend(policy).get("connectionDraining") or {}).get("drainingTimeoutSec", 0)
-    if not seconds.get("Serve", 0) <= drain <= _GOOGLE_DRAIN_S:
+    if not seconds["Serve"] <= drain <= _GOOGLE_DRAIN_S:
         message = f"drainingTimeoutSec {drain} must be from {seconds.get('Serve', 0):g}, so that"
         message += f" a pod that leaves finishes its requests, to {_GOOGLE_DRAIN_S}, Google's most"
         yield Finding("draining", where(policy), message)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kuberay.checks.manifests import Document, Manifests
 
 CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway)
-# What a check raises on a field of another type than the schemas allow.
-_SHAPE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+# What a check, or Ray in it, raises on a field of another type than the schemas allow.
+_SHAPE = (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError)
 
 
 @dataclass

@@ -24,44 +24,44 @@ _CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
 _HEALTH = "/-/healthz"
 _GPU = "nvidia.com/gpu"
 _CLASS = "cloud.google.com/compute-class"
+_TOKEN = "automountServiceAccountToken"  # noqa: S105 - a key, no token
 _ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104 - pods, behind network policies
 
 
 def check(manifests: Manifests) -> Iterator[Finding]:
     """Every disagreement."""
     yield from _namespaces(manifests)
-    if manifests.pods:
-        yield from _selectors(manifests)
+    yield from _selectors(manifests)
     for pod in manifests.pods:
         yield from _cache(pod)
         yield from _gpu(pod, manifests)
     for service in manifests.of("RayService"):
+        config = manifests.serve_config(service)
+        port = (config.get("http_options") or {}).get("port", 8000)
         yield from _cluster(service, manifests)
-        yield from _serve(service, manifests.serve_config(service))
-        yield from _ports(manifests, _port(manifests, service))
-        yield from _way_in(service, manifests, _port(manifests, service))
-        yield from _ingress_group(service, manifests)
+        yield from _serve(service, config, manifests)
+        yield from _ports(manifests, port)
+        yield from _way_in(f"{service['metadata']['name']}-serve-svc", port, manifests)
 
 
 def secrets(manifests: Manifests) -> dict[str, list[str]]:
     """The Secrets that must exist before the first apply, and their keys."""
     keys: dict[str, set[str]] = {}
-    for document in manifests.documents:
-        for node in _mappings(document):
-            if isinstance(reference := node.get("secretKeyRef"), dict):
-                keys.setdefault(reference["name"], set()).add(reference["key"])
-            if name := (node.get("oauth2ClientSecret") or {}).get("name"):
-                keys.setdefault(name, set()).add("key")
-            if node.get("mode") == "token" and "secretName" in node:
-                keys.setdefault(node["secretName"], set()).add("auth_token")
+    for node in _mappings(manifests.documents):
+        if isinstance(reference := node.get("secretKeyRef"), dict):
+            keys.setdefault(reference["name"], set()).add(reference["key"])
+        if name := (node.get("oauth2ClientSecret") or {}).get("name"):
+            keys.setdefault(name, set()).add("key")
+        if node.get("mode") == "token" and "secretName" in node:
+            keys.setdefault(node["secretName"], set()).add("auth_token")
     return {name: sorted(of_one) for name, of_one in sorted(keys.items())}
 
 
 def _mappings(node: Any) -> Iterator[Document]:
     if isinstance(node, dict):
         yield node
-    for child in node.values() if isinstance(node, dict) else node:
-        if isinstance(child, dict | list):
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
             yield from _mappings(child)
 
 
@@ -70,9 +70,8 @@ def _namespaces(manifests: Manifests) -> Iterator[Finding]:
     for one in manifests.documents if known else []:
         namespace = one["metadata"].get("namespace")
         if one["kind"] not in _CLUSTER_WIDE and namespace not in known:
-            yield Finding(
-                "namespace", where(one), f"namespace {namespace} is not in {sorted(known)}"
-            )
+            message = f"namespace {namespace} is not in {sorted(known)}"
+            yield Finding("namespace", where(one), message)
 
 
 def _selectors(manifests: Manifests) -> Iterator[Finding]:
@@ -93,15 +92,11 @@ def _selectors(manifests: Manifests) -> Iterator[Finding]:
 
 
 def _cache(pod: PodView) -> Iterator[Finding]:
-    """The model store is on a volume, and the volume fits the pod's disk."""
-    mounts = {one["mountPath"] for one in pod.main.get("volumeMounts") or []}
-    store = pod.environment.get("IMAGEN_MODELS")
-    if store and store not in mounts:
-        yield Finding("cache", pod.where, f"IMAGEN_MODELS {store} is not on a volume")
-    disk = pod.limits.get("ephemeral-storage")
+    """The volumes fit the pod's disk."""
+    disk = pod.limits.get("ephemeral-storage", 0)
     for volume in pod.spec.get("volumes") or []:
-        size = (volume.get("emptyDir") or {}).get("sizeLimit")
-        if size and (disk is None or parse_quantity(disk) < parse_quantity(size)):
+        size = (volume.get("emptyDir") or {}).get("sizeLimit", 0)
+        if parse_quantity(disk) < parse_quantity(size):
             message = f"ephemeral-storage {disk} is less than the {size} of {volume['name']}:"
             yield Finding("cache", pod.where, f"{message} the kubelet would evict the pod")
 
@@ -109,22 +104,18 @@ def _cache(pod: PodView) -> Iterator[Finding]:
 def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Finding]:
     """GPU pods find a node: otherwise they are pending for ever."""
     gpus = parse_quantity(pod.limits.get(_GPU, 0))
-    keys = {one.get("key") for one in pod.spec.get("tolerations") or []}
-    if gpus and _GPU not in keys:
-        yield Finding(
-            "toleration", pod.where, f"it does not tolerate the taint {_GPU} of GPU nodes"
-        )
+    if gpus and _GPU not in {one.get("key") for one in pod.spec.get("tolerations") or []}:
+        message = f"it does not tolerate the taint {_GPU} of GPU nodes"
+        yield Finding("toleration", pod.where, message)
     classes = {one["metadata"]["name"]: one["spec"] for one in manifests.of("ComputeClass")}
     name = (pod.spec.get("nodeSelector") or {}).get(_CLASS)
     if classes and name not in classes and (name or gpus):
         message = f"there is no ComputeClass {name}" if name else f"its nodeSelector lacks {_CLASS}"
         yield Finding("compute-class", pod.where, message)
-    priorities = classes.get(name, {}).get("priorities") or []
-    most = max((one["gpu"]["count"] for one in priorities if "gpu" in one), default=gpus)
-    if gpus > most:
-        yield Finding(
-            "gpu-count", pod.where, f"it asks for {gpus} GPUs; a node of {name} has {most}"
-        )
+    for node in classes.get(name, {}).get("priorities") or []:
+        if gpus > (most := node.get("gpu", {}).get("count", gpus)):
+            message = f"it asks for {gpus} GPUs; a node of {name} has {most}"
+            yield Finding("gpu-count", pod.where, message)
 
 
 def _cluster(service: Document, manifests: Manifests) -> Iterator[Finding]:
@@ -139,20 +130,19 @@ def _cluster(service: Document, manifests: Manifests) -> Iterator[Finding]:
     if address := (cluster.get("gcsFaultToleranceOptions") or {}).get("redisAddress"):
         url = urlsplit(address)
         services = [s for s in manifests.of("Service") if s["metadata"]["name"] == url.hostname]
-        ports = {port["port"] for one in services for port in one["spec"].get("ports", [])}
-        if manifests.of("Service") and url.port not in ports:
+        if url.port not in {port["port"] for one in services for port in one["spec"]["ports"]}:
             yield Finding("redis", place, f"no Service answers at {address}")
     accounts = {one["metadata"]["name"]: one for one in manifests.of("ServiceAccount")}
     for pod in (one for one in manifests.pods if one.role == "head"):
         account = accounts.get(pod.spec.get("serviceAccountName", "default"), {})
-        key = "automountServiceAccountToken"
-        if cluster.get("enableInTreeAutoscaling") and pod.spec.get(key, account.get(key)) is False:
-            message = f"{key} is not true: Ray's autoscaler could not add or remove pods"
+        allowed = pod.spec.get(_TOKEN, account.get(_TOKEN))
+        if cluster.get("enableInTreeAutoscaling") and allowed is False:
+            message = f"{_TOKEN} is not true: Ray's autoscaler could not add or remove pods"
             yield Finding("head-token", pod.where, message)
 
 
-def _serve(service: Document, config: Document) -> Iterator[Finding]:
-    """Settings of Serve that leave the Service without an endpoint."""
+def _serve(service: Document, config: Document, manifests: Manifests) -> Iterator[Finding]:
+    """Settings of Serve that leave the Service without an endpoint, or a GPU node running."""
     place, proxies = where(service), config.get("proxy_location", "EveryNode")
     if proxies != "EveryNode":
         message = f"proxy_location {proxies}: the ingress pods would have no proxy; set EveryNode"
@@ -161,10 +151,15 @@ def _serve(service: Document, config: Document) -> Iterator[Finding]:
     if host not in _ALL_INTERFACES:
         message = f"Serve listens on {host}, which only its own pod can reach; set 0.0.0.0"
         yield Finding("serve-host", place, message)
-
-
-def _port(manifests: Manifests, service: Document) -> int:
-    return (manifests.serve_config(service).get("http_options") or {}).get("port", 8000)
+    # An ingress replica never stops, so that its node never scales down.
+    labels = {pod.group: pod.labels for pod in manifests.pods}
+    for one in (one for one in serve_deployments(config) if one.get("name") == "Ingress"):
+        selector = (one.get("ray_actor_options") or {}).get("label_selector") or {}
+        for group in worker_groups(service):
+            name = group["groupName"]
+            if selector.items() <= labels[name].items() and not group.get("minReplicas"):
+                message = f"it may run in {name}, which would not scale to zero: set label_selector"
+                yield Finding("ingress-group", f"{place} Ingress", message)
 
 
 def _ports(manifests: Manifests, port: int) -> Iterator[Finding]:
@@ -180,32 +175,17 @@ def _ports(manifests: Manifests, port: int) -> Iterator[Finding]:
             yield Finding("readiness-probe", pod.where, message)
 
 
-def _way_in(service: Document, manifests: Manifests, port: int) -> Iterator[Finding]:
+def _way_in(name: str, port: int, manifests: Manifests) -> Iterator[Finding]:
     """What leads to the Service that KubeRay creates, under a name and port of its choice."""
-    name = f"{service['metadata']['name']}-serve-svc"
+    policies = manifests.of("HealthCheckPolicy", "GCPBackendPolicy")
+    wrong = [one for one in policies if one["spec"]["targetRef"].get("name") != name]
     for route in manifests.of("HTTPRoute"):
-        rules = route["spec"].get("rules") or []
-        for backend in (one for rule in rules for one in rule["backendRefs"]):
-            if (backend.get("name"), backend.get("port")) != (name, port):
-                message = f"KubeRay creates the Service {name}, port {port}"
-                yield Finding("route", where(route), message)
-    for policy in manifests.of("HealthCheckPolicy", "GCPBackendPolicy"):
-        if policy["spec"]["targetRef"].get("name") != name:
-            yield Finding("route", where(policy), f"KubeRay creates the Service {name}")
+        backends = [to for rule in route["spec"].get("rules") or [] for to in rule["backendRefs"]]
+        wrong += [route for to in backends if (to.get("name"), to.get("port")) != (name, port)]
+    for one in wrong:
+        yield Finding("route", where(one), f"KubeRay creates the Service {name}, port {port}")
     for policy in manifests.of("HealthCheckPolicy"):
         probe = policy["spec"]["default"]["config"].get("httpHealthCheck") or {}
         if (probe.get("port"), probe.get("requestPath")) != (port, _HEALTH):
             message = f"Serve answers on {port}{_HEALTH}; `/` answers 404"
             yield Finding("health-check", where(policy), message)
-
-
-def _ingress_group(service: Document, manifests: Manifests) -> Iterator[Finding]:
-    """An ingress replica never stops, so that its node never scales down."""
-    labels = {pod.group: pod.labels for pod in manifests.pods if pod.role == "worker"}
-    for one in serve_deployments(manifests.serve_config(service)):
-        selector = (one.get("ray_actor_options") or {}).get("label_selector") or {}
-        for group in worker_groups(service) if one.get("name") == "Ingress" else []:
-            name = group["groupName"]
-            if selector.items() <= labels[name].items() and not group.get("minReplicas"):
-                message = f"it may run in {name}, which would not scale to zero: set label_selector"
-                yield Finding("ingress-group", where(service, "Ingress"), message)

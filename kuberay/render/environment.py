@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
@@ -12,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from deployments.errors import ConfigError
 from deployments.settings import Strict, parse_settings, resolve
 from deployments.tasks import Task
-from kuberay.quantity import Memory, Size, parse_quantity
+from kuberay.quantity import MIB, as_bytes, parse_quantity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,46 +18,39 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 BASE = "base"
 _GPU = "nvidia.com/gpu"
-# Folders of the images: Debian's, the application's, and the weights of the airgapped target.
-_TAKEN = re.compile(
-    r"/(app|bin|boot|dev|etc|home|lib|lib64|proc|root|run|sbin|sys|tmp|usr|var|weights)(/|$)"
-)
+_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+# Absolute, below a folder of the root, and without `..`.
+_NODE_FOLDER = r"^/[\w-][\w.-]*(/[\w-][\w.-]*)+$"
 
 
-def _absolute(path: str) -> str:
-    if not re.fullmatch(r"(/[\w.-]+)+", path) or posixpath.normpath(path) != path:
-        raise ValueError(f"{path!r} must be an absolute path without `..` or a trailing /")
-    return path
+def _memory(text: str) -> str:
+    if as_bytes(text) < MIB:
+        raise ValueError(f"{text!r} is less than one Mi: is its unit missing?")
+    return text
 
 
-def _mount(path: str) -> str:
-    if _TAKEN.match(path):
-        raise ValueError(f"{path!r} would hide a folder of the image: use /models")
-    return path
-
-
-def _node_folder(path: str) -> str:
-    if path.count("/") < 2:
-        raise ValueError(f"{path!r} is a folder of the system: use one below it")
-    return path
-
-
-def _folder_name(name: str) -> str:
-    if name == BASE or not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name):
-        raise ValueError(f"{name!r} must be a folder name of a-z, 0-9 and -, other than `base`")
-    return name
+def _size(size: dict[str, str]) -> dict[str, str]:
+    """Quantities that are computed with here. The API server checks names and the rest."""
+    if missing := sorted({"cpu", "memory"} - size.keys()):
+        raise ValueError(f"{' and '.join(missing)} must be set")
+    _memory(size["memory"])
+    if wrong := [name for name, text in size.items() if parse_quantity(text) <= 0]:
+        raise ValueError(f"{', '.join(wrong)} must be above 0")
+    return size
 
 
 def _replicas(group: Values) -> Values:
-    """Counts that are computed with here. Other raw fields are checked by the CRD."""
-    counts = [(k, group[k]) for k in ("minReplicas", "replicas", "maxReplicas") if k in group]
-    for name, count in counts:
-        if type(count) is not int or count < 0:
-            raise ValueError(f"{name} must be a whole number, not {count!r}")
-    if counts != sorted(counts, key=lambda one: one[1]):
-        order = " <= ".join(f"{name} {count}" for name, count in counts)
-        raise ValueError(f"{order} does not hold")
+    """Counts that are computed with here. The CRD checks other raw fields."""
+    counts = [group[k] for k in ("minReplicas", "replicas", "maxReplicas") if k in group]
+    if any(type(count) is not int or count < 0 for count in counts) or counts != sorted(counts):
+        raise ValueError(f"0 <= minReplicas <= replicas <= maxReplicas does not hold: {counts}")
     return group
+
+
+Memory = Annotated[str, AfterValidator(_memory)]
+"""RAM or disk, as a quantity."""
+Size = Annotated[dict[str, str], AfterValidator(_size)]
+"""Resources of a container, as quantities."""
 
 
 class Site(Strict):
@@ -136,7 +127,6 @@ class Cache(Strict):
 
     Attributes:
         kind: emptyDir ends with the pod; hostPath stays on the node.
-        mount: path in the container, outside the folders of the image.
         path: on the node, for a hostPath; the prefetch job fills it.
         read_only: for a hostPath or a disk that is already filled.
         copies: size of the cache, in copies of all models together.
@@ -144,10 +134,7 @@ class Cache(Strict):
     """
 
     kind: Literal["emptyDir", "hostPath"]
-    mount: Annotated[str, AfterValidator(_absolute), AfterValidator(_mount)]
-    path: Annotated[str, AfterValidator(_absolute), AfterValidator(_node_folder)] = (
-        "/var/lib/imagen/models"
-    )
+    path: str = Field(default="/var/lib/imagen/models", pattern=_NODE_FOLDER)
     read_only: bool = False
     copies: float = Field(default=2, ge=1, le=1000)
     scratch: Memory
@@ -212,15 +199,9 @@ class PodSource(Strict):
     size: Size
     labels: dict[str, str] = Field(default={})
     annotations: dict[str, str] = Field(default={})
-    group: Values = Field(default={})
+    group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
     env: dict[str, str] = Field(default={})
     pod: Values = Field(default={})
-
-
-class WorkerSource(PodSource):
-    """A worker group, with a number of replicas."""
-
-    group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
 
 
 class Environment(Strict):
@@ -251,19 +232,21 @@ class Environment(Strict):
     ray_cluster: Values
     every_pod: Common = Common()
     head: PodSource
-    ingress: WorkerSource
-    models: WorkerSource
+    ingress: PodSource
+    models: PodSource
+
+    @property
+    def clusters(self) -> int:
+        """Clusters that run at a time, at most: an upgrade may run two."""
+        strategy: Any = self.ray_service.get("upgradeStrategy")
+        return 1 if isinstance(strategy, dict) and strategy.get("type") == "None" else 2
 
     @model_validator(mode="after")
-    def _has_max_replicas(self) -> Self:
-        derived = {"models"} if self.gpu else set[str]()  # gpu.max_nodes
-        for name, pods in (("ingress", self.ingress), ("models", self.models)):
-            if name not in derived and not pods.group.get("maxReplicas"):
-                raise ValueError(f"{name}.group.maxReplicas is missing: write 1 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _asks_for_the_gpus_of_its_nodes(self) -> Self:
+    def _agrees_with_itself(self) -> Self:
+        if not self.ingress.group.get("maxReplicas"):
+            raise ValueError("ingress.group.maxReplicas is missing: write 1 or more")
+        if not (self.gpu or self.models.group.get("maxReplicas")):
+            raise ValueError("models.group.maxReplicas is missing: write 1 or more")
         per_node = {"head": 0, "ingress": 0, "models": 1 if self.gpu else 0}
         for name, pods in (("head", self.head), ("ingress", self.ingress), ("models", self.models)):
             asked = parse_quantity(pods.size.get(_GPU, "0"))
@@ -271,17 +254,6 @@ class Environment(Strict):
                 raise ValueError(
                     f"{name}.size has {_GPU} {asked}, and its nodes have {per_node[name]}"
                 )
-        return self
-
-    @property
-    def clusters(self) -> int:
-        """Clusters that run at a time, at most: an upgrade may run two."""
-        strategy: Any = self.ray_service.get("upgradeStrategy")
-        kind = strategy.get("type") if isinstance(strategy, dict) else strategy
-        return 1 if kind == "None" else 2
-
-    @model_validator(mode="after")
-    def _upgrades_within_its_gpus(self) -> Self:
         if self.gpu and self.gpu.during_upgrade < self.clusters:
             raise ValueError(
                 "gpu.during_upgrade 1 leaves no GPUs for the second cluster of an upgrade:"
@@ -292,7 +264,7 @@ class Environment(Strict):
 
 class _Source(Strict):
     base: Values
-    overlays: dict[Annotated[str, AfterValidator(_folder_name)], Values] = Field(default={})
+    overlays: dict[Annotated[str, Field(pattern=_NAME)], Values] = Field(default={})
 
 
 def load_environments(path: Path) -> dict[str, Environment]:
@@ -301,19 +273,27 @@ def load_environments(path: Path) -> dict[str, Environment]:
     Raises:
         ConfigError: the file cannot be read, or a key is wrong; the message names the overlay.
     """
-    try:
-        values: Any = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "The source of the manifests cannot be read.",
-            value=f"{path}: {str(error).splitlines()[0]}",
-            remedy="Restore it, or correct its YAML.",
-        ) from error
-    source = parse_settings(_Source, values, str(path))
+    source = parse_settings(_Source, read_yaml(path), str(path))
     return {
         name: parse_settings(Environment, merged(source.base, over), f"{name} in {path}")
         for name, over in {BASE: {}, **source.overlays}.items()
     }
+
+
+def read_yaml(path: Path) -> Any:
+    """The values in a file of one YAML document.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "A source of the manifests cannot be read.",
+            value=f"{path}: {str(error).splitlines()[0]}",
+            remedy="Restore it, or correct its YAML.",
+        ) from error
 
 
 def merged(base: Any, over: Any) -> Any:

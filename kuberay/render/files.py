@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from deployments.errors import ConfigError
 from kuberay.quantity import as_bytes, as_gi, parse_quantity
 from kuberay.render.environment import BASE, load_environments
-from kuberay.render.gke import compute_class, gateway
+from kuberay.render.gke import compute_class, gateway, rules
 from kuberay.render.images import load_digests
 from kuberay.render.kustomize import GENERATED, component, dump
-from kuberay.render.monitoring import DASHBOARD, dashboard, rules
 from kuberay.render.rayservice import metadata, ray_service
 from kuberay.render.sizing import Sizing
 
@@ -30,44 +29,40 @@ def render(source: Path, lock: Path) -> Files:
 
     Args:
         source: configs/gke.yaml.
-        lock: kuberay/images.lock; files written by hand are read from its folder.
+        lock: kuberay/images.lock; the alerts are in the same folder.
 
     Raises:
-        ConfigError: the source, the model registry, the lock or the monitoring files are wrong.
+        ConfigError: the source, the model registry, the lock or the alerts are wrong.
         GpuTooSmall: the models do not fit the GPUs.
     """
     environments, digests = load_environments(source), load_digests(lock)
     base = environments.pop(BASE)
-    service, quota, site = _base_objects(base)
-    documents = {
-        "base/rayservice.yaml": [service],
-        "base/resource-quota.yaml": [quota],
-        "base/site.yaml": [site],
-        "gke/gateway.yaml": gateway(base),
-        "gke/rules.yaml": [rules(base, lock.parent)],
-    }
-    if base.gpu:
-        documents["gke/compute-class.yaml"] = [compute_class(base, base.gpu)]
+    documents = _objects(base, gke=True)
+    documents["gke/rules.yaml"] = [rules(base, lock.parent / "monitoring/alerts.yaml")]
     for name, environment in environments.items():
+        before = _objects(base, gke=environment.gke)
+        after = _objects(environment, gke=environment.gke)
+        pairs = [
+            pair for path in before for pair in zip(before[path], after.get(path, ()), strict=False)
+        ]
         path = f"overlays/{name}/generated/kustomization.yaml"
-        documents[path] = [_overlay(base, environment, digests)]
-    files = {path: GENERATED + dump(*objects) for path, objects in documents.items()}
-    return files | {DASHBOARD: dashboard(lock.parent)}
+        documents[path] = [component(environment, digests, pairs)]
+    return {path: GENERATED + dump(*objects) for path, objects in documents.items()}
 
 
-def _overlay(base: Environment, environment: Environment, digests: dict[str, str]) -> Values:
-    before, after = _base_objects(base), _base_objects(environment)
-    if environment.gke:
-        before, after = before + gateway(base), after + gateway(environment)
-        if base.gpu and environment.gpu:
-            before.append(compute_class(base, base.gpu))
-            after.append(compute_class(environment, environment.gpu))
-    return component(environment, digests, before, after)
-
-
-def _base_objects(environment: Environment) -> list[Values]:
+def _objects(environment: Environment, *, gke: bool) -> dict[str, list[Values]]:
+    """The objects of an environment, by the file that has those of the base."""
     sizing = Sizing(environment)
-    return [ray_service(sizing), _quota(environment), _site(sizing)]
+    objects = {
+        "base/rayservice.yaml": [ray_service(sizing)],
+        "base/resource-quota.yaml": [_quota(environment)],
+        "base/site.yaml": [_site(sizing)],
+    }
+    if gke:
+        objects["gke/gateway.yaml"] = gateway(environment)
+        if environment.gpu:
+            objects["gke/compute-class.yaml"] = [compute_class(environment, environment.gpu)]
+    return objects
 
 
 def _quota(environment: Environment) -> Values:
@@ -110,13 +105,14 @@ def _site(sizing: Sizing) -> Values:
 
 def out_of_date(files: Files, folder: Path) -> list[str]:
     """Paths below `folder` that differ from `files`, are missing, or should not be there."""
-    differing = [path for path, text in files.items() if _read(folder / path) != text]
-    stale = [
-        str(path.relative_to(folder))
+    there = {
+        str(path.relative_to(folder)): path.read_text(encoding="utf-8")
         for path in sorted(folder.rglob("*.yaml"))
-        if str(path.relative_to(folder)) not in files and (_read(path) or "").startswith(GENERATED)
+    }
+    stale = [path for path, text in there.items() if text.startswith(GENERATED)]
+    return [path for path, text in files.items() if there.get(path) != text] + [
+        path for path in stale if path not in files
     ]
-    return differing + stale
 
 
 def write(files: Files, folder: Path) -> list[str]:
@@ -136,10 +132,3 @@ def write(files: Files, folder: Path) -> list[str]:
     except OSError as error:
         raise ConfigError("The manifests cannot be written.", value=error) from error
     return changed
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""Objects for GKE only: the way in from outside, and the GPU nodes."""
+"""Objects for GKE only: the way in from outside, the GPU nodes, and the alerts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import GIB, as_bytes, parse_quantity
+from kuberay.render.environment import read_yaml
 from kuberay.render.rayservice import SERVE_PORT, metadata
 from kuberay.render.sizing import Sizing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kuberay.render.environment import Environment, GpuNodes, Values
 
 _ACCELERATORS = {
@@ -18,71 +21,62 @@ _ACCELERATORS = {
     "a100-40": "nvidia-tesla-a100",
     "h100": "nvidia-h100-80gb",
 }
-# vCPUs and GiB of machines with one GPU. T4s are attached to any N1.
-_MACHINES: dict[str, dict[str, tuple[int, float]]] = {
-    "t4": {"n1-standard-4": (4, 15), "n1-standard-8": (8, 30), "n1-highmem-8": (8, 52)},
-    "l4": {"g2-standard-4": (4, 16), "g2-standard-8": (8, 32), "g2-standard-12": (12, 48)},
-    "a100-40": {"a2-highgpu-1g": (12, 85)},
-    "h100": {"a3-highgpu-1g": (26, 234)},
+# CPUs and GiB that a machine with one GPU leaves to pods: all that it has, less what GKE is
+# documented to keep, and an estimated 0.4 CPUs and 1 GiB for Google's own pods.
+_MACHINES = {
+    "t4": {"n1-standard-4": (3.5, 11.5), "n1-standard-8": (7.5, 25.5), "n1-highmem-8": (7.5, 46.2)},
+    "l4": {
+        "g2-standard-4": (3.5, 12.4),
+        "g2-standard-8": (7.5, 27.4),
+        "g2-standard-12": (11.5, 42.4),
+    },
+    "a100-40": {"a2-highgpu-1g": (11.5, 77.2)},
+    "h100": {"a3-highgpu-1g": (25.4, 221.5)},
 }
-# What Google reserves of a node: shares of its first cores and GiB, of the next ones, and so on.
-_CPU_KEPT = ((1, 0.06), (1, 0.01), (2, 0.005), (float("inf"), 0.0025))
-_RAM_KEPT = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06), (float("inf"), 0.02))
-_DAEMONS = (0.4, 1.0)
-"""Cores and GiB of Google's own pods on a node (logging, metrics, the driver). An estimate."""
-_SSDS = 1
-_SSD_BYTES = 375 * GIB
-_SSD_KEPT = 50 * GIB + _SSD_BYTES // 10
-"""Of one local SSD: Google's part, and what must stay free, or the kubelet evicts pods."""
+_SSD_BYTES = 375 * GIB - 375 * GIB // 10 - 50 * GIB
+"""Of one local SSD, without Google's part, and what must stay free, or the kubelet evicts pods."""
 _BOOT_KEPT_BYTES = 20 * 10**9
 """Of a boot disk: the system and the images. An estimate."""
 COMPUTE_CLASS = "imagen-gpu"
+# Serve's own route. By default Google probes `/`, gets 404, and answers every client 503.
+_HEALTH = {
+    "checkIntervalSec": 10,
+    "timeoutSec": 5,
+    "config": {
+        "type": "HTTP",
+        "httpHealthCheck": {"port": SERVE_PORT, "requestPath": "/-/healthz"},
+    },
+}
 
 
 def gateway(environment: Environment) -> list[Values]:
     """HTTPS from the internet to the ingress pods, behind Identity-Aware Proxy."""
+    site, about = environment.site, metadata(environment)
     service = f"{environment.name}-serve-svc"
     target = {"targetRef": {"group": "", "kind": "Service", "name": service}}
     listener = {
         "name": "https",
         "protocol": "HTTPS",
         "port": 443,
-        "hostname": environment.site.host,
+        "hostname": site.host,
         "allowedRoutes": {"namespaces": {"from": "Same"}},
     }
+    entry = {"gatewayClassName": "gke-l7-global-external-managed", "listeners": [listener]}
     route = {
         "parentRefs": [{"name": environment.name}],
-        "hostnames": [environment.site.host],
+        "hostnames": [site.host],
         "rules": [{"backendRefs": [{"name": service, "port": SERVE_PORT}]}],
     }
-    certificate = {"networking.gke.io/certmap": environment.site.certificate_map}
+    certificate = {"annotations": {"networking.gke.io/certmap": site.certificate_map}}
     api, google = "gateway.networking.k8s.io/v1", "networking.gke.io/v1"
-    entry = _object(api, "Gateway", environment)
-    entry["metadata"]["annotations"] = certificate
-    return [
-        entry
-        | {
-            "spec": {
-                "gatewayClassName": "gke-l7-global-external-managed",
-                "listeners": [listener],
-            }
-        },
-        _object(api, "HTTPRoute", environment) | {"spec": route},
-        _object(google, "HealthCheckPolicy", environment)
-        | {"spec": {"default": _health()} | target},
-        _object(google, "GCPBackendPolicy", environment)
-        | {"spec": {"default": _backend(environment)} | target},
+    objects = [
+        (api, "Gateway", about | certificate, entry),
+        (api, "HTTPRoute", about, route),
+        (google, "HealthCheckPolicy", about, {"default": _HEALTH} | target),
+        (google, "GCPBackendPolicy", about, {"default": _backend(environment)} | target),
     ]
-
-
-def _health() -> Values:
-    """Serve's own route. By default Google probes `/`, gets 404, and answers every client 503."""
-    check = {"port": SERVE_PORT, "requestPath": "/-/healthz"}
-    return {
-        "checkIntervalSec": 10,
-        "timeoutSec": 5,
-        "config": {"type": "HTTP", "httpHealthCheck": check},
-    }
+    keys = ("apiVersion", "kind", "metadata", "spec")
+    return [dict(zip(keys, values, strict=True)) for values in objects]
 
 
 def _backend(environment: Environment) -> Values:
@@ -124,6 +118,20 @@ def compute_class(environment: Environment, gpu: GpuNodes) -> Values:
     }
 
 
+def rules(environment: Environment, alerts: Path) -> Values:
+    """The alerts, as Google's managed Prometheus takes them.
+
+    Raises:
+        ConfigError: the file of alerts cannot be read.
+    """
+    return {
+        "apiVersion": "monitoring.googleapis.com/v1",
+        "kind": "Rules",
+        "metadata": metadata(environment),
+        "spec": read_yaml(alerts),
+    }
+
+
 def _nodes(gpu: GpuNodes, *, spot: bool) -> Values:
     accelerator = {"type": _ACCELERATORS[gpu.type], "count": 1, "driverVersion": "latest"}
     return {
@@ -131,7 +139,7 @@ def _nodes(gpu: GpuNodes, *, spot: bool) -> Values:
         "spot": spot,
         "gpu": accelerator,
         "storage": {
-            "localSSDCount": _SSDS,
+            "localSSDCount": 1,
             "bootDiskType": gpu.boot_disk_type,
             "bootDiskSize": gpu.boot_disk_gb,
         },
@@ -139,62 +147,37 @@ def _nodes(gpu: GpuNodes, *, spot: bool) -> Values:
 
 
 def _check_machine(environment: Environment, gpu: GpuNodes) -> None:
+    """A model pod that no node can hold is pending for ever, and nothing reports it."""
     known = _MACHINES.get(gpu.type, {})
     if gpu.machine not in known:
-        others = sorted({name for machines in _MACHINES.values() for name in machines})
         raise ConfigError(
             f"The machine is not in the table of machines with one {gpu.type} GPU.",
             value=gpu.machine,
-            remedy=f"Use {', '.join(known or others)}, or add it in kuberay/render/gke.py.",
+            remedy=f"Use one of {', '.join(known)}, or add it in kuberay/render/gke.py.",
         )
-    _check_size(environment, gpu, *known[gpu.machine])
-    _check_disk(environment, gpu)
-
-
-def _check_size(environment: Environment, gpu: GpuNodes, cpus: int, ram: float) -> None:
-    left_cpus = cpus - _kept(cpus, _CPU_KEPT) - _DAEMONS[0]
-    left_ram = ram - _kept(ram, _RAM_KEPT) - _DAEMONS[1]
-    size = environment.models.size
-    if parse_quantity(size["cpu"]) > left_cpus or as_bytes(size["memory"]) > left_ram * GIB:
+    cpus, ram_gib = known[gpu.machine]
+    size, cache, sizing = environment.models.size, environment.cache, Sizing(environment)
+    if parse_quantity(size["cpu"]) > cpus or as_bytes(size["memory"]) > ram_gib * GIB:
         raise ConfigError(
-            f"A model pod does not fit a {gpu.machine}, which leaves {left_cpus:.1f} CPUs and"
-            f" {left_ram:.1f} GiB to pods: it would be pending for ever.",
+            f"A model pod does not fit a {gpu.machine}, which leaves {cpus} CPUs and {ram_gib} GiB"
+            " to pods.",
             value=f"{size['cpu']} CPUs, {size['memory']}",
             remedy="Lower models.size, or take a larger gpu.machine.",
         )
-
-
-def _check_disk(environment: Environment, gpu: GpuNodes) -> None:
-    """An emptyDir and logs are on the local SSD, a folder of the node is on its boot disk."""
-    sizing, cache = Sizing(environment), environment.cache
-    left = _SSDS * (_SSD_BYTES - _SSD_KEPT)
-    if as_bytes(sizing.disk_size) > left:
+    if as_bytes(sizing.disk_size) > _SSD_BYTES:
         raise ConfigError(
-            f"A model pod needs more disk than the {left / GIB:.0f} GiB that a node's local SSD"
-            " leaves to pods: it would be pending for ever.",
+            f"A model pod needs more disk than the {_SSD_BYTES / GIB:.0f} GiB that a node's local"
+            " SSD leaves to pods.",
             value=f"{sizing.disk_size}, cache.copies {cache.copies:g}, scratch {cache.scratch}",
             remedy="Lower cache.copies or cache.scratch.",
         )
-    if cache.kind != "hostPath" or cache.read_only:  # read-only is a disk of its own
-        return
     usable = sizing.settings.store.gc_start_percent / 100
-    left = int(gpu.boot_disk_gb * 10**9 * usable) - _BOOT_KEPT_BYTES
-    if as_bytes(sizing.cache_size) > left:
+    left_bytes = int(gpu.boot_disk_gb * 10**9 * usable) - _BOOT_KEPT_BYTES
+    # A read-only cache is on a disk of its own.
+    on_boot_disk = cache.kind == "hostPath" and not cache.read_only
+    if on_boot_disk and as_bytes(sizing.cache_size) > left_bytes:
         raise ConfigError(
-            f"The folder of models needs more than {left / 10**9:.0f} GB, what a boot disk leaves.",
+            f"The boot disk leaves {left_bytes / 10**9:.0f} GB to models, which need more.",
             value=f"{sizing.cache_size}, gpu.boot_disk_gb {gpu.boot_disk_gb}",
             remedy="Raise gpu.boot_disk_gb, or lower cache.copies.",
         )
-
-
-def _kept(amount: float, steps: tuple[tuple[float, float], ...]) -> float:
-    """The sum of the shares of consecutive parts of an amount."""
-    kept = 0.0
-    for width, share in steps:
-        kept += min(amount, width) * share
-        amount = max(amount - width, 0)
-    return kept
-
-
-def _object(api_version: str, kind: str, environment: Environment) -> Values:
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata(environment)}

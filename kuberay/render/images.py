@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
-import yaml
+from pydantic import Field
 
 from deployments.errors import ConfigError, SourceFailed
-from deployments.settings import resolve
+from deployments.settings import Strict, parse_settings, resolve
+from kuberay.render.environment import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -38,29 +39,17 @@ _DOCKER_HUB = "registry-1.docker.io"
 _TIMEOUT_S = 30
 
 
+class _Lock(Strict):
+    images: dict[str, Annotated[str, Field(pattern=f"^sha256:([0-9a-f]{{64}}|{UNRESOLVED})$")]]
+
+
 def load_digests(lock: Path) -> dict[str, str]:
     """The digests in the lock file, by name of the image.
 
     Raises:
         ConfigError: the file cannot be read, or a value is not a digest.
     """
-    try:
-        values: Any = yaml.safe_load(resolve(lock).read_text(encoding="utf-8"))
-        digests = {str(name): str(digest) for name, digest in values.items()}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "The lock of images cannot be read.",
-            value=f"{lock}: {str(error).splitlines()[0]}",
-            remedy="Restore it, or list the images as `name: sha256:unresolved`.",
-        ) from error
-    for name, digest in digests.items():
-        if not (_DIGEST.fullmatch(digest) or digest == f"sha256:{UNRESOLVED}"):
-            raise ConfigError(
-                f"The lock of images has no digest for {name}.",
-                value=digest,
-                remedy=f"Write sha256:<64 hex digits>, or sha256:{UNRESOLVED}.",
-            )
-    return digests
+    return parse_settings(_Lock, {"images": read_yaml(lock)}, str(lock)).images
 
 
 def write_digests(lock: Path, digests: Mapping[str, str]) -> None:
@@ -69,19 +58,15 @@ def write_digests(lock: Path, digests: Mapping[str, str]) -> None:
     resolve(lock).write_text(_HEADER + lines, encoding="utf-8")
 
 
-def pulled(environments: Iterable[Environment]) -> dict[str, Image]:
-    """The images that come from registries, by name."""
-    images = [item for one in environments for item in one.images.items()]
-    return {name: image for name, image in images if not image.local}
-
-
-def chosen(images: Mapping[str, Image], names: Sequence[str] | None) -> dict[str, Image]:
-    """The images with these names; without names, all.
+def pulled(environments: Iterable[Environment], names: Sequence[str] = ()) -> dict[str, Image]:
+    """The images that come from registries, by name: all, or those of `names`.
 
     Raises:
         ConfigError: there is no image of such a name.
     """
-    if unknown := [name for name in names or () if name not in images]:
+    every = [item for one in environments for item in one.images.items()]
+    images = {name: image for name, image in every if not image.local}
+    if unknown := [name for name in names if name not in images]:
         raise ConfigError(
             "There is no such image.",
             value=", ".join(unknown),

@@ -10,7 +10,7 @@ from deployments.errors import ConfigError
 from kuberay.render.images import UNRESOLVED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from kuberay.render.environment import Environment, Image, Values
 
@@ -28,7 +28,7 @@ class Text(str):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keys in the order given, lists indented, no anchors."""
+    """Indents lists, and has no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -38,30 +38,26 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(
-    Text,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style="|"),
+    Text, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
 )
 
 
 def dump(*documents: Any) -> str:
-    """The documents as YAML."""
+    """The documents as YAML, keys in the order given."""
     return yaml.dump_all(
-        documents,
-        Dumper=_Dumper,
-        sort_keys=False,
-        default_flow_style=False,
-        allow_unicode=True,
-        width=_WIDTH,
+        documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH
     )
 
 
 def component(
-    environment: Environment,
-    digests: Mapping[str, str],
-    base: Sequence[Values],
-    changed: Sequence[Values],
+    environment: Environment, digests: Mapping[str, str], pairs: Iterable[tuple[Values, Values]]
 ) -> Values:
-    """The component that turns the objects of `base` into those of `changed`, pairwise.
+    """The component that turns each object of the base into that of the environment.
+
+    Args:
+        environment: whose images it names.
+        digests: of the images.
+        pairs: the base's object, and the environment's.
 
     Raises:
         ConfigError: an image has no digest.
@@ -71,17 +67,14 @@ def component(
             "target": {"kind": one["kind"], "name": one["metadata"]["name"]},
             "patch": Text(dump(operations)),
         }
-        for one, other in zip(base, changed, strict=True)
+        for one, other in pairs
         if (operations := difference(one, other))
     ]
+    images = [(name, image) for name, image in environment.images.items() if not image.base]
     return {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",
         "kind": "Component",
-        "images": [
-            _image(name, image, digests)
-            for name, image in environment.images.items()
-            if not image.base
-        ],
+        "images": [_image(name, image, digests) for name, image in images],
     } | ({"patches": patches} if patches else {})
 
 

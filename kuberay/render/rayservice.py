@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kuberay.render.sizing import Sizing
 
 SERVE_PORT = 8000
+_MOUNT = "/models"
+"""Where the cache is in a model pod; the prefetch job has the same."""
 _WORKER_PORTS = {"serve": SERVE_PORT, "metrics": 8080}
 # All of them: KubeRay adds its defaults only if none is given, and needs one named `serve`.
 _HEAD_PORTS = _WORKER_PORTS | {
@@ -35,13 +37,14 @@ _READINESS = {
 def ray_service(sizing: Sizing) -> Values:
     """The RayService of an environment."""
     environment = sizing.environment
+    head = _container("ray-head", environment.head, environment, _HEAD_PORTS)
+    ingress = _container("ray-worker", environment.ingress, environment, _WORKER_PORTS)
     cluster = environment.ray_cluster | {
-        "headGroupSpec": _head(environment),
-        "workerGroupSpecs": [_ingress(environment), _models(sizing)],
-    }
-    spec = environment.ray_service | {
-        "serveConfigV2": Text(dump(serve_config(sizing))),
-        "rayClusterConfig": cluster,
+        "headGroupSpec": _group(environment.head, environment, head),
+        "workerGroupSpecs": [
+            _worker_group(environment.ingress, environment, ingress),
+            _models(sizing),
+        ],
     }
     # For readers and for the check of timeouts; nothing in the cluster reads it.
     client = {"imagen.dev/client-timeout-s": str(environment.timeouts_s.client)}
@@ -49,7 +52,8 @@ def ray_service(sizing: Sizing) -> Values:
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": metadata(environment) | {"annotations": client},
-        "spec": spec,
+        "spec": environment.ray_service
+        | {"serveConfigV2": Text(dump(serve_config(sizing))), "rayClusterConfig": cluster},
     }
 
 
@@ -59,33 +63,25 @@ def metadata(environment: Environment, name: str | None = None) -> Values:
     return {"name": name or environment.name, "namespace": environment.namespace, "labels": labels}
 
 
-def _head(environment: Environment) -> Values:
-    container = _container("ray-head", environment.head, environment, _HEAD_PORTS)
-    return _group(environment.head, environment, container)
-
-
-def _ingress(environment: Environment) -> Values:
-    container = _container("ray-worker", environment.ingress, environment, _WORKER_PORTS)
-    return _worker_group(environment.ingress, environment, container)
-
-
 def _models(sizing: Sizing) -> Values:
     environment = sizing.environment
     source, cache = environment.models, environment.cache
     memory = {"rayStartParams": {"memory": str(sizing.pod_memory_bytes)}}
     most = {"maxReplicas": environment.gpu.max_nodes} if environment.gpu else {}
-    raw: Values = merged(source.group, most | memory)
-    size = source.size | {"ephemeral-storage": sizing.disk_size}
-    env = {"IMAGEN_MODELS": cache.mount} | source.env
-    filled = source.model_copy(update={"size": size, "env": env, "group": raw})
+    derived = {
+        "group": merged(source.group, most | memory),
+        "size": source.size | {"ephemeral-storage": sizing.disk_size},
+        "env": {"IMAGEN_MODELS": _MOUNT} | source.env,
+    }
+    filled = source.model_copy(update=derived)
     container = _container("ray-worker", filled, environment, _WORKER_PORTS)
-    mount = {"name": "models", "mountPath": cache.mount}
+    mount = {"name": "models", "mountPath": _MOUNT}
     container["volumeMounts"] = [mount | ({"readOnly": True} if cache.read_only else {})]
     group = _worker_group(filled, environment, container)
     pod = group["template"]["spec"]
     pod["volumes"] = [_volume(cache, sizing.cache_size)]
     if cache.kind == "hostPath" and not cache.read_only:
-        pod["initContainers"] = [_own_cache(container, cache)]
+        pod["initContainers"] = [_own_cache(container)]
     return group
 
 
@@ -96,13 +92,13 @@ def _volume(cache: Cache, size: str) -> Values:
     return {"name": "models", "hostPath": {"path": cache.path, "type": kind}}
 
 
-def _own_cache(container: Values, cache: Cache) -> Values:
+def _own_cache(container: Values) -> Values:
     """Kubernetes creates the node's folder for root; this gives it to the user of the image."""
     small = {"cpu": "100m", "memory": "64Mi"}
     return {
         "name": "own-cache",
         **{key: container[key] for key in ("image", "imagePullPolicy") if key in container},
-        "command": ["chown", "1000:1000", cache.mount],
+        "command": ["chown", "1000:1000", _MOUNT],
         "resources": {"requests": small, "limits": small},
         "securityContext": {
             "runAsNonRoot": False,

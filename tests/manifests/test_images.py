@@ -10,7 +10,7 @@ import pytest
 
 from deployments.errors import ConfigError, SourceFailed
 from kuberay.render.environment import Image, load_environments
-from kuberay.render.images import chosen, load_digests, look_up, pulled, write_digests
+from kuberay.render.images import load_digests, look_up, pulled, write_digests
 from tests.manifests.conftest import LOCK, SOURCE
 
 if TYPE_CHECKING:
@@ -91,13 +91,13 @@ def test_placeholders_are_not_looked_up() -> None:
 
 
 def test_the_base_is_looked_up_before_images_of_ours_exist() -> None:
-    images = pulled(load_environments(SOURCE).values())
+    environments = load_environments(SOURCE).values()
     registry = Registry()
-    assert look_up(chosen(images, ["python"]), None, None, registry.client) == {"python": DIGEST}
+    base = pulled(environments, ["python"])
+    assert look_up(base, None, None, registry.client) == {"python": DIGEST}
     assert registry.asked[0].url.path == "/v2/library/python/manifests/3.11-slim-bookworm"
-    assert chosen(images, None) == images
     with pytest.raises(ConfigError, match="imagen-cpu, imagen-gpu, python, redis"):
-        chosen(images, ["pithon"])
+        pulled(environments, ["pithon"])
 
 
 def test_the_lock_is_written_as_it_is_read(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _whole(found: Samples) -> bool:
 
 
 def _expressions() -> list[str]:
-    on_a_cpu = [panel for panel in panels() if not panel.get("only_on_gpu")]
+    on_a_cpu = [panel for panel in panels() if panel.get("description") != "Empty without a GPU."]
     return [alert["expr"] for alert in alerts()] + [e for p in on_a_cpu for e in shown(p)]
 
 
