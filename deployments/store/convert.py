@@ -181,7 +181,9 @@ def _read_checkpoint(name: str, source: Path, key: str | None) -> dict[str, Tens
     except Exception as error:  # a damaged file can raise anything, OSError too
         raise _no_weights(name, source, _first_line(error)) from error
     if key is not None:
-        content = _item(name, source, content, key)
+        if not isinstance(content, dict) or key not in content:
+            raise _no_weights(name, source, f"it has no entry {key}")
+        content = content[key]
     if not isinstance(content, dict) or not content:
         kind = type(content).__name__
         raise _no_weights(name, source, f"a {kind} instead of a dictionary of tensors")
@@ -193,14 +195,6 @@ def _read_checkpoint(name: str, source: Path, key: str | None) -> dict[str, Tens
         # A copy, because safetensors refuses tensors that share memory.
         tensors[str(item)] = value.detach().clone(memory_format=torch.contiguous_format)
     return tensors
-
-
-def _item(name: str, source: Path, content: Any, key: str) -> Any:
-    if isinstance(content, dict) and key in content:
-        return cast("dict[str, object]", content)[key]
-    keys = ", ".join(map(str, cast("dict[object, object]", content))) if content else ""
-    held = f"it holds {keys[:100]}" if isinstance(content, dict) else "it is no dictionary"
-    raise _no_weights(name, source, f"it has no entry {key}; {held}")
 
 
 def _first_line(error: Exception) -> str:

@@ -120,14 +120,6 @@ def alone(path: Path) -> Generator[bool]:
         os.close(descriptor)
 
 
-def is_free(path: Path) -> bool:
-    """Whether no process holds a lease."""
-    if not path.exists():
-        return True
-    with alone(path) as free:
-        return free
-
-
 def _wait(descriptor: int, path: Path, what: str, timeout_s: float) -> None:
     last_body = b""
     deadline_s = time.monotonic() + timeout_s

@@ -110,19 +110,15 @@ def decode(data: bytes, where: object) -> Manifest:
     Raises:
         ModelCorrupt: the bytes are not exactly what `Manifest.encode` writes.
     """
+    reason = "it is not in its canonical form"
     try:
         manifest = Manifest.model_validate_json(data)
+        if manifest.encode() == data:
+            return manifest
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ModelCorrupt(
-            f"The manifest is wrong: {place}: {first['msg']}.", value=where, remedy="Pull it again."
-        ) from error
-    if manifest.encode() != data:
-        raise ModelCorrupt(
-            "The manifest is not in its canonical form.", value=where, remedy="Pull it again."
-        )
-    return manifest
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    raise ModelCorrupt(f"The manifest is wrong: {reason}.", value=where, remedy="Pull it again.")
 
 
 def _canonical(values: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from deployments.store.lockfile import LockedOrigin
     from deployments.store.manifest import Manifest
     from deployments.store.staging import Places
-
-
-_BUCKET = re.compile(r"^(gs|file)://.+")
 
 
 def open_reader(url: str) -> Reader:
@@ -61,7 +57,7 @@ def open_bucket(url: str, settings: StoreSettings) -> Bucket:
         ConfigError: the URL is neither gs:// nor file://.
         SourceFailed: there is no such bucket, or no access to it.
     """
-    if not _BUCKET.match(url):
+    if not url.startswith(("gs://", "file://")):
         raise ConfigError(
             "Files cannot be written to this URL.",
             value=url,
@@ -144,16 +140,15 @@ class Provider:
 
     def _from_mirror(self, spec: ArtefactSpec, digest: str, url: str) -> tuple[Manifest, Places]:
         mirror = open_reader(mirror_url(url, spec.name, digest))
-        remedy = f"Run `imagen models publish {spec.name} {url}`, or correct store.mirror."
         try:
             content = retrying(lambda: _read_whole(mirror, MANIFEST), self._settings)
-        except Missing as error:
-            raise Missing(error.message, value=error.value, remedy=remedy) from error
-        try:
             manifest = decode(content, mirror.url)
-        except ModelCorrupt as error:
-            raise ModelCorrupt(
-                error.message, value=mirror.url, remedy=f"Remove the manifest there. {remedy}"
+        except (Missing, ModelCorrupt) as error:
+            raise type(error)(
+                error.message,
+                value=error.value,
+                remedy=f"Remove any manifest there. Run `imagen models publish {spec.name} {url}`,"
+                " or correct store.mirror.",
             ) from error
         if manifest.model != spec.name or not manifest.digest.startswith(digest):
             raise ModelCorrupt(

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,65 +79,59 @@ def publish(
         known = retrying(lambda: find(bucket, MANIFEST), settings)
         if smoke and isinstance(spec, ModelSpec) and not known:
             smoke_load(spec, folder)
-        sizes = _Upload(bucket, folder, settings, listener).run(manifest)
+        sizes = _upload(bucket, folder, manifest, settings, listener)
     return Published(url, len(sizes), sum(sizes))
 
 
-@dataclass(frozen=True)
-class _Upload:
-    bucket: Bucket
-    folder: Path
-    settings: StoreSettings
-    listener: Listener
+def _upload(
+    bucket: Bucket, folder: Path, manifest: Manifest, settings: StoreSettings, listener: Listener
+) -> list[int]:
+    """Upload what is not there; the bytes of each file that was uploaded."""
+    model = manifest.model
 
-    def run(self, manifest: Manifest) -> list[int]:
-        """Upload what is not there; the bytes of each file that was uploaded."""
-        model = manifest.model
-        self.listener(Event("miss", model, manifest.total_bytes))
-        with ThreadPoolExecutor(self.settings.threads, thread_name_prefix="publish") as pool:
-            tasks = [
-                pool.submit(self._send, model, f.path, f.size, f.crc32c) for f in manifest.files
-            ]
-            try:
-                sizes = [task.result() for task in tasks]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        sizes.append(self._send(model, MANIFEST, (self.folder / MANIFEST).stat().st_size, None))
-        self.listener(Event("done", model))
-        return [size for size in sizes if size is not None]
-
-    def _send(self, model: str, path: str, size: int, crc32c: str | None) -> int | None:
-        """Upload one file; None if it was there already."""
-        crc32c = crc32c or hash_file(self.folder / path, sha256=False).crc32c
-        sent = retrying(lambda: self._put(path, size, crc32c), self.settings)
-        self.listener(Event("bytes" if sent else "adopted", model, size))
+    def send(path: str, size: int, known: str | None) -> int | None:
+        crc32c = known or hash_file(folder / path, sha256=False).crc32c
+        sent = retrying(lambda: _put(bucket, folder, path, size, crc32c), settings)
+        listener(Event("bytes" if sent else "adopted", model, size))
         return size if sent else None
 
-    def _put(self, path: str, size: int, crc32c: str) -> bool:
-        """Upload one file, or check that the file that is already there has the same bytes."""
-        there = find(self.bucket, path)
-        if there is None:
-            if self.bucket.put(path, self.folder / path):
-                return True
-            there = find(self.bucket, path)  # another process was faster
-        actual = (there.size, self._crc32c(there)) if there else (0, "nothing")
-        if actual != (size, crc32c):
-            raise ModelCorrupt(
-                f"The target holds another file under this name: {self.bucket.url}/{path}:"
-                f" expected {size} bytes, crc32c {crc32c};"
-                f" actual {actual[0]} bytes, crc32c {actual[1]}.",
-                remedy="Nothing is overwritten. Find out who wrote it; delete it there if it is"
-                " wrong.",
-            )
-        return False
+    listener(Event("miss", model, manifest.total_bytes))
+    with ThreadPoolExecutor(settings.threads, thread_name_prefix="publish") as pool:
+        tasks = [pool.submit(send, f.path, f.size, f.crc32c) for f in manifest.files]
+        try:
+            sizes = [task.result() for task in tasks]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    sizes.append(send(MANIFEST, (folder / MANIFEST).stat().st_size, None))
+    listener(Event("done", model))
+    return [size for size in sizes if size is not None]
 
-    def _crc32c(self, file: RemoteFile) -> str:
-        if file.crc32c:
-            return file.crc32c
-        hashes = Hashes(sha256=False)
-        self.bucket.read(file, 0, file.size, hashes.update)
-        return hashes.crc32c
+
+def _put(bucket: Bucket, folder: Path, path: str, size: int, crc32c: str) -> bool:
+    """Upload one file, or check that the file that is already there has the same bytes."""
+    there = find(bucket, path)
+    if there is None:
+        if bucket.put(path, folder / path):
+            return True
+        there = find(bucket, path)  # another process was faster
+    actual = (there.size, _crc32c(bucket, there)) if there else (0, "nothing")
+    if actual != (size, crc32c):
+        raise ModelCorrupt(
+            f"The target holds another file under this name: {bucket.url}/{path}:"
+            f" expected {size} bytes, crc32c {crc32c};"
+            f" actual {actual[0]} bytes, crc32c {actual[1]}.",
+            remedy="Nothing is overwritten. Find out who wrote it; delete it there if it is wrong.",
+        )
+    return False
+
+
+def _crc32c(bucket: Bucket, file: RemoteFile) -> str:
+    if file.crc32c:
+        return file.crc32c
+    hashes = Hashes(sha256=False)
+    bucket.read(file, 0, file.size, hashes.update)
+    return hashes.crc32c
 
 
 def smoke_load(spec: ModelSpec, folder: Path) -> None:

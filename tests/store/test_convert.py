@@ -280,8 +280,8 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({"other": {}}, "no entry params; it holds other"),
-        ([1, 2], "no entry params; it is no dictionary"),
+        ({"other": {}}, "no entry params"),
+        ([1, 2], "no entry params"),
         ({"params": {}}, "a dict instead of a dictionary of tensors"),
         ({"params": 5}, "an? int instead of a dictionary of tensors"),
         ({"params": {"w": torch.ones(1), "n": 5}}, "n is a int, no dense tensor"),
