@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cli.models import bring, publishing, show, upkeep
+from cli.models import bring, show, upkeep
 
 models_app = typer.Typer(
     no_args_is_help=True,
@@ -19,8 +19,8 @@ models_app.command("info")(show.info)
 models_app.command("resolve")(bring.resolve_models)
 models_app.command("pull")(bring.pull)
 models_app.command("verify")(upkeep.verify)
-models_app.command("publish")(publishing.publish_model)
-models_app.command("convert")(publishing.convert_model)
+models_app.command("publish")(bring.publish_model)
+models_app.command("convert")(bring.convert_model)
 models_app.command("gc")(upkeep.gc)
 models_app.command("clear")(upkeep.clear)
 models_app.command("where")(show.where)

@@ -1,41 +1,40 @@
-"""`imagen models resolve` and `pull`: from origins or a mirror into the lock file and the store."""
+"""`imagen models resolve`, `pull`, `convert`, `publish`: from origins to store to bucket."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 
 from cli.console import Meter, Row, make_table
-from cli.models.rows import finish, for_each
 from cli.models.session import (
     STARTER,
     AsJson,
     Everything,
-    LockTimeoutS,
     Mirror,
+    Name,
     Names,
-    Rate,
     RegistryFile,
     Root,
     Session,
-    Threads,
     session,
 )
 from cli.models.show import warn_network
 from cli.models.upkeep import show_removed
 from cli.paths import existing
 from deployments.origins import UNRESOLVED
-from deployments.registry import ArtefactSpec
-from deployments.store.disk import network_filesystem
+from deployments.registry import ArtefactSpec, ModelSpec
+from deployments.store.cache import Store
+from deployments.store.convert import convert
 from deployments.store.folder import read_manifest
 from deployments.store.gc import make_room
-from deployments.store.lockfile import update_lock
+from deployments.store.lockfile import LockedModel, locked_origins, origin_manifest, update_lock
 from deployments.store.manifest import SHORT
+from deployments.store.provider import mirror_url, open_bucket
+from deployments.store.publish import publish
 from deployments.store.resolve import resolve
 
 
@@ -50,7 +49,7 @@ def resolve_models(
     as_json: AsJson = False,
 ) -> None:
     """Look up revisions, sizes and hashes at the origins, and write the lock file."""
-    with session(registry, as_json, root=store) as opened:
+    with session(registry, as_json, store) as opened:
 
         def work(entry: ArtefactSpec) -> Row:
             known = opened.lock.models.get(entry.name)
@@ -62,7 +61,7 @@ def resolve_models(
             opened.output.say(f"{entry.name}: {status}; {hint}")
             return {"status": status, "digest": digest}
 
-        finish(opened, for_each(opened, opened.choose(names, everything), work))
+        opened.finish(opened.for_each(opened.choose(names, everything), work))
 
 
 def pull(
@@ -72,18 +71,10 @@ def pull(
     registry: RegistryFile = STARTER,
     store: Root = None,
     mirror: Mirror = None,
-    threads: Threads = None,
-    max_bytes_per_s: Rate = None,
-    lock_timeout_s: LockTimeoutS = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring models into the store; those already there are checked, and replaced if damaged."""
-    limits = {
-        "threads": threads,
-        "max_bytes_per_s": max_bytes_per_s,
-        "lock_timeout_s": lock_timeout_s,
-    }
-    with session(registry, as_json, root=store, mirror=mirror, **limits) as opened:
+    with session(registry, as_json, store, mirror) as opened:
         entries = opened.choose(names, everything)
         if dry_run:
             _show_plan(opened, entries)
@@ -91,11 +82,10 @@ def pull(
             _pull(opened, entries)
 
 
-def _pull(opened: Session, entries: Sequence[ArtefactSpec]) -> None:
-    if network := network_filesystem(opened.store.root):
-        warn_network(opened.output, network)
-    digests = [(entry.name, opened.digest(entry.name)) for entry in entries]
-    if not all(digest and opened.store.holds(name, digest) for name, digest in digests):
+def _pull(opened: Session, entries: dict[str, ArtefactSpec]) -> None:
+    warn_network(opened.output, opened.store.root)
+    digests = {name: opened.digest(name) for name in entries}
+    if not all(digest and opened.store.holds(name, digest) for name, digest in digests.items()):
         show_removed(opened, make_room(opened.store, opened.kept, opened.settings))
     with Meter(opened.output) as meter:
         provider = opened.provider(meter.on_event)
@@ -120,43 +110,125 @@ def _pull(opened: Session, entries: Sequence[ArtefactSpec]) -> None:
                 "seconds": round(seconds, 3),
             }
 
-        rows = for_each(opened, entries, work, opened.settings.models_at_once)
-    finish(opened, rows)
+        rows = opened.for_each(entries, work, opened.settings.models_at_once)
+    opened.finish(rows)
 
 
-def _show_plan(opened: Session, entries: Sequence[ArtefactSpec]) -> None:
+def _show_plan(opened: Session, entries: dict[str, ArtefactSpec]) -> None:
     """What a pull would do."""
     provider = opened.provider()
 
     def work(entry: ArtefactSpec) -> Row:
         opened.catalogue.check_licence(entry)
         digest = provider.digest(entry)
-        present = opened.store.holds(entry.name, digest)
-        if present:
+        if opened.store.holds(entry.name, digest):
             manifest = read_manifest(opened.store.folder(entry.name, digest), entry.name)
-            urls: list[str] = []
+            status, urls = "present", list[str]()
         else:
             manifest, places = provider.plan(entry, digest)
-            urls = sorted({reader.url for reader, _ in places.values()})
-        return {
-            "status": "present" if present else "to pull",
-            "digest": digest,
-            "files": len(manifest.files),
-            "bytes": manifest.total_bytes,
-            "sources": urls,
-        }
+            status, urls = "to pull", sorted({reader.url for reader, _ in places.values()})
+        files, size = len(manifest.files), manifest.total_bytes
+        return {"status": status, "digest": digest, "files": files, "bytes": size, "sources": urls}
 
-    rows = for_each(opened, entries, work)
+    rows = opened.for_each(entries, work)
+    table = make_table("Name", "Digest", "Files", "Size", "From")
+    for row in (row for row in rows if "error" not in row):
+        source = "\n".join(row["sources"]) or "already there"
+        facts = (row["digest"][:SHORT], str(row["files"]), decimal(row["bytes"]))
+        table.add_row(row["name"], *facts, source)
+    opened.output.show(table)
     total = sum(row["bytes"] for row in rows if row["status"] == "to pull")
     free = shutil.disk_usage(existing(opened.store.root)).free
-    table = make_table("Name", "Digest", "Files", "Size", "From")
-    for row in rows:
-        if "error" in row:
-            table.add_row(row["name"], "-", "-", "-", f"cannot be pulled: {row['error']['code']}")
-            continue
-        source = "\n".join(row["sources"]) or "already there"
-        size = decimal(row["bytes"])
-        table.add_row(row["name"], row["digest"][:SHORT], str(row["files"]), size, source)
-    opened.output.show(table)
     opened.output.show(f"To pull: {decimal(total)} ({total} bytes); free: {decimal(free)}")
-    finish(opened, rows, {"bytes_to_pull": total, "free_bytes": free})
+    opened.finish(rows, {"bytes_to_pull": total, "free_bytes": free})
+
+
+def publish_model(
+    name: Name,
+    target: Annotated[str, typer.Argument(help="gs://bucket/prefix or file:///folder")],
+    smoke: Annotated[
+        bool, typer.Option("--smoke/--no-smoke", help="Load it first, without a network")
+    ] = True,
+    registry: RegistryFile = STARTER,
+    store: Root = None,
+    mirror: Mirror = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a model to where nodes pull from; pulls or converts it first if necessary."""
+    with session(registry, as_json, store, mirror) as opened:
+        entry = opened.catalogue.find(name)
+        opened.catalogue.check_licence(entry)
+        # A wrong target fails here, before a long pull.
+        open_bucket(mirror_url(target, entry.name, ""), opened.settings)
+        digest = _bring(opened, entry)
+        if smoke and isinstance(entry, ModelSpec):
+            opened.output.say(f"{entry.name}: verifying, and loading without a network")
+        with Meter(opened.output) as meter:
+            done = publish(
+                entry,
+                digest,
+                opened.store,
+                target,
+                opened.settings,
+                smoke=smoke,
+                listener=meter.on_event,
+            )
+        uploaded = f"published {done.files} files, {decimal(done.bytes)}"
+        result = uploaded if done.files else "already there"
+        opened.output.say(f"{entry.name}: {result}: {done.url}", "green")
+        status = "published" if done.files else "present"
+        opened.output.emit(
+            {"name": entry.name, "status": status, "digest": digest} | done._asdict()
+        )
+
+
+def convert_model(
+    name: Name,
+    again: Annotated[
+        bool, typer.Option("--again", help="Even if the result is in the store")
+    ] = False,
+    registry: RegistryFile = STARTER,
+    store: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model's origins as the registry says, and write the digest to the lock file."""
+    with session(registry, as_json, store) as opened:
+        entry = opened.catalogue.find(name)
+        name = entry.name
+        opened.catalogue.check_licence(entry)
+        before = opened.digest(name)
+        if before and entry.convert and opened.store.holds(name, before) and not again:
+            digest, status = before, "present"
+            opened.output.say(f"{name}: already there: {digest[:SHORT]}", "green")
+        else:
+            digest, status = _convert(opened, entry), "converted"
+            if before not in (None, digest):
+                opened.output.say(f"{name}: the digest was {str(before)[:SHORT]} before", "yellow")
+        folder = str(opened.store.folder(name, digest))
+        opened.output.emit({"name": name, "status": status, "digest": digest, "folder": folder})
+
+
+def _bring(opened: Session, entry: ArtefactSpec) -> str:
+    """Make sure that a model is in the store, verified; returns its digest."""
+    digest = opened.digest(entry.name)
+    if digest is None and not entry.convert:
+        origins = locked_origins(entry, opened.lock)
+        digest = origin_manifest(entry, origins).digest
+        locked = LockedModel(digest=digest, origins=origins)
+        update_lock(opened.registry, lambda lock: lock.with_model(entry.name, locked))
+    if digest and opened.store.find(entry.name, digest, "crc32c"):
+        return digest
+    if entry.convert and not opened.settings.mirror:
+        return _convert(opened, entry)
+    with Meter(opened.output) as meter:
+        provider = opened.provider(meter.on_event)
+        provider.ensure(entry)
+        return provider.digest(entry)
+
+
+def _convert(opened: Session, entry: ArtefactSpec) -> str:
+    with Meter(opened.output) as meter:
+        manifest = convert(entry, opened.registry, Store(opened.settings, meter.on_event))
+    size = decimal(manifest.total_bytes)
+    opened.output.say(f"{entry.name}: converted: {manifest.short}, {size}", "green")
+    return manifest.digest

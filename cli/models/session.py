@@ -1,27 +1,30 @@
-"""What the commands of `imagen models` share: their options, and the session they open."""
+"""What the commands of `imagen models` share: options, the session, and one row for each model."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
-from cli.console import Output
-from cli.ending import ending
+from cli.console import Output, Row
+from cli.ending import INTERRUPTED, ending, error_row
 from cli.paths import user_path
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, SetupError
 from deployments.registry import ArtefactSpec, Catalogue, load_catalogue
 from deployments.settings import ROOT_VARIABLE, StoreSettings, parse_settings
 from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
-from deployments.store.lockfile import Lock, load_lock, locked_digest
+from deployments.store.lockfile import Lock, known_digest, load_lock
 from deployments.store.provider import Provider
 
 STARTER = Path("configs/models/starter.yaml")
+T = TypeVar("T")
 
 
 def _root(text: str) -> Path:
@@ -50,12 +53,6 @@ Mirror = Annotated[
     typer.Option(help="gs:// or file:// folder of published models, to use instead of origins"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
-Threads = Annotated[int | None, typer.Option(help="Ranges fetched at a time, for one model")]
-Rate = Annotated[float | None, typer.Option("--max-bytes-per-s", help="All models together")]
-LockTimeoutS = Annotated[
-    float | None,
-    typer.Option("--lock-timeout-s", help="How long to wait for a puller without progress"),
-]
 
 
 @dataclass(frozen=True)
@@ -86,21 +83,58 @@ class Session:
 
     def digest(self, name: str) -> str | None:
         """The locked digest; None while it is unresolved."""
-        try:
-            return locked_digest(self.lock, self.catalogue.find(name))
-        except ConfigError:
-            return None
+        return known_digest(self.lock, self.catalogue.find(name))
 
-    def choose(self, names: Sequence[str] | None, everything: bool) -> list[ArtefactSpec]:
-        """The entries that the command line names, each once.
+    def choose(self, names: Sequence[str] | None, everything: bool) -> dict[str, ArtefactSpec]:
+        """The entries that the command line names, by name.
 
         Raises:
             ConfigError: it names none, or one that does not exist, or has --all as well.
         """
         check_choice(names, everything)
         chosen = [entry.name for entry in self.catalogue.entries] if everything else names or []
-        entries = [self.catalogue.find(name) for name in chosen]
-        return list({entry.name: entry for entry in entries}.values())
+        return {entry.name: entry for entry in map(self.catalogue.find, chosen)}
+
+    def for_each(
+        self, items: Mapping[str, T], work: Callable[[T], Row], at_once: int = 1
+    ) -> list[Row]:
+        """Call `work` for each model, and go on after failures.
+
+        Args:
+            items: what to work on, by name.
+            work: returns a row, or raises SetupError.
+            at_once: how many to work on at a time.
+
+        Returns:
+            A row for each item; a failure's has the status `failed` and an `error`.
+        """
+
+        def one(name: str) -> Row:
+            try:
+                return {"name": name} | work(items[name])
+            except SetupError as error:
+                self.output.fail(error, name)
+                return {"name": name, "status": "failed", "error": error_row(error)}
+
+        with ThreadPoolExecutor(at_once, thread_name_prefix="model") as pool:
+            tasks = [pool.submit(one, name) for name in items]
+            try:
+                return [task.result() for task in tasks]
+            except KeyboardInterrupt:
+                # At once, without waiting for downloads of other threads: the store never holds
+                # half a model, whenever a pull ends.
+                self.output.notes.show_cursor()
+                self.output.say("\nStopped. The next pull continues here.", "yellow")
+                os._exit(INTERRUPTED)
+
+    def finish(self, rows: Sequence[Row], more: Row | None = None) -> None:
+        """Report the rows, and exit with the code of the first failure."""
+        failed = [row for row in rows if "error" in row]
+        code = failed[0]["error"]["exit_code"] if failed else 0
+        self.output.emit({"models": rows, "exit_code": code} | (more or {}))
+        if failed and len(rows) > 1:
+            self.output.say(f"{len(failed)} of {len(rows)} failed.", "red")
+        raise typer.Exit(code)
 
 
 def check_choice(names: Sequence[str] | None, everything: bool) -> None:
@@ -110,19 +144,22 @@ def check_choice(names: Sequence[str] | None, everything: bool) -> None:
 
 
 @contextmanager
-def session(registry: Path, as_json: bool, **settings: Any) -> Generator[Session]:
-    """Open a session and end the command well; `settings` that are None keep their defaults."""
+def session(
+    registry: Path, as_json: bool, root: Path | None, mirror: str | None = None
+) -> Generator[Session]:
+    """Open a session, and end the command well."""
     output = Output(as_json=as_json)
     with ending(output):
         path = user_path(registry)
-        yield Session(path, load_catalogue(path), store_settings(**settings), output)
+        yield Session(path, load_catalogue(path), store_settings(root, mirror), output)
 
 
-def store_settings(**values: Any) -> StoreSettings:
+def store_settings(root: Path | None, mirror: str | None = None) -> StoreSettings:
     """The settings of the command line; None keeps a default.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is wrong.
     """
-    given = {key: value for key, value in values.items() if value is not None}
-    return parse_settings(StoreSettings, given, "The command line")
+    given = {"root": root, "mirror": mirror}
+    values = {key: value for key, value in given.items() if value is not None}
+    return parse_settings(StoreSettings, values, "The command line")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,6 @@ from cli.ending import ending
 from cli.models.session import (
     STARTER,
     AsJson,
-    Mirror,
     Name,
     RegistryFile,
     Root,
@@ -29,19 +29,19 @@ from deployments.errors import ModelCorrupt, ModelNotCached
 from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import framework_caches
-from deployments.store.disk import filesystem, network_filesystem
+from deployments.store.disk import network_filesystem
 from deployments.store.folder import read_manifest
+from deployments.store.lockfile import LockedFile
 from deployments.store.manifest import SHORT
 
 
 def list_models(
     registry: RegistryFile = STARTER,
     store: Root = None,
-    mirror: Mirror = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every entry of the registry, and whether it is in the store."""
-    with session(registry, as_json, root=store, mirror=mirror) as opened:
+    with session(registry, as_json, store) as opened:
         rows = [_summary(opened, entry) for entry in opened.catalogue.entries]
         table = make_table("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
         for row in rows:
@@ -65,11 +65,10 @@ def info(
     name: Name,
     registry: RegistryFile = STARTER,
     store: Root = None,
-    mirror: Mirror = None,
     as_json: AsJson = False,
 ) -> None:
     """Show all that is known of one entry, with its files."""
-    with session(registry, as_json, root=store, mirror=mirror) as opened:
+    with session(registry, as_json, store) as opened:
         entry = opened.catalogue.find(name)
         values = _summary(opened, entry) | entry.model_dump(mode="json", exclude={"origins"})
         values["origins"] = _origins(opened, entry)
@@ -99,40 +98,29 @@ def where(
     """Show where the store is, on what disk, and how much room it has."""
     output = Output(as_json=as_json)
     with ending(output):
-        root = store_settings(root=store).folder
+        root = store_settings(store).folder
         variables = framework_caches(root)
         if env:
             for name, value in variables.items():
                 output.show(f"export {name}={shlex.quote(value)}")
             output.emit({"env": variables})
             return
-        usage = shutil.disk_usage(existing(root))
-        kind, network = filesystem(root), network_filesystem(root)
-        output.show(f"Store        {root}{'' if root.is_dir() else '  (not made yet)'}")
-        output.show(f"Free         {decimal(usage.free)} of {decimal(usage.total)}")
-        output.show(f"File system  {kind or 'unknown'}")
-        if network:
-            warn_network(output, network)
-        output.emit(
-            {
-                "store": str(root),
-                "exists": root.is_dir(),
-                "free_bytes": usage.free,
-                "total_bytes": usage.total,
-                "filesystem": kind,
-                "network": bool(network),
-                "env": variables,
-            }
+        usage, made = shutil.disk_usage(existing(root)), root.is_dir()
+        output.show(f"Store  {root}{'' if made else '  (not made yet)'}")
+        output.show(f"Free   {decimal(usage.free)} of {decimal(usage.total)}")
+        place = {"store": str(root), "exists": made, "network": warn_network(output, root)}
+        output.emit(place | {"free_bytes": usage.free, "total_bytes": usage.total})
+
+
+def warn_network(output: Output, root: Path) -> bool:
+    """Warn of a store on a network file system; whether it is on one."""
+    if kind := network_filesystem(root):
+        output.say(
+            f"Warning: the store is on a network file system ({kind}), where locks may mean nothing"
+            " and loading is slow. Use a local disk.",
+            "yellow",
         )
-
-
-def warn_network(output: Output, kind: str) -> None:
-    """Warn of a store on a network file system."""
-    output.say(
-        f"Warning: the store is on a network file system ({kind}), where locks may mean nothing and"
-        " loading is slow. Use a local disk.",
-        "yellow",
-    )
+    return bool(kind)
 
 
 def _summary(opened: Session, entry: ArtefactSpec) -> Row:
@@ -179,14 +167,7 @@ def _origins(opened: Session, entry: ArtefactSpec) -> list[Row]:
     for i, origin in enumerate(entry.origins):
         theirs = locked.origins[i] if locked and i < len(locked.origins) else None
         known = {f.path: f for f in theirs.files} if theirs else {}
-        files = [
-            {
-                "path": path,
-                "size": known[path].size if path in known else UNRESOLVED,
-                "sha256": known[path].sha256 if path in known else UNRESOLVED,
-            }
-            for path in origin.files
-        ]
+        files = [known.get(path, LockedFile(path=path)).model_dump() for path in origin.files]
         source = theirs.source if theirs else origin.source
         rows.append({"source": source, "into": origin.into, "files": files})
     return rows

@@ -10,7 +10,6 @@ import typer
 from rich.filesize import decimal
 
 from cli.console import Row
-from cli.models.rows import finish, for_each_name
 from cli.models.session import (
     STARTER,
     AsJson,
@@ -40,26 +39,27 @@ def verify(
     Without names it checks whatever is there. Named models, and with --all every entry, must be
     there.
     """
-    with session(registry, as_json, root=store) as opened:
+    with session(registry, as_json, store) as opened:
         if names or everything:
-            held = {entry.name: (entry.name, "") for entry in opened.choose(names, everything)}
+            held = {name: (name, "") for name in opened.choose(names, everything)}
         else:
             held = _held(opened)
 
-        def work(label: str) -> Row:
-            name, short = held[label]
+        def work(model: tuple[str, str]) -> Row:
+            name, short = model
             digest = short or opened.provider().digest(opened.catalogue.find(name))
             start_s = time.monotonic()
             manifest = opened.store.check(name, digest, "full" if full else "crc32c")
             seconds = time.monotonic() - start_s
             size = decimal(manifest.total_bytes)
-            opened.output.say(f"{label}: whole ({size} in {seconds:.1f} s)", "green")
+            place = f"{name}@{manifest.short}"
+            opened.output.say(f"{place}: whole ({size} in {seconds:.1f} s)", "green")
             return {"status": "whole", "digest": manifest.digest, "bytes": manifest.total_bytes}
 
-        rows = for_each_name(opened, list(held), work)
+        rows = opened.for_each(held, work)
         if not rows:
             opened.output.say("No model is in the store.", "yellow")
-        finish(opened, rows)
+        opened.finish(rows)
 
 
 def gc(
@@ -69,7 +69,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove leftovers, and, if the disk is too full, models that nothing refers to."""
-    with session(registry, as_json, root=store) as opened:
+    with session(registry, as_json, store) as opened:
         removed = collect(opened.store, opened.kept, opened.settings, now=now)
         show_removed(opened, removed)
         opened.output.emit(
@@ -85,7 +85,7 @@ def clear(
     as_json: AsJson = False,
 ) -> None:
     """Remove every digest of models from the store, even those that the lock file names."""
-    with session(registry, as_json, root=store) as opened:
+    with session(registry, as_json, store) as opened:
         check_choice(names, everything)
         held = opened.store.models()
         stored = dict.fromkeys(model for model, _ in held)
@@ -98,7 +98,7 @@ def clear(
             opened.output.say(f"{name}: {what}")
             return {"status": "removed" if shorts else "absent", "bytes": freed}
 
-        finish(opened, for_each_name(opened, list(dict.fromkeys(chosen)), work))
+        opened.finish(opened.for_each({name: name for name in chosen}, work))
 
 
 def show_removed(opened: Session, removed: Sequence[Removed]) -> None:

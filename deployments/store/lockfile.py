@@ -171,6 +171,14 @@ def locked_digest(lock: Lock, spec: ArtefactSpec) -> str:
     return locked.digest
 
 
+def known_digest(lock: Lock, spec: ArtefactSpec) -> str | None:
+    """The digest to serve; None where `locked_digest` raises."""
+    try:
+        return locked_digest(lock, spec)
+    except ConfigError:
+        return None
+
+
 def locked_origins(spec: ArtefactSpec, lock: Lock) -> tuple[LockedOrigin, ...]:
     """The origins of a model, resolved and equal to the registry's.
 

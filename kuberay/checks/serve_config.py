@@ -21,15 +21,13 @@ from ray.serve.schema import (
 from deployments.errors import ConfigError, LicenceRefused, SetupError
 from deployments.registry import load_catalogue
 from deployments.settings import Settings, Tuning, parse_settings
-from deployments.store.lockfile import load_lock, locked_digest
+from deployments.store.lockfile import known_digest, load_lock
 from deployments.tasks import Task
 from kuberay.checks.manifests import Finding, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from deployments.registry import ModelSpec
-    from deployments.store.lockfile import Lock
     from kuberay.checks.manifests import Document, Manifests
 
 _OURS = "serve_app.app:build"
@@ -114,13 +112,6 @@ def _registry(place: str, settings: Settings) -> Iterator[Finding]:
             catalogue.check_licence(spec)
         except LicenceRefused as error:
             yield Finding("licence", place, str(error), placeholder=True)
-    if missing := [spec.name for spec in served.values() if not _is_locked(lock, spec)]:
+    if missing := [spec.name for spec in served.values() if not known_digest(lock, spec)]:
         message = f"no digest of {', '.join(missing)}: run `imagen models resolve`, and `convert`"
         yield Finding("digest", place, message, placeholder=True)
-
-
-def _is_locked(lock: Lock, spec: ModelSpec) -> bool:
-    try:
-        return bool(locked_digest(lock, spec))
-    except ConfigError:
-        return False

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from cli import console
 from cli.main import app
-from cli.models import bring, show
+from cli.models import bring, session, show
 from deployments.settings import ROOT, framework_caches
 from deployments.store import locks
 from deployments.store.cache import Store
@@ -101,6 +101,13 @@ def bare(tmp_path: Path) -> Operator:
 def operator(bare: Operator) -> Operator:
     bare.resolve()
     return bare
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+    """Give the store of every command these settings."""
+    plain = session.store_settings
+    limited = lambda *given: plain(*given).model_copy(update=limits)  # noqa: E731
+    monkeypatch.setattr(session, "store_settings", limited)
 
 
 def status(values: Any) -> dict[str, str]:
@@ -369,11 +376,12 @@ def test_an_unresolved_model_is_not_pulled(bare: Operator) -> None:
     assert "imagen models resolve first" in values["models"][0]["error"]["remedy"]
 
 
-def test_a_held_lock_times_out(operator: Operator) -> None:
+def test_a_held_lock_times_out(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     operator("pull", "second")
+    limit(monkeypatch, lock_timeout_s=0)
     path = operator.store.lock_path(operator.digest("first"))
     with locks.exclusive(path, "another pull", 0):
-        values = operator.json("pull", "first", "--lock-timeout-s", "0", code=6)
+        values = operator.json("pull", "first", code=6)
     assert f"pid {os.getpid()}" in values["models"][0]["error"]["message"]
 
 
@@ -402,7 +410,8 @@ def test_without_a_terminal_progress_comes_as_lines(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_LINE_S", 0.05)
-    outcome = operator("pull", "first", "--max-bytes-per-s", "300000", "--json")
+    limit(monkeypatch, max_bytes_per_s=300_000)
+    outcome = operator("pull", "first", "--json")
     assert re.search(r"^first: \d+ %, \d.* of 378\.9 kB", outcome.stderr, re.MULTILINE)
     assert status(json.loads(outcome.stdout)) == {"first": "pulled"}
 
@@ -568,9 +577,6 @@ def test_clear_leaves_what_is_in_use(operator: Operator) -> None:
         ("clear", "nobody"),
         ("info", "nobody"),
         ("resolve",),
-        ("pull", "first", "--threads", "0"),
-        ("pull", "first", "--threads", "many"),
-        ("pull", "first", "--max-bytes-per-s", "0"),
         ("pull", "first", "--mirror", "ftp://x"),
         ("pull", "first", "--wrong"),
     ],
@@ -612,9 +618,17 @@ def test_exit_codes_and_streams_of_the_real_command(operator: Operator) -> None:
 
 
 def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Operator) -> None:
-    command = operator.arguments("pull", "first", "second", "--max-bytes-per-s", "50000")
+    slow = (
+        "import sys\n"
+        "from cli.main import app\n"
+        "from cli.models import session\n"
+        "plain = session.store_settings\n"
+        "limits = {'max_bytes_per_s': 50_000}\n"
+        "session.store_settings = lambda *given: plain(*given).model_copy(update=limits)\n"
+        "app(sys.argv[1:])\n"
+    )
     process = subprocess.Popen(
-        [*IMAGEN, *command],
+        [sys.executable, "-c", slow, *operator.arguments("pull", "first", "second")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
