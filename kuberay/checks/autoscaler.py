@@ -16,7 +16,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import common_pb2
 
-from kuberay.checks.manifests import Finding, where, worker_groups
+from kuberay.checks.manifests import Finding, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,23 +49,17 @@ class Demand(NamedTuple):
 
 def check(manifests: Manifests) -> Iterator[Finding]:
     """Replicas that no pod can hold, and GPU nodes that run without requests."""
-    for service in manifests.of("RayService"):
-        place, ray = where(service), autoscaling_config_of(service)
-        yield from _idle(place, ray, worker_groups(service))
-        yield from _feasible(place, ray, demands(manifests.serve_config(service)))
+    ray = autoscaling_config_of(manifests)
+    yield from _idle(manifests, ray)
+    yield from _feasible(where(manifests.service), ray, demands(manifests))
 
 
-def _idle(place: str, ray: AutoscalingConfig, groups: Sequence[Document]) -> Iterator[Finding]:
-    fewest = {g["groupName"]: g["minReplicas"] for g in groups if g.get("minReplicas")}
+def _idle(manifests: Manifests, ray: AutoscalingConfig) -> Iterator[Finding]:
     idle, _ = nodes(ray, [])
-    if idle != fewest:
-        yield Finding("idle-nodes", place, f"idle, it would start {idle}, not {fewest}")
-    for group in groups:
-        (container, *_) = group["template"]["spec"]["containers"]
-        gpu = (container.get("resources") or {}).get("limits", {}).get("nvidia.com/gpu")
-        if gpu and idle.get(group["groupName"]):
-            message = f"{group['groupName']} keeps GPU nodes without requests: set minReplicas: 0"
-            yield Finding("idle-gpu", place, f"{message}; min_replicas keeps a model warm")
+    for pod in manifests.pods:
+        if "nvidia.com/gpu" in pod.limits and idle.get(pod.group):
+            message = f"{pod.group} keeps GPU nodes without requests: set minReplicas: 0"
+            yield Finding("idle-gpu", pod.where, f"{message}; min_replicas keeps a model warm")
 
 
 def _feasible(place: str, ray: AutoscalingConfig, asked: Sequence[Demand]) -> Iterator[Finding]:
@@ -86,27 +80,25 @@ def _feasible(place: str, ray: AutoscalingConfig, asked: Sequence[Demand]) -> It
 
 def facts(manifests: Manifests) -> list[str]:
     """Nodes by group: without a request, and with one replica of each deployment."""
-    lines: list[str] = []
-    for service in manifests.of("RayService"):
-        every = demands(manifests.serve_config(service))
-        for name, asked in (("idle", []), ("one replica of each deployment", every)):
-            started, _ = nodes(autoscaling_config_of(service), asked)
-            lines.append(f"{name}: {', '.join(f'{n} {g}' for g, n in started.items()) or 'none'}")
+    ray, lines = autoscaling_config_of(manifests), list[str]()
+    for name, asked in (("idle", []), ("one replica of each deployment", demands(manifests))):
+        started, _ = nodes(ray, asked)
+        lines.append(f"{name}: {', '.join(f'{n} {g}' for g, n in started.items()) or 'none'}")
     return lines
 
 
-def autoscaling_config_of(service: Document) -> AutoscalingConfig:
+def autoscaling_config_of(manifests: Manifests) -> AutoscalingConfig:
     """The configuration that the autoscaler in the cluster derives; raises whatever Ray raises."""
     # KubeRay derives the RayCluster's name from the RayService's; no decision depends on it.
-    cluster = {"metadata": service["metadata"], "spec": service["spec"]["rayClusterConfig"]}
+    cluster = {"metadata": manifests.service["metadata"], "spec": manifests.cluster}
     return AutoscalingConfig(_derive(cluster), skip_content_hash=True)
 
 
-def demands(config: Document) -> list[Demand]:
-    """One for each deployment of a Serve config."""
+def demands(manifests: Manifests) -> list[Demand]:
+    """One for each Serve deployment."""
     return [
         _demand(application["name"], deployment)
-        for application in config["applications"]
+        for application in manifests.serve_config["applications"]
         for deployment in application.get("deployments") or []
     ]
 

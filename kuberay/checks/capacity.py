@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Finding, matches, where, worker_groups
+from kuberay.checks.manifests import Finding, matches, where
 from kuberay.quantity import parse_quantity
 
 if TYPE_CHECKING:
@@ -23,18 +23,17 @@ Counted = tuple[int, list["Document"]]
 def check(manifests: Manifests) -> Iterator[Finding]:
     """Every quota that is too small, and every disruption budget that blocks drains."""
     yield from _budgets(manifests)
-    for service in manifests.of("RayService"):
-        running, pods = _largest(service, manifests)
-        for quota in manifests.of("ResourceQuota"):
-            hard: Document = quota["spec"]["hard"]
-            # A quota without a line allows any amount. GPUs must have one: they are the bill.
-            allowed = {key.removeprefix("requests."): amount for key, amount in hard.items()}
-            for name, unit in {**_UNITS, "pods": "pods"}.items():
-                needed = _sum(pods, name)
-                amount = allowed.get(name, 0 if name == "nvidia.com/gpu" else f"{needed:f}")
-                if parse_quantity(amount) < needed:
-                    message = f"{amount} {unit} are allowed; {running} may take {needed:f}"
-                    yield Finding("quota", where(quota), message)
+    running, pods = _largest(manifests)
+    for quota in manifests.of("ResourceQuota"):
+        hard: Document = quota["spec"]["hard"]
+        # A quota without a line allows any amount. GPUs must have one: they are the bill.
+        allowed = {key.removeprefix("requests."): amount for key, amount in hard.items()}
+        for name, unit in {**_UNITS, "pods": "pods"}.items():
+            needed = _sum(pods, name)
+            amount = allowed.get(name, 0 if name == "nvidia.com/gpu" else f"{needed:f}")
+            if parse_quantity(amount) < needed:
+                message = f"{amount} {unit} are allowed; {running} may take {needed:f}"
+                yield Finding("quota", where(quota), message)
 
 
 def room(manifests: Manifests, nodes: Sequence[Document]) -> Iterator[Finding]:
@@ -43,23 +42,19 @@ def room(manifests: Manifests, nodes: Sequence[Document]) -> Iterator[Finding]:
     Args:
         nodes: what pods may have of each node: resource name to quantity.
     """
-    for service in manifests.of("RayService"):
-        running, pods = _largest(service, manifests)
-        for name, unit in _UNITS.items():
-            there = sum(parse_quantity(node.get(name, 0)) for node in nodes)
-            needed, system = _sum(pods, name), parse_quantity(_SYSTEM.get(name, 0))
-            if needed and needed + system > there:
-                message = f"the nodes have {there:f} {unit}; {running} may take {needed:f}, and"
-                yield Finding("room", where(service), f"{message} Kubernetes' own pods {system:f}")
+    running, pods = _largest(manifests)
+    for name, unit in _UNITS.items():
+        there = sum(parse_quantity(node.get(name, 0)) for node in nodes)
+        needed, system = _sum(pods, name), parse_quantity(_SYSTEM.get(name, 0))
+        if needed and needed + system > there:
+            message = f"the nodes have {there:f} {unit}; {running} may take {needed:f}, and"
+            message += f" Kubernetes' own pods {system:f}"
+            yield Finding("room", where(manifests.service), message)
 
 
 def _budgets(manifests: Manifests) -> Iterator[Finding]:
     """A budget by maxUnavailable or percent needs its owner's scale; a RayCluster has none."""
-    fewest = {
-        group["groupName"]: group.get("minReplicas", 0)
-        for service in manifests.of("RayService")
-        for group in worker_groups(service)
-    }
+    fewest = {group["groupName"]: group.get("minReplicas", 0) for group in manifests.groups}
     for one in manifests.of("PodDisruptionBudget"):
         spec, place = one["spec"], where(one)
         ray = [pod for pod in manifests.pods if pod.role != "other"]
@@ -74,16 +69,15 @@ def _budgets(manifests: Manifests) -> Iterator[Finding]:
             yield Finding("budget", place, message)
 
 
-def _largest(service: Document, manifests: Manifests) -> tuple[str, list[Counted]]:
+def _largest(manifests: Manifests) -> tuple[str, list[Counted]]:
     """All pods that may run at a time, and that in words."""
-    cluster: Document = service["spec"]["rayClusterConfig"]
-    head = cluster["headGroupSpec"]["template"]["spec"]["containers"]
-    strategy = (service["spec"].get("upgradeStrategy") or {}).get("type", "NewCluster")
+    head = manifests.cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    strategy = (manifests.service["spec"].get("upgradeStrategy") or {}).get("type", "NewCluster")
     clusters, words = (1, "one cluster") if strategy == "None" else (2, "two clusters")
-    pods: list[Counted] = [(clusters, [*head, cluster.get("autoscalerOptions") or {}])]
+    pods: list[Counted] = [(clusters, [*head, manifests.cluster.get("autoscalerOptions") or {}])]
     pods += [
         (int(group["maxReplicas"]) * clusters, group["template"]["spec"]["containers"])
-        for group in worker_groups(service)
+        for group in manifests.groups
     ]
     pods += [
         (one["spec"].get("replicas", 1), one["spec"]["template"]["spec"]["containers"])

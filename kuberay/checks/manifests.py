@@ -104,29 +104,53 @@ class Manifests:
         """Every pod template."""
         return [pod for one in self.documents for pod in _pods(one)]
 
-    def serve_config(self, service: Document) -> Any:
-        """The Serve config of a RayService; empty if it is missing or not YAML."""
+    @cached_property
+    def service(self) -> Document:
+        """The RayService.
+
+        Raises:
+            ConfigError: there is none, or another one.
+        """
+        services = self.of("RayService")
+        if len(services) != 1:
+            raise ConfigError("The manifests must have one RayService.", value=len(services))
+        return services[0]
+
+    @property
+    def cluster(self) -> Document:
+        """The rayClusterConfig."""
+        return self.service["spec"]["rayClusterConfig"]
+
+    @property
+    def groups(self) -> list[Document]:
+        """The worker groups."""
+        return self.cluster.get("workerGroupSpecs") or []
+
+    @cached_property
+    def serve_config(self) -> Document:
+        """The Serve config; empty if it is missing or no mapping in YAML."""
         try:
-            return yaml.load(service["spec"]["serveConfigV2"], _LOADER)  # noqa: S506 - safe
-        except (KeyError, TypeError, yaml.YAMLError):
+            config: Any = yaml.load(self.service["spec"]["serveConfigV2"], _LOADER)  # noqa: S506
+        except (KeyError, yaml.YAMLError):
             return {}
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def http_options(self) -> Document:
+        """Of the Serve config."""
+        return self.serve_config.get("http_options") or {}
+
+    @property
+    def deployments(self) -> list[Document]:
+        """The Serve deployments, of every application."""
+        applications = self.serve_config.get("applications") or []
+        return [one for application in applications for one in application.get("deployments") or []]
 
 
 def where(document: Document, path: str = "") -> str:
     """Kind and name of an object, and a path inside it."""
     name = (document.get("metadata") or {}).get("name", "?")
     return f"{document.get('kind', '?')}/{name}{' ' + path if path else ''}"
-
-
-def worker_groups(service: Document) -> list[Document]:
-    """The worker groups of a RayService."""
-    return service["spec"]["rayClusterConfig"].get("workerGroupSpecs") or []
-
-
-def serve_deployments(config: Document) -> list[Document]:
-    """The deployments of every application of a Serve config."""
-    applications = config.get("applications") or []
-    return [one for application in applications for one in application.get("deployments") or []]
 
 
 def matches(selector: Document, labels: Mapping[str, str]) -> bool:
@@ -154,7 +178,7 @@ def _pods(document: Document) -> Iterator[PodView]:
         case "RayService":
             head: Document = spec["rayClusterConfig"]["headGroupSpec"]
             yield _ray_pod(document, head, "head", "headgroup")
-            for group in worker_groups(document):
+            for group in spec["rayClusterConfig"].get("workerGroupSpecs") or []:
                 yield _ray_pod(document, group, "worker", group["groupName"])
         case "CronJob":
             yield _pod(where(document), spec["jobTemplate"]["spec"]["template"])

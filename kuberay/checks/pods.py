@@ -26,12 +26,10 @@ def check(manifests: Manifests) -> Iterator[Finding]:
         yield from _token(pod)
         for container in pod.containers:
             yield from _container(container, f"{pod.where}, container {container.get('name')}")
-    for service in manifests.of("RayService"):
+    if manifests.cluster.get("enableInTreeAutoscaling"):
         # The container that KubeRay adds to the head. Without an image it takes the head's.
-        cluster: Document = service["spec"]["rayClusterConfig"]
-        if cluster.get("enableInTreeAutoscaling"):
-            sidecar = {"image": "@unresolved"} | (cluster.get("autoscalerOptions") or {})
-            yield from _container(sidecar, where(service, "autoscalerOptions"))
+        sidecar = {"image": "@unresolved"} | (manifests.cluster.get("autoscalerOptions") or {})
+        yield from _container(sidecar, where(manifests.service, "autoscalerOptions"))
     yield from _placeholders(manifests)
 
 

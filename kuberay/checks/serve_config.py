@@ -5,7 +5,7 @@ KubeRay passes the text on without reading it. Serve ignores a key that it does 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 from ray.serve.config import AutoscalingConfig
@@ -42,13 +42,9 @@ _INSIDE: dict[str, type[BaseModel]] = {
 
 
 def check(manifests: Manifests) -> Iterator[Finding]:
-    """Every mistake in the Serve configs."""
-    for service in manifests.of("RayService"):
-        yield from _config(where(service, "serveConfigV2"), manifests.serve_config(service))
-
-
-def _config(place: str, config: Any) -> Iterator[Finding]:
-    if not isinstance(config, dict) or not config.get("applications"):
+    """Every mistake in the Serve config."""
+    place, config = where(manifests.service, "serveConfigV2"), manifests.serve_config
+    if not config.get("applications"):
         yield Finding("schema", place, "it is not a Serve config in YAML, or has no application")
         return
     try:

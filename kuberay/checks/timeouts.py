@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Finding, serve_deployments, where
+from kuberay.checks.manifests import Finding, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,27 +23,20 @@ _GOOGLE_IDLE_S = 600
 """Google's load balancers keep idle connections this long; a client gets 502 if Serve does not."""
 
 
-def timeouts(manifests: Manifests, service: Document) -> dict[str, float | None]:
+def timeouts(manifests: Manifests) -> dict[str, float | None]:
     """Who waits how many seconds for a picture, outermost first; None has no timeout."""
-    config = manifests.serve_config(service)
-    waits = {"client": (service["metadata"].get("annotations") or {}).get(CLIENT)}
+    waits = {"client": (manifests.service["metadata"].get("annotations") or {}).get(CLIENT)}
     for policy in manifests.of("GCPBackendPolicy"):
         waits["load balancer"] = _backend(policy).get("timeoutSec", _GOOGLE_DEFAULT_S)
-    waits["Serve"] = (config.get("http_options") or {}).get("request_timeout_s")
-    for application in config.get("applications") or []:
+    waits["Serve"] = manifests.http_options.get("request_timeout_s")
+    for application in manifests.serve_config.get("applications") or []:
         waits["engine"] = (application.get("args") or {}).get("request_timeout_s", 60)
     return {who: None if waits_s is None else float(waits_s) for who, waits_s in waits.items()}
 
 
 def check(manifests: Manifests) -> Iterator[Finding]:
     """Every pair of timeouts in the wrong order."""
-    for service in manifests.of("RayService"):
-        yield from _service(manifests, service)
-
-
-def _service(manifests: Manifests, service: Document) -> Iterator[Finding]:
-    place, config = where(service), manifests.serve_config(service)
-    waits = timeouts(manifests, service)
+    place, waits = where(manifests.service), timeouts(manifests)
     for who in (who for who, waits_s in waits.items() if waits_s is None):
         yield Finding("timeout-order", place, f"the {who} has no timeout")
     seconds = {who: waits_s or 0 for who, waits_s in waits.items()}
@@ -51,14 +44,14 @@ def _service(manifests: Manifests, service: Document) -> Iterator[Finding]:
         if outer_s <= inner_s:
             message = f"{outer} ({outer_s:g} s) must wait longer than {inner} ({inner_s:g} s)"
             yield Finding("timeout-order", place, message)
-    keep_alive = (config.get("http_options") or {}).get("keep_alive_timeout_s", 0)
+    keep_alive = manifests.http_options.get("keep_alive_timeout_s", 0)
     for one in manifests.of("GCPBackendPolicy"):
         yield from _load_balancer(one, keep_alive, seconds)
-    delay = service["spec"].get("rayClusterDeletionDelaySeconds", 60)
+    delay = manifests.service["spec"].get("rayClusterDeletionDelaySeconds", 60)
     if delay <= max(seconds.get("load balancer", 0), seconds["Serve"]):
         message = f"rayClusterDeletionDelaySeconds {delay} cuts off requests of the old cluster"
         yield Finding("deletion-delay", place, message)
-    for one in serve_deployments(config):
+    for one in manifests.deployments:
         grace = one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
         if one.get("name") == "Ingress" and grace <= seconds["engine"]:
             message = f"Ingress: graceful_shutdown_timeout_s {grace:g} cuts off requests, which"
@@ -66,7 +59,7 @@ def _service(manifests: Manifests, service: Document) -> Iterator[Finding]:
             yield Finding("graceful-shutdown", place, message)
     for pod in manifests.pods:
         if pod.role == "worker":
-            yield from _shutdown(pod, config)
+            yield from _shutdown(pod, manifests.deployments)
 
 
 def _load_balancer(
@@ -83,11 +76,11 @@ def _load_balancer(
         yield Finding("draining", where(policy), message)
 
 
-def _shutdown(pod: PodView, config: Document) -> Iterator[Finding]:
+def _shutdown(pod: PodView, deployments: list[Document]) -> Iterator[Finding]:
     """A pod's grace period covers Ray's drain, which covers the replicas the pod may hold."""
     graces = [
         one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
-        for one in serve_deployments(config)
+        for one in deployments
         if _fits(one, pod)
     ]
     slowest = max(graces, default=0)

@@ -6,13 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from kuberay.checks.manifests import (
-    Finding,
-    matches,
-    serve_deployments,
-    where,
-    worker_groups,
-)
+from kuberay.checks.manifests import Finding, matches, where
 from kuberay.quantity import parse_quantity
 
 if TYPE_CHECKING:
@@ -35,13 +29,11 @@ def check(manifests: Manifests) -> Iterator[Finding]:
     for pod in manifests.pods:
         yield from _cache(pod)
         yield from _gpu(pod, manifests)
-    for service in manifests.of("RayService"):
-        config = manifests.serve_config(service)
-        port = (config.get("http_options") or {}).get("port", 8000)
-        yield from _cluster(service, manifests)
-        yield from _serve(service, config, manifests)
-        yield from _ports(manifests, port)
-        yield from _way_in(f"{service['metadata']['name']}-serve-svc", port, manifests)
+    yield from _cluster(manifests)
+    yield from _serve(manifests)
+    port = manifests.http_options.get("port", 8000)
+    yield from _ports(manifests, port)
+    yield from _way_in(manifests, port)
 
 
 def secrets(manifests: Manifests) -> dict[str, list[str]]:
@@ -118,10 +110,9 @@ def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Finding]:
             yield Finding("gpu-count", pod.where, message)
 
 
-def _cluster(service: Document, manifests: Manifests) -> Iterator[Finding]:
-    spec, place = service["spec"], where(service)
-    cluster: Document = spec["rayClusterConfig"]
-    if spec.get("suspend") or cluster.get("suspend"):
+def _cluster(manifests: Manifests) -> Iterator[Finding]:
+    place, cluster = where(manifests.service), manifests.cluster
+    if manifests.service["spec"].get("suspend") or cluster.get("suspend"):
         yield Finding("suspend", place, "suspend is true: KubeRay would remove every pod")
     installed = version("ray")
     if str(cluster.get("rayVersion")) != installed:
@@ -141,21 +132,22 @@ def _cluster(service: Document, manifests: Manifests) -> Iterator[Finding]:
             yield Finding("head-token", pod.where, message)
 
 
-def _serve(service: Document, config: Document, manifests: Manifests) -> Iterator[Finding]:
+def _serve(manifests: Manifests) -> Iterator[Finding]:
     """Settings of Serve that leave the Service without an endpoint, or a GPU node running."""
-    place, proxies = where(service), config.get("proxy_location", "EveryNode")
+    place = where(manifests.service)
+    proxies = manifests.serve_config.get("proxy_location", "EveryNode")
     if proxies != "EveryNode":
         message = f"proxy_location {proxies}: the ingress pods would have no proxy; set EveryNode"
         yield Finding("proxy-location", place, message)
-    host = (config.get("http_options") or {}).get("host", "0.0.0.0")  # noqa: S104 - the default
+    host = manifests.http_options.get("host", "0.0.0.0")  # noqa: S104 - the default
     if host not in _ALL_INTERFACES:
         message = f"Serve listens on {host}, which only its own pod can reach; set 0.0.0.0"
         yield Finding("serve-host", place, message)
     # An ingress replica never stops, so that its node never scales down.
     labels = {pod.group: pod.labels for pod in manifests.pods}
-    for one in (one for one in serve_deployments(config) if one.get("name") == "Ingress"):
+    for one in (one for one in manifests.deployments if one.get("name") == "Ingress"):
         selector = (one.get("ray_actor_options") or {}).get("label_selector") or {}
-        for group in worker_groups(service):
+        for group in manifests.groups:
             name = group["groupName"]
             if selector.items() <= labels[name].items() and not group.get("minReplicas"):
                 message = f"it may run in {name}, which would not scale to zero: set label_selector"
@@ -175,8 +167,9 @@ def _ports(manifests: Manifests, port: int) -> Iterator[Finding]:
             yield Finding("readiness-probe", pod.where, message)
 
 
-def _way_in(name: str, port: int, manifests: Manifests) -> Iterator[Finding]:
+def _way_in(manifests: Manifests, port: int) -> Iterator[Finding]:
     """What leads to the Service that KubeRay creates, under a name and port of its choice."""
+    name = f"{manifests.service['metadata']['name']}-serve-svc"
     policies = manifests.of("HealthCheckPolicy", "GCPBackendPolicy")
     wrong = [one for one in policies if one["spec"]["targetRef"].get("name") != name]
     for route in manifests.of("HTTPRoute"):

@@ -114,7 +114,7 @@ def test_the_dev_overlay_has_no_placeholder(overlay: Overlay) -> None:
 
 def test_each_caller_outlasts_its_callee(overlay: Overlay) -> None:
     manifests = overlay("prod")
-    waits = timeouts(manifests, manifests.of("RayService")[0])
+    waits = timeouts(manifests)
     assert list(waits) == ["client", "load balancer", "Serve", "engine"]
     assert all(outer > inner for outer, inner in pairwise(waits.values()))
 
@@ -123,7 +123,7 @@ def test_the_readme_has_the_timeouts_of_prod(overlay: Overlay) -> None:
     manifests = overlay("prod")
     text = (ROOT / "kuberay" / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (client|load balancer|Serve|engine) \| (\d+) s \|", text, re.M))
-    waits = timeouts(manifests, manifests.of("RayService")[0])
+    waits = timeouts(manifests)
     assert rows == {who: f"{waits_s:g}" for who, waits_s in waits.items()}
 
 
@@ -131,9 +131,8 @@ def test_idle_no_gpu_node_runs_and_one_of_each_model_takes_the_nodes_of_the_plan
     overlay: Overlay,
 ) -> None:
     manifests = overlay("prod")
-    service = manifests.of("RayService")[0]
-    ray = autoscaler.autoscaling_config_of(service)
-    asked = autoscaler.demands(manifests.serve_config(service))
+    ray = autoscaler.autoscaling_config_of(manifests)
+    asked = autoscaler.demands(manifests)
     served = load_catalogue(ROOT / "configs/models/production.yaml")
     accepted = tuple(entry.name for entry in served.entries)
     models = served.model_copy(update={"accept_noncommercial": accepted}).served().values()
