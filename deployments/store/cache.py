@@ -150,13 +150,10 @@ class Store:
             StoreUnwritable: the disk is full or read-only, or access is denied.
             LockTimeout: another process holds the lock and makes no progress.
         """
-        with self._writing():
-            self._make_folders()
-            with self._locked(manifest) as holder:
-                if not self.find(manifest.model, manifest.digest):
-                    self._emit("miss", manifest.model, manifest.total_bytes)
-                    self._fetch(manifest, places, holder.beat)
-                self._staging.reap(manifest.short)
+        with self._locked(manifest) as holder:
+            if not self.find(manifest.model, manifest.digest):
+                self._emit("miss", manifest.model, manifest.total_bytes)
+                self._fetch(manifest, places, holder.beat)
             self._set_ref(manifest)
             self._emit("disk_free", manifest.model, self.free_bytes)
         self._emit("done", manifest.model)
@@ -164,12 +161,9 @@ class Store:
 
     def add(self, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
         """Add a folder that `fill` writes (a conversion), with the guarantees of `pull`."""
-        with self._writing():
-            self._make_folders()
-            with self._locked(manifest):
-                if not self.find(manifest.model, manifest.digest, "crc32c"):
-                    self._make(manifest, fill)
-                self._staging.reap(manifest.short)
+        with self._locked(manifest):
+            if not self.find(manifest.model, manifest.digest, "crc32c"):
+                self._make(manifest, fill)
             self._set_ref(manifest)
         return self.folder(manifest.model, manifest.digest)
 
@@ -184,23 +178,19 @@ class Store:
             with its own; and a function to call now and then, which shows processes that wait
             for the lock that the work goes on.
         """
-        with self._writing():
-            self._make_folders()
-            with self._locked(manifest) as holder:
-                self._emit("miss", manifest.model, manifest.total_bytes)
-                folder, _ = self._staging.gather(manifest, places, holder.beat)
-                try:
-                    yield folder, holder.beat
-                finally:
-                    for made in folder.parent.glob(f"{folder.name}*"):
-                        delete_folder(made)
-                    self._staging.reap(manifest.short)
+        with self._locked(manifest) as holder:
+            self._emit("miss", manifest.model, manifest.total_bytes)
+            folder, _ = self._staging.gather(manifest, places, holder.beat)
+            try:
+                yield folder, holder.beat
+            finally:
+                for made in folder.parent.glob(f"{folder.name}*"):
+                    delete_folder(made)
 
     def quarantine(self, model: str, digest: str) -> None:
         """Move a damaged folder aside, so that the next pull replaces it; its bytes are kept."""
         folder = self.folder(model, digest)
         with self._writing():
-            self._make_folders()
             target = self.root / ".quarantine" / f"{model}.{digest[:SHORT]}.{uuid.uuid4().hex[:8]}"
             with suppress(FileNotFoundError):
                 folder.chmod(0o755)
@@ -225,7 +215,7 @@ class Store:
 
     def remove(self, model: str, digest: str) -> bool:
         """Remove a folder unless a process has a lease on it; False if one has."""
-        with self._writing(), self._unleased(digest) as free:
+        with self._writing(), locks.alone(self._lease_path(digest)) as free:
             if not free:
                 return False
             trash = self.root / ".trash" / uuid.uuid4().hex
@@ -241,11 +231,13 @@ class Store:
 
     @contextmanager
     def _locked(self, manifest: Manifest) -> Generator[locks.Holder]:
+        """Write under the lock of a digest, and at last delete what interrupted pulls left."""
         what = f"{manifest.model}@{manifest.short}"
-        timeout_s = self._settings.lock_timeout_s
-        with locks.exclusive(self.lock_path(manifest.digest), what, timeout_s) as holder:
+        path, timeout_s = self.lock_path(manifest.digest), self._settings.lock_timeout_s
+        with self._writing(), locks.exclusive(path, what, timeout_s) as holder:
             self._emit("waited", manifest.model, holder.waited_s)
             yield holder
+            self._staging.reap(manifest.short)
 
     def _make(self, manifest: Manifest, fill: Callable[[Path], None]) -> None:
         staging = self._staging.new(manifest.short)
@@ -302,11 +294,6 @@ class Store:
         new.replace(path)
         sync_path(path.parent)
 
-    def _make_folders(self) -> None:
-        make_folder(self.root)
-        for name in ("store", "refs", ".staging", ".locks", ".leases", ".quarantine", ".trash"):
-            make_folder(self.root / name)
-
     def _make_lease(self, digest: str) -> None:
         """Make the file for users who may only read the store, and so cannot make it."""
         path = self._lease_path(digest)
@@ -314,17 +301,15 @@ class Store:
             path.touch()
             path.chmod(0o644)
 
-    def _unleased(self, digest: str) -> AbstractContextManager[bool]:
-        self._make_folders()
-        return locks.alone(self._lease_path(digest))
-
     def _lease_path(self, digest: str) -> Path:
         return self.root / ".leases" / f"{digest[:SHORT]}.lock"
 
     @contextmanager
     def _writing(self) -> Generator[None]:
-        """Turn the disk's errors into ours."""
+        """Make the store's folders, and turn the disk's errors into ours."""
         try:
+            for name in ("store", "refs", ".staging", ".locks", ".leases", ".quarantine", ".trash"):
+                make_folder(self.root / name)
             yield
         except OSError as error:
             raise StoreUnwritable(

@@ -111,7 +111,7 @@ PATTERNS
 configured() { # GROUP...: sets variables from configs/gke.yaml; see values.py
   local values name value
   command -v "$PYTHON" >/dev/null || fail "no $PYTHON: run \`make setup\` first"
-  values=$("$PYTHON" "$HERE/values.py" --source "$SOURCE" --overlay "$IMAGEN_OVERLAY" "$@") || exit 2
+  values=$("$PYTHON" "$HERE/values.py" "$SOURCE" "$IMAGEN_OVERLAY" "$@") || exit 2
   while IFS='=' read -r name value; do printf -v "$name" '%s' "$value"; done <<<"$values"
 }
 

@@ -1,11 +1,10 @@
 """Values of configs/gke.yaml for the shell scripts in this folder, one NAME=value a line.
 
-python kuberay/gke/values.py --overlay prod service bucket gpu
+python kuberay/gke/values.py configs/gke.yaml prod service bucket gpu
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from kuberay.render.gke import COMPUTE_CLASS, compute_class
 if TYPE_CHECKING:
     from kuberay.render.environment import Environment, GpuNodes
 
-GROUPS = ("service", "bucket", "registry", "site", "gpu")
 _BUCKET = r"gs://(?P<BUCKET>[^/]+).*"
 _REPOSITORY = (
     r"(?P<REGISTRY_LOCATION>[a-z0-9-]+)-docker\.pkg\.dev"
@@ -27,7 +25,7 @@ _REPOSITORY = (
 
 
 def variables(group: str, environment: Environment) -> dict[str, str]:
-    """The shell variables of a group, one of GROUPS.
+    """The shell variables of a group: service, bucket, registry, site or gpu.
 
     Raises:
         ConfigError: a value is a placeholder, or has another form; or there are no GPU nodes.
@@ -81,25 +79,20 @@ def _parts(key: str, value: str, pattern: str) -> dict[str, str]:
     return match.groupdict()
 
 
-def main() -> int:
-    """Print the groups on the command line; 2 if one is not configured."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, default=Path("configs/gke.yaml"))
-    parser.add_argument("--overlay", default="prod")
-    parser.add_argument("groups", nargs="+", choices=GROUPS)
-    options = parser.parse_args()
+def main(source: str, overlay: str, *groups: str) -> int:
+    """Print the groups; 2 if one is not configured."""
     try:
-        environments = load_environments(options.source)
-        if options.overlay not in environments:
-            raise ConfigError("No such overlay.", value=options.overlay)
-        for group in options.groups:
-            for name, value in variables(group, environments[options.overlay]).items():
+        environments = load_environments(Path(source))
+        if overlay not in environments:
+            raise ConfigError("No such overlay.", value=overlay)
+        for group in groups:
+            for name, value in variables(group, environments[overlay]).items():
                 sys.stdout.write(f"{name}={value}\n")
     except ConfigError as error:
-        sys.stderr.write(f"{options.source}: {error}\n")
+        sys.stderr.write(f"{source}: {error}\n")
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
