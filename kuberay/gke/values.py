@@ -61,7 +61,7 @@ def _gpu(environment: Environment, gpu: GpuNodes) -> dict[str, str]:
         "GPU_MACHINE": gpu.machine,
         "GPU_ACCELERATOR": f"type={card['type']},count={card['count']}"
         f",gpu-driver-version={card['driverVersion']}",
-        "GPU_NODES_MAX": str(gpu.max_nodes * gpu.during_upgrade),
+        "GPU_NODES_MAX": str(gpu.max_nodes * environment.clusters),
         "GPU_SSD_COUNT": disk["localSSDCount"],
         "GPU_DISK_TYPE": gpu.boot_disk_type,
         "GPU_DISK_GB": str(gpu.boot_disk_gb),

@@ -94,8 +94,6 @@ class GpuNodes(Strict):
         type: a name that `imagen plan --gpu` takes.
         machine: machine type of Compute Engine with one such GPU.
         max_nodes: of one cluster, at a time.
-        during_upgrade: clusters at a time while one replaces the other; 1 needs
-            ray_service.upgradeStrategy {type: None}.
         spot_first: spot nodes, or on-demand nodes if there are none; False is on-demand only.
         boot_disk_type: of a node. A hostPath is on the boot disk, an emptyDir is not.
         boot_disk_gb: its size.
@@ -104,7 +102,6 @@ class GpuNodes(Strict):
     type: str
     machine: str
     max_nodes: int = Field(ge=1, le=1000)
-    during_upgrade: int = Field(default=2, ge=1, le=2)
     spot_first: bool = True
     boot_disk_type: str = "pd-balanced"
     boot_disk_gb: int = Field(default=100, ge=50)
@@ -254,11 +251,6 @@ class Environment(Strict):
                 raise ValueError(
                     f"{name}.size has {_GPU} {asked}, and its nodes have {per_node[name]}"
                 )
-        if self.gpu and self.gpu.during_upgrade < self.clusters:
-            raise ValueError(
-                "gpu.during_upgrade 1 leaves no GPUs for the second cluster of an upgrade:"
-                " set ray_service.upgradeStrategy {type: None}, or during_upgrade 2"
-            )
         return self
 
 

@@ -68,7 +68,7 @@ def _objects(environment: Environment, *, gke: bool) -> dict[str, list[Values]]:
 def _quota(environment: Environment) -> Values:
     """A ceiling on the cost of a mistake: as many clusters as an upgrade runs at a time."""
     gpu, models = environment.gpu, environment.models
-    clusters = gpu.during_upgrade if gpu else environment.clusters
+    clusters = environment.clusters
     pods: list[tuple[dict[str, str], int]] = [
         (environment.head.size, 1),
         (environment.ingress.size, environment.ingress.group["maxReplicas"]),

@@ -79,7 +79,6 @@ def refused(tmp_path: Path) -> Refused:
         ("cache|copies", 40, "local SSD"),
         ("gpu|type", "b200", "b200"),
         ("gpu|machine", "g2-standard-9", "g2-standard-9"),
-        ("gpu|during_upgrade", 1, "1 leaves no GPUs"),
         ("images|extra", {"repository": "x/y"}, "extra"),
         ("name", "i" * 48, "name: String should have at most 47 characters"),
         ("name", "Imagen", "name: String should match pattern"),
@@ -92,12 +91,6 @@ def test_a_wrong_value_is_named(refused: Refused, path: str, value: object, word
 
 def test_a_gpu_that_is_too_small_is_named(refused: Refused) -> None:
     assert "2 x L4" in refused("base|gpu|max_nodes", 1, GpuTooSmall)
-
-
-def test_kuberays_default_upgrade_starts_a_second_cluster(refused: Refused) -> None:
-    without = yaml.safe_load(TEXT)["base"]["ray_service"] | {"upgradeStrategy": {}}
-    gpu = yaml.safe_load(TEXT)["base"]["gpu"] | {"during_upgrade": 1}
-    assert "1 leaves no GPUs" in refused("base", {"ray_service": without, "gpu": gpu})
 
 
 @pytest.mark.parametrize(

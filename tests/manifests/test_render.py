@@ -131,15 +131,16 @@ def test_a_disk_that_is_already_filled_is_read_only_and_needs_no_root(changed: C
     assert "initContainers" not in pod
 
 
-def test_one_cluster_at_a_time_needs_its_gpus_once(changed: Changed) -> None:
-    def one_at_a_time(base: dict[str, Any]) -> None:
-        base["gpu"]["during_upgrade"] = 1
-        base["ray_service"]["upgradeStrategy"] = {"type": "None"}
-
-    quota = yaml.safe_load(changed(one_at_a_time)["base/resource-quota.yaml"])
+@pytest.mark.parametrize(("strategy", "clusters"), [({"type": "None"}, 1), ({}, 2)])
+def test_the_quota_is_that_of_the_clusters_of_an_upgrade(
+    changed: Changed, strategy: dict[str, str], clusters: int
+) -> None:
+    """KubeRay's default starts a second cluster."""
+    files = changed(lambda base: base["ray_service"].update(upgradeStrategy=strategy))
+    quota = yaml.safe_load(files["base/resource-quota.yaml"])
     most = load_environments(SOURCE)["prod"].gpu
     assert most
-    assert quota["spec"]["hard"]["requests.nvidia.com/gpu"] == str(most.max_nodes)
+    assert quota["spec"]["hard"]["requests.nvidia.com/gpu"] == str(most.max_nodes * clusters)
 
 
 def test_spans_are_made_if_the_source_says_so(changed: Changed, rendered: Files) -> None:
