@@ -20,28 +20,23 @@ import re
 import shutil
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
 from deployments.origins import MANIFEST
 from deployments.store import locks
 from deployments.store.disk import delete_folder, folder_bytes, is_folder, make_folder, sync_path
-from deployments.store.events import Event, Kind, Stage, ignore
-from deployments.store.folder import check_files, check_folder, list_files
-from deployments.store.manifest import SHORT
-from deployments.store.staging import Staging
+from deployments.store.events import Event, Kind, Listener, Stage, ignore
+from deployments.store.folder import Verify, check_files, check_folder, list_files
+from deployments.store.manifest import SHORT, Manifest
+from deployments.store.staging import Places, Staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from deployments.settings import StoreSettings
-    from deployments.store.events import Listener
-    from deployments.store.folder import Verify
-    from deployments.store.manifest import Manifest
-    from deployments.store.staging import Places
 
 _SHORT = re.compile(f"[0-9a-f]{{{SHORT}}}")
 _REMEDIES = {

@@ -18,7 +18,7 @@ from deployments.store.lockfile import (
     origin_manifest,
     update_lock,
 )
-from deployments.store.manifest import FileEntry
+from deployments.store.manifest import FileEntry, Manifest
 from deployments.store.provider import origin_places
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from deployments.registry import ArtefactSpec
     from deployments.store.cache import Store
-    from deployments.store.manifest import Manifest
 
     Beat = Callable[[int], None]
 

@@ -15,12 +15,11 @@ from crc32c import crc32c
 
 from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
 from deployments.origins import MANIFEST
-from deployments.store.manifest import FileEntry, decode
+from deployments.store.manifest import FileEntry, Manifest, decode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from deployments.store.manifest import Manifest
 
 Verify = Literal["quick", "crc32c", "full"]
 """quick: names and sizes. crc32c: every byte. full: every byte, by CRC32C and SHA-256."""

@@ -23,14 +23,13 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.errors import SetupError, SourceFailed
-from deployments.registry import load_catalogue
+from deployments.registry import ArtefactSpec, Catalogue, load_catalogue
 from deployments.store.gc import make_room
 from deployments.store.provider import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from deployments.registry import ArtefactSpec, Catalogue
     from deployments.settings import Settings
     from deployments.store.events import Event
 

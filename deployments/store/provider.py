@@ -8,11 +8,17 @@ from urllib.parse import urlsplit
 from deployments.errors import ConfigError, Missing, ModelCorrupt, SourceFailed
 from deployments.origins import MANIFEST, UNRESOLVED
 from deployments.store.cache import Store
-from deployments.store.events import ignore
+from deployments.store.events import Listener, ignore
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.hub import HubReader
-from deployments.store.lockfile import load_lock, locked_digest, locked_origins, origin_manifest
-from deployments.store.manifest import SHORT, decode
+from deployments.store.lockfile import (
+    LockedOrigin,
+    load_lock,
+    locked_digest,
+    locked_origins,
+    origin_manifest,
+)
+from deployments.store.manifest import SHORT, Manifest, decode
 from deployments.store.transfer import retrying
 from deployments.store.web import WebReader
 
@@ -22,10 +28,7 @@ if TYPE_CHECKING:
     from deployments.registry import ArtefactSpec
     from deployments.settings import StoreSettings
     from deployments.store.bucket import Bucket, Reader
-    from deployments.store.events import Listener
     from deployments.store.folder import Verify
-    from deployments.store.lockfile import LockedOrigin
-    from deployments.store.manifest import Manifest
     from deployments.store.staging import Places
 
 

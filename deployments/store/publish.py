@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from deployments.errors import ModelCorrupt
 from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, ModelSpec
-from deployments.settings import ROOT
+from deployments.settings import ROOT, StoreSettings
 from deployments.store.bucket import Bucket, RemoteFile, find
-from deployments.store.events import Event, ignore
+from deployments.store.events import Event, Listener, ignore
 from deployments.store.folder import Hashes, hash_file
 from deployments.store.provider import mirror_url, open_bucket
 from deployments.store.transfer import retrying
 
 if TYPE_CHECKING:
-    from deployments.settings import StoreSettings
     from deployments.store.cache import Store
-    from deployments.store.events import Listener
     from deployments.store.manifest import Manifest
 
 _SMOKE_TIMEOUT_S = 900

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.origins import UNRESOLVED, parse_hub
-from deployments.store.bucket import Transient
+from deployments.store.bucket import Reader, RemoteFile, Transient
 from deployments.store.folder import Hashes
 from deployments.store.hub import resolve_revision
 from deployments.store.lockfile import (
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from deployments.registry import ArtefactSpec, Origin
     from deployments.settings import StoreSettings
-    from deployments.store.bucket import Reader, RemoteFile
 
     Expected = Mapping[tuple[str, str], LockedFile]
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -21,16 +21,14 @@ from deployments.store.disk import (
     sync_path,
     unprotect,
 )
-from deployments.store.events import Event
+from deployments.store.events import Event, Listener
 from deployments.store.folder import compare, hash_file
 from deployments.store.transfer import Download, Fetcher, Throttle, retrying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from deployments.settings import StoreSettings
-    from deployments.store.events import Listener
     from deployments.store.manifest import FileEntry, Manifest
 
     Beat = Callable[[int], None]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from deployments.errors import ModelCorrupt, SourceFailed
 from deployments.store.bucket import Reader, RemoteFile, Transient
-from deployments.store.events import Event
+from deployments.store.events import Event, Listener
 from deployments.store.folder import Hashes, compare, mismatch
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.settings import StoreSettings
-    from deployments.store.events import Listener
     from deployments.store.manifest import FileEntry
 
 T = TypeVar("T")

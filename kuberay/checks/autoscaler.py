@@ -16,12 +16,11 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import common_pb2
 
-from kuberay.checks.manifests import Finding, where
+from kuberay.checks.manifests import Document, Finding, Manifests, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kuberay.checks.manifests import Document, Manifests
 
 # Generated code, without types.
 _IN: Any = common_pb2.LABEL_OPERATOR_IN  # pyright: ignore[reportAttributeAccessIssue]

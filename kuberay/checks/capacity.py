@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Finding, matches, where
+from kuberay.checks.manifests import Document, Finding, Manifests, matches, where
 from kuberay.quantity import parse_quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from decimal import Decimal
 
-    from kuberay.checks.manifests import Document, Manifests
 
 _UNITS = {"cpu": "CPUs", "memory": "bytes of memory", "nvidia.com/gpu": "GPUs"}
 # Requests of the pods of kind itself and of the operator.

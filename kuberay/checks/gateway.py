@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Finding, where
+from kuberay.checks.manifests import Document, Finding, Manifests, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kuberay.checks.manifests import Document, Manifests
 
 _CERTIFICATES = "networking.gke.io/certmap"
 _NEEDED = {

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from kuberay.checks.manifests import Finding, where
+from kuberay.checks.manifests import Document, Finding, Manifests, PodView, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kuberay.checks.manifests import Document, Manifests, PodView
 
 _PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 _UNRESOLVED = re.compile(r"[\w./:@-]*\bunresolved\b[\w./:@-]*")

@@ -23,12 +23,11 @@ from deployments.registry import load_catalogue
 from deployments.settings import Settings, Tuning, parse_settings
 from deployments.store.lockfile import known_digest, load_lock
 from deployments.tasks import Task
-from kuberay.checks.manifests import Finding, where
+from kuberay.checks.manifests import Document, Finding, Manifests, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kuberay.checks.manifests import Document, Manifests
 
 _OURS = "serve_app.app:build"
 _INSIDE: dict[str, type[BaseModel]] = {

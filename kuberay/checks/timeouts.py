@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Finding, where
+from kuberay.checks.manifests import Document, Finding, Manifests, PodView, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kuberay.checks.manifests import Document, Manifests, PodView
 
 CLIENT = "imagen.dev/client-timeout-s"
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"

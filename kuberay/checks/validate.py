@@ -18,12 +18,11 @@ from kuberay.checks import (
     timeouts,
     wiring,
 )
-from kuberay.checks.manifests import Finding
+from kuberay.checks.manifests import Document, Finding, Manifests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from kuberay.checks.manifests import Document, Manifests
 
 CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway)
 # What a check, or Ray in it, raises on a field of another type than the schemas allow.

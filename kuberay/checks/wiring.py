@@ -6,13 +6,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from kuberay.checks.manifests import Finding, matches, where
+from kuberay.checks.manifests import Document, Finding, Manifests, PodView, matches, where
 from kuberay.quantity import parse_quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kuberay.checks.manifests import Document, Manifests, PodView
 
 _CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
 _HEALTH = "/-/healthz"

@@ -8,14 +8,10 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
-from kuberay.render.environment import load_environments
+from kuberay.render.environment import Environment, GpuNodes, load_environments
 from kuberay.render.gke import COMPUTE_CLASS, compute_class
-
-if TYPE_CHECKING:
-    from kuberay.render.environment import Environment, GpuNodes
 
 _BUCKET = r"gs://(?P<BUCKET>[^/]+).*"
 _REPOSITORY = (

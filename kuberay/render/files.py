@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import as_bytes, as_gi, parse_quantity
-from kuberay.render.environment import BASE, load_environments
+from kuberay.render.environment import BASE, Environment, Values, load_environments
 from kuberay.render.gke import compute_class, gateway, rules
 from kuberay.render.images import load_digests
 from kuberay.render.kustomize import GENERATED, component, dump
@@ -16,7 +16,6 @@ from kuberay.render.sizing import Sizing
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kuberay.render.environment import Environment, Values
 
 Files = dict[str, str]
 """Text by path below kuberay/."""

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import GIB, as_bytes, parse_quantity
-from kuberay.render.environment import read_yaml
+from kuberay.render.environment import Environment, GpuNodes, Values, read_yaml
 from kuberay.render.rayservice import SERVE_PORT, metadata
 from kuberay.render.sizing import Sizing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kuberay.render.environment import Environment, GpuNodes, Values
 
 _ACCELERATORS = {
     "t4": "nvidia-tesla-t4",

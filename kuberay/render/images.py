@@ -11,13 +11,12 @@ from pydantic import Field
 
 from deployments.errors import ConfigError, SourceFailed
 from deployments.settings import Strict, parse_settings, resolve
-from kuberay.render.environment import read_yaml
+from kuberay.render.environment import Environment, Image, read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from kuberay.render.environment import Environment, Image
 
 UNRESOLVED = "unresolved"
 _HEADER = """\

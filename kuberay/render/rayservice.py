@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kuberay.render.environment import merged
+from kuberay.render.environment import Cache, Environment, PodSource, Values, merged
 from kuberay.render.kustomize import Text, dump
 from kuberay.render.serve_config import serve_config
 
 if TYPE_CHECKING:
-    from kuberay.render.environment import Cache, Environment, PodSource, Values
     from kuberay.render.sizing import Sizing
 
 SERVE_PORT = 8000

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kuberay.quantity import as_bytes
-from kuberay.render.environment import merged
-from kuberay.render.sizing import application_args
+from kuberay.render.environment import Values, merged
+from kuberay.render.sizing import Sizing, application_args
 
 if TYPE_CHECKING:
     from deployments.tasks import Task
-    from kuberay.render.environment import Values
-    from kuberay.render.sizing import Sizing
 
 
 def serve_config(sizing: Sizing) -> Values:

@@ -7,16 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import ConfigError, GpuTooSmall
-from deployments.gpu.plan import plan
+from deployments.gpu.plan import Placed, plan
 from deployments.gpu.profiles import as_gpu
-from deployments.registry import load_catalogue
+from deployments.registry import Catalogue, Registry, load_catalogue
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock
 from kuberay.quantity import MIB, as_bytes, as_gi
 
 if TYPE_CHECKING:
-    from deployments.gpu.plan import Placed
-    from deployments.registry import Catalogue, Registry
     from deployments.tasks import Task
     from kuberay.render.environment import Environment, Values
 
