@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -76,7 +76,7 @@ def collect(
     """
     if not store.root.is_dir():
         return []
-    removed = [*_trash(store), *_staging(store, resumable), *_quarantine(store)]
+    removed = list(_leftovers(store, resumable))
     if not now and _full_percent(store, settings, used) < settings.gc_start_percent:
         return removed
     stop_percent = -1.0 if now else settings.gc_stop_percent
@@ -141,31 +141,22 @@ def _unused(store: Store, keep: Collection[str]) -> list[tuple[str, str]]:
     return [(model, short) for _, model, short in sorted(unused)]
 
 
-def _trash(store: Store) -> list[Removed]:
-    return [_drop("trash", folder) for folder in (store.root / ".trash").glob("*")]
-
-
-def _staging(store: Store, resumable: Collection[str]) -> list[Removed]:
-    removed: list[Removed] = []
-    if network_filesystem(store.root):
-        return removed
+def _leftovers(store: Store, resumable: Collection[str]) -> Iterator[Removed]:
+    """Remove what dead processes left, and what was damaged over a week ago."""
+    for folder in (store.root / ".trash").glob("*"):
+        yield _drop("trash", folder)
     spared = {digest[:SHORT] for digest in resumable}
-    for folder in sorted((store.root / ".staging").glob("*")):
+    network = network_filesystem(store.root)
+    for folder in [] if network else sorted((store.root / ".staging").glob("*")):
         short = folder.name.partition(".")[0]
         if short not in spared:
             done = _if_free(store, short, lambda f=folder, s=short: _drop("staging", f, s))
-            removed += [done] if done else []
-    return removed
-
-
-def _quarantine(store: Store) -> list[Removed]:
-    removed: list[Removed] = []
+            yield from [done] if done else []
     for folder in sorted((store.root / ".quarantine").glob("*")):
         with suppress(FileNotFoundError):
             # The time of the move to quarantine is the change time; the bytes may be much older.
             if time.time() - folder.lstat().st_ctime > _QUARANTINE_S:
-                removed.append(_drop("quarantine", folder))
-    return removed
+                yield _drop("quarantine", folder)
 
 
 def _drop(

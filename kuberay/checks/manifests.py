@@ -153,6 +153,14 @@ def where(document: Document, path: str = "") -> str:
     return f"{document.get('kind', '?')}/{name}{' ' + path if path else ''}"
 
 
+def walk(node: Any) -> Iterator[Any]:
+    """A value and everything in it."""
+    yield node
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from walk(child)
+
+
 def matches(selector: Document, labels: Mapping[str, str]) -> bool:
     """Whether a label selector selects an object with these labels; an empty one selects all."""
     expressions = selector.get("matchExpressions") or []

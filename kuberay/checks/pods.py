@@ -7,9 +7,9 @@ Root, capabilities and the node's namespaces are the matter of Pod Security: the
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kuberay.checks.manifests import Document, Finding, Manifests, PodView, where
+from kuberay.checks.manifests import Document, Finding, Manifests, PodView, walk, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,17 +60,9 @@ def _placeholders(manifests: Manifests) -> Iterator[Finding]:
     """Each value that only the reader knows, once."""
     places: dict[str, str] = {}
     for document in manifests.documents:
-        for text in _texts(document):
+        for text in (one for one in walk(document) if isinstance(one, str)):
             for token in _UNRESOLVED.findall(text):
                 places.setdefault(token, where(document))
     for token, place in places.items():
         message = f"{token} is a placeholder: fill in configs/gke.yaml or kuberay/images.lock"
         yield Finding("placeholder", place, message, placeholder=True)
-
-
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict | list):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _texts(child)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from kuberay.checks.manifests import Document, Finding, Manifests, PodView, matches, where
+from kuberay.checks.manifests import Finding, Manifests, PodView, matches, walk, where
 from kuberay.quantity import parse_quantity
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check(manifests: Manifests) -> Iterator[Finding]:
 def secrets(manifests: Manifests) -> dict[str, list[str]]:
     """The Secrets that must exist before the first apply, and their keys."""
     keys: dict[str, set[str]] = {}
-    for node in _mappings(manifests.documents):
+    for node in (one for one in walk(manifests.documents) if isinstance(one, dict)):
         if isinstance(reference := node.get("secretKeyRef"), dict):
             keys.setdefault(reference["name"], set()).add(reference["key"])
         if name := (node.get("oauth2ClientSecret") or {}).get("name"):
@@ -46,14 +46,6 @@ def secrets(manifests: Manifests) -> dict[str, list[str]]:
         if node.get("mode") == "token" and "secretName" in node:
             keys.setdefault(node["secretName"], set()).add("auth_token")
     return {name: sorted(of_one) for name, of_one in sorted(keys.items())}
-
-
-def _mappings(node: Any) -> Iterator[Document]:
-    if isinstance(node, dict):
-        yield node
-    if isinstance(node, dict | list):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _mappings(child)
 
 
 def _namespaces(manifests: Manifests) -> Iterator[Finding]:
