@@ -22,12 +22,13 @@ from deployments.errors import ConfigError, LicenceRefused, SetupError
 from deployments.registry import load_catalogue
 from deployments.settings import Settings, Tuning, parse_settings
 from deployments.store.lockfile import known_digest, load_lock
-from deployments.tasks import Task
 from kuberay.checks.manifests import Document, Finding, Manifests, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from deployments.registry import Catalogue, ModelSpec
+    from deployments.store.lockfile import Lock
 
 _OURS = "serve_app.app:build"
 _INSIDE: dict[str, type[BaseModel]] = {
@@ -82,31 +83,34 @@ def _application(place: str, application: Document) -> Iterator[Finding]:
         yield Finding("args", f"{place} args", error.message)
         return
     deployments = {one["name"]: one for one in application.get("deployments") or []}
-    for name in sorted(deployments.keys() ^ {"Ingress", *(task.deployment for task in Task)}):
-        known = "the application has no such deployment"
-        yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")
     for name, one in deployments.items():
         try:
             parse_settings(Tuning, one.get("user_config") or {}, "user_config")
         except ConfigError as error:
             yield Finding("user-config", f"{place} {name}", error.message)
-    yield from _registry(f"{place} args.models", settings)
-
-
-def _registry(place: str, settings: Settings) -> Iterator[Finding]:
-    """What would stop the application when it starts: licences and digests are for people."""
     try:
         catalogue, lock = load_catalogue(settings.models), load_lock(settings.models)
         accepted = tuple(entry.name for entry in catalogue.entries)
         served = catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
     except SetupError as error:
-        yield Finding("registry", place, str(error))
+        yield Finding("registry", f"{place} args.models", str(error))
         return
-    for spec in served.values():
+    expected = {"Ingress", *(task.deployment for task in served)}
+    for name in sorted(deployments.keys() ^ expected):
+        known = "the application has no such deployment"
+        yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")
+    yield from _models(f"{place} args.models", catalogue, list(served.values()), lock)
+
+
+def _models(
+    place: str, catalogue: Catalogue, served: list[ModelSpec], lock: Lock
+) -> Iterator[Finding]:
+    """What people must still decide: licences and digests."""
+    for spec in served:
         try:
             catalogue.check_licence(spec)
         except LicenceRefused as error:
             yield Finding("licence", place, str(error), placeholder=True)
-    if missing := [spec.name for spec in served.values() if not known_digest(lock, spec)]:
+    if missing := [spec.name for spec in served if not known_digest(lock, spec)]:
         message = f"no digest of {', '.join(missing)}: run `imagen models resolve`, and `convert`"
         yield Finding("digest", place, message, placeholder=True)
