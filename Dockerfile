@@ -1,11 +1,11 @@
 # The images of Imagen: `make image` (kuberay/README.md, "Images"). All targets stand on one base, so
-# that Ray and Python are the same to the last digit on every node, which Ray insists upon.
+# that Ray and Python are the same to the last digit on every node, which Ray requires.
 #
 #   cpu         head, ingress and Jobs; with the starter models, a whole service without a GPU
 #   gpu         model replicas: the CUDA build of torch, xformers
-#   airgapped   gpu, and models that somebody pulled before
+#   airgapped   gpu, and models that were pulled before
 
-# kuberay/images.lock has it. This one is no digest, and Docker refuses it.
+# kuberay/images.lock has it. This value is not a digest, so Docker refuses it.
 ARG PYTHON_DIGEST=sha256:unresolved
 
 FROM docker.io/library/python:3.11-slim-bookworm@${PYTHON_DIGEST} AS base

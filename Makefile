@@ -28,7 +28,7 @@ test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, furt
 	$(BIN)/python -m pytest tests -m slow
 
 .PHONY: test-unit
-test-unit: setup ## Only the tests without Ray and torch (seconds)
+test-unit: setup ## Only the tests without Ray and torch (a minute)
 	$(BIN)/python -m pytest tests/unit
 
 .PHONY: lint
@@ -39,7 +39,7 @@ lint: setup ## Check style, types and layers; changes nothing
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: fix
-fix: setup ## Mend what ruff can mend
+fix: setup ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -79,7 +79,7 @@ bench-peers: setup $(PEERS)/.done ## The same models and load on six other serve
 	$(BIN)/python -m benchmarks.peers.run $(ARGS)
 
 .PHONY: manifests validate
-manifests: setup ## Write the KubeRay manifests anew from configs/gke.yaml
+manifests: setup ## Write the KubeRay manifests from configs/gke.yaml
 	$(BIN)/imagen kuberay render
 
 validate: setup ## Check the manifests of every overlay without a cluster (ARGS=--allow-placeholder)

@@ -152,7 +152,8 @@ def _manifests(files: Sequence[Path] | None, folder: Path) -> list[Manifests]:
 
 def _show(report: Report, output: Output, allow_placeholder: bool) -> None:
     mistakes = f"{len(report.errors)} mistakes" if report.errors else "no mistakes"
-    output.show(f"{report.name}: {report.documents} objects, {mistakes}")
+    unset = f", {len(report.placeholders)} placeholders" if report.placeholders else ""
+    output.show(f"{report.name}: {report.documents} objects, {mistakes}{unset}")
     for finding in report.errors:
         output.say(f"  {finding}", "red")
     for finding in report.placeholders:

@@ -35,5 +35,5 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ConfigError(
-            "The picture cannot be read.", value=error.strerror, remedy="Name a file."
+            f"The picture cannot be read: {error.strerror}.", value=file, remedy="Name a file."
         ) from error

@@ -100,13 +100,15 @@ def address_of(config: Path) -> str:
         host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
         first = next(iter(values.get("applications") or ()), {})
         prefix = str(first.get("route_prefix", "/")).rstrip("/")
-    # ValueError: no UTF-8, or no date. AttributeError: no mapping.
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
+        host = f"[{host}]" if ":" in host else host
+        address = f"http://{host}:{int(port)}{prefix}"
+        httpx.URL(address)
+    except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
         raise ConfigError(
             "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
         ) from error
-    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
-    return f"http://{host}:{port}{prefix}"
+    return address
 
 
 def _answers(address: str) -> bool:

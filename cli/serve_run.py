@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli
 
 
@@ -16,10 +19,25 @@ def main() -> None:
     The arguments are the paths of both files.
     """
     config, dashboard = sys.argv[1:]
+    check(Path(config))
     # A Ray of its own: `serve run` would join a running one, and replace its application.
     context: Any = ray.init("local", namespace="serve")
     Path(dashboard).write_text(context.dashboard_url or "", encoding="utf-8")
     cli(["run", config])
+
+
+def check(config: Path) -> None:
+    """End with a message, before Ray starts, if Serve cannot read the file."""
+    try:
+        ServeDeploySchema.model_validate(yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reasons = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error)}]
+        sys.exit(
+            f"{config} is no Serve config: "
+            + "; ".join(
+                f"{'.'.join(map(str, one.get('loc', ())))} {one['msg']}".strip() for one in reasons
+            )
+        )
 
 
 if __name__ == "__main__":

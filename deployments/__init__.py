@@ -1,1 +1,1 @@
-"""Images: what a model does. Knows nothing of HTTP."""
+"""Images: what a model does. Serves no HTTP."""

@@ -288,13 +288,14 @@ class Host:
     def _warm_size(self, served: Served, width_px: int, height_px: int) -> None:
         """Run pictures of one size until its passes are timed: three for a model of few steps."""
         spec, pipeline = self._spec, served.pipeline
-        grey = Picture(np.full((height_px, width_px, 3), 127, np.uint8), None)
+        grey = np.full((height_px, width_px, 3), 127, np.uint8)
+        picture = Picture(grey, None) if spec.task.needs_picture else None
         request = complete(spec.task.request(), spec.defaults, spec.parameters)
-        pixels = pipeline.fit(grey, request)
+        pixels = pipeline.fit(picture, request)
         for _ in range(_WARM_UP_ROWS):
             row = Row(RowInput(request, pixels, 0, time.monotonic() + _WARM_UP_TIMEOUT_S))
             served.engine.put([row])
-            pipeline.restore(row.future.result(_WARM_UP_TIMEOUT_S), grey, request)
+            pipeline.restore(row.future.result(_WARM_UP_TIMEOUT_S), picture, request)
             if served.engine.pace.has_timed(row.progress.cost_px):
                 return
 
@@ -366,7 +367,12 @@ class Host:
 
 
 def _warm_up_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
-    """Width and height, px: a thumbnail, and the largest size that the network works at."""
+    """Width and height, px: a thumbnail, and the largest size that the network works at.
+
+    A task without pictures has one size, which its request decides.
+    """
+    if not spec.task.needs_picture:
+        return [(0, 0)]
     small = (_WARM_UP_PX, _WARM_UP_PX)
     if spec.scale > 1 and "steps" not in spec.parameters:  # a network that works in tiles
         return [small, (spec.tile_px, spec.tile_px)]

@@ -171,7 +171,7 @@ def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
         raise DamagedImage(
             f"The {kind} file has too many segments before its picture.",
             value=f"more than {_MAX_SEGMENTS}",
-            remedy="Save the picture anew.",
+            remedy="Save the picture again, with another program.",
         )
     with _reading(kind, data):
         image = _READERS[kind][1](io.BytesIO(data))
@@ -239,7 +239,7 @@ def _reading(kind: str, data: bytes) -> Generator[None]:
         raise DamagedImage(
             f"The {kind} file is damaged or cut off, or of a variant that cannot be read.",
             value=f"{kind} of {len(data)} bytes",
-            remedy="Compare the size with your file's; if equal, save the picture anew as PNG.",
+            remedy="Compare the size with your file's; if equal, save the picture again as PNG.",
         ) from error
 
 

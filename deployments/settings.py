@@ -129,7 +129,7 @@ class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
     Attributes:
-        models: YAML file that names one model per task.
+        models: YAML file that names the model of each task. A task without a model has no route.
         device: auto takes CUDA where there is one.
         torch_threads: CPU threads of each model replica, which share the rows of a pass. A GPU
             needs none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -11,6 +12,7 @@ from deployments.model import ModelDeployment
 from deployments.registry import load_registry
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
+from deployments.tasks import Task
 from serve_app.backends import HEALTH_CHECK_PERIOD_S
 from serve_app.ingress import Ingress
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from deployments.registry import ModelSpec
+
+logger = logging.getLogger("ray.serve.imagen")
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -36,6 +40,8 @@ def build(args: dict[str, Any]) -> Application:
     lock = load_lock(settings.models)
     for spec in registry.values():
         locked_digest(lock, spec)
+    if absent := [str(task) for task in Task if task not in registry]:
+        logger.warning("No model in %s serves: %s", settings.models, ", ".join(absent))
     models = {task: _model(spec, settings) for task, spec in registry.items()}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(

@@ -11,10 +11,10 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, get_args
 
 from deployments import images
-from deployments.contract import ImageJob, check_used, parse
+from deployments.contract import ImageJob, OutputFormat, check_used, parse
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
     from typing import Literal
 
-    from deployments.contract import ImageRequest, ImageResult, OutputFormat
+    from deployments.contract import ImageRequest, ImageResult
     from deployments.registry import ModelSpec, Registry
     from deployments.settings import Settings
     from deployments.tasks import Task
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _OPERATOR_S = 60
 """`Retry-After` of a model that failed to start: it waits for an operator."""
-_FORMATS: tuple[OutputFormat, ...] = ("png", "webp", "jpeg")
+_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 
 
 class Backend(Protocol):

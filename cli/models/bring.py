@@ -14,12 +14,15 @@ from cli.models.session import (
     STARTER,
     AsJson,
     Everything,
+    LockTimeoutS,
     Mirror,
     Name,
     Names,
+    Rate,
     RegistryFile,
     Root,
     Session,
+    Threads,
     session,
 )
 from cli.models.show import warn_network
@@ -71,10 +74,21 @@ def pull(
     registry: RegistryFile = STARTER,
     store: Root = None,
     mirror: Mirror = None,
+    threads: Threads = None,
+    max_bytes_per_s: Rate = None,
+    lock_timeout_s: LockTimeoutS = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring models into the store; those already there are checked, and replaced if damaged."""
-    with session(registry, as_json, store, mirror) as opened:
+    with session(
+        registry,
+        as_json,
+        store,
+        mirror=mirror,
+        threads=threads,
+        max_bytes_per_s=max_bytes_per_s,
+        lock_timeout_s=lock_timeout_s,
+    ) as opened:
         entries = opened.choose(names, everything)
         if dry_run:
             _show_plan(opened, entries)
@@ -152,10 +166,21 @@ def publish_model(
     registry: RegistryFile = STARTER,
     store: Root = None,
     mirror: Mirror = None,
+    threads: Threads = None,
+    max_bytes_per_s: Rate = None,
+    lock_timeout_s: LockTimeoutS = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a model to where nodes pull from; pulls or converts it first if necessary."""
-    with session(registry, as_json, store, mirror) as opened:
+    with session(
+        registry,
+        as_json,
+        store,
+        mirror=mirror,
+        threads=threads,
+        max_bytes_per_s=max_bytes_per_s,
+        lock_timeout_s=lock_timeout_s,
+    ) as opened:
         entry = opened.catalogue.find(name)
         opened.catalogue.check_licence(entry)
         # A wrong target fails here, before a long pull.
@@ -189,10 +214,20 @@ def convert_model(
     ] = False,
     registry: RegistryFile = STARTER,
     store: Root = None,
+    threads: Threads = None,
+    max_bytes_per_s: Rate = None,
+    lock_timeout_s: LockTimeoutS = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model's origins as the registry says, and write the digest to the lock file."""
-    with session(registry, as_json, store) as opened:
+    with session(
+        registry,
+        as_json,
+        store,
+        threads=threads,
+        max_bytes_per_s=max_bytes_per_s,
+        lock_timeout_s=lock_timeout_s,
+    ) as opened:
         entry = opened.catalogue.find(name)
         name = entry.name
         opened.catalogue.check_licence(entry)

@@ -52,6 +52,14 @@ Mirror = Annotated[
     str | None,
     typer.Option(help="gs:// or file:// folder of published models, to use instead of origins"),
 ]
+Threads = Annotated[int | None, typer.Option(help="Ranges of one model to fetch at a time")]
+Rate = Annotated[
+    float | None, typer.Option("--max-bytes-per-s", help="Limit for all models together")
+]
+LockTimeoutS = Annotated[
+    float | None,
+    typer.Option("--lock-timeout-s", help="How long another puller may make no progress"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
 
 
@@ -145,21 +153,21 @@ def check_choice(names: Sequence[str] | None, everything: bool) -> None:
 
 @contextmanager
 def session(
-    registry: Path, as_json: bool, root: Path | None, mirror: str | None = None
+    registry: Path, as_json: bool, root: Path | None, **settings: object
 ) -> Generator[Session]:
-    """Open a session, and end the command well."""
+    """Open a session with these `StoreSettings`, and end the command well."""
     output = Output(as_json=as_json)
     with ending(output):
         path = user_path(registry)
-        yield Session(path, load_catalogue(path), store_settings(root, mirror), output)
+        yield Session(path, load_catalogue(path), store_settings(root, **settings), output)
 
 
-def store_settings(root: Path | None, mirror: str | None = None) -> StoreSettings:
+def store_settings(root: Path | None, **settings: object) -> StoreSettings:
     """The settings of the command line; None keeps a default.
 
     Raises:
         ConfigError: a value is wrong.
     """
-    given = {"root": root, "mirror": mirror}
+    given = {"root": root, **settings}
     values = {key: value for key, value in given.items() if value is not None}
     return parse_settings(StoreSettings, values, "The command line")

@@ -29,7 +29,7 @@ from deployments.errors import ModelCorrupt, ModelNotCached
 from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import framework_caches
-from deployments.store.disk import network_filesystem
+from deployments.store.disk import filesystem, network_filesystem
 from deployments.store.folder import read_manifest
 from deployments.store.lockfile import LockedFile
 from deployments.store.manifest import SHORT
@@ -108,7 +108,9 @@ def where(
         usage, made = shutil.disk_usage(existing(root)), root.is_dir()
         output.show(f"Store  {root}{'' if made else '  (not made yet)'}")
         output.show(f"Free   {decimal(usage.free)} of {decimal(usage.total)}")
+        output.show(f"Disk   {filesystem(root) or 'of an unknown file system'}")
         place = {"store": str(root), "exists": made, "network": warn_network(output, root)}
+        place |= {"filesystem": filesystem(root), "env": variables}
         output.emit(place | {"free_bytes": usage.free, "total_bytes": usage.total})
 
 

@@ -73,6 +73,12 @@ def folder_bytes(folder: Path) -> int:
 
 def network_filesystem(path: Path, table: str = "/proc/mounts") -> str | None:
     """The type of the network file system that holds a path; None for a local or unknown one."""
+    kind = filesystem(path, table)
+    return kind if kind.startswith(_NETWORK) else None
+
+
+def filesystem(path: Path, table: str = "/proc/mounts") -> str:
+    """The type of the file system that holds a path, such as ext4; empty if it is unknown."""
     longest, kind = -1, ""
     here = os.path.realpath(path)
     with suppress(OSError), open(table, encoding="utf-8") as mounts:
@@ -83,4 +89,4 @@ def network_filesystem(path: Path, table: str = "/proc/mounts") -> str | None:
             inside = here == place or here.startswith(place.rstrip("/") + "/")
             if inside and len(place) >= longest:
                 longest, kind = len(place), name
-    return kind if kind.startswith(_NETWORK) else None
+    return kind

@@ -93,7 +93,8 @@ class FolderBucket:
         return True
 
     def list(self, prefix: str = "") -> Iterator[RemoteFile]:
-        top = self._folder / prefix.rpartition("/")[0]
+        above = prefix.rpartition("/")[0]
+        top = self._place(above) if above else self._folder
         paths = [
             Path(parent, name).relative_to(self._folder).as_posix()
             for parent, _, names in os.walk(top)
@@ -117,10 +118,11 @@ class FolderBucket:
         """Where a path is in this folder.
 
         Raises:
-            ValueError: it would leave the folder.
+            ConfigError: it would leave the folder, or its name is reserved for uploads.
         """
-        if {"", ".", ".."} & set(path.split("/")):
-            raise ValueError(f"{path!r} is not a plain relative path")
+        parts = path.split("/")
+        if {"", ".", ".."} & set(parts) or parts[-1].startswith(_PART):
+            raise ConfigError("A file's path is wrong.", value=path, remedy="Use a relative path.")
         return self._folder / path
 
     def _stat(self, path: str) -> RemoteFile:

@@ -61,11 +61,11 @@ class GcsBucket:
         self, file: RemoteFile, start: int, stop: int, write: Callable[[bytes], object]
     ) -> None:
         # Without the library, which reads 8 KiB at a time: a sixth of the speed.
-        account = _account()
         name = quote(self._object(file.path), safe="")
-        url = f"{account.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{name}"
         query = f"?alt=media&generation={file.pin}&ifGenerationMatch={file.pin}"
         with _google_errors(f"{self.url}/{file.path}"):
+            account = _account()
+            url = f"{account.client.api_endpoint}/download/storage/v1/b/{self._name}/o/{name}"
             headers = account.authorization(url)
         web.stream(url + query, headers, start, stop, write)
 

@@ -90,7 +90,9 @@ def _ask(path: str) -> dict[str, Any]:
         return {"sha": answer["sha"], **answer}
     except (ValueError, KeyError, TypeError) as error:
         raise SourceFailed(
-            "What answers is no hub.", value=url, remedy="Check HF_ENDPOINT, and any proxy."
+            "The answer does not come from a model hub.",
+            value=url,
+            remedy="Check HF_ENDPOINT, and any proxy.",
         ) from error
 
 

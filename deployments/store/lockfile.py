@@ -93,7 +93,7 @@ def load_lock(registry: Path) -> Lock:
         raise ConfigError(
             f"The lock file cannot be read: {str(error).splitlines()[0]}.",
             value=path,
-            remedy="Restore it, or make it anew with `imagen models resolve`.",
+            remedy="Restore it, or write it with `imagen models resolve`.",
         ) from error
 
 

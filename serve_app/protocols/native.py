@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from deployments.contract import OutputFormat
 from deployments.errors import InvalidParameter
 from deployments.tasks import Task
 from serve_app.intake import Call, Intake
@@ -46,7 +47,7 @@ _PROBLEM = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The picture",
-        "content": {f"image/{name}": {"schema": _BINARY} for name in ("png", "webp", "jpeg")},
+        "content": {f"image/{name}": {"schema": _BINARY} for name in get_args(OutputFormat)},
         "headers": {
             name: {"description": text, "schema": {"type": "string"}}
             for name, text in _HEADERS.items()
@@ -67,6 +68,7 @@ def router(registry: Registry) -> APIRouter:
             name=task,
             operation_id=task,
             summary=task.request.__doc__,
+            description=f"The model {spec.name}: {spec.summary}.",
             response_class=Response,
             responses=_RESPONSES,
             openapi_extra=request_body(spec),

@@ -11,7 +11,7 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.oauth2 import service_account
 
-from deployments.errors import Missing, SourceFailed, StoreUnwritable, Unsignable
+from deployments.errors import ConfigError, Missing, SourceFailed, StoreUnwritable, Unsignable
 from deployments.store import gcs
 from deployments.store.bucket import find
 from deployments.store.folder_bucket import FolderBucket
@@ -120,10 +120,22 @@ def test_a_killed_writers_part_is_not_listed(tmp_path: Path) -> None:
 def test_a_path_stays_in_its_folder(tmp_path: Path, path: str) -> None:
     bucket = FolderBucket(f"file://{tmp_path / 'bucket'}")
     for act in (lambda: bucket.put(path, b""), lambda: bucket.delete(path)):
-        with pytest.raises(ValueError, match="not a plain relative path"):
+        with pytest.raises(ConfigError, match="path is wrong"):
             act()
-    with pytest.raises(ValueError, match="not a plain relative path"):
+    with pytest.raises(ConfigError, match="path is wrong"):
         bucket.stat([path])
+
+
+def test_a_list_stays_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    bucket = FolderBucket(f"file://{tmp_path / 'bucket'}")
+    with pytest.raises(ConfigError, match="path is wrong"):
+        list(bucket.list("../"))
+
+
+def test_a_name_that_uploads_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="path is wrong"):
+        FolderBucket(f"file://{tmp_path}").put(".upload-x", b"")
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def operator(bare: Operator) -> Operator:
 def limit(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
     """Give the store of every command these settings."""
     plain = session.store_settings
-    limited = lambda *given: plain(*given).model_copy(update=limits)  # noqa: E731
+    limited = lambda *a, **more: plain(*a, **more).model_copy(update=limits)  # noqa: E731
     monkeypatch.setattr(session, "store_settings", limited)
 
 
@@ -624,7 +624,7 @@ def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Op
         "from cli.models import session\n"
         "plain = session.store_settings\n"
         "limits = {'max_bytes_per_s': 50_000}\n"
-        "session.store_settings = lambda *given: plain(*given).model_copy(update=limits)\n"
+        "session.store_settings = lambda *a, **more: plain(*a, **more).model_copy(update=limits)\n"
         "app(sys.argv[1:])\n"
     )
     process = subprocess.Popen(

@@ -21,6 +21,7 @@ def config(tmp_path: Path, text: str | bytes) -> Path:
 @pytest.mark.parametrize(
     ("text", "address"),
     [
+        ("http_options: {host: '::1'}", "http://[::1]:8000"),
         ("applications: []", "http://127.0.0.1:8000"),
         ("http_options:", "http://127.0.0.1:8000"),
         ("http_options: {port: 9000}", "http://127.0.0.1:9000"),
@@ -51,6 +52,9 @@ BROKEN = [
     "http_options: [1]",
     "http_options: text",
     "applications: [text]",
+    "applications: 3",
+    "http_options: {port: many}",
+    "http_options: {port: null}",
     "made: 2026-99-99",
     b"\xff\xfe\x00",
 ]
