@@ -181,30 +181,32 @@ def publish_model(
         max_bytes_per_s=max_bytes_per_s,
         lock_timeout_s=lock_timeout_s,
     ) as opened:
-        entry = opened.catalogue.find(name)
-        opened.catalogue.check_licence(entry)
-        # A wrong target fails here, before a long pull.
-        open_bucket(mirror_url(target, entry.name, ""), opened.settings)
-        digest = _bring(opened, entry)
-        if smoke and isinstance(entry, ModelSpec):
-            opened.output.say(f"{entry.name}: verifying, and loading without a network")
-        with Meter(opened.output) as meter:
-            done = publish(
-                entry,
-                digest,
-                opened.store,
-                target,
-                opened.settings,
-                smoke=smoke,
-                listener=meter.on_event,
-            )
-        uploaded = f"published {done.files} files, {decimal(done.bytes)}"
-        result = uploaded if done.files else "already there"
-        opened.output.say(f"{entry.name}: {result}: {done.url}", "green")
-        status = "published" if done.files else "present"
-        opened.output.emit(
-            {"name": entry.name, "status": status, "digest": digest} | done._asdict()
+        _publish(opened, name, target, smoke)
+
+
+def _publish(opened: Session, name: str, target: str, smoke: bool) -> None:
+    entry = opened.catalogue.find(name)
+    opened.catalogue.check_licence(entry)
+    # A wrong target fails here, before a long pull.
+    open_bucket(mirror_url(target, entry.name, ""), opened.settings)
+    digest = _bring(opened, entry)
+    if smoke and isinstance(entry, ModelSpec):
+        opened.output.say(f"{entry.name}: verifying, and loading without a network")
+    with Meter(opened.output) as meter:
+        done = publish(
+            entry,
+            digest,
+            opened.store,
+            target,
+            opened.settings,
+            smoke=smoke,
+            listener=meter.on_event,
         )
+    uploaded = f"published {done.files} files, {decimal(done.bytes)}"
+    result = uploaded if done.files else "already there"
+    opened.output.say(f"{entry.name}: {result}: {done.url}", "green")
+    status = "published" if done.files else "present"
+    opened.output.emit({"name": entry.name, "status": status, "digest": digest} | done._asdict())
 
 
 def convert_model(

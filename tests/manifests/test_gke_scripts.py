@@ -671,7 +671,7 @@ def section(heading: str) -> str:
 
 
 def test_the_runbook_sends_alerts_of_every_severity_to_somebody() -> None:
-    text = section("### Alerts that reach somebody")
+    text = section("### Send alerts to a receiver")
     config = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
     rules = yaml.safe_load((HERE / "rules.yaml").read_text())["spec"]["groups"][0]["rules"]
     severities = {rule["labels"]["severity"] for rule in rules}

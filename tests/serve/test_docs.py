@@ -45,7 +45,7 @@ def test_try_it_out_gives_a_picture_untouched(address: str, route: str) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("prefix", ["address", "scripted"])
+@pytest.mark.parametrize("prefix", ["address", pytest.param("scripted", marks=pytest.mark.slow)])
 def test_try_it_out_in_a_browser(
     prefix: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

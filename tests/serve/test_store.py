@@ -252,6 +252,7 @@ def ask(settings: Settings, name: str) -> tuple[float, list[Any]]:
     return waited_s, totals
 
 
+@pytest.mark.slow
 async def test_eight_replicas_make_one_pull_that_tells_its_progress(
     cluster: str, slow: Settings
 ) -> None:
