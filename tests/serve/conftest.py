@@ -131,7 +131,7 @@ def broken(cluster: str) -> str:
 
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    settings = Settings(request_timeout_s=5, retry_after_s=7)
+    settings = Settings(request_timeout_s=10, retry_after_s=7)
     models: dict[Task, Any] = {}
     for task, kind in kinds.items():
         narrow = task == Task.COMIC

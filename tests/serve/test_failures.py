@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.serve.test_http import is_problem, jpeg
 
@@ -49,6 +50,7 @@ def test_a_late_answer_is_504(scripted: str) -> None:
     assert is_problem(ask(scripted, "sleep 30"), 504)
 
 
+@pytest.mark.slow
 def test_no_header_of_a_client_keeps_a_request_beyond_the_deadline(scripted: str) -> None:
     """Serve itself would honour both."""
     url = f"{scripted}/api/v1/images/enhance"

@@ -33,6 +33,7 @@ from tests.serve.test_http import ROUTES, jpeg, post
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
 STARTER = Path("configs/models/starter.yaml")
 UPSCALE = load_registry(STARTER)[Task.UPSCALE]
 
@@ -252,7 +253,6 @@ def ask(settings: Settings, name: str) -> tuple[float, list[Any]]:
     return waited_s, totals
 
 
-@pytest.mark.slow
 async def test_eight_replicas_make_one_pull_that_tells_its_progress(
     cluster: str, slow: Settings
 ) -> None:
