@@ -184,8 +184,8 @@ def make_files(folder: Path, gigabytes: float) -> dict[str, tuple[int, str]]:
 
 def serve(folder: Path) -> None:
     """Serve the files from both servers until stdin ends."""
-    from tests.servers.gcs import GcsServer
-    from tests.servers.hub import HubServer
+    from benchmarks.servers.gcs import GcsServer
+    from benchmarks.servers.hub import HubServer
 
     source = folder / "source"
     files = {path: source / path for path in SIZES_MB}

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from benchmarks.servers.faults import Faults
     from deployments.store.bucket import Reader
     from deployments.store.events import Listener
     from deployments.store.staging import Places
-    from tests.servers.faults import Faults
 
 KIB = 1024
 NAME = "tiny-model"
@@ -138,8 +138,8 @@ def _held(
 
 @contextmanager
 def _web(folder: Path) -> Iterator[Held]:
+    from benchmarks.servers.files import FileServer
     from deployments.store.web import WebReader
-    from tests.servers.files import FileServer
 
     with FileServer(folder) as server:
         source = WebReader(server.url)
@@ -148,8 +148,8 @@ def _web(folder: Path) -> Iterator[Held]:
 
 @contextmanager
 def _hub(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Held]:
+    from benchmarks.servers.hub import HubServer
     from deployments.store.hub import HubReader
-    from tests.servers.hub import HubServer
 
     with HubServer(folder.with_name("hub")) as server:
         revision = server.add_repo(REPO, files)
@@ -161,8 +161,8 @@ def _hub(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch) ->
 
 @contextmanager
 def _bucket(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Held]:
+    from benchmarks.servers.gcs import GcsServer
     from deployments.store import gcs
-    from tests.servers.gcs import GcsServer
 
     with GcsServer() as server:
         for path, data in files.items():

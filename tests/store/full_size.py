@@ -13,10 +13,10 @@ from deployments.store.lockfile import LockedFile, LockedModel, LockedOrigin, lo
 if TYPE_CHECKING:
     from collections import Counter
 
+    from benchmarks.servers.files import FileServer
+    from benchmarks.servers.hub import HubServer
     from deployments.registry import ArtefactSpec, Catalogue, Origin
     from deployments.store.lockfile import Lock
-    from tests.servers.files import FileServer
-    from tests.servers.hub import HubServer
 
 PRODUCTION = Path("configs/models/production.yaml")
 HEADER = 2**16

@@ -11,12 +11,12 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.oauth2 import service_account
 
+from benchmarks.servers.gcs import GcsServer
 from deployments.errors import ConfigError, Missing, SourceFailed, StoreUnwritable, Unsignable
 from deployments.store import gcs
 from deployments.store.bucket import find
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.provider import open_bucket
-from tests.servers.gcs import GcsServer
 from tests.store import common
 
 if TYPE_CHECKING:

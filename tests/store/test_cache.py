@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.servers.files import FileServer
 from deployments.errors import ModelCorrupt, SourceFailed, StoreUnwritable
 from deployments.origins import MANIFEST
 from deployments.store import disk, staging
@@ -22,7 +23,6 @@ from deployments.store.disk import network_filesystem
 from deployments.store.folder import list_files
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.web import WebReader
-from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import LARGE, NAME
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.servers.files import FileServer
 from deployments.errors import ModelNotCached
 from deployments.store.web import WebReader
-from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import KIB, NAME
 from tests.store.crash import STAGES

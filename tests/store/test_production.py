@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import hub as hub_module
+from benchmarks.servers.files import FileServer
+from benchmarks.servers.hub import HubServer
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.origins import UNRESOLVED, parse_hub
@@ -26,9 +29,6 @@ from deployments.store.lockfile import (
 from deployments.store.provider import Provider
 from deployments.store.resolve import resolve
 from deployments.tasks import Task
-from tests.servers import hub as hub_module
-from tests.servers.files import FileServer
-from tests.servers.hub import HubServer
 from tests.store.full_size import PRODUCTION, files_sent, stand_in
 
 CATALOGUE = load_catalogue(PRODUCTION)

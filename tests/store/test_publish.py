@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.servers.gcs import GcsServer
 from deployments.errors import (
     ConfigError,
     ModelCorrupt,
@@ -29,7 +30,6 @@ from deployments.store.lockfile import Lock, load_lock, save_lock
 from deployments.store.provider import Provider, open_bucket
 from deployments.store.publish import Published, publish
 from deployments.store.resolve import resolve
-from tests.servers.gcs import GcsServer
 from tests.store.common import NAME, random_files, settings_of, write_files
 
 STARTER = Path("configs/models/starter.yaml")

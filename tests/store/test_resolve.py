@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.servers.files import FileServer
+from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.hub import HubServer
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, Conversion, ModelSpec
@@ -25,9 +28,6 @@ from deployments.store.lockfile import (
     save_lock,
 )
 from deployments.store.resolve import resolve
-from tests.servers.files import FileServer
-from tests.servers.gcs import GcsServer
-from tests.servers.hub import HubServer
 
 REPO = "org/model"
 CONFIG = b'{"a": 1}\n'

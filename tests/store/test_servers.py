@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.servers.faults import Faults
-from tests.servers.files import FileServer
-from tests.servers.gcs import GcsServer
-from tests.servers.hub import HubServer
+from benchmarks.servers.faults import Faults
+from benchmarks.servers.files import FileServer
+from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.hub import HubServer
 
 REPO = "org/model"
 CONFIG = b'{"a": 1}\n'

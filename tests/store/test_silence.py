@@ -14,12 +14,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks.servers.files import FileServer
+from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.hub import HubServer
 from cli.main import app
 from deployments.settings import ROOT
 from deployments.store import gcs, web
-from tests.servers.files import FileServer
-from tests.servers.gcs import GcsServer
-from tests.servers.hub import HubServer
 from tests.store.common import NAME, REPO, random_files, write_files
 from tests.store.conftest import close_clients
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.servers.listener import Loopback
+    from benchmarks.servers.listener import Loopback
 
 WAY_TOO_LONG_S = 60
 FILES = random_files()

@@ -16,6 +16,7 @@ from google.auth.exceptions import (
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from benchmarks.servers.files import FileServer
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.origins import check_pinned, parse_hub
 from deployments.settings import ROOT
@@ -23,7 +24,6 @@ from deployments.store.bucket import RemoteFile, Transient
 from deployments.store.folder_bucket import FolderBucket, local_folder
 from deployments.store.provider import open_reader
 from deployments.store.web import WebReader, retry_after_s
-from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import LARGE, SCHEMES
 

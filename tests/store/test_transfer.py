@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.servers.files import FileServer
 from deployments.errors import ModelCorrupt, SourceFailed
 from deployments.store import locks, transfer, web
 from deployments.store.folder import list_files
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.transfer import Throttle
 from deployments.store.web import WebReader
-from tests.servers.files import FileServer
 from tests.store import common
 from tests.store.common import KIB, LARGE, NAME, SCHEMES, SERVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benchmarks.servers.faults import Kind
     from deployments.store.events import Event
-    from tests.servers.faults import Kind
     from tests.store.common import Held
 
 FILES = common.random_files()

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-from tests.servers.faults import Faults
-from tests.servers.listener import (
+from benchmarks.servers.faults import Faults
+from benchmarks.servers.listener import (
     Answer,
     Loopback,
     RefusedError,

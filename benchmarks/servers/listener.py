@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tests.servers.faults import BEFORE, BODIES, REFUSALS, Exchange, Fault, Faults
+from benchmarks.servers.faults import BEFORE, BODIES, REFUSALS, Exchange, Fault, Faults
 
 HOST = "127.0.0.1"
 BLOCK = 1 << 20

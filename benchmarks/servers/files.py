@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.servers.faults import Faults
-from tests.servers.listener import Answer, Loopback, RefusedError, Request, file_answer
+from benchmarks.servers.faults import Faults
+from benchmarks.servers.listener import Answer, Loopback, RefusedError, Request, file_answer
 
 
 class FileServer(Loopback):

@@ -31,8 +31,8 @@ from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.settings import STORAGE_DIR
 from gcp_storage_emulator.storage import Storage
 
-from tests.servers.faults import Faults
-from tests.servers.listener import (
+from benchmarks.servers.faults import Faults
+from benchmarks.servers.listener import (
     BLOCK,
     HOST,
     Answer,
