@@ -157,7 +157,7 @@ def _kserve_picture(headers: Mapping[str, str], body: bytes) -> bytes:
                 return body[start + 4 : start + 4 + min(length, size - 4)]
             start += size
     except (KeyError, TypeError, ValueError, struct.error):
-        pass
+        pass  # not an answer of this protocol, so there is no image
     return b""
 
 

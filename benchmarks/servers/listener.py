@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.answer(request)
         except RefusedError as refused:
             return refused.answer
-        except Exception:
+        except Exception:  # a test reads what failed in the answer
             return Answer(500, traceback.format_exc().encode())
 
     def _send(self, exchange: Exchange, answer: Answer) -> None:

@@ -157,7 +157,7 @@ def _bytes(opened: Session, entry: ArtefactSpec) -> int | None:
             folder = opened.store.folder(entry.name, digest)
             return read_manifest(folder, entry.name).total_bytes
         except (ModelNotCached, ModelCorrupt):
-            pass
+            pass  # not in the store, or damaged there: `verify` reports that
     sizes = [file["size"] for origin in _origins(opened, entry) for file in origin["files"]]
     return None if UNRESOLVED in sizes else sum(sizes)
 

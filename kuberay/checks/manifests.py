@@ -193,7 +193,7 @@ def _pods(document: Document) -> Iterator[PodView]:
         case "Job" | "Deployment" | "StatefulSet" | "DaemonSet":
             yield _pod(where(document), spec["template"])
         case _:
-            pass
+            pass  # has no pods
 
 
 def _ray_pod(document: Document, group: Document, role: Role, name: str) -> PodView:

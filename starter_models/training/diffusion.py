@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,9 +41,6 @@ from starter_models.training.data import (
 from starter_models.training.loop import Clock, log, psnr, seed_everything
 from starter_models.training.recipes import RECIPES, Pairs
 from starter_models.training.tokenizer import build_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 TEXT_DIM = 64
 TIME_DIM = 16
