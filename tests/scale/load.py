@@ -57,21 +57,22 @@ class Answer:
         return self.status == 503 and float(self.retry_after or 0) > 0
 
 
-def photo(seed: int) -> bytes:
+def photo(seed: int, width_px: int = 128) -> bytes:
     """A small picture that differs by seed; upscaled it is large enough for plasma (100 KB)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    size = (width_px, width_px * 3 // 4)
     buffer = io.BytesIO()
-    coarse.resize((128, 96), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
-def ask(client: httpx.Client, task: Task, seed: int = 0) -> Answer:
+def ask(client: httpx.Client, task: Task, seed: int = 0, width_px: int = 128) -> Answer:
     """One request; never raises for what a server does."""
     sent_s = time.monotonic()
     status, retry_after = None, None
     try:
-        answer = client.post(task.route, files={"image": ("photo.jpg", photo(seed))})
+        answer = client.post(task.route, files={"image": ("photo.jpg", photo(seed, width_px))})
         status, retry_after = answer.status_code, answer.headers.get("retry-after")
         body = answer.content
     except httpx.HTTPError as error:
@@ -88,15 +89,24 @@ class Load:
         tasks: one of which each request is for.
         timeout_s: after which a client gives up; longer than any deadline of the service.
         seed: of the choice.
+        width_px: of the pictures.
     """
 
     def __init__(
-        self, url: str, clients: int, *, tasks: Sequence[Task], timeout_s: float, seed: int
+        self,
+        url: str,
+        clients: int,
+        *,
+        tasks: Sequence[Task],
+        timeout_s: float,
+        seed: int,
+        width_px: int = 128,
     ) -> None:
         self.answers: list[Answer] = []
         self._url = url
         self._tasks = tasks
         self._timeout_s = timeout_s
+        self._width_px = width_px
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep_asking, args=(random.Random(f"{seed} {i}"),))
@@ -129,4 +139,4 @@ class Load:
         with httpx.Client(base_url=self._url, timeout=self._timeout_s, trust_env=False) as client:
             while not self._stop.is_set():
                 task = rng.choice(self._tasks)
-                self.answers.append(ask(client, task, rng.randrange(1000)))
+                self.answers.append(ask(client, task, rng.randrange(1000), self._width_px))
