@@ -4,18 +4,25 @@
       + RequestError           the client can correct it
         x MalformedRequest     400  the request cannot be read
         x DamagedImage         400  an image that breaks while it is decoded
+        x Unauthorized         401  no API key, or one that is unknown or revoked
+        x LinkRefused          403  a signed link that expired or was altered
         x NotFound             404
+        x NoSuchJob            404  unknown, expired, or the job of another key
         x MethodNotAllowed     405
         x NotAcceptable        406  no output format fits the Accept header
         x SlowUpload           408  the body did not arrive in time
+        x JobConflict          409  the job's state does not allow it
+        x IdempotencyConflict  409  an Idempotency-Key with another body
         x TooLarge             413  bytes or pixels
         x UnsupportedMedia     415  not an image, or not multipart
         x InvalidParameter     422  out of range, unknown, or contradictory
         x TooMuchWork          422  more than an idle replica finishes in time
       + ServiceError           the client may try again
         x Full                 429  queues are full, or too long for the deadline
+        x RateLimited          429  a limit of the caller's API key
         x ModelFailed          503  the model gave no picture for this request
         x NotReady             503  starting, failed to start, or lost
+        x JobsUnavailable      503  Redis or the storage of jobs does not answer
         x TooLate              504  not finished by the deadline
       + SetupError             stops a replica or a command; clients never see it
         x ConfigError          exit code 2, of a command
@@ -109,11 +116,32 @@ class DamagedImage(RequestError):
     code = "damaged_image"
 
 
+class Unauthorized(RequestError):
+    """The request has no API key, or one that is unknown or revoked."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "unauthorized"
+
+
+class LinkRefused(RequestError):
+    """A signed link has expired or was altered."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "link_refused"
+
+
 class NotFound(RequestError):
     """No such route."""
 
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
+
+
+class NoSuchJob(RequestError):
+    """No job of this API key has that id."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "no_such_job"
 
 
 class MethodNotAllowed(RequestError):
@@ -135,6 +163,20 @@ class SlowUpload(RequestError):
 
     status = HTTPStatus.REQUEST_TIMEOUT
     code = "slow_upload"
+
+
+class JobConflict(RequestError):
+    """The job has ended, or has not ended yet."""
+
+    status = HTTPStatus.CONFLICT
+    code = "job_conflict"
+
+
+class IdempotencyConflict(RequestError):
+    """An Idempotency-Key that came before with another body."""
+
+    status = HTTPStatus.CONFLICT
+    code = "idempotency_conflict"
 
 
 class TooLarge(RequestError):
@@ -182,6 +224,13 @@ class Full(ServiceError):
     code = "full"
 
 
+class RateLimited(ServiceError):
+    """The caller's API key has reached one of its limits."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "rate_limited"
+
+
 class ModelFailed(ServiceError):
     """The model made no usable picture for this one request."""
 
@@ -192,6 +241,12 @@ class NotReady(ServiceError):
     """The model is starting, failed to start, or was lost."""
 
     code = "not_ready"
+
+
+class JobsUnavailable(ServiceError):
+    """Redis or the storage of jobs does not answer; requests without a job go on."""
+
+    code = "jobs_unavailable"
 
 
 class TooLate(ServiceError):

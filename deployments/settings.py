@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 """Relative paths in configuration files are relative to the project, whatever the cwd."""
 ROOT_VARIABLE = "IMAGEN_MODELS"
 """Names the model store's root; every cache of every framework lies below it."""
+JOBS_VARIABLE = "IMAGEN_JOBS"
+"""Names the folder of jobs where `jobs.folder` is unset."""
+_JOBS = "~/.cache/imagen-jobs"
 SEATS = 16
 """Requests a model replica works on at a time: each holds a decoded picture."""
 
@@ -125,6 +128,73 @@ class StoreSettings(Strict):
         return resolve(path)
 
 
+class WebhookSettings(Strict):
+    """How webhooks are delivered (docs/jobs.md, "Webhooks").
+
+    Attributes:
+        allow_http: whether plain http:// URLs are taken.
+        allow_private: whether addresses of private networks and of this machine are taken.
+        timeout_s: of one attempt, from the resolution of the name to the answer.
+        give_up_s: how long an event is tried again after its first attempt.
+    """
+
+    allow_http: bool = False
+    allow_private: bool = False
+    timeout_s: float = Field(default=10, gt=0)
+    give_up_s: float = Field(default=86_400, gt=0)
+
+
+class JobSettings(Strict):
+    """Jobs: requests that outlive their client (docs/jobs.md).
+
+    Attributes:
+        enabled: whether image routes take `Prefer: respond-async`.
+        namespace: begins every Redis key, so that applications can share a Redis.
+        folder: where the Redis that the application starts keeps its data, and where pictures are
+            if `storage` is unset; None takes $IMAGEN_JOBS, else ~/.cache/imagen-jobs.
+        storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`.
+        respond_async_by_default: whether a request without a preference becomes a job.
+        keep_s: how long jobs, pictures and results are kept.
+        link_s: how long a signed link to a result works.
+        deadline_s: of a job that states none.
+        run_timeout_s: of one attempt of a job on a model.
+        lease_s: a worker that does not renew its claim for so long has lost the job.
+        attempts: after which a job that loses its worker or its model again and again has failed.
+        per_model: jobs of one model that one worker carries at a time.
+        max_queued: jobs in the queue; more get 429.
+        max_streams: event streams of one Ingress replica at a time; more get 429.
+        max_waits: requests with `Prefer: wait` of one Ingress replica; more get 429.
+        stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
+            own request_timeout_s.
+        gpu_second_price: for the `cost` of a job; None leaves it out.
+        webhooks: how they are delivered.
+    """
+
+    enabled: bool = True
+    namespace: str = Field(default="imagen", pattern=r"^[a-z0-9-]{1,40}$")
+    folder: Path | None = None
+    storage: str | None = Field(default=None, pattern=r"^(file|gs|s3)://.+")
+    respond_async_by_default: bool = False
+    keep_s: int = Field(default=7 * 86_400, ge=1, le=7 * 86_400)
+    link_s: int = Field(default=900, ge=1, le=7 * 86_400)
+    deadline_s: float = Field(default=86_400, gt=0)
+    run_timeout_s: float = Field(default=600, gt=0)
+    lease_s: float = Field(default=8, gt=0)
+    attempts: int = Field(default=5, ge=1)
+    per_model: int = Field(default=8, ge=1, le=64)
+    max_queued: int = Field(default=10_000, ge=1)
+    max_streams: int = Field(default=200, ge=1)
+    max_waits: int = Field(default=100, ge=1)
+    stream_s: float = Field(default=50, gt=0)
+    gpu_second_price: float | None = Field(default=None, ge=0)
+    webhooks: WebhookSettings = WebhookSettings()
+
+    @property
+    def place(self) -> Path:
+        """The folder, absolute."""
+        return resolve(Path(self.folder or os.environ.get(JOBS_VARIABLE) or _JOBS).expanduser())
+
+
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
@@ -142,6 +212,7 @@ class Settings(Strict):
         retry_after_s: the shortest `Retry-After` of a refused client.
         limits: sizes of requests, pictures and results.
         store: the model store of a node.
+        jobs: requests that outlive their client.
     """
 
     models: Path = Path("configs/models/starter.yaml")
@@ -155,6 +226,7 @@ class Settings(Strict):
     limits: LimitSettings = LimitSettings()
     uploads: UploadSettings = UploadSettings()
     store: StoreSettings = StoreSettings()
+    jobs: JobSettings = JobSettings()
 
     @model_validator(mode="after")
     def _holds_the_largest_body(self) -> Self:

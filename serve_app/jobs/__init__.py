@@ -1,0 +1,1 @@
+"""Jobs: requests that outlive their client. Knows no HTTP; `protocols/jobs.py` has the routes."""
