@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from deployments.errors import Full, TooLate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from deployments.engine.row import Row
 
@@ -43,7 +43,7 @@ class Ticket:
         seconds: of work on an idle replica; 0 if unknown.
         deadline_s: on the clock of `time.monotonic`.
         give_up: ends the wait of a request that has no row yet.
-        row: of the engine, once there is one.
+        rows: of the engine, once there are some.
         refusal: the error of a request that was given up.
         counted_s: seconds of work that `Admission.slowdown` has counted already.
     """
@@ -51,16 +51,17 @@ class Ticket:
     seconds: float
     deadline_s: float
     give_up: Callable[[], None]
-    row: Row | None = None
+    rows: Sequence[Row] = ()
     refusal: Full | None = None
     counted_s: float = 0.0
 
     @property
     def seconds_left(self) -> float:
         """Seconds of work left, at most."""
-        if self.row is None or not self.row.progress.steps:
+        steps = sum(row.progress.steps for row in self.rows)
+        if not steps:
             return self.seconds
-        return self.seconds * self.row.progress.steps_left / self.row.progress.steps
+        return self.seconds * sum(row.progress.steps_left for row in self.rows) / steps
 
     def newly_done_s(self) -> float:
         """Seconds of work done since the last call."""
@@ -152,7 +153,7 @@ class Admission:
         now_s, ahead_s = self._clock(), 0.0
         for ticket in sorted(self._tickets, key=lambda one: one.deadline_s):
             work_s = self.slowdown * ticket.seconds_left
-            if ticket.row is None and ahead_s + work_s > ticket.deadline_s - now_s:
+            if not ticket.rows and ahead_s + work_s > ticket.deadline_s - now_s:
                 if ticket.refusal is None:
                     ticket.refusal = self._full(ticket, now_s)
                     ticket.give_up()

@@ -223,6 +223,8 @@ class ImageJob:
         request_id: for the log.
         width_px, height_px: of the picture in the file, upright; 0 without a picture.
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
+        n: results, of seeds that follow one another; above 1 only for models that use chance.
+        preview: whether `ModelDeployment.stream` shows small pictures of the steps.
     """
 
     request: ImageRequest
@@ -233,6 +235,8 @@ class ImageJob:
     width_px: int = 0
     height_px: int = 0
     sent_unix_s: float = 0.0
+    n: int = 1
+    preview: bool = False
 
     def left_s(self, now_unix_s: float) -> float:
         """Seconds until the deadline, without the time that the request waited for a replica.
@@ -275,15 +279,31 @@ class ImageResult:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a request is, which `ModelDeployment.stream` tells before the results.
+
+    Attributes:
+        steps_done, steps: passes of all its rows; 0 until they have begun.
+        left_s: estimate of the seconds until its end; None if unknown.
+        preview: a small JPEG; None where there is none.
+    """
+
+    steps_done: int
+    steps: int
+    left_s: float | None = None
+    preview: bytes | None = None
+
+
 _JOINT = ("steps", "strength")
 
 
-def parse(kind: type[R], fields: Mapping[str, str]) -> R:
+def parse(kind: type[R], fields: Mapping[str, object]) -> R:
     """A request from form fields.
 
     Args:
         kind: the request class of the task.
-        fields: text by name.
+        fields: by name; text as a form has it, or already typed.
 
     Raises:
         InvalidParameter: naming every unknown, malformed or out-of-range field.

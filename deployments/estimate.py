@@ -87,20 +87,29 @@ class Estimator:
         self._scale = scale
         self._limit_s = limit_s
 
-    def seconds(self, request: ImageRequest, size: Size) -> float | None:
+    def seconds(
+        self, request: ImageRequest, size: Size, n: int = 1, timeout_s: float = 0
+    ) -> float | None:
         """Of work on an idle replica; None if passes of this size were not timed yet.
+
+        Args:
+            request: complete.
+            size: of its picture.
+            n: how often it runs.
+            timeout_s: that it has; a job may have more than other requests.
 
         Raises:
             TooMuchWork: more than a request may take.
         """
         if not self._forecast.is_certain(self._pipeline.work(*size, request)):
             return None
-        seconds = self._extrapolated_s(request, size)
-        if not fits(seconds, self._limit_s):
+        seconds = self._extrapolated_s(request, size) * n
+        limit_s = max(self._limit_s, timeout_s)
+        if not fits(seconds, limit_s):
             raise TooMuchWork(
                 "The model cannot finish this request in time, even with nothing else to do.",
-                value=f"about {seconds:.0f} s of work; a request may take {self._limit_s:g} s",
-                remedy=self._smaller_request(request, size),
+                value=f"about {seconds:.0f} s of work; a request may take {limit_s:g} s",
+                remedy=self._smaller_request(request, size, limit_s / n),
             )
         return seconds
 
@@ -113,17 +122,17 @@ class Estimator:
         work = self._pipeline.work(*size, request)
         return self._forecast.seconds(work, file_px(size, self._scale)) or 0.0
 
-    def _smaller_request(self, request: ImageRequest, size: Size) -> str:
+    def _smaller_request(self, request: ImageRequest, size: Size, limit_s: float) -> str:
         """The largest similar request that fits: of fewer steps, else of a smaller picture."""
         for steps in range(getattr(request, "steps", 1) - 1, 0, -1):
             if steps * getattr(request, "strength", 1.0) < 1:
                 break
             seconds = self._extrapolated_s(request.model_copy(update={"steps": steps}), size)
-            if fits(seconds, self._limit_s):
+            if fits(seconds, limit_s):
                 return f"Send steps={steps} at most, which takes about {seconds:.0f} s."
         for percent in range(99, 0, -1) if any(size) else ():
             smaller = size.scaled(percent)
-            if fits(self._extrapolated_s(request, smaller), self._limit_s):
+            if fits(self._extrapolated_s(request, smaller), limit_s):
                 return f"Send a picture of at most {smaller.width_px} x {smaller.height_px} px."
         return "Use another model, or a faster machine."
 

@@ -16,7 +16,7 @@ from ray import serve
 
 from deployments import images, tracing
 from deployments.admission import Admission
-from deployments.contract import ImageJob, ImageRequest, ImageResult, complete
+from deployments.contract import ImageJob, ImageRequest, ImageResult, JobProgress, complete
 from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.estimate import Size, file_px
@@ -25,7 +25,7 @@ from deployments.seats import Seats
 from deployments.settings import SEATS, Settings, Tuning, parse_settings, set_thread_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from deployments.admission import Ticket
     from deployments.engine.engine import Engine
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from deployments.hosting import Served
     from deployments.images import Picture
 
+_PROGRESS_S = 0.2
+"""How often `stream` tells how far a request is."""
 logger = logging.getLogger("ray.serve.imagen.model")  # Serve gives its children a handler
 
 
@@ -148,15 +150,35 @@ class ModelDeployment:
             ModelFailed: the model gave no picture for it.
             TooLate: `job.timeout_s` passed.
         """
+        (result,) = await self._run(job, [])
+        return result
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
+        """Process a request of `job.n` results, and tell how far it is; the results come last.
+
+        Raises as `__call__`. A caller who stops reading gives the request up.
+        """
+        rows: list[Row] = []
+        work = asyncio.ensure_future(self._run(job, rows))
+        try:
+            while not (await asyncio.wait({work}, timeout=_PROGRESS_S))[0]:
+                if rows:
+                    yield await self._progress(job, rows)
+            yield work.result()
+        finally:
+            work.cancel()
+
+    # --- one request, from admission to its result ---
+
+    async def _run(self, job: ImageJob, rows: list[Row]) -> tuple[ImageResult, ...]:
+        """The results; `rows` gets the rows once they are with the engine."""
         with self._counted():
             try:
                 request = complete(job.request, self._defaults, self._spec.parameters)
-                return await self._admitted(job, request)
+                return await self._admitted(job, request, rows)
             except ServiceError as error:
                 logger.warning("Request %s: %s", job.request_id, error)
                 raise
-
-    # --- one request, from admission to its result ---
 
     @contextmanager
     def _counted(self) -> Generator[None]:
@@ -174,7 +196,9 @@ class ModelDeployment:
             self._host.work.set_in_flight(self._in_flight)
             self._host.work.count_request(outcome)
 
-    async def _admitted(self, job: ImageJob, request: ImageRequest) -> ImageResult:
+    async def _admitted(
+        self, job: ImageJob, request: ImageRequest, rows: list[Row]
+    ) -> tuple[ImageResult, ...]:
         """Process a request if it can end in time, as long as it can."""
         arrived_s, timeout_s = time.monotonic(), job.left_s(time.time())
         loop, deadline = asyncio.get_running_loop(), asyncio.timeout(timeout_s)
@@ -187,49 +211,72 @@ class ModelDeployment:
         with self._admission.admit(seconds, timeout_s, give_up) as ticket:
             try:
                 async with deadline, self._seats.taken(file_px(_size(job), self._spec.scale)):
-                    return await self._process(job, request, ticket, arrived_s)
+                    ticket.rows = rows
+                    return await self._process(job, request, ticket, rows, arrived_s)
             except TimeoutError as error:
                 raise ticket.refusal or too_late() from error
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:
         served = self._host.served
-        return served.estimator.seconds(request, _size(job)) if served else None
+        if served is None:
+            return None
+        return served.estimator.seconds(request, _size(job), job.n, job.timeout_s)
 
     async def _process(
-        self, job: ImageJob, request: ImageRequest, ticket: Ticket, arrived_s: float
-    ) -> ImageResult:
+        self,
+        job: ImageJob,
+        request: ImageRequest,
+        ticket: Ticket,
+        rows: list[Row],
+        arrived_s: float,
+    ) -> tuple[ImageResult, ...]:
         start_s = time.monotonic()
         async with self._host.use() as served:
             # 1) Bytes to pixels, off the event loop.
             picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            seed, deadline_s = _seed(request), ticket.deadline_s
-            row = Row(RowInput(request, pixels, seed, deadline_s, tracing.current()))
-            ticket.row = row
-            is_exact = served.engine.limits.exact
-            output = await self._step(served.engine, row)
+            rows += [
+                Row(RowInput(request, pixels, seed, ticket.deadline_s, tracing.current()))
+                for seed in _seeds(request, job.n)
+            ]
+            outputs = await self._step(served.engine, rows)
             # 3) Pixels to bytes.
             stepped_s = time.monotonic()
-            result, body = await self._on_pool(self._close, job, row, output, picture, served)
-        times = _Times(start_s, decoded_s, stepped_s, time.monotonic())
-        timings_s = times.stages_s(row, arrived_s)
-        served.estimator.record(request, _size(job), timings_s)
-        gpu_seconds = self._gpu_seconds(row, served)
-        self._report(row, times, timings_s, gpu_seconds)
+            results: list[ImageResult] = []
+            for row, output in zip(rows, outputs, strict=True):
+                result, body = await self._on_pool(self._close, job, row, output, picture, served)
+                times = _Times(start_s, decoded_s, stepped_s, time.monotonic())
+                timings_s = times.stages_s(row, arrived_s)
+                results.append(self._result(job, row, served, result, body, timings_s))
+                self._report(row, times, timings_s, results[-1].gpu_seconds)
+            if job.n == 1:
+                served.estimator.record(request, _size(job), results[0].timings_s)
+        return tuple(results)
+
+    def _result(
+        self,
+        job: ImageJob,
+        row: Row,
+        served: Served,
+        picture: Picture,
+        body: bytes,
+        timings_s: dict[str, float],
+    ) -> ImageResult:
         batch_size = row.progress.batch_size
+        is_exact = served.engine.limits.exact and batch_size == 1
         return ImageResult(
             image=body,
             media_type=images.media_type(job.output_format),
-            width_px=result.width_px,
-            height_px=result.height_px,
+            width_px=picture.width_px,
+            height_px=picture.height_px,
             model=self._model_name(served),
             seed=self._seed_used(row),
             batch_size=batch_size,
-            gpu_seconds=gpu_seconds,
-            determinism="exact" if is_exact and batch_size == 1 else "bounded",
+            gpu_seconds=self._gpu_seconds(row, served),
+            determinism="exact" if is_exact else "bounded",
             timings_s=timings_s,
-            notes=result.notes,
+            notes=picture.notes,
         )
 
     def _open(
@@ -238,12 +285,13 @@ class ModelDeployment:
         picture = None if job.image is None else images.decode(job.image, self._limits)
         return picture, pipeline.fit(picture, request)
 
-    async def _step(self, engine: Engine, row: Row) -> Pixels:
+    async def _step(self, engine: Engine, rows: list[Row]) -> list[Pixels]:
         try:
-            await self._admission_window((engine, row))
-            return await asyncio.wrap_future(row.future)
+            await asyncio.gather(*(self._admission_window((engine, row)) for row in rows))
+            return await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
         finally:
-            row.cancel()
+            for row in rows:
+                row.cancel()
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
     async def _admission_window(self, rows: list[tuple[Engine, Row]]) -> list[None]:
@@ -258,6 +306,11 @@ class ModelDeployment:
         result = served.pipeline.restore(output, picture, row.input.request)
         metadata = self._metadata(row, served)
         return result, images.encode(result, job.output_format, metadata)
+
+    async def _progress(self, job: ImageJob, rows: list[Row]) -> JobProgress:
+        steps = sum(row.progress.steps for row in rows)
+        done = steps - sum(row.progress.steps_left for row in rows)
+        return JobProgress(done, steps, _left_s(rows, done, steps))
 
     # --- what a result says of itself ---
 
@@ -298,6 +351,15 @@ class ModelDeployment:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
+def _left_s(rows: list[Row], done: int, steps: int) -> float | None:
+    """About how long rows still take, from their own steps; None before the first one."""
+    if not done:
+        return None
+    staging_s = max(row.progress.staging_s for row in rows)  # the end takes about what the start took
+    stepped_s = time.monotonic() - min(row.progress.arrived_s for row in rows) - staging_s
+    return stepped_s / done * (steps - done) + staging_s
+
+
 def _size(job: ImageJob) -> Size:
     return Size(job.width_px, job.height_px)
 
@@ -307,6 +369,7 @@ def _gpu_share() -> float:
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
 
 
-def _seed(request: ImageRequest) -> int:
+def _seeds(request: ImageRequest, n: int) -> list[int]:
     given = getattr(request, "seed", None)
-    return secrets.randbits(32) if given is None else given
+    first = secrets.randbits(32) if given is None else given
+    return [(first + k) % 2**32 for k in range(n)]

@@ -74,14 +74,14 @@ class Replica:
     def leave(self, after_s: float) -> None:
         """A client asks for three seconds of work, and gives up before the first step is done."""
         ticket = self.take(3.0)
-        ticket.row = row(steps_left=4)
+        ticket.rows = [row(steps_left=4)]
         self.clock.now_s += after_s
         self.inside.pop(ticket).close()
 
     def finish(self, slowdown: float = 1.0) -> Ticket:
         ticket = min(self.inside, key=lambda one: one.deadline_s)
         self.clock.now_s += ticket.seconds * slowdown
-        ticket.row = row(steps_left=0)
+        ticket.rows = [row(steps_left=0)]
         self.inside.pop(ticket).close()
         return ticket
 
@@ -161,10 +161,10 @@ def test_work_is_counted_once_however_many_clients_leave_meanwhile() -> None:
     long = replica.take(40.0)
     for steps_left in (3, 2, 1):
         replica.clock.now_s += 9.8
-        long.row = row(steps_left)
+        long.rows = [row(steps_left)]
         replica.leave(after_s=0.2)
     replica.clock.now_s += 10
-    long.row = row(steps_left=0)
+    long.rows = [row(steps_left=0)]
     replica.inside.pop(long).close()
     assert replica.admission.slowdown == pytest.approx(1.0, rel=0.05)
 
@@ -325,10 +325,10 @@ def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> N
             ticket = stack.enter_context(admission.admit(steps * px_s, TIMEOUT_S, do_nothing))
         except Full:
             return None
-        ticket.row = row(steps, steps, deadline_s=ticket.deadline_s)
-        ticket.row.progress.arrived_s = clock()
-        rows[ticket.row] = stack
-        return ticket.row
+        taken = row(steps, steps, deadline_s=ticket.deadline_s)
+        taken.progress.arrived_s = clock()
+        ticket.rows, rows[taken] = [taken], stack
+        return taken
 
     long = take(350)
     assert long

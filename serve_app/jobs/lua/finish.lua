@@ -1,0 +1,38 @@
+-- End a job, once. ARGV: namespace, id, claim that the caller holds or '' for whoever has it, final
+-- status, fields of the record as a JSON object, the job as the API shows it (for a webhook),
+-- seconds to keep it, 1 to list it among the dead letters.
+-- Returns the status that the job has now, and whether this call set it.
+local id, status, fields = ARGV[2], ARGV[4], cjson.decode(ARGV[5])
+local job = load(id)
+if not job then
+  return {'', 0}
+end
+local active = job.status == 'queued' or job.status == 'processing'
+if not active or (ARGV[3] ~= '' and (job.status ~= 'processing' or job.claim ~= ARGV[3])) then
+  return {job.status, 0}
+end
+if job.status == 'queued' then
+  remove(id, job)
+else
+  redis.call('ZREM', key('running', job.task), id)
+  signal('ended ' .. id)
+end
+set_status(id, job, status)
+fields.ended = string.format('%.6f', now())
+for field, value in pairs(fields) do
+  redis.call('HSET', key('job', id), field, value)
+end
+redis.call('ZREM', key('deadlines'), id)
+redis.call('ZADD', key('expiry'), now() + ARGV[7], id .. ':' .. job.owner)
+if ARGV[8] == '1' then
+  redis.call('ZADD', key('dead'), now(), id)
+end
+if status == 'completed' and job.started then
+  -- A moving average, from which the queue's ETA follows.
+  local took, before = now() - job.started, redis.call('HGET', key('pace'), job.task)
+  local mean = before and before * 0.8 + took * 0.2 or took
+  redis.call('HSET', key('pace'), job.task, string.format('%.3f', mean))
+end
+emit_status(id, status)
+notify(id, job, status, ARGV[6])
+return {status, 1}

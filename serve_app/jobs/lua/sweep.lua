@@ -1,0 +1,14 @@
+-- Forget jobs whose time is over. ARGV: namespace. Returns their ids.
+local gone = {}
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', key('expiry'), '-inf', now(), 'LIMIT', 0, 100)) do
+  local id, owner = string.match(member, '^(%x+):(.*)$')
+  redis.call('DEL', key('job', id), key('events', id))
+  redis.call('ZREM', key('dead'), id)
+  redis.call('ZREM', key('jobs', owner), id)
+  for _, status in ipairs({'completed', 'failed', 'canceled'}) do
+    redis.call('ZREM', key('jobs', owner, status), id)
+  end
+  redis.call('ZREM', key('expiry'), member)
+  gone[#gone + 1] = id
+end
+return gone

@@ -1,0 +1,281 @@
+"""The queue of jobs in Redis. Each change of a job is one script, so that it happens whole or not.
+
+A job is `queued` in a lane of its task, `processing` under a claim that its worker renews, or has
+ended. A claim that is not renewed is void: the job goes back to the queue, and whatever the lost
+worker still says of it is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from deployments.tasks import Task
+from serve_app.jobs.connection import redis_errors
+from serve_app.jobs.record import STATUSES, Job, JobSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from redis.asyncio import Redis
+
+    from serve_app.jobs.record import Status
+
+_SCRIPTS = Path(__file__).parent / "lua"
+_TASKS = json.dumps([str(task) for task in Task])
+_IDEMPOTENCY_S = 7 * 86_400
+
+
+class Submitted(NamedTuple):
+    """What became of a submission.
+
+    Attributes:
+        outcome: queued; same or conflict (the Idempotency-Key came before, with the same body or
+            another one); full or share (of the whole queue, or of its owner).
+        detail: id of the job, or of the first one; or how many are waiting.
+    """
+
+    outcome: Literal["queued", "same", "conflict", "full", "share"]
+    detail: str
+
+
+class Beat(NamedTuple):
+    """What a worker says of a job that it runs.
+
+    Attributes:
+        job_id, claim: of the job.
+        fields: of the record, to change.
+        event: progress or preview; empty for none.
+        data: of the event, JSON.
+    """
+
+    job_id: str
+    claim: str
+    fields: Mapping[str, str]
+    event: str = ""
+    data: str = ""
+
+
+class Event(NamedTuple):
+    """One entry of a job's event stream; its id orders it."""
+
+    event_id: str
+    name: str
+    data: str
+
+
+class JobQueue:
+    """Jobs in Redis. Every method raises JobsUnavailable if Redis does not answer.
+
+    Args:
+        redis: connected; returns text.
+        namespace: begins every key.
+        keep_s: how long a job is kept after its end.
+        lease_s: how long a claim holds without a heartbeat.
+    """
+
+    def __init__(self, redis: Redis, namespace: str, *, keep_s: float, lease_s: float) -> None:
+        self.redis = redis
+        self.namespace = namespace
+        self._keep_s = keep_s
+        self._lease_s = lease_s
+
+    # --- for clients ---
+
+    async def submit(
+        self, spec: JobSpec, *, idempotency_key: str = "", max_queued: int, max_of_owner: int
+    ) -> Submitted:
+        """Accept a job, or find the first one with the same Idempotency-Key."""
+        digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
+        outcome, detail = await self._run(
+            "submit",
+            spec.job_id,
+            json.dumps(spec.fields()),
+            _TASKS,
+            max_queued,
+            max_of_owner,
+            digest,
+            _IDEMPOTENCY_S,
+        )
+        return Submitted(outcome, detail)
+
+    async def earlier(self, owner: str, idempotency_key: str) -> tuple[str, str] | None:
+        """Id and fingerprint of the first job with this Idempotency-Key; None if there is none."""
+        digest = hashlib.sha256(idempotency_key.encode()).hexdigest()
+        name = self.key("idempotency", owner, digest)
+        with redis_errors():
+            found: Any = await self.redis.hmget(name, ["id", "fingerprint"])  # pyright: ignore[reportGeneralTypeIssues]
+        return (found[0], found[1]) if found[0] else None
+
+    async def get(self, job_id: str) -> Job | None:
+        """A job, or None if it is unknown or has expired."""
+        jobs = await self.read([job_id])
+        return jobs[0] if jobs else None
+
+    async def read(self, job_ids: Sequence[str]) -> list[Job]:
+        """Those of the jobs that exist."""
+        if not job_ids:
+            return []
+        found = await self._run("read", *job_ids)
+        return [
+            Job.load(_pairs(found[i]), int(found[i + 1]), int(found[i + 2]), found[i + 3])
+            for i in range(0, len(found), 4)
+            if found[i]
+        ]
+
+    async def list(
+        self, owner: str, status: Status | None, before: str, limit: int
+    ) -> tuple[list[Job], str | None]:
+        """A page of an owner's jobs, newest first.
+
+        Args:
+            owner: id of the API key.
+            status: of the jobs; None for any.
+            before: id after which the page begins; empty for the first page.
+            limit: most jobs.
+
+        Returns:
+            The page, and the id before which the next one begins; None at the end.
+        """
+        index = self.key("jobs", owner, status) if status else self.key("jobs", owner)
+        top = f"({before}" if before else "+"
+        with redis_errors():
+            ids: Any = await self.redis.zrevrangebylex(index, top, "-", 0, limit + 1)
+        jobs = await self.read(ids[:limit])
+        return jobs, ids[limit - 1] if len(ids) > limit else None
+
+    async def finish(
+        self,
+        job_id: str,
+        status: Status,
+        fields: Mapping[str, str],
+        view: str,
+        *,
+        claim: str = "",
+        dead: bool = False,
+    ) -> tuple[str, bool]:
+        """End a job that has not ended.
+
+        Args:
+            job_id: of the job.
+            status: completed, failed or canceled.
+            fields: of the record, to set.
+            view: the job as the API shows it then, JSON; for its webhook.
+            claim: under which the caller runs it; empty ends it whoever runs it.
+            dead: whether to list it among the dead letters.
+
+        Returns:
+            The status that it has now (empty if it is unknown), and whether this call set it.
+        """
+        now, was_set = await self._run(
+            "finish",
+            job_id,
+            claim,
+            status,
+            json.dumps(fields),
+            view,
+            self._keep_s,
+            int(dead),
+        )
+        return now, bool(was_set)
+
+    async def events(self, job_id: str, after: str = "") -> list[Event]:
+        """Events of a job, oldest first; those after an event id if one is given."""
+        with redis_errors():
+            found: Any = await self.redis.xrange(
+                self.key("events", job_id), min=f"({after}" if after else "-"
+            )
+        return [Event(event_id, entry["event"], entry["data"]) for event_id, entry in found]
+
+    # --- for workers ---
+
+    async def claim(self, room: Mapping[Task, int]) -> list[Job]:
+        """Take jobs to run.
+
+        Args:
+            room: how many of each task.
+        """
+        pairs = [text for task, count in room.items() for text in (str(task), count)]
+        found = await self._run("claim", self._lease_s, *pairs)
+        return [Job.load(_pairs(found[i + 1])) for i in range(0, len(found), 2)]
+
+    async def heartbeat(self, beats: Sequence[Beat]) -> set[str]:
+        """Renew claims; returns the ids of jobs that the worker has no longer."""
+        words: list[str] = []
+        for beat in beats:
+            words += [beat.job_id, beat.claim, beat.event, beat.data, json.dumps(beat.fields)]
+        return set(await self._run("heartbeat", self._lease_s, *words)) if words else set()
+
+    async def reap(self, attempts: int) -> list[tuple[str, Literal["lost", "late"]]]:
+        """Put jobs of lost workers back into the queue.
+
+        Returns:
+            Jobs that the caller must end, and why: their worker was lost too often, or their
+            deadline has passed.
+        """
+        found = await self._run("reap", attempts, _TASKS)
+        return [(found[i], found[i + 1]) for i in range(0, len(found), 2)]
+
+    async def sweep(self) -> list[str]:
+        """Forget jobs whose time is over, at most 100; returns their ids."""
+        return await self._run("sweep")
+
+    async def depth(self) -> dict[Task, tuple[int, int, float]]:
+        """For each task: jobs waiting, jobs running, seconds that the oldest has waited."""
+        with redis_errors():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.time()
+                for task in Task:
+                    pipe.zcard(self.key("queued", task))
+                    pipe.zcard(self.key("running", task))
+                    pipe.zrange(self.key("queued", task), 0, 0, withscores=True)
+                clock, *found = await pipe.execute()
+        now_s = clock[0] + clock[1] / 1e6
+        depth: dict[Task, tuple[int, int, float]] = {}
+        for i, task in enumerate(Task):
+            waiting, running, oldest = found[3 * i : 3 * i + 3]
+            depth[task] = waiting, running, now_s - oldest[0][1] if oldest else 0.0
+        return depth
+
+    # --- for operators ---
+
+    async def dead(self, limit: int = 100) -> list[Job]:
+        """Jobs that failed although nothing was wrong with them, newest first."""
+        with redis_errors():
+            ids: Any = await self.redis.zrevrange(self.key("dead"), 0, limit - 1)
+        return await self.read(ids)
+
+    async def count(self, owner: str) -> dict[Status, int]:
+        """An owner's jobs by status."""
+        with redis_errors():
+            return {
+                status: await self.redis.zcard(self.key("jobs", owner, status))
+                for status in STATUSES
+            }
+
+    def key(self, *parts: str) -> str:
+        return ":".join((self.namespace, *parts))
+
+    async def _run(self, script: str, *args: object) -> Any:
+        with redis_errors():
+            return await _script(self.redis, script)(
+                args=[self.namespace, *(str(arg) for arg in args)]
+            )
+
+
+@cache
+def _source(name: str) -> str:
+    common, own = (_SCRIPTS / f"{part}.lua" for part in ("common", name))
+    return common.read_text(encoding="utf-8") + own.read_text(encoding="utf-8")
+
+
+def _script(redis: Redis, name: str) -> Any:
+    """A script that Redis is sent once, and then by its digest."""
+    return redis.register_script(_source(name))
+
+
+def _pairs(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,254 @@
+"""What is known of a job: what the client asked for, how far it is, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from deployments.contract import ImageJob, parse
+from deployments.tasks import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deployments.contract import OutputFormat
+
+Status = Literal["queued", "processing", "completed", "failed", "canceled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+ENDED = frozenset({"completed", "failed", "canceled"})
+Priority = Literal["interactive", "batch"]
+_ID_DIGITS = 32
+
+
+def new_job_id() -> str:
+    """32 hex digits that sort by time (as UUID version 7 does, RFC 9562) and cannot be guessed."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a text has the form of a job id."""
+    return len(text) == _ID_DIGITS and set(text) <= set("0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a client asked for; never changes.
+
+    Attributes:
+        job_id: 32 hex digits.
+        owner: id of the API key.
+        task: of the table of tasks.
+        request: the fields that the client set, and the seed.
+        output_format: of the results.
+        width_px, height_px: of the picture, upright; 0 without one.
+        has_image: whether there is a picture in storage.
+        n: results, of seeds that follow one another.
+        priority: interactive or batch.
+        deadline_s: after its submission, when the job must have ended.
+        preview: whether events carry small pictures.
+        webhook: URL; empty for none.
+        webhook_events: statuses that it is told.
+        fingerprint: of the whole request, to compare repeated ones.
+        request_id: of the submission, for the log.
+        retry_of: the job that this one repeats; empty if none.
+    """
+
+    job_id: str
+    owner: str
+    task: Task
+    request: dict[str, Any]
+    output_format: OutputFormat
+    width_px: int
+    height_px: int
+    has_image: bool
+    n: int = 1
+    priority: Priority = "interactive"
+    deadline_s: float = 86_400
+    preview: bool = False
+    webhook: str = ""
+    webhook_events: tuple[str, ...] = ()
+    fingerprint: str = ""
+    request_id: str = ""
+    retry_of: str = ""
+
+    def fields(self) -> dict[str, str]:
+        """As Redis keeps it: scripts read what stands beside `spec`."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            "spec": json.dumps(values),
+            "owner": self.owner,
+            "task": self.task,
+            "priority": self.priority,
+            "deadline_s": f"{self.deadline_s:.3f}",
+            "webhook": self.webhook,
+            "webhook_events": ",".join(self.webhook_events),
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def load(cls, text: str) -> JobSpec:
+        values = json.loads(text)
+        values["task"] = Task(values["task"])
+        values["webhook_events"] = tuple(values["webhook_events"])
+        return cls(**values)
+
+    def image_job(self, image: bytes | None, timeout_s: float) -> ImageJob:
+        """What a model gets.
+
+        Raises:
+            InvalidParameter: the request class has changed since, so that the request is refused.
+        """
+        return ImageJob(
+            request=parse(self.task.request, self.request),
+            image=image,
+            output_format=self.output_format,
+            timeout_s=timeout_s,
+            request_id=self.job_id,
+            width_px=self.width_px,
+            height_px=self.height_px,
+            sent_unix_s=time.time(),
+            n=self.n,
+            preview=self.preview,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it is now. Times are seconds since 1970 on Redis's clock.
+
+    Attributes:
+        spec: what was asked for.
+        status: see `Status`.
+        claim: counts the workers that took it; only the last one may end it.
+        attempts: tries on a model.
+        created_s, started_s, ended_s: None if not yet.
+        steps_done, steps: of its passes; 0 until it runs.
+        left_s: estimate of the model; None if unknown.
+        results: one document for each result, see `result_document`.
+        timings_s: seconds by stage.
+        gpu_seconds: share of a GPU's time.
+        error: problem details; None unless failed.
+        position: in the queue, from 1; 0 unless queued.
+        running: jobs of its task that run now.
+        pace_s: mean seconds of a job of its task; None if unknown.
+    """
+
+    spec: JobSpec
+    status: Status
+    claim: str
+    attempts: int
+    created_s: float
+    started_s: float | None = None
+    ended_s: float | None = None
+    steps_done: int = 0
+    steps: int = 0
+    left_s: float | None = None
+    results: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    timings_s: dict[str, float] = field(default_factory=dict[str, float])
+    gpu_seconds: float = 0.0
+    error: dict[str, Any] | None = None
+    position: int = 0
+    running: int = 0
+    pace_s: float | None = None
+
+    @classmethod
+    def load(
+        cls, record: Mapping[str, str], position: int = 0, running: int = 0, pace: str = ""
+    ) -> Job:
+        """From the fields in Redis."""
+
+        def seconds(name: str) -> float | None:
+            return float(record[name]) if record.get(name) else None
+
+        status: Any = record["status"]
+        return cls(
+            spec=JobSpec.load(record["spec"]),
+            status=status,
+            claim=record.get("claim", "0"),
+            attempts=int(record.get("attempts", 0)),
+            created_s=float(record["created"]),
+            started_s=seconds("started"),
+            ended_s=seconds("ended"),
+            steps_done=int(record.get("steps_done", 0)),
+            steps=int(record.get("steps", 0)),
+            left_s=seconds("left_s"),
+            results=json.loads(record.get("results") or "[]"),
+            timings_s=json.loads(record.get("timings_s") or "{}"),
+            gpu_seconds=float(record.get("gpu_seconds") or 0),
+            error=json.loads(record.get("error") or "null"),
+            position=position,
+            running=running,
+            pace_s=float(pace) if pace else None,
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until it will have ended, about; None if unknown."""
+        if self.status == "processing":
+            return self.left_s if self.left_s is not None else self.pace_s
+        if self.status != "queued" or self.pace_s is None:
+            return None
+        return self.pace_s * (1 + self.position / max(self.running, 1))
+
+
+def timestamp(unix_s: float | None) -> str | None:
+    """An instant by RFC 3339, in milliseconds."""
+    if unix_s is None:
+        return None
+    instant = datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds")
+    return instant.replace("+00:00", "Z")
+
+
+def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> dict[str, Any]:
+    """A job as clients see it (docs/jobs.md), ready for JSON.
+
+    Args:
+        job: to show.
+        keep_s: how long it is kept after its end.
+        price: of a GPU second; None shows no cost.
+        prefix: below which the application is served.
+    """
+    spec, base = job.spec, f"{prefix}/api/v1/jobs/{job.spec.job_id}"
+    queued_s = (job.started_s or job.ended_s or job.created_s) - job.created_s
+    timings_s = job.timings_s | {"queue": queued_s if job.started_s else 0.0}
+    if job.ended_s is not None:
+        timings_s["total"] = job.ended_s - job.created_s
+    eta_s = job.eta_s
+    return {
+        "job_id": spec.job_id,
+        "status": job.status,
+        "task": str(spec.task),
+        "priority": spec.priority,
+        "created_at": timestamp(job.created_s),
+        "started_at": timestamp(job.started_s),
+        "ended_at": timestamp(job.ended_s),
+        "expires_at": timestamp(job.ended_s + keep_s) if job.ended_s else None,
+        "deadline_at": timestamp(job.created_s + spec.deadline_s),
+        "position": job.position or None,
+        "steps_done": job.steps_done,
+        "steps": job.steps,
+        "eta_s": None if eta_s is None else round(eta_s, 1),
+        "attempts": job.attempts,
+        "timings_s": {stage: round(seconds, 3) for stage, seconds in timings_s.items()},
+        "gpu_seconds": round(job.gpu_seconds, 4),
+        "cost": None if price is None else round(job.gpu_seconds * price, 6),
+        "error": job.error,
+        "webhook": {"url": spec.webhook, "events": list(spec.webhook_events)}
+        if spec.webhook
+        else None,
+        "retry_of": spec.retry_of or None,
+        "n": spec.n,
+        "request": spec.request,
+        "results": [
+            {"url": f"{base}/results/{k}", **document} for k, document in enumerate(job.results)
+        ],
+        "links": {"self": base, "events": f"{base}/events", "result": f"{base}/result"},
+    }
