@@ -209,6 +209,7 @@ class BackgroundRequest(ImageRequest):
 
 
 R = TypeVar("R", bound=ImageRequest)
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,7 @@ def parse(kind: type[R], fields: Mapping[str, object]) -> R:
     Raises:
         InvalidParameter: naming every unknown, malformed or out-of-range field.
     """
-    return _validated(kind, dict(fields))
+    return validated(kind, fields, kind.task)
 
 
 def check_used(request: ImageRequest, parameters: frozenset[str]) -> None:
@@ -346,14 +347,24 @@ def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]
     # A default color belongs to output=color. It must not contradict another output of the client.
     dropped = {"color"} if given.get("output", "color") != "color" else set[str]()
     kept = {name: value for name, value in defaults.items() if name not in dropped}
-    return _validated(type(request), {**joint, **kept, **given})
+    return validated(type(request), {**joint, **kept, **given}, request.task)
 
 
-def _validated(kind: type[R], fields: dict[str, Any]) -> R:
+def validated(kind: type[M], fields: Mapping[str, object], whose: str) -> M:
+    """Fields as typed values.
+
+    Args:
+        kind: the class that has them.
+        fields: by name; text as a form has it, or already typed.
+        whose: what has these parameters, for the error.
+
+    Raises:
+        InvalidParameter: naming every unknown, malformed or out-of-range field.
+    """
     try:
-        return kind.model_validate(fields)
+        return kind.model_validate(dict(fields))
     except ValidationError as error:
-        problems = tuple(_problem(kind, detail) for detail in error.errors())
+        problems = tuple(_problem(kind, detail, whose) for detail in error.errors())
     first = problems[0]
     raise InvalidParameter(
         " ".join(p["fact"] for p in problems),
@@ -363,13 +374,13 @@ def _validated(kind: type[R], fields: dict[str, Any]) -> R:
     )
 
 
-def _problem(kind: type[ImageRequest], detail: ErrorDetails) -> Problem:
+def _problem(kind: type[BaseModel], detail: ErrorDetails, whose: str) -> Problem:
     name = str(detail["loc"][0]) if detail["loc"] else "request"
     name = name.encode("utf-8", "backslashreplace").decode()[:100]
     shown: object = detail["input"]
     if detail["type"] == "extra_forbidden":
-        fact = f"{name} is not a parameter of {kind.task}."
-        remedy = f"Parameters of {kind.task}: {', '.join(kind.model_fields)}."
+        fact = f"{name} is not a parameter of {whose}."
+        remedy = f"Parameters of {whose}: {', '.join(kind.model_fields)}."
     elif not detail["loc"]:
         fact, remedy = f"{detail['msg']}.", "Change one of them."
         shown = detail.get("ctx", {}).get("found", shown)

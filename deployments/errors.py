@@ -46,7 +46,7 @@ exception.
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 
 class Problem(TypedDict):
@@ -95,6 +95,22 @@ class ImagenError(Exception):
         fact = self.message.rstrip(".")
         got = f" (got {self.value})" if self.value else ""
         return f"{fact}{got}. {self.remedy}".strip()
+
+    def details(self, request_id: str) -> dict[str, Any]:
+        """The error as problem details (RFC 9457), ready for JSON."""
+        found = {"errors": [dict(one) for one in self.problems]} if self.problems else {}
+        return {
+            "type": f"urn:imagen:problem:{self.code}",
+            "title": self.status.phrase,
+            "status": int(self.status),
+            "code": self.code,
+            "detail": str(self),
+            "fact": self.message,
+            "value": self.value,
+            "remedy": self.remedy,
+            "request_id": request_id,
+            **found,
+        }
 
 
 class RequestError(ImagenError):

@@ -355,7 +355,9 @@ def _left_s(rows: list[Row], done: int, steps: int) -> float | None:
     """About how long rows still take, from their own steps; None before the first one."""
     if not done:
         return None
-    staging_s = max(row.progress.staging_s for row in rows)  # the end takes about what the start took
+    staging_s = max(
+        row.progress.staging_s for row in rows
+    )  # the end takes about what the start took
     stepped_s = time.monotonic() - min(row.progress.arrived_s for row in rows) - staging_s
     return stepped_s / done * (steps - done) + staging_s
 

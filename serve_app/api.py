@@ -31,12 +31,14 @@ from serve_app.middleware import (
     RequestId,
 )
 from serve_app.problem import error_response
+from serve_app.protocols import jobs as job_routes
 from serve_app.protocols import native
 
 if TYPE_CHECKING:
     from deployments.registry import Registry
     from deployments.settings import Settings
     from serve_app.intake import Backends
+    from serve_app.jobs.service import Jobs
 
 DESCRIPTION = (
     "Image models behind one API. Send a picture as the form field `image`; the answer is a "
@@ -45,7 +47,11 @@ DESCRIPTION = (
 
 
 def create_app(
-    backends: Backends, registry: Registry, settings: Settings, on_answer: OnAnswer | None = None
+    backends: Backends,
+    registry: Registry,
+    settings: Settings,
+    on_answer: OnAnswer | None = None,
+    jobs: Jobs | None = None,
 ) -> FastAPI:
     """The whole HTTP API around the models. Knows neither Ray nor torch.
 
@@ -54,6 +60,7 @@ def create_app(
         registry: what each task's model is.
         settings: limits and deadlines.
         on_answer: called after each answer.
+        jobs: of the application; None if it keeps none.
     """
     app = FastAPIOffline(
         docs_url="/docs",
@@ -68,8 +75,10 @@ def create_app(
     app.state.backends = backends
     app.state.registry = registry
     app.state.intake = Intake(backends, registry, settings)
+    app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
     app.include_router(native.router(registry))
+    app.include_router(job_routes.router)
     app.include_router(service.router)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)

@@ -15,6 +15,9 @@ from deployments.store.lockfile import load_lock, locked_digest
 from deployments.tasks import Task
 from serve_app.backends import HEALTH_CHECK_PERIOD_S
 from serve_app.ingress import Ingress
+from serve_app.jobs.connection import url_of_environment
+from serve_app.local_redis import LocalRedis
+from serve_app.worker import JobWorker
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -25,7 +28,7 @@ logger = logging.getLogger("ray.serve.imagen")
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The Serve application: one Ingress, and one ModelDeployment for each task.
+    """The Serve application: an Ingress, a ModelDeployment for each task, and what jobs need.
 
     Args:
         args: the `args` of a Serve config file; its `deployments` section overrides the options
@@ -52,8 +55,9 @@ def build(args: dict[str, Any]) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         backpressure_config=_backpressure(settings),
         ray_actor_options={"num_cpus": 0.1},
+        user_config={},
     )
-    return ingress.bind(models, registry, settings)
+    return ingress.bind(models, registry, settings, _beside(models, settings))
 
 
 def __getattr__(name: str) -> Application:
@@ -64,6 +68,32 @@ def __getattr__(name: str) -> Application:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return build({})
+
+
+def _beside(models: dict[Task, Application], settings: Settings) -> dict[str, Application]:
+    """What jobs need besides the models; nothing if they are switched off."""
+    if not settings.jobs.enabled:
+        return {}
+    beside: dict[str, Application] = {}
+    if url_of_environment() is None:
+        redis: Any = serve.deployment(LocalRedis)
+        beside["redis"] = redis.options(
+            name="Redis",
+            num_replicas=1,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
+            ray_actor_options={"num_cpus": 0},
+        ).bind(settings.jobs.place)
+    worker: Any = serve.deployment(JobWorker)
+    beside["worker"] = worker.options(
+        name="JobWorker",
+        autoscaling_config={"min_replicas": 1, "max_replicas": 1},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        # A worker that is to end finishes its jobs.
+        graceful_shutdown_timeout_s=settings.jobs.run_timeout_s + 30,
+        ray_actor_options={"num_cpus": 0},
+        user_config={},
+    ).bind(models, settings, beside.get("redis"))
+    return beside
 
 
 def _model(spec: ModelSpec, settings: Settings) -> Application:
@@ -77,7 +107,8 @@ def _model(spec: ModelSpec, settings: Settings) -> Application:
         max_ongoing_requests=1000,
         max_queued_requests=40,
         backpressure_config=_backpressure(settings),
-        graceful_shutdown_timeout_s=60,
+        # Long enough for the jobs at hand.
+        graceful_shutdown_timeout_s=max(60, settings.jobs.run_timeout_s),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": settings.model_num_cpus, "num_gpus": spec.num_gpus},

@@ -20,11 +20,11 @@ from deployments.store.node_init import pulling
 from serve_app.intake import Details, not_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncGenerator, Mapping
 
     from ray.serve.handle import DeploymentHandle
 
-    from deployments.contract import ImageJob, ImageResult
+    from deployments.contract import ImageJob, ImageResult, JobProgress
     from deployments.tasks import Task
     from serve_app.intake import State
 
@@ -101,6 +101,22 @@ class HandleBackend:
             # Learn how long a start takes while a replica can tell: the next one takes as long.
             self._query = asyncio.create_task(self.replicas())
         return result
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
+        """How far a request is, and then its results; see `ModelDeployment.stream`.
+
+        Raises:
+            ImagenError: as a call does.
+        """
+        answers = self._handle.options(method_name="stream", stream=True).remote(job)
+        try:
+            async for answer in answers:
+                yield answer
+        except (RayServeException, RayError) as error:
+            raise self._translate(error) from None
+        finally:
+            answers.cancel()  # does nothing to one that has ended
+        self._lost_s = None
 
     def mark_lost(self) -> None:
         """The last replica was lost, and recovery begins now."""

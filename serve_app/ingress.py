@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -10,12 +11,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from deployments.telemetry import HttpMetrics
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
+from serve_app.jobs.connection import open_link
+from serve_app.jobs.files import open_job_files
+from serve_app.jobs.queue import JobQueue
+from serve_app.jobs.service import Jobs
+from serve_app.jobs.signals import Signals
+from serve_app.worker import own_url
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from deployments.registry import Registry
-    from deployments.settings import Settings
+    from deployments.settings import JobSettings, Settings
     from deployments.tasks import Task
     from serve_app.backends import Handle
 
@@ -58,6 +65,8 @@ class Ingress:
         handles: one per task.
         registry: what each task's model is.
         settings: limits and deadlines.
+        beside: the deployments of jobs, by name: `worker`, and `redis` unless REDIS_URL names one.
+            Empty without jobs.
     """
 
     def __init__(
@@ -65,11 +74,26 @@ class Ingress:
         handles: dict[Task, Handle],
         registry: Registry,
         settings: Settings,
+        beside: dict[str, Handle],
     ) -> None:
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
-        self.api = create_app(backends, registry, settings, self._count)
+        self._signals: Signals | None = None
+        self._listening: asyncio.Task[None] | None = None
+        jobs = self._open_jobs(settings.jobs, beside.get("redis")) if beside else None
+        self.api = create_app(backends, registry, settings, self._count, jobs)
         self._routes = frozenset(self.api.openapi()["paths"])
+
+    def _open_jobs(self, settings: JobSettings, redis: Handle | None) -> Jobs:
+        link = open_link(own_url(redis))
+        queue = JobQueue(link, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
+        self._signals = Signals(link, settings.namespace)
+        return Jobs(queue, open_job_files(settings), self._signals, settings)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve on the event loop, after `__init__`."""
+        if self._signals is not None and self._listening is None:
+            self._listening = asyncio.create_task(self._signals.listen())
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
         route = path if path in self._routes else "other"  # unknown paths share one label

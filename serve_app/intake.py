@@ -99,6 +99,22 @@ class Call:
     request_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A request that its model would take.
+
+    Attributes:
+        request: the fields that the client set.
+        output_format: of the result.
+        width_px, height_px: of the picture, upright; 0 without one.
+    """
+
+    request: ImageRequest
+    output_format: OutputFormat
+    width_px: int
+    height_px: int
+
+
 class Intake:
     """Checks requests against their models, and hands them over.
 
@@ -145,26 +161,35 @@ class Intake:
         """
         try:
             async with asyncio.timeout_at(deadline_s):
-                job = await self._job(call, deadline_s)
+                checked = await self.check(call)
+                job = self._job(call, checked, deadline_s)
                 return await self._backends[call.task](job)
         except TimeoutError as error:
             raise await self._why_late(call.task) from error
 
-    async def _job(self, call: Call, deadline_s: float) -> ImageJob:
+    async def check(self, call: Call) -> Checked:
+        """Whether a request can be sent to its model.
+
+        Raises:
+            RequestError: it is wrong.
+        """
         spec = self._registry[call.task]
         check_picture(call)
         request = parse(call.task.request, call.fields)
         check_used(request, spec.parameters)
         width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
+        return Checked(request, output_format, width_px, height_px)
+
+    def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
         return ImageJob(
-            request=request,
+            request=checked.request,
             image=call.image,
-            output_format=output_format,
+            output_format=checked.output_format,
             timeout_s=deadline_s - asyncio.get_running_loop().time(),
             request_id=call.request_id,
-            width_px=width_px,
-            height_px=height_px,
+            width_px=checked.width_px,
+            height_px=checked.height_px,
             sent_unix_s=time.time(),
         )
 

@@ -310,7 +310,8 @@ class InFlightLimit:
     """Limits how many uploads are worked on at a time; one more gets 429.
 
     Only an upload that has arrived whole takes a place, so that a client that stops sending blocks
-    nobody.
+    nobody. A route that has made a job of its upload gives the place back: it calls
+    `leave_upload` in the request's state.
     """
 
     def __init__(self, app: ASGIApp, max_uploads: int, retry_after_s: float) -> None:
@@ -323,22 +324,28 @@ class InFlightLimit:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         self._check()
-        inside = False
+        inside = counted_once = False
 
         async def counted() -> Message:
-            nonlocal inside
+            nonlocal inside, counted_once
             message = await receive()
             whole = message["type"] == "http.request" and not message.get("more_body", False)
-            if whole and not inside:
+            if whole and not counted_once:
                 self._check()
-                inside = True
+                inside = counted_once = True
                 self._uploads += 1
             return message
 
+        def leave() -> None:
+            nonlocal inside
+            self._uploads -= inside
+            inside = False
+
+        scope["state"]["leave_upload"] = leave
         try:
             await self.app(scope, counted, send)
         finally:
-            self._uploads -= inside
+            leave()
 
     def _check(self) -> None:
         if self._uploads >= self.max_uploads:

@@ -38,23 +38,6 @@ class Problem(BaseModel):
     )
 
 
-def problem(error: ImagenError, request_id: str) -> dict[str, Any]:
-    """An error as problem details."""
-    body = Problem(
-        type=f"urn:imagen:problem:{error.code}",
-        title=error.status.phrase,
-        status=int(error.status),
-        code=error.code,
-        detail=str(error),
-        fact=error.message,
-        value=error.value,
-        remedy=error.remedy,
-        request_id=request_id,
-        errors=[dict(one) for one in error.problems] or None,
-    )
-    return body.model_dump(exclude_none=True)
-
-
 def error_response(
     error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -71,5 +54,5 @@ def error_response(
         own["Connection"] = "close"  # else the server in front would wait for the rest
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
-    body = json.dumps(problem(error, scope["state"]["request_id"])).encode()
+    body = json.dumps(error.details(scope["state"]["request_id"])).encode()
     return Response(body, error.status, own, media_type=MEDIA_TYPE)

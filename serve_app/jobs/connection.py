@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from redis.exceptions import RedisError
 from deployments.errors import ConfigError, JobsUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Awaitable, Callable, Generator
 
 URL_VARIABLE = "REDIS_URL"
 """Names the Redis server, with its password: redis://… or, with TLS, rediss://…"""
@@ -52,7 +53,79 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
             value="not shown, because it may hold a password",
             remedy="Write redis://:password@host:6379/0, or rediss://… for TLS.",
         ) from error
-    return Redis(connection_pool=pool)
+    return Redis.from_pool(pool)
+
+
+class RedisLink:
+    """The Redis of this application, wherever it is at present.
+
+    Args:
+        url: tells where; may raise JobsUnavailable.
+
+    Attributes:
+        current: connected; None until the first `refresh`.
+    """
+
+    def __init__(self, url: Callable[[], Awaitable[str]]) -> None:
+        self._url = url
+        self._last = ""
+        self.current: Redis | None = None
+
+    def __call__(self) -> Redis:
+        """The connection.
+
+        Raises:
+            JobsUnavailable: there is none yet.
+        """
+        if self.current is None:
+            raise away("starting")
+        return self.current
+
+    async def refresh(self) -> None:
+        """Ask where Redis is, and connect to it if that has changed.
+
+        Raises:
+            JobsUnavailable: nobody knows.
+        """
+        url = await self._url()
+        if url != self._last:
+            former, self.current = self.current, connect(url)
+            self._last = url
+            if former is not None:
+                await former.aclose()
+
+
+def url_of_environment() -> str | None:
+    """The Redis that REDIS_URL names; None if it names none."""
+    return os.environ.get(URL_VARIABLE) or None
+
+
+def open_link(own_url: Callable[[], Awaitable[str]] | None) -> RedisLink:
+    """The link to the Redis that REDIS_URL names, else to the application's own one.
+
+    Args:
+        own_url: asks for the application's own one; None if it has none.
+    """
+    named = url_of_environment()
+
+    async def url() -> str:
+        if named is not None:
+            return named
+        if own_url is None:
+            raise away("no REDIS_URL")
+        return await own_url()
+
+    return RedisLink(url)
+
+
+def away(value: str) -> JobsUnavailable:
+    """The error while Redis does not answer."""
+    return JobsUnavailable(
+        "The queue of jobs does not answer.",
+        value=value,
+        remedy="Try again after Retry-After seconds; requests without Prefer go on.",
+        retry_after_s=5,
+    )
 
 
 @contextmanager
@@ -61,9 +134,4 @@ def redis_errors() -> Generator[None]:
     try:
         yield
     except (RedisError, OSError, TimeoutError) as error:
-        raise JobsUnavailable(
-            "The queue of jobs does not answer.",
-            value=type(error).__name__,
-            remedy="Try again after Retry-After seconds; requests without Prefer go on.",
-            retry_after_s=5,
-        ) from error
+        raise away(type(error).__name__) from error

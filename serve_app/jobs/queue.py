@@ -18,7 +18,7 @@ from serve_app.jobs.connection import redis_errors
 from serve_app.jobs.record import STATUSES, Job, JobSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from redis.asyncio import Redis
 
@@ -71,14 +71,16 @@ class JobQueue:
     """Jobs in Redis. Every method raises JobsUnavailable if Redis does not answer.
 
     Args:
-        redis: connected; returns text.
+        redis: the present connection, which returns text; raises JobsUnavailable without one.
         namespace: begins every key.
         keep_s: how long a job is kept after its end.
         lease_s: how long a claim holds without a heartbeat.
     """
 
-    def __init__(self, redis: Redis, namespace: str, *, keep_s: float, lease_s: float) -> None:
-        self.redis = redis
+    def __init__(
+        self, redis: Callable[[], Redis], namespace: str, *, keep_s: float, lease_s: float
+    ) -> None:
+        self._redis = redis
         self.namespace = namespace
         self._keep_s = keep_s
         self._lease_s = lease_s
@@ -107,7 +109,7 @@ class JobQueue:
         digest = hashlib.sha256(idempotency_key.encode()).hexdigest()
         name = self.key("idempotency", owner, digest)
         with redis_errors():
-            found: Any = await self.redis.hmget(name, ["id", "fingerprint"])  # pyright: ignore[reportGeneralTypeIssues]
+            found: Any = await self._redis().hmget(name, ["id", "fingerprint"])  # pyright: ignore[reportGeneralTypeIssues]
         return (found[0], found[1]) if found[0] else None
 
     async def get(self, job_id: str) -> Job | None:
@@ -143,7 +145,7 @@ class JobQueue:
         index = self.key("jobs", owner, status) if status else self.key("jobs", owner)
         top = f"({before}" if before else "+"
         with redis_errors():
-            ids: Any = await self.redis.zrevrangebylex(index, top, "-", 0, limit + 1)
+            ids: Any = await self._redis().zrevrangebylex(index, top, "-", 0, limit + 1)
         jobs = await self.read(ids[:limit])
         return jobs, ids[limit - 1] if len(ids) > limit else None
 
@@ -185,7 +187,7 @@ class JobQueue:
     async def events(self, job_id: str, after: str = "") -> list[Event]:
         """Events of a job, oldest first; those after an event id if one is given."""
         with redis_errors():
-            found: Any = await self.redis.xrange(
+            found: Any = await self._redis().xrange(
                 self.key("events", job_id), min=f"({after}" if after else "-"
             )
         return [Event(event_id, entry["event"], entry["data"]) for event_id, entry in found]
@@ -226,7 +228,7 @@ class JobQueue:
     async def depth(self) -> dict[Task, tuple[int, int, float]]:
         """For each task: jobs waiting, jobs running, seconds that the oldest has waited."""
         with redis_errors():
-            async with self.redis.pipeline(transaction=False) as pipe:
+            async with self._redis().pipeline(transaction=False) as pipe:
                 pipe.time()
                 for task in Task:
                     pipe.zcard(self.key("queued", task))
@@ -245,14 +247,14 @@ class JobQueue:
     async def dead(self, limit: int = 100) -> list[Job]:
         """Jobs that failed although nothing was wrong with them, newest first."""
         with redis_errors():
-            ids: Any = await self.redis.zrevrange(self.key("dead"), 0, limit - 1)
+            ids: Any = await self._redis().zrevrange(self.key("dead"), 0, limit - 1)
         return await self.read(ids)
 
     async def count(self, owner: str) -> dict[Status, int]:
         """An owner's jobs by status."""
         with redis_errors():
             return {
-                status: await self.redis.zcard(self.key("jobs", owner, status))
+                status: await self._redis().zcard(self.key("jobs", owner, status))
                 for status in STATUSES
             }
 
@@ -261,7 +263,7 @@ class JobQueue:
 
     async def _run(self, script: str, *args: object) -> Any:
         with redis_errors():
-            return await _script(self.redis, script)(
+            return await _script(self._redis(), script)(
                 args=[self.namespace, *(str(arg) for arg in args)]
             )
 

@@ -94,7 +94,7 @@ class RedisProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
+            preexec_fn=_die_with_parent,
             env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"},
         )
         assert self._process.stdin is not None  # noqa: S101

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
+    from serve_app.jobs.connection import RedisLink
+
 _AGAIN_S = 1.0
 _POLL_S = 20.0
 
@@ -26,18 +28,18 @@ class Signals:
     """Listens on one connection for everybody in this process.
 
     Args:
-        redis: the present connection; None while there is no Redis.
+        link: to Redis.
         namespace: begins every key.
         on_word: called with each word, such as `wake`, `event <id>` or `ended <id>`.
     """
 
     def __init__(
         self,
-        redis: Callable[[], Redis | None],
+        link: RedisLink,
         namespace: str,
         on_word: Callable[[str], object] | None = None,
     ) -> None:
-        self._redis = redis
+        self._link = link
         self._channel = f"{namespace}:signal"
         self._on_word = on_word
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
@@ -57,9 +59,9 @@ class Signals:
     async def listen(self) -> None:
         """Pass words on until cancelled; reconnects whenever Redis is back."""
         while True:
-            if redis := self._redis():
-                with suppress(JobsUnavailable), redis_errors():
-                    await self._listen(redis)
+            with suppress(JobsUnavailable), redis_errors():
+                await self._link.refresh()
+                await self._listen(self._link())
             await asyncio.sleep(_AGAIN_S)
             self._wake_all()
 

@@ -11,17 +11,21 @@ from deployments.contract import OutputFormat
 from deployments.errors import InvalidParameter
 from deployments.tasks import Task
 from serve_app.intake import Call, Intake
+from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
+from serve_app.protocols import jobs
+from serve_app.protocols.jobs import Accepted
 from serve_app.protocols.multipart import read_form
+from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
-    from deployments.contract import ImageResult
     from deployments.registry import ModelSpec, Registry
 
 _STATUSES = {
     400: "The body or the image cannot be read",
     406: "No output format fits the Accept header",
     408: "The upload did not end in time",
+    409: "The Idempotency-Key came before with another request",
     413: "Too many bytes or pixels",
     415: "Not an image, or not multipart",
     422: "A parameter is unknown, out of range or contradictory, or asks for too much work",
@@ -53,7 +57,20 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             for name, text in _HEADERS.items()
         },
     },
+    202: {
+        "model": Accepted,
+        "description": "A job was made: see the header Prefer",
+        "headers": {
+            "Location": {"description": "of the job", "schema": {"type": "string"}},
+            "Preference-Applied": {"description": "by Prefer", "schema": {"type": "string"}},
+        },
+    },
     **{status: {"description": text, "content": _PROBLEM} for status, text in _STATUSES.items()},
+}
+_REQUEST_HEADERS = {
+    "Prefer": "respond-async makes a job of the request and answers 202; wait=10 waits for its end "
+    "for so many seconds first",
+    "Idempotency-Key": "with Prefer: a repeated request with the same key finds the first job",
 }
 
 
@@ -91,18 +108,39 @@ async def process_image(
     task: Annotated[Task, Depends(task_of)],
     intake: Annotated[Intake, Depends(intake_of)],
 ) -> Response:
-    """Read the form, run the task, answer with the picture."""
-    deadline_s = intake.deadline_s()
+    """Read the form, run the task, answer with the picture; or with a job."""
+    preference = jobs.preference_of(request, request.app.state.jobs)
+    if preference is None:
+        deadline_s = intake.deadline_s()
+        call, options = await _read(request, task, intake, deadline_s)
+        jobs.check_sync(request, options)
+        return image_response(await intake.run(call, deadline_s))
+    job_id = await _submit(request, task, intake)
+    # What follows may take a minute, in which the upload must not stand in anybody's way.
+    request.scope["state"]["leave_upload"]()
+    return await jobs.answer(request, job_id, preference)
+
+
+async def _submit(request: Request, task: Task, intake: Intake) -> str:
+    call, options = await _read(request, task, intake, intake.deadline_s())
+    return await jobs.submit(request, call, intake, request.app.state.registry[task], options)
+
+
+async def _read(
+    request: Request, task: Task, intake: Intake, deadline_s: float
+) -> tuple[Call, dict[str, str]]:
+    """The request, and those of its fields that belong to a job."""
     form = await intake.read(read_form(request, needs_image=task.needs_picture), deadline_s)
     _check_query(request)
+    fields, options = split(form.fields)
     call = Call(
         task=task,
-        fields=form.fields,
+        fields=fields,
         image=form.image,
         accept=", ".join(request.headers.getlist("accept")),
         request_id=request.scope["state"]["request_id"],
     )
-    return image_response(await intake.run(call, deadline_s))
+    return call, options
 
 
 def _check_query(request: Request) -> None:
@@ -114,27 +152,6 @@ def _check_query(request: Request) -> None:
         )
 
 
-def image_response(result: ImageResult) -> Response:
-    """The picture, and headers that describe it."""
-    headers = {
-        "X-Imagen-Model": result.model,
-        "X-Imagen-Batch-Size": str(result.batch_size),
-        "X-Imagen-Gpu-Seconds": f"{result.gpu_seconds:.4f}",
-        "X-Imagen-Determinism": result.determinism,
-        "X-Imagen-Size": f"{result.width_px}x{result.height_px}",
-        "Server-Timing": ", ".join(
-            f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in result.timings_s.items()
-        ),
-        "Vary": "Accept",
-        "Cache-Control": "no-store",
-    }
-    if result.seed is not None:
-        headers["X-Imagen-Seed"] = str(result.seed)
-    if result.notes:
-        headers["X-Imagen-Note"] = "; ".join(result.notes)
-    return Response(result.image, media_type=result.media_type, headers=headers)
-
-
 def request_body(spec: ModelSpec) -> dict[str, Any]:
     """The form of a route, for `/docs`: the fields its model reads, with the model's defaults."""
     schema = spec.task.request.model_json_schema()["properties"]
@@ -143,6 +160,7 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
         fields[name]["default"] = value
     for name in _ONLY_WITH_ANOTHER & fields.keys():
         del fields[name]["default"]
+    fields |= _job_fields(spec)
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -153,4 +171,21 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": fields,
     }
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
+    return {
+        "parameters": [
+            {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+            for name, text in _REQUEST_HEADERS.items()
+        ],
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}},
+    }
+
+
+def _job_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Fields that belong to a job. They have no defaults here: a sync call must not send them."""
+    fields: dict[str, Any] = JobOptions.model_json_schema()["properties"]
+    if "seed" not in spec.parameters:
+        del fields["n"]
+    return {
+        name: {key: value for key, value in field.items() if key != "default"}
+        for name, field in fields.items()
+    }

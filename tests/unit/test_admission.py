@@ -358,7 +358,7 @@ async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None
     model, request = Waiting(), ComicRequest()
     job = ImageJob(request, b"", "png", timeout_s=0.05)
     async with model._seats.taken(1):
-        calls = [model._admitted(job, request) for _ in range(6)]
+        calls = [model._admitted(job, request, []) for _ in range(6)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(answer) for answer in answers} <= {TooLate, Full}
 

@@ -24,7 +24,7 @@ from deployments.errors import (
 )
 from deployments.tasks import Task
 from serve_app.intake import choose_format
-from serve_app.problem import error_response, problem
+from serve_app.problem import error_response
 from serve_app.protocols import multipart, native
 from tests.unit.fakes import chunks, result_of
 
@@ -404,7 +404,7 @@ def test_a_seed_of_zero_is_told_and_no_seed_is_not() -> None:
 def test_an_error_is_told_with_fact_value_and_remedy() -> None:
     finding = errors.Problem(parameter="steps", fact="too many", value="151", remedy="Fewer.")
     error = InvalidParameter("Too many.", value=151, remedy="Send fewer.", problems=(finding,))
-    assert problem(error, "request-1") == {
+    assert error.details("request-1") == {
         "type": "urn:imagen:problem:invalid_parameter",
         "title": error.status.phrase,
         "status": 422,
@@ -419,7 +419,7 @@ def test_an_error_is_told_with_fact_value_and_remedy() -> None:
 
 
 def test_an_error_of_one_finding_has_no_list() -> None:
-    assert "errors" not in problem(errors.NotFound("No."), "id")
+    assert "errors" not in errors.NotFound("No.").details("id")
 
 
 @pytest.mark.parametrize(("wait_s", "header"), [(2, "2"), (0.1, "1"), (2.01, "3"), (0, "0")])

@@ -15,7 +15,9 @@ if job.status == 'queued' then
   remove(id, job)
 else
   redis.call('ZREM', key('running', job.task), id)
-  signal('ended ' .. id)
+  if ARGV[3] == '' then
+    signal('ended ' .. id) -- its worker gives it up
+  end
 end
 set_status(id, job, status)
 fields.ended = string.format('%.6f', now())

@@ -1,0 +1,275 @@
+"""Jobs as the API offers them: submit, look, wait, follow, cancel, retry."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from deployments.errors import (
+    Full,
+    IdempotencyConflict,
+    JobConflict,
+    NoSuchJob,
+    RateLimited,
+)
+from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+    from deployments.settings import JobSettings
+    from serve_app.jobs.files import JobFiles
+    from serve_app.jobs.queue import Event, JobQueue
+    from serve_app.jobs.record import Job, JobSpec, Status
+    from serve_app.jobs.signals import Signals
+
+_LOOK_S = 5.0
+"""How often whoever waits for a job looks at it without having been told."""
+_RETRY_S = 2
+
+
+class Jobs:
+    """The jobs of an application, for its routes. Raises JobsUnavailable while Redis is away.
+
+    Args:
+        queue: of the jobs.
+        files: their pictures.
+        signals: what happens to them; somebody must run its `listen`.
+        settings: of jobs.
+    """
+
+    def __init__(
+        self, queue: JobQueue, files: JobFiles, signals: Signals, settings: JobSettings
+    ) -> None:
+        self.settings = settings
+        self.files = files
+        self._queue = queue
+        self._signals = signals
+        self._streams = 0
+        self._waits = 0
+
+    # --- submitting ---
+
+    async def submit(
+        self, spec: JobSpec, image: bytes | None, *, idempotency_key: str = "", share: float = 1.0
+    ) -> str:
+        """Accept a job: its picture is stored, and then it is queued.
+
+        Args:
+            spec: what is asked for.
+            image: the picture.
+            idempotency_key: of the request; empty if it has none.
+            share: of the queue that its owner may take.
+
+        Returns:
+            The id of the job, or of the first one with the same key.
+
+        Raises:
+            IdempotencyConflict: the key came before, with another body.
+            Full: the queue is full.
+            RateLimited: the owner's share of the queue is.
+        """
+        if idempotency_key and (first := await self._queue.earlier(spec.owner, idempotency_key)):
+            return _same(*first, spec.fingerprint)
+        if image is not None:
+            await self.files.put_input(spec.job_id, image)
+        limit = self.settings.max_queued
+        outcome, detail = await self._queue.submit(
+            spec,
+            idempotency_key=idempotency_key,
+            max_queued=limit,
+            max_of_owner=max(int(limit * share), 1),
+        )
+        if outcome == "queued":
+            return detail
+        await self.files.delete(spec.job_id)
+        if outcome == "same":
+            return detail
+        _refuse(outcome, detail)
+
+    async def retry(self, owner: str, job_id: str, request_id: str, share: float) -> str:
+        """Queue a failed or canceled job anew; returns the id of the new one.
+
+        Raises:
+            NoSuchJob, Full, RateLimited: see `get` and `submit`.
+            JobConflict: it has not ended, or is completed.
+        """
+        job = await self.get(owner, job_id)
+        if job.status not in ("failed", "canceled"):
+            raise _conflict(job, "retried", "Wait for its end, or submit it again.")
+        image = await self.files.input(job_id) if job.spec.has_image else None
+        spec = replace(
+            job.spec, job_id=new_job_id(), retry_of=job_id, request_id=request_id, fingerprint=""
+        )
+        return await self.submit(spec, image, share=share)
+
+    # --- looking ---
+
+    async def get(self, owner: str, job_id: str) -> Job:
+        """A job of this owner.
+
+        Raises:
+            NoSuchJob: it is unknown, expired, or another owner's.
+        """
+        job = await self._queue.get(job_id) if is_job_id(job_id) else None
+        if job is None or job.spec.owner != owner:
+            raise NoSuchJob(
+                "There is no such job.",
+                value=job_id[:64],
+                remedy="Check the id and the API key. Jobs are forgotten"
+                f" {self.settings.keep_s / 86_400:g} days after their end.",
+            )
+        return job
+
+    async def list(
+        self, owner: str, status: Status | None, cursor: str, limit: int
+    ) -> tuple[list[Job], str | None]:
+        """A page of this owner's jobs, newest first, and the cursor of the next page."""
+        return await self._queue.list(owner, status, cursor, limit)
+
+    async def link(self, owner: str, job_id: str, k: int) -> str:
+        """A fresh link to a result.
+
+        Raises:
+            NoSuchJob: see `get`; or it has no such result.
+            JobConflict: it is not completed.
+        """
+        job = await self.get(owner, job_id)
+        if job.status != "completed":
+            raise _conflict(job, "read", "Wait until it is completed.")
+        if k >= len(job.results):
+            raise NoSuchJob(
+                "The job has no such result.",
+                value=k,
+                remedy=f"Its results are 0 to {len(job.results) - 1}.",
+            )
+        return await self.files.link(job_id, k, self.settings.link_s)
+
+    def view(self, job: Job, prefix: str = "") -> dict[str, Any]:
+        """A job as clients see it."""
+        return job_view(job, self.settings.keep_s, self.settings.gpu_second_price, prefix)
+
+    # --- changing ---
+
+    async def cancel(self, owner: str, job_id: str) -> Job:
+        """End a job; whoever runs it is told. Does nothing if it is canceled already.
+
+        Raises:
+            NoSuchJob: see `get`.
+            JobConflict: it is completed or failed.
+        """
+        job = await self.get(owner, job_id)
+        ended = replace(job, status="canceled", ended_s=time.time(), position=0)
+        now, _ = await self._queue.finish(job_id, "canceled", {}, json.dumps(self.view(ended)))
+        job = await self.get(owner, job_id)
+        if now != "canceled":
+            raise _conflict(job, "canceled", "Nothing is left to cancel.")
+        return job
+
+    # --- waiting ---
+
+    async def wait(self, owner: str, job_id: str, seconds: float) -> Job:
+        """A job as it is at its end, or after so many seconds.
+
+        Raises:
+            Full: too many others wait.
+        """
+        until_s = time.monotonic() + seconds
+        with self._slot("_waits", self.settings.max_waits), self._signals.about(job_id) as word:
+            while True:
+                word.clear()
+                job = await self.get(owner, job_id)
+                left_s = until_s - time.monotonic()
+                if job.has_ended or left_s <= 0:
+                    return job
+                await _set_within(word, min(left_s, _LOOK_S))
+
+    async def follow(self, owner: str, job_id: str, after: str) -> AsyncGenerator[Event | None]:
+        """Events of a job until it has ended; None now and then, while nothing happens.
+
+        Args:
+            owner: of the job.
+            job_id: of the job.
+            after: id of the last event that the client has; empty for all.
+
+        Raises:
+            Full: there are too many streams.
+        """
+        with self._slot("_streams", self.settings.max_streams), self._signals.about(job_id) as word:
+            while True:
+                word.clear()
+                job = await self.get(owner, job_id)
+                for event in await self._queue.events(job_id, after):
+                    yield event
+                    after = event.event_id
+                    if event.name in ENDED:
+                        return
+                if job.has_ended:
+                    return  # the client has had its last event
+                if not await _set_within(word, _LOOK_S):
+                    yield None
+
+    def check_stream_room(self) -> None:
+        """Whether one more stream may begin.
+
+        Raises:
+            Full: there are too many.
+        """
+        with self._slot("_streams", self.settings.max_streams):
+            pass
+
+    @contextmanager
+    def _slot(self, kind: str, most: int) -> Generator[None]:
+        taken: int = getattr(self, kind)
+        if taken >= most:
+            raise Full(
+                "Too many clients wait for jobs at the moment.",
+                value=f"{taken} clients",
+                remedy="Try again after Retry-After seconds, or poll the job.",
+                retry_after_s=_RETRY_S,
+            )
+        setattr(self, kind, taken + 1)
+        try:
+            yield
+        finally:
+            setattr(self, kind, getattr(self, kind) - 1)
+
+
+async def _set_within(word: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            return await word.wait()
+    except TimeoutError:
+        return False
+
+
+def _same(job_id: str, fingerprint: str, own: str) -> str:
+    if fingerprint != own:
+        _refuse("conflict", job_id)
+    return job_id
+
+
+def _refuse(outcome: str, detail: str) -> NoReturn:
+    if outcome == "conflict":
+        raise IdempotencyConflict(
+            "This Idempotency-Key came before with another request.",
+            value=f"job {detail}",
+            remedy="Use a new key for each request, and repeat a request unchanged.",
+        )
+    kind, whose = (
+        (RateLimited, "your share of the queue") if outcome == "share" else (Full, "the queue")
+    )
+    raise kind(
+        f"No more jobs fit {whose}.",
+        value=f"{detail} waiting",
+        remedy="Try again after Retry-After seconds.",
+        retry_after_s=_RETRY_S,
+    )
+
+
+def _conflict(job: Job, what: str, remedy: str) -> JobConflict:
+    return JobConflict(f"A {job.status} job cannot be {what}.", value=job.status, remedy=remedy)

@@ -1,0 +1,458 @@
+"""The routes of jobs, and what makes a job of a request (docs/jobs.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+
+from deployments.contract import ImageResult, validated
+from deployments.errors import InvalidParameter, JobsUnavailable, MalformedRequest
+from serve_app.jobs.options import MAX_N, JobOptions
+from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
+from serve_app.jobs.webhooks import check_webhook
+from serve_app.problem import MEDIA_TYPE, Problem
+from serve_app.protocols.picture import image_response
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from deployments.registry import ModelSpec
+    from serve_app.intake import Call, Intake
+    from serve_app.jobs.queue import Event
+    from serve_app.jobs.record import Job
+    from serve_app.jobs.service import Jobs
+
+MOST_WAIT_S = 60.0
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_WAIT = re.compile(r"wait=(\d{1,9})")
+_MOST_PAGE = 100
+_OWNER_OF_ALL = "anonymous"
+
+
+class Preference(NamedTuple):
+    """What the header Prefer (RFC 7240) asks for.
+
+    Attributes:
+        wait_s: for the end of the job, before the answer.
+        applied: as the answer repeats it.
+    """
+
+    wait_s: float
+    applied: str
+
+
+class Accepted(BaseModel):
+    """A job has been made."""
+
+    job_id: str
+    status: str
+
+
+class Result(BaseModel):
+    """One result of a job."""
+
+    url: str = Field(description="leads to the picture; never goes stale while the job is kept")
+    seed: int | None
+    media_type: str
+    width_px: int
+    height_px: int
+    bytes: int
+    metadata: dict[str, Any] = Field(description="model, batch size, GPU seconds, timings, notes")
+
+
+class JobDocument(BaseModel):
+    """A job as it is now."""
+
+    job_id: str
+    status: Status
+    task: str
+    priority: Priority
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    expires_at: str | None
+    deadline_at: str
+    position: int | None = Field(description="in the queue, from 1; null unless queued")
+    steps_done: int
+    steps: int
+    eta_s: float | None = Field(description="seconds until its end, about; null if unknown")
+    attempts: int
+    timings_s: dict[str, float]
+    gpu_seconds: float
+    cost: float | None
+    error: dict[str, Any] | None = Field(description="problem details; null unless failed")
+    webhook: dict[str, Any] | None
+    retry_of: str | None
+    n: int
+    request: dict[str, Any]
+    results: list[Result]
+    links: dict[str, str]
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobDocument]
+    next_cursor: str | None
+
+
+# --- from an image route to a job ---
+
+
+def preference_of(request: Request, jobs: Jobs | None) -> Preference | None:
+    """The preference for a job; None for an answer in the same call.
+
+    A preference that is unknown or malformed is ignored, as RFC 7240 says.
+    """
+    given = [part.strip() for part in ",".join(request.headers.getlist("prefer")).split(",")]
+    given = [part.lower().replace(" ", "").partition(";")[0] for part in given]
+    for part in given:
+        if found := _WAIT.fullmatch(part):
+            wait_s = min(float(found[1]), MOST_WAIT_S)
+            return Preference(wait_s, f"wait={wait_s:.0f}")
+    if "respond-async" in given:
+        return Preference(0, "respond-async")
+    by_default = jobs is not None and jobs.settings.respond_async_by_default
+    return Preference(0, "") if by_default else None
+
+
+def check_sync(request: Request, options: Mapping[str, str]) -> None:
+    """Whether a request can be answered in the same call.
+
+    Raises:
+        InvalidParameter: it has a field or a header that only a job can have.
+    """
+    remedy = "Send the header Prefer: respond-async, or leave it out."
+    for name, text in options.items():
+        if (name, text) != ("n", "1"):
+            raise InvalidParameter(f"The field {name} belongs to a job.", value=text, remedy=remedy)
+    if key := request.headers.get("idempotency-key"):
+        raise InvalidParameter(
+            "The header Idempotency-Key belongs to a job.", value=key, remedy=remedy
+        )
+
+
+async def jobs_of(request: Request) -> Jobs:
+    """The application's jobs.
+
+    Raises:
+        JobsUnavailable: they are switched off.
+    """
+    jobs: Jobs | None = request.app.state.jobs
+    if jobs is None:
+        raise JobsUnavailable(
+            "This service keeps no jobs.",
+            value="jobs.enabled is false",
+            remedy="Send the request without the header Prefer.",
+        )
+    return jobs
+
+
+def owner_of(request: Request) -> str:
+    """Whose jobs a request may see: the id of its API key."""
+    key = request.scope["state"].get("key")
+    return key.id if key is not None else _OWNER_OF_ALL
+
+
+def share_of(request: Request) -> float:
+    """The share of the queue that the request's API key may take."""
+    key = request.scope["state"].get("key")
+    return key.limits.queue_share if key is not None else 1.0
+
+
+async def submit(
+    request: Request, call: Call, intake: Intake, spec: ModelSpec, options: Mapping[str, str]
+) -> str:
+    """Make a job of a request; returns its id.
+
+    Raises:
+        RequestError: the request is wrong, or its Idempotency-Key came with another one.
+        Full, RateLimited: there is no room in the queue.
+        JobsUnavailable: Redis or the storage does not answer.
+    """
+    jobs = await jobs_of(request)
+    key = _idempotency_key(request)
+    wanted = validated(JobOptions, options, "job")
+    _check_n(wanted.n, spec)
+    if wanted.webhook:
+        check_webhook(wanted.webhook, jobs.settings.webhooks)
+    checked = await intake.check(call)
+    fields = checked.request.model_dump(mode="json", exclude_unset=True)
+    if "seed" in spec.parameters and fields.get("seed") is None:
+        # Drawn now, so that each attempt makes the same picture.
+        fields["seed"] = secrets.randbits(32)
+    made = JobSpec(
+        job_id=new_job_id(),
+        owner=owner_of(request),
+        task=call.task,
+        request=fields,
+        output_format=checked.output_format,
+        width_px=checked.width_px,
+        height_px=checked.height_px,
+        has_image=call.image is not None,
+        n=wanted.n,
+        priority=wanted.priority,
+        deadline_s=wanted.deadline_s or jobs.settings.deadline_s,
+        preview=wanted.preview,
+        webhook=wanted.webhook or "",
+        webhook_events=tuple(wanted.webhook_events.split(",")) if wanted.webhook else (),
+        fingerprint=_fingerprint(call, options, checked.output_format),
+        request_id=call.request_id,
+    )
+    return await jobs.submit(made, call.image, idempotency_key=key, share=share_of(request))
+
+
+def _check_n(n: int, spec: ModelSpec) -> None:
+    if n > 1 and "seed" not in spec.parameters:
+        raise InvalidParameter(
+            f"The model behind {spec.task} uses no chance, so that all results would be the same.",
+            value=f"n={n}",
+            remedy="Leave n out.",
+        )
+
+
+def _idempotency_key(request: Request) -> str:
+    key = request.headers.get("idempotency-key", "")
+    if key and not _KEY.fullmatch(key):
+        raise MalformedRequest(
+            "The header Idempotency-Key has 1 to 255 printable ASCII characters.",
+            value=key[:40],
+            remedy="Send a UUID.",
+        )
+    return key
+
+
+def _fingerprint(call: Call, options: Mapping[str, str], output_format: str) -> str:
+    """What makes two requests the same: task, fields, picture, and the format of the result."""
+    said = [call.task, sorted(call.fields.items()), sorted(options.items()), output_format]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    digest.update(call.image or b"")
+    return digest.hexdigest()
+
+
+async def answer(request: Request, job_id: str, preference: Preference) -> Response:
+    """202, or what the job came to if its end is worth waiting for."""
+    jobs, owner = await jobs_of(request), owner_of(request)
+    prefix = request.scope.get("root_path", "")
+    headers = {"Location": f"{prefix}/api/v1/jobs/{job_id}"}
+    if preference.applied:
+        headers["Preference-Applied"] = preference.applied
+    if preference.wait_s:
+        job = await jobs.wait(owner, job_id, preference.wait_s)
+    else:
+        job = await jobs.get(owner, job_id)
+    if not (preference.wait_s and job.has_ended):
+        body = {"job_id": job_id, "status": job.status}
+        return JSONResponse(body, 202, headers)
+    if job.status == "failed" and job.error:
+        return JSONResponse(job.error, job.error["status"], headers, media_type=MEDIA_TYPE)
+    if job.status == "completed" and len(job.results) == 1:
+        response = await _picture(jobs, job)
+        response.headers.update(headers)
+        return response
+    return JSONResponse(jobs.view(job, prefix), 200, headers)
+
+
+async def _picture(jobs: Jobs, job: Job) -> Response:
+    document = job.results[0]
+    image, media_type = await jobs.files.result(job.spec.job_id, 0)
+    return image_response(
+        ImageResult(
+            image=image,
+            media_type=media_type,
+            width_px=document["width_px"],
+            height_px=document["height_px"],
+            seed=document["seed"],
+            **document["metadata"],
+        )
+    )
+
+
+# --- the routes ---
+
+TheJobs = Annotated["Jobs", Depends(jobs_of)]
+Owner = Annotated[str, Depends(owner_of)]
+_PROBLEM = {"content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+
+
+def _problems(**texts: str) -> dict[int | str, dict[str, Any]]:
+    return {
+        int(status.removeprefix("s")): {"description": text, **_PROBLEM}
+        for status, text in texts.items()
+    }
+
+
+_COMMON = _problems(s503="Redis or the storage does not answer; see Retry-After")
+_ONE = _problems(s404="There is no such job, or it is another key's") | _COMMON
+router = APIRouter(tags=["jobs"])
+
+
+@router.get(
+    "/api/v1/jobs",
+    summary="Your jobs, newest first",
+    responses=_COMMON | _problems(s422="A parameter is out of range"),
+    response_model=JobPage,
+)
+async def list_jobs(
+    request: Request,
+    jobs: TheJobs,
+    owner: Owner,
+) -> Response:
+    """A page of jobs; `next_cursor` leads to the next one."""
+    asked = validated(
+        _PageQuery, dict(parse_qsl(request.url.query, keep_blank_values=True)), "list"
+    )
+    page, cursor = await jobs.list(owner, asked.status, asked.cursor, asked.limit)
+    prefix = request.scope.get("root_path", "")
+    return JSONResponse({"jobs": [jobs.view(j, prefix) for j in page], "next_cursor": cursor})
+
+
+@router.get("/api/v1/jobs/{job_id}", summary="A job", responses=_ONE, response_model=JobDocument)
+async def get_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
+    """Its state, its place in the queue, its progress, its results."""
+    return _shown(request, jobs, await jobs.get(owner, job_id))
+
+
+@router.delete(
+    "/api/v1/jobs/{job_id}",
+    summary="Cancel a job",
+    responses=_ONE | _problems(s409="It has ended"),
+    response_model=JobDocument,
+)
+async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
+    """A running job stops within one step."""
+    return _shown(request, jobs, await jobs.cancel(owner, job_id))
+
+
+@router.post(
+    "/api/v1/jobs/{job_id}/retry",
+    summary="Run a failed or canceled job again, as a new job",
+    status_code=202,
+    responses=_ONE
+    | _problems(s409="It has not failed", s429="There is no room in the queue; see Retry-After"),
+    response_model=Accepted,
+)
+async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
+    """The same picture and parameters, with attempts of its own."""
+    request_id = request.scope["state"]["request_id"]
+    new_id = await jobs.retry(owner, job_id, request_id, share_of(request))
+    prefix = request.scope.get("root_path", "")
+    headers = {"Location": f"{prefix}/api/v1/jobs/{new_id}"}
+    return JSONResponse({"job_id": new_id, "status": "queued"}, 202, headers)
+
+
+@router.get(
+    "/api/v1/jobs/{job_id}/result",
+    summary="Leads to the first result",
+    status_code=307,
+    responses=_ONE | _problems(s409="It is not completed"),
+    response_class=RedirectResponse,
+)
+async def get_result(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
+    """A redirect to a link that works without credentials for a while."""
+    return await _to_result(request, jobs, owner, job_id, 0)
+
+
+@router.get(
+    "/api/v1/jobs/{job_id}/results/{k}",
+    summary="Leads to a result",
+    status_code=307,
+    responses=_ONE | _problems(s409="It is not completed"),
+    response_class=RedirectResponse,
+)
+async def get_one_result(
+    request: Request, job_id: str, k: str, jobs: TheJobs, owner: Owner
+) -> Response:
+    """A redirect to a link that works without credentials for a while."""
+    place = int(k) if k.isascii() and k.isdigit() and len(k) < 4 else MAX_N
+    return await _to_result(request, jobs, owner, job_id, place)
+
+
+@router.get(
+    "/api/v1/jobs/{job_id}/events",
+    summary="What happens to a job, as server-sent events",
+    responses={
+        200: {"description": "The stream", "content": {"text/event-stream": {}}},
+        **_ONE,
+        **_problems(s429="There are too many streams; see Retry-After"),
+    },
+    response_class=StreamingResponse,
+)
+async def follow_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
+    """Ends with the job. The header Last-Event-ID goes on where another stream has ended."""
+    await jobs.get(owner, job_id)
+    jobs.check_stream_room()
+    last = request.headers.get("last-event-id", "")
+    after = last if _EVENT_ID.fullmatch(last) else ""
+    stream = _stream(request, jobs, owner, job_id, after)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
+
+
+@router.get(
+    "/files/{path:path}",
+    summary="A result, by a signed link",
+    responses=_problems(s403="The link has expired or was altered", s404="The job was forgotten")
+    | _COMMON,
+    response_class=Response,
+)
+async def get_file(request: Request, path: str, jobs: TheJobs) -> Response:
+    """Where pictures are in a folder rather than in a bucket. Needs no key."""
+    query = dict(parse_qsl(request.url.query))
+    image, media_type = await jobs.files.open_link(
+        path, query.get("expires", ""), query.get("signature", "")
+    )
+    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    return Response(image, media_type=media_type, headers=headers)
+
+
+class _PageQuery(BaseModel, extra="forbid"):
+    """Which page of jobs."""
+
+    status: Status | None = None
+    limit: int = Field(default=20, ge=1, le=_MOST_PAGE)
+    cursor: str = Field(default="", pattern=r"^([0-9a-f]{32})?$")
+
+
+def _shown(request: Request, jobs: Jobs, job: Job) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return JSONResponse(jobs.view(job, request.scope.get("root_path", "")), headers=headers)
+
+
+async def _to_result(request: Request, jobs: Jobs, owner: str, job_id: str, k: int) -> Response:
+    link = await jobs.link(owner, job_id, k)
+    if link.startswith("/"):
+        link = request.scope.get("root_path", "") + link
+    return RedirectResponse(link, headers={"Cache-Control": "no-store"})
+
+
+async def _stream(
+    request: Request, jobs: Jobs, owner: str, job_id: str, after: str
+) -> AsyncGenerator[str]:
+    """Server-sent events, until the job has ended or the client should come back."""
+    prefix, until_s = request.scope.get("root_path", ""), time.monotonic() + jobs.settings.stream_s
+    yield "retry: 1000\n\n"
+    async for event in jobs.follow(owner, job_id, after):
+        if event is None:
+            yield ": nothing new\n\n"
+        elif event.name in ENDED:
+            view = jobs.view(await jobs.get(owner, job_id), prefix)
+            yield _event(event, json.dumps(view))
+        else:
+            yield _event(event, event.data)
+        if time.monotonic() > until_s:
+            return
+
+
+def _event(event: Event, data: str) -> str:
+    return f"id: {event.event_id}\nevent: {event.name}\ndata: {data}\n\n"

@@ -1,0 +1,31 @@
+"""A result as a response: the picture, and headers that describe it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from deployments.contract import ImageResult
+
+
+def image_response(result: ImageResult) -> Response:
+    """The picture, and headers that describe it."""
+    headers = {
+        "X-Imagen-Model": result.model,
+        "X-Imagen-Batch-Size": str(result.batch_size),
+        "X-Imagen-Gpu-Seconds": f"{result.gpu_seconds:.4f}",
+        "X-Imagen-Determinism": result.determinism,
+        "X-Imagen-Size": f"{result.width_px}x{result.height_px}",
+        "Server-Timing": ", ".join(
+            f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in result.timings_s.items()
+        ),
+        "Vary": "Accept",
+        "Cache-Control": "no-store",
+    }
+    if result.seed is not None:
+        headers["X-Imagen-Seed"] = str(result.seed)
+    if result.notes:
+        headers["X-Imagen-Note"] = "; ".join(result.notes)
+    return Response(result.image, media_type=result.media_type, headers=headers)

@@ -1,0 +1,259 @@
+"""The queue in a real Redis: each job ends once, whoever dies; nobody waits behind a busy neighbour."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deployments.errors import JobsUnavailable
+from deployments.tasks import Task
+from serve_app.jobs.connection import connect
+from serve_app.jobs.queue import Beat, JobQueue
+from serve_app.jobs.record import JobSpec, new_job_id
+from tests.jobs.redis_server import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+    from pathlib import Path
+
+MOST = {"max_queued": 1000, "max_of_owner": 1000}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+async def queue(server: RedisServer) -> AsyncGenerator[JobQueue]:
+    redis = connect(server.url)
+    await redis.flushall()
+    yield JobQueue(lambda: redis, "test", keep_s=60, lease_s=30)
+    await redis.aclose()
+
+
+def spec(owner: str = "a", task: Task = Task.COMIC, **changes: object) -> JobSpec:
+    made = JobSpec(
+        job_id=new_job_id(),
+        owner=owner,
+        task=task,
+        request={"seed": 7},
+        output_format="png",
+        width_px=8,
+        height_px=8,
+        has_image=True,
+        fingerprint="f",
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+async def submit(queue: JobQueue, *specs: JobSpec) -> list[str]:
+    for one in specs:
+        assert await queue.submit(one, **MOST) == ("queued", one.job_id)
+    return [one.job_id for one in specs]
+
+
+async def claim(queue: JobQueue, count: int = 1, task: Task = Task.COMIC) -> list[str]:
+    return [job.spec.job_id for job in await queue.claim({task: count})]
+
+
+async def status(queue: JobQueue, job_id: str) -> str:
+    job = await queue.get(job_id)
+    assert job
+    return job.status
+
+
+async def test_a_job_goes_from_queued_through_processing_to_its_one_end(queue: JobQueue) -> None:
+    [job_id] = await submit(queue, spec())
+    assert await status(queue, job_id) == "queued"
+    [job] = await queue.claim({Task.COMIC: 5})
+    assert (job.spec.job_id, job.attempts, job.spec.request) == (job_id, 1, {"seed": 7})
+    assert await status(queue, job_id) == "processing"
+    ends = [
+        await queue.finish(job_id, "completed", {"results": "[]"}, "{}", claim=job.claim),
+        await queue.finish(job_id, "canceled", {}, "{}"),
+        await queue.finish(job_id, "failed", {}, "{}", claim=job.claim),
+    ]
+    assert ends == [("completed", True), ("completed", False), ("completed", False)]
+    assert [event.name for event in await queue.events(job_id)] == [
+        "queued",
+        "processing",
+        "completed",
+    ]
+    assert await queue.reap(5) == []
+    assert await claim(queue) == []
+
+
+async def test_what_a_worker_says_after_it_lost_the_job_counts_for_nothing(
+    queue: JobQueue, server: RedisServer
+) -> None:
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    [job_id] = await submit(queue, spec())
+    [lost] = await impatient.claim({Task.COMIC: 1})
+    assert await queue.reap(5) == []
+    [again] = await queue.claim({Task.COMIC: 1})
+    assert (again.spec.job_id, again.attempts) == (job_id, 2)
+    assert await queue.heartbeat([Beat(job_id, lost.claim, {})]) == {job_id}
+    ended = await queue.finish(job_id, "completed", {}, "{}", claim=lost.claim)
+    assert ended == ("processing", False)
+    ended = await queue.finish(job_id, "completed", {}, "{}", claim=again.claim)
+    assert ended == ("completed", True)
+
+
+async def test_a_renewed_claim_holds(queue: JobQueue) -> None:
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    [job_id] = await submit(queue, spec())
+    [job] = await impatient.claim({Task.COMIC: 1})
+    beat = Beat(job_id, job.claim, {"steps_done": "3", "steps": "9"}, "progress", '{"a": 1}')
+    assert await queue.heartbeat([beat]) == set()
+    await queue.reap(5)
+    renewed = await queue.get(job_id)
+    assert renewed
+    assert (renewed.status, renewed.steps_done, renewed.steps) == ("processing", 3, 9)
+    assert (await queue.events(job_id))[-1][1:] == ("progress", '{"a": 1}')
+
+
+async def test_a_job_that_loses_its_worker_too_often_is_to_be_ended(queue: JobQueue) -> None:
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    [job_id] = await submit(queue, spec())
+    for _ in range(2):
+        assert await queue.reap(3) == []
+        await impatient.claim({Task.COMIC: 1})
+    await queue.reap(3)
+    await impatient.claim({Task.COMIC: 1})
+    assert await queue.reap(3) == [(job_id, "lost")]
+    await queue.finish(job_id, "failed", {}, "{}", dead=True)
+    assert [job.spec.job_id for job in await queue.dead()] == [job_id]
+
+
+async def test_a_job_past_its_deadline_is_to_be_ended_wherever_it_is(queue: JobQueue) -> None:
+    waiting, running = await submit(queue, spec(deadline_s=0), spec(task=Task.AGED, deadline_s=0))
+    await queue.claim({Task.AGED: 1})
+    assert sorted(await queue.reap(5)) == sorted([(waiting, "late"), (running, "late")])
+
+
+async def test_owners_take_turns(queue: JobQueue) -> None:
+    await submit(queue, *(spec("a") for _ in range(50)))
+    first = await claim(queue, 3)
+    of_b = await submit(queue, *(spec("b") for _ in range(5)))
+    ten = await claim(queue, 10)
+    assert set(of_b) <= set(ten)
+    assert len(first) == 3
+
+
+async def test_interactive_jobs_go_first_and_batch_ones_still_move(queue: JobQueue) -> None:
+    batch = await submit(queue, *(spec("a", priority="batch") for _ in range(5)))
+    quick = await submit(queue, *(spec("a") for _ in range(30)))
+    order = await claim(queue, 35)
+    assert set(order[:9]) <= set(quick)
+    assert set(batch) & set(order[:23])
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_the_position_is_how_many_claims_away_a_job_is(queue: JobQueue, seed: int) -> None:
+    rng = random.Random(seed)
+    made = [
+        spec(rng.choice("abc"), priority=rng.choice(["interactive", "batch"])) for _ in range(20)
+    ]
+    await submit(queue, *made[:10])
+    await claim(queue, 3)
+    await submit(queue, *made[10:])
+    waiting = [job for job in await queue.read([one.job_id for one in made]) if job.position]
+    told = {job.spec.job_id: job.position for job in waiting}
+    order = await claim(queue, 40)
+    assert len(order) == len(told)
+    # Lanes that are even are served in either order.
+    assert all(abs(told[job_id] - place) <= 3 for place, job_id in enumerate(order, 1))
+    mine = [job_id for job_id in order if told[job_id] == 1]
+    assert mine
+
+
+async def test_a_canceled_job_is_never_run(queue: JobQueue) -> None:
+    gone, kept = await submit(queue, spec(), spec())
+    assert await queue.finish(gone, "canceled", {}, "{}") == ("canceled", True)
+    assert await claim(queue, 5) == [kept]
+    assert (await queue.depth())[Task.COMIC][:2] == (0, 1)
+
+
+async def test_the_same_key_finds_the_first_job(queue: JobQueue) -> None:
+    first = spec()
+    assert (await queue.submit(first, idempotency_key="k", **MOST)).outcome == "queued"
+    again = await queue.submit(spec(), idempotency_key="k", **MOST)
+    assert again == ("same", first.job_id)
+    other = await queue.submit(spec(fingerprint="g"), idempotency_key="k", **MOST)
+    assert other == ("conflict", first.job_id)
+    assert (await queue.submit(spec("b"), idempotency_key="k", **MOST)).outcome == "queued"
+    assert await queue.earlier("a", "k") == (first.job_id, "f")
+    assert await queue.earlier("a", "l") is None
+
+
+async def test_one_of_many_equal_submissions_wins(queue: JobQueue) -> None:
+    made = [spec() for _ in range(20)]
+    found = await asyncio.gather(*(queue.submit(one, idempotency_key="k", **MOST) for one in made))
+    assert len({one.detail for one in found}) == 1
+    assert len(await claim(queue, 30)) == 1
+
+
+async def test_a_full_queue_and_a_full_share_refuse(queue: JobQueue) -> None:
+    await submit(queue, spec("a"), spec("a"), spec("b"))
+    few = {"max_queued": 3, "max_of_owner": 9}
+    assert await queue.submit(spec("c"), **few) == ("full", "3")
+    share = {"max_queued": 9, "max_of_owner": 2}
+    assert await queue.submit(spec("a"), **share) == ("share", "2")
+    assert (await queue.submit(spec("b"), **share)).outcome == "queued"
+
+
+async def test_pages_go_through_all_jobs_of_an_owner_newest_first(queue: JobQueue) -> None:
+    mine = await submit(queue, *(spec("a") for _ in range(7)))
+    await submit(queue, spec("b"))
+    await queue.finish(mine[2], "canceled", {}, "{}")
+    seen: list[str] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page, cursor = await queue.list("a", None, cursor, 3)
+        seen += [job.spec.job_id for job in page]
+    assert seen == sorted(mine, reverse=True)
+    page, cursor = await queue.list("a", "canceled", "", 3)
+    assert ([job.spec.job_id for job in page], cursor) == ([mine[2]], None)
+
+
+async def test_after_the_sweep_nothing_of_a_job_is_left(queue: JobQueue) -> None:
+    forgetful = JobQueue(queue._redis, "test", keep_s=0, lease_s=30)
+    for end in ("completed", "failed", "canceled"):
+        [job_id] = await submit(queue, spec())
+        [job] = await queue.claim({Task.COMIC: 1})
+        await forgetful.finish(job_id, end, {}, "{}", claim=job.claim, dead=True)
+    assert len(await queue.sweep()) == 3
+    left = {key async for key in queue._redis().scan_iter()}
+    assert left <= {"test:turn:comic", "test:pace"}
+
+
+async def test_an_event_for_the_webhook_is_written_with_the_change(queue: JobQueue) -> None:
+    told = spec(webhook="https://a.example", webhook_events=("processing", "completed"))
+    await submit(queue, told)
+    [job] = await queue.claim({Task.COMIC: 1})
+    await queue.finish(told.job_id, "completed", {}, '{"x": 1}', claim=job.claim)
+    hooks = await queue._redis().lrange(f"test:hooks:{told.job_id}", 0, -1)  # type: ignore[misc]
+    assert [f'"job.{kind}"' in hook for kind, hook in zip(("processing", "completed"), hooks)]
+    assert '"data":{"x": 1}' in hooks[1]
+    assert await queue._redis().zcard("test:outbox") == 1
+
+
+async def test_a_redis_that_is_away_is_an_error_of_ours_and_its_data_are_back_with_it(
+    tmp_path: Path,
+) -> None:
+    with RedisServer(tmp_path) as server:
+        queue = JobQueue(cache(lambda: connect(server.url)), "test", keep_s=60, lease_s=30)
+        [job_id] = await submit(queue, spec())
+        server.kill()
+        with pytest.raises(JobsUnavailable):
+            await queue.get(job_id)
+        server.start()
+        assert await claim(queue) == [job_id]
+        await queue._redis().aclose()
