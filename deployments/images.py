@@ -76,6 +76,8 @@ _ASCII: Final = b"ASCII\0\0\0"
 _OWN_RESULTS: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
 """A result may be larger than any upload."""
 
+_THUMBNAIL_PX = 192
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -277,6 +279,15 @@ def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) 
             value=f"{width_px} x {height_px}",
             remedy="Send output_format=png, or a smaller picture.",
         )
+
+
+def thumbnail(pixels: Array) -> bytes:
+    """A small JPEG of `H x W x 3`: at most 192 px wide and high, about 6 kB."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=70)
+    return file.getvalue()
 
 
 def encode(

@@ -159,11 +159,13 @@ class ModelDeployment:
         Raises as `__call__`. A caller who stops reading gives the request up.
         """
         rows: list[Row] = []
+        told = JobProgress(0, 0)
         work = asyncio.ensure_future(self._run(job, rows))
         try:
             while not (await asyncio.wait({work}, timeout=_PROGRESS_S))[0]:
                 if rows:
-                    yield await self._progress(job, rows)
+                    told = await self._progress(job, rows, told)
+                    yield told
             yield work.result()
         finally:
             work.cancel()
@@ -307,10 +309,14 @@ class ModelDeployment:
         metadata = self._metadata(row, served)
         return result, images.encode(result, job.output_format, metadata)
 
-    async def _progress(self, job: ImageJob, rows: list[Row]) -> JobProgress:
+    async def _progress(self, job: ImageJob, rows: list[Row], told: JobProgress) -> JobProgress:
+        """How far rows are; with a picture of the first one, if that has moved since `told`."""
         steps = sum(row.progress.steps for row in rows)
         done = steps - sum(row.progress.steps_left for row in rows)
-        return JobProgress(done, steps, _left_s(rows, done, steps))
+        preview = None
+        if job.preview and done > told.steps_done and (served := self._host.served):
+            preview = await self._on_pool(_preview, served.pipeline, rows[0])
+        return JobProgress(done, steps, _left_s(rows, done, steps), preview)
 
     # --- what a result says of itself ---
 
@@ -349,6 +355,11 @@ class ModelDeployment:
 
     async def _on_pool(self, work: Callable[..., Any], *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+
+def _preview(pipeline: AnyPipeline, row: Row) -> bytes | None:
+    pixels = None if row.state is None else pipeline.preview(row.input, row.state)
+    return None if pixels is None else images.thumbnail(pixels)
 
 
 def _left_s(rows: list[Row], done: int, steps: int) -> float | None:

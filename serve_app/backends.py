@@ -108,7 +108,7 @@ class HandleBackend:
         Raises:
             ImagenError: as a call does.
         """
-        answers = self._handle.options(method_name="stream", stream=True).remote(job)
+        answers: Any = self._handle.options(method_name="stream", stream=True).remote(job)
         try:
             async for answer in answers:
                 yield answer

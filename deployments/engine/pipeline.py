@@ -80,6 +80,10 @@ class Pipeline(Protocol[RequestT, StateT]):
         """Advance rows of one key by one step, in place."""
         ...
 
+    def preview(self, row: RowInput[RequestT], state: StateT) -> Pixels | None:
+        """A small picture of a row between its steps, on any thread; None if there is none."""
+        ...
+
     def finish(self, state: StateT) -> Generator[None, None, Pixels]:
         """The pixels of a row after its last step.
 

@@ -66,8 +66,9 @@ class Denoising:
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of the picture's noise, of the x4 upscaler.
         index: the next step.
-        former: the clean latents that the last step predicted, for a multistep schedule.
+        former: the clean latents that the last step predicted, if the schedule is linear.
         scheduler: the row's own copy, if the schedule is not linear.
+        source: the latents of the picture that the row started from, where there is one.
     """
 
     latents: torch.Tensor
@@ -80,6 +81,7 @@ class Denoising:
     index: int = 0
     former: torch.Tensor | None = None
     scheduler: Any = None
+    source: torch.Tensor | None = None
 
     @property
     def guided(self) -> bool:
@@ -126,7 +128,7 @@ class Denoiser:
             after = after + factors[USE_FORMER] * torch.cat(former)
         for i, row in enumerate(rows):
             row.latents = after[i : i + 1]
-            row.former = data[i : i + 1] if row.schedule.multistep else None
+            row.former = data[i : i + 1]
             row.index += 1
 
     def _step_with_schedulers(self, rows: Sequence[Denoising]) -> None:

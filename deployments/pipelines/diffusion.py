@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 
+from deployments.buckets import resize
 from deployments.contract import DiffusionRequest
 from deployments.engine.pipeline import Work
 from deployments.pipelines.autoencoder import Autoencoder
@@ -37,12 +38,14 @@ class Start:
         schedule: the steps to run.
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of that picture's noise.
+        source: the latents of the picture that the row starts from, where there is one.
     """
 
     latents: torch.Tensor
     schedule: Schedule
     picture: torch.Tensor | None = None
     noise_level: int | None = None
+    source: torch.Tensor | None = None
 
 
 class Diffusion(ABC, Generic[RequestT]):
@@ -113,6 +116,7 @@ class Diffusion(ABC, Generic[RequestT]):
             guidance_scale=request.guidance_scale,
             picture=start.picture,
             noise_level=start.noise_level,
+            source=start.source,
         )
 
     def steps(self, state: Denoising) -> int:
@@ -124,6 +128,21 @@ class Diffusion(ABC, Generic[RequestT]):
     def step(self, states: Sequence[Denoising]) -> None:
         self.denoiser.step(states)
 
+    @torch.inference_mode()
+    def preview(self, row: RowInput[RequestT], state: Denoising) -> Pixels | None:
+        """The clean latents that the last step predicted, as colours, a pixel for each latent.
+
+        The row's own picture and its latents say which colours latents stand for: a linear map
+        fits them well enough for a preview, without the autoencoder.
+        """
+        if state.source is None or state.former is None:
+            return None
+        height, width = state.source.shape[2:]
+        shown = torch.from_numpy(resize(row.pixels, width, height)).reshape(-1, 3) / 255
+        colours = torch.linalg.lstsq(_columns(state.source), shown).solution
+        pixels = (_columns(state.former) @ colours).clamp(0, 1) * 255
+        return pixels.round().to(torch.uint8).reshape(height, width, 3).numpy()
+
     def finish(self, state: Denoising) -> Generator[None, None, Pixels]:
         return self.autoencoder.decode(state.latents)
 
@@ -134,6 +153,12 @@ class Diffusion(ABC, Generic[RequestT]):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+
+
+def _columns(latents: torch.Tensor) -> torch.Tensor:
+    """`(1, C, h, w)` as `(h * w, C + 1)` on the CPU: a row for each place, and a constant."""
+    flat = latents[0].flatten(1).T.float().cpu()
+    return torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
 
 
 class PromptCache:

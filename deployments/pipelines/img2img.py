@@ -73,7 +73,8 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         yield
         noise = randn_tensor(clean.shape, generator, clean.device, self._stock.unet.dtype)
         schedule = self.denoiser.schedule(request.steps, request.steps - self._steps(request))
-        return Start(clean.float() * schedule.image + noise.float() * schedule.noise, schedule)
+        noisy = clean.float() * schedule.image + noise.float() * schedule.noise
+        return Start(noisy, schedule, source=clean)
 
     def _encode(self, text: str) -> Embeddings:
         values = self._encode_prompt(text)

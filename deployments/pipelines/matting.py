@@ -96,6 +96,9 @@ class Matting:
         for state, mask, valid in zip(states, alpha, finite, strict=True):
             state.alpha, state.valid = mask, valid
 
+    def preview(self, row: RowInput[BackgroundRequest], state: Mask) -> Pixels | None:
+        return None
+
     def finish(self, state: Mask) -> Generator[None, None, Pixels]:
         yield from ()
         if not state.valid.item():

@@ -144,6 +144,9 @@ class UpscaleGan:
             state.outputs.append(output)
             state.valid.append(ok)
 
+    def preview(self, row: RowInput[UpscaleRequest], state: Tiling) -> Pixels | None:
+        return None
+
     @torch.inference_mode()
     def finish(self, state: Tiling) -> Generator[None, None, Pixels]:
         # Read first: this waits for the device, and so for its copies of the outputs.

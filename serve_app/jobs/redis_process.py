@@ -57,8 +57,10 @@ class RedisProcess:
         """Start the server unless it runs; returns its URL. Blocks for as long as that takes.
 
         Raises:
-            JobsUnavailable: it does not start.
+            JobsUnavailable: it does not start, or was closed.
         """
+        if self._lock.closed:
+            raise _does_not_start("closed")
         if self._process is None or self._process.poll() is not None:
             self._start()
         return self.url
@@ -178,9 +180,13 @@ def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.02)
         else:
             return
-    raise JobsUnavailable(
+    raise _does_not_start(f"exit code {process.returncode}")
+
+
+def _does_not_start(value: str) -> JobsUnavailable:
+    return JobsUnavailable(
         "The Redis server of jobs does not start.",
-        value=f"exit code {process.returncode}",
+        value=value,
         remedy="See whether its folder is full or damaged, or set REDIS_URL.",
     )
 
