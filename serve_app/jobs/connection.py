@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -15,7 +16,7 @@ from redis.exceptions import RedisError
 from deployments.errors import ConfigError, JobsUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 URL_VARIABLE = "REDIS_URL"
 """Names the Redis server, with its password: redis://… or, with TLS, rediss://…"""
@@ -29,7 +30,7 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
 
     Args:
         url: redis:// or rediss://, with the password.
-        timeout_s: of connecting, of each command, and of waiting for a free connection.
+        timeout_s: of connecting, and of waiting for a free connection.
 
     Raises:
         ConfigError: the URL is no Redis URL.
@@ -40,7 +41,9 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
             decode_responses=True,
             max_connections=_CONNECTIONS,
             timeout=timeout_s,
-            socket_timeout=timeout_s,
+            # Not socket_timeout: redis-py uses asyncio.wait_for for it, which can swallow a cancel
+            # before Python 3.12. `answered` limits the time instead.
+            socket_timeout=None,
             socket_connect_timeout=timeout_s,
             health_check_interval=30,
             # One more try, because a connection of a Redis that restarted is dead.
@@ -135,3 +138,15 @@ def redis_errors() -> Generator[None]:
         yield
     except (RedisError, OSError, TimeoutError) as error:
         raise away(type(error).__name__) from error
+
+
+@asynccontextmanager
+async def answered(timeout_s: float = TIMEOUT_S) -> AsyncGenerator[None]:
+    """A call of Redis, which must answer in time.
+
+    Raises:
+        JobsUnavailable: it does not, or not as it should.
+    """
+    with redis_errors():
+        async with asyncio.timeout(timeout_s):
+            yield

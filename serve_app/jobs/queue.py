@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deployments.tasks import Task
-from serve_app.jobs.connection import redis_errors
+from serve_app.jobs.connection import answered
 from serve_app.jobs.record import STATUSES, Job, JobSpec
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class JobQueue:
         """Id and fingerprint of the first job with this Idempotency-Key; None if there is none."""
         digest = hashlib.sha256(idempotency_key.encode()).hexdigest()
         name = self.key("idempotency", owner, digest)
-        with redis_errors():
+        async with answered():
             found: Any = await self._redis().hmget(name, ["id", "fingerprint"])  # pyright: ignore[reportGeneralTypeIssues]
         return (found[0], found[1]) if found[0] else None
 
@@ -144,7 +144,7 @@ class JobQueue:
         """
         index = self.key("jobs", owner, status) if status else self.key("jobs", owner)
         top = f"({before}" if before else "+"
-        with redis_errors():
+        async with answered():
             ids: Any = await self._redis().zrevrangebylex(index, top, "-", 0, limit + 1)
         jobs = await self.read(ids[:limit])
         return jobs, ids[limit - 1] if len(ids) > limit else None
@@ -186,7 +186,7 @@ class JobQueue:
 
     async def events(self, job_id: str, after: str = "") -> list[Event]:
         """Events of a job, oldest first; those after an event id if one is given."""
-        with redis_errors():
+        async with answered():
             found: Any = await self._redis().xrange(
                 self.key("events", job_id), min=f"({after}" if after else "-"
             )
@@ -227,7 +227,7 @@ class JobQueue:
 
     async def depth(self) -> dict[Task, tuple[int, int, float]]:
         """For each task: jobs waiting, jobs running, seconds that the oldest has waited."""
-        with redis_errors():
+        async with answered():
             async with self._redis().pipeline(transaction=False) as pipe:
                 pipe.time()
                 for task in Task:
@@ -246,13 +246,13 @@ class JobQueue:
 
     async def dead(self, limit: int = 100) -> list[Job]:
         """Jobs that failed although nothing was wrong with them, newest first."""
-        with redis_errors():
+        async with answered():
             ids: Any = await self._redis().zrevrange(self.key("dead"), 0, limit - 1)
         return await self.read(ids)
 
     async def count(self, owner: str) -> dict[Status, int]:
         """An owner's jobs by status."""
-        with redis_errors():
+        async with answered():
             return {
                 status: await self._redis().zcard(self.key("jobs", owner, status))
                 for status in STATUSES
@@ -262,7 +262,7 @@ class JobQueue:
         return ":".join((self.namespace, *parts))
 
     async def _run(self, script: str, *args: object) -> Any:
-        with redis_errors():
+        async with answered():
             return await _script(self._redis(), script)(
                 args=[self.namespace, *(str(arg) for arg in args)]
             )

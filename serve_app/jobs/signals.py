@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import JobsUnavailable
-from serve_app.jobs.connection import redis_errors
+from serve_app.jobs.connection import answered, redis_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -30,6 +30,8 @@ class Signals:
     Args:
         link: to Redis.
         namespace: begins every key.
+
+    Attributes:
         on_word: called with each word, such as `wake`, `event <id>` or `ended <id>`.
     """
 
@@ -41,7 +43,7 @@ class Signals:
     ) -> None:
         self._link = link
         self._channel = f"{namespace}:signal"
-        self._on_word = on_word
+        self.on_word = on_word
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
 
     @contextmanager
@@ -67,7 +69,8 @@ class Signals:
 
     async def _listen(self, redis: Redis) -> None:
         async with redis.pubsub(ignore_subscribe_messages=True) as channel:
-            await channel.subscribe(self._channel)
+            async with answered():
+                await channel.subscribe(self._channel)
             self._wake_all()  # what was said while nobody listened
             while True:
                 message: Any = await channel.get_message(timeout=_POLL_S)
@@ -75,15 +78,15 @@ class Signals:
                     self._tell(message["data"])
 
     def _tell(self, word: str) -> None:
-        if self._on_word:
-            self._on_word(word)
+        if self.on_word:
+            self.on_word(word)
         _, _, job_id = word.partition(" ")
         for event in self._waiting.get(job_id, ()):
             event.set()
 
     def _wake_all(self) -> None:
-        if self._on_word:
-            self._on_word("wake")
+        if self.on_word:
+            self.on_word("wake")
         for events in self._waiting.values():
             for event in events:
                 event.set()

@@ -149,7 +149,8 @@ class Worker:
             self._runs[job.spec.job_id] = _Run(job, work, job.attempts, beat_s=time.monotonic())
         if not jobs:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _IDLE_S)
+                async with asyncio.timeout(_IDLE_S):
+                    await self._wake.wait()
 
     def _room(self) -> dict[Task, int]:
         """How many more jobs of each model fit; in any order, so that none always goes first."""

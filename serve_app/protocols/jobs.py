@@ -247,13 +247,11 @@ async def answer(request: Request, job_id: str, preference: Preference) -> Respo
     headers = {"Location": f"{prefix}/api/v1/jobs/{job_id}"}
     if preference.applied:
         headers["Preference-Applied"] = preference.applied
-    if preference.wait_s:
-        job = await jobs.wait(owner, job_id, preference.wait_s)
-    else:
-        job = await jobs.get(owner, job_id)
-    if not (preference.wait_s and job.has_ended):
-        body = {"job_id": job_id, "status": job.status}
-        return JSONResponse(body, 202, headers)
+    if not preference.wait_s:
+        return JSONResponse({"job_id": job_id, "status": "queued"}, 202, headers)
+    job = await jobs.wait(owner, job_id, preference.wait_s)
+    if not job.has_ended:
+        return JSONResponse({"job_id": job_id, "status": job.status}, 202, headers)
     if job.status == "failed" and job.error:
         return JSONResponse(job.error, job.error["status"], headers, media_type=MEDIA_TYPE)
     if job.status == "completed" and len(job.results) == 1:

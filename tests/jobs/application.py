@@ -1,0 +1,207 @@
+"""The HTTP application, a worker and a real Redis in one process, with models that stand in for Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import uvicorn
+from PIL import Image
+
+from deployments.contract import ImageJob, ImageResult, JobProgress
+from deployments.settings import JobSettings, Settings
+from deployments.tasks import Task
+from serve_app.api import create_app
+from serve_app.intake import Details
+from serve_app.jobs.connection import RedisLink
+from serve_app.jobs.files import open_job_files
+from serve_app.jobs.queue import JobQueue
+from serve_app.jobs.service import Jobs
+from serve_app.jobs.signals import Signals
+from serve_app.jobs.worker import Worker
+from tests.jobs.redis_server import free_port
+from tests.unit.fakes import REGISTRY
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    """A small file that differs by seed."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 255, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    return file.getvalue()
+
+
+@dataclass
+class StandInModels:
+    """Models that do as they are told: `steps` steps, then a picture that the seed determines.
+
+    Attributes:
+        step_s: how long a step takes.
+        errors: raised by the next calls, one each, instead of an answer.
+        jobs: what was received, in order.
+        stepped: steps done, by job id.
+    """
+
+    step_s: float = 0.0
+    errors: list[Exception] = field(default_factory=list)
+    jobs: list[ImageJob] = field(default_factory=list)
+    stepped: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, task: Task) -> StandInModel:
+        return StandInModel(self, task)
+
+    def recovery_s(self, task: Task) -> float:
+        return 1.0
+
+    async def states(self) -> dict[Task, Any]:
+        return dict.fromkeys(Task, "ready")
+
+    async def details(self) -> Details:
+        return Details({}, {})
+
+
+@dataclass
+class StandInModel:
+    models: StandInModels
+    task: Task
+
+    async def __call__(self, job: ImageJob) -> ImageResult:
+        async for told in self.stream(job):
+            if not isinstance(told, JobProgress):
+                return told[0]
+        raise AssertionError
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
+        self.models.jobs.append(job)
+        if self.models.errors:
+            raise self.models.errors.pop(0)
+        steps = getattr(job.request, "steps", 1)
+        for done in range(1, steps + 1):
+            await asyncio.sleep(self.models.step_s)
+            self.models.stepped[job.request_id] = done
+            preview = picture(done, "JPEG") if job.preview else None
+            yield JobProgress(done, steps, (steps - done) * self.models.step_s, preview)
+        seed = getattr(job.request, "seed", None)
+        yield tuple(_result(job, self.task, seed, k) for k in range(job.n))
+
+
+def _result(job: ImageJob, task: Task, seed: int | None, k: int) -> ImageResult:
+    own = None if seed is None else seed + k
+    return ImageResult(
+        image=picture(own or 0),
+        media_type=f"image/{job.output_format}",
+        width_px=24,
+        height_px=16,
+        model=f"{task}-starter@0123abcd",
+        seed=own,
+        batch_size=job.n,
+        gpu_seconds=0.25,
+        timings_s={"decode": 0.001, "queue": 0.0, "denoise": 0.5, "vae": 0.1, "encode": 0.001},
+    )
+
+
+@dataclass
+class Application:
+    """A running one.
+
+    Attributes:
+        url: of the server.
+        models: behind it.
+        client: at that address; follows no redirects.
+        worker: None while there is none.
+    """
+
+    url: str
+    models: StandInModels
+    client: httpx.AsyncClient
+    queue: JobQueue
+    jobs: Jobs
+    settings: JobSettings
+    signals: Signals
+    worker: asyncio.Task[None] | None = None
+
+    async def submit(self, task: Task = Task.COMIC, seed: int = 1, **options: Any) -> str:
+        """Make a job; returns its id."""
+        headers = {"Prefer": "respond-async"} | options.pop("headers", {})
+        data = {"steps": "3", "seed": str(seed)} | options
+        answer = await self.client.post(
+            task.route, files={"image": ("photo.png", picture(0))}, data=data, headers=headers
+        )
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    async def job(self, job_id: str) -> Any:
+        answer = await self.client.get(f"/api/v1/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def ended(self, job_id: str) -> Any:
+        """The job, once it has ended."""
+        while (job := await self.job(job_id))["status"] in ("queued", "processing"):
+            await asyncio.sleep(0.02)
+        return job
+
+    async def start_worker(self) -> None:
+        worker = Worker(
+            self.queue, self.jobs.files, {t: self.models[t] for t in Task}, self.settings
+        )
+        self.signals.on_word = worker.hear
+        self.worker = asyncio.create_task(worker.run())
+
+    async def lose_worker(self) -> None:
+        """End the worker's loops and its jobs where they stand, as its death does."""
+        assert self.worker
+        self.worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.worker
+        for task in asyncio.all_tasks():
+            if "_carry" in repr(task.get_coro()):
+                task.cancel()
+        self.worker = None
+
+
+@asynccontextmanager
+async def application(
+    redis_url: str, folder: Path, *, working: bool = True, **changes: Any
+) -> AsyncGenerator[Application]:
+    """An application on a free port, whose jobs are in this Redis and this folder."""
+    settings = Settings(jobs=JobSettings(folder=folder, **changes))
+    models = StandInModels()
+
+    async def url() -> str:
+        return redis_url
+
+    link = RedisLink(url)
+    queue = JobQueue(
+        link, settings.jobs.namespace, keep_s=settings.jobs.keep_s, lease_s=settings.jobs.lease_s
+    )
+    signals = Signals(link, settings.jobs.namespace)
+    jobs = Jobs(queue, open_job_files(settings.jobs), signals, settings.jobs)
+    app = create_app(models, REGISTRY, settings, jobs=jobs)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
+    base = f"http://127.0.0.1:{port}"
+    tasks = [asyncio.create_task(server.serve()), asyncio.create_task(signals.listen())]
+    async with httpx.AsyncClient(base_url=base, timeout=30, trust_env=False) as client:
+        made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+        while not server.started or link.current is None:
+            await asyncio.sleep(0.01)
+        if working:
+            await made.start_worker()
+        yield made
+        if made.worker is not None:
+            await made.lose_worker()
+    server.should_exit = True
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if link.current is not None:
+        await link.current.aclose()

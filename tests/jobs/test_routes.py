@@ -1,0 +1,504 @@
+"""Jobs over real HTTP, with a real Redis and models that stand in for Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
+from deployments.tasks import Task
+from tests.jobs.application import Application, application, picture
+from tests.jobs.redis_server import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+    from pathlib import Path
+
+    import httpx
+
+ASYNC = {"Prefer": "respond-async"}
+COMIC = Task.COMIC.route
+NOBODY = "0" * 32
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+async def app(server: RedisServer, tmp_path: Path) -> AsyncGenerator[Application]:
+    namespace = f"t{time.monotonic_ns()}"
+    async with application(server.url, tmp_path, namespace=namespace) as running:
+        yield running
+
+
+@pytest.fixture
+async def idle(server: RedisServer, tmp_path: Path) -> AsyncGenerator[Application]:
+    """Nobody works."""
+    namespace = f"t{time.monotonic_ns()}"
+    async with application(server.url, tmp_path, working=False, namespace=namespace) as running:
+        yield running
+
+
+async def post(
+    app: Application, headers: dict[str, str] | None = None, **data: str
+) -> httpx.Response:
+    return await app.client.post(
+        COMIC, files={"image": ("photo.png", picture(0))}, data=data, headers=headers or {}
+    )
+
+
+def refused(answer: httpx.Response, status: int, code: str) -> Any:
+    assert answer.status_code == status, answer.text
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem["code"] == code
+    assert problem["remedy"]
+    return problem
+
+
+# Submitting
+
+
+async def test_a_job_is_accepted_at_once_and_ends_with_the_picture(app: Application) -> None:
+    answer = await post(app, ASYNC, steps="4", seed="5")
+    assert answer.status_code == 202
+    assert answer.headers["preference-applied"] == "respond-async"
+    job_id = answer.json()["job_id"]
+    assert answer.json() == {"job_id": job_id, "status": "queued"}
+    assert answer.headers["location"] == f"/api/v1/jobs/{job_id}"
+    job = await app.ended(job_id)
+    assert job["status"] == "completed"
+    assert (job["steps_done"], job["steps"], job["attempts"]) == (4, 4, 1)
+    assert job["gpu_seconds"] == 0.25
+    [result] = job["results"]
+    assert (result["seed"], result["media_type"]) == (5, "image/png")
+    link = await app.client.get(result["url"])
+    assert link.status_code == 307
+    assert link.headers["cache-control"] == "no-store"
+    shown = await app.client.get(link.headers["location"])
+    assert shown.status_code == 200
+    assert shown.content == picture(5)
+    assert shown.headers["content-type"] == "image/png"
+
+
+async def test_wait_answers_as_a_sync_call_does(app: Application) -> None:
+    waited = await post(app, {"Prefer": "wait=10"}, steps="2", seed="5")
+    direct = await post(app, steps="2", seed="5")
+    assert waited.status_code == direct.status_code == 200
+    assert waited.content == direct.content
+    assert waited.headers["preference-applied"] == "wait=10"
+    same = ("x-imagen-model", "x-imagen-seed", "x-imagen-batch-size", "x-imagen-size")
+    assert [waited.headers[name] for name in same] == [direct.headers[name] for name in same]
+
+
+async def test_wait_gives_up_with_202(app: Application) -> None:
+    app.models.step_s = 5
+    answer = await post(app, {"Prefer": "wait=1"}, steps="2")
+    assert (answer.status_code, answer.json()["status"]) == (202, "processing")
+
+
+async def test_wait_for_a_job_that_fails_gets_the_problem_of_a_sync_call(app: Application) -> None:
+    error = DamagedImage("The picture ends early.", value="half", remedy="Send all of it.")
+    app.models.errors = [error, error]
+    waited, direct = await post(app, {"Prefer": "wait=9"}), await post(app)
+    assert (
+        refused(waited, 400, "damaged_image")["fact"]
+        == refused(direct, 400, "damaged_image")["fact"]
+    )
+
+
+async def test_several_results_have_seeds_that_follow_one_another(app: Application) -> None:
+    job = await app.ended(await app.submit(seed=40, n="3"))
+    assert [one["seed"] for one in job["results"]] == [40, 41, 42]
+    assert len(app.models.jobs) == 1
+    for k, seed in enumerate((40, 41, 42)):
+        link = await app.client.get(f"/api/v1/jobs/{job['job_id']}/results/{k}")
+        assert (await app.client.get(link.headers["location"])).content == picture(seed)
+    refused(await app.client.get(f"/api/v1/jobs/{job['job_id']}/results/3"), 404, "no_such_job")
+
+
+async def test_a_seed_is_drawn_once_for_all_attempts(app: Application) -> None:
+    app.models.errors = [NotReady("It was lost.", value="lost", remedy="Again.")]
+    job = await app.ended(await app.submit(headers={}, seed=""[:0] or 9))
+    assert job["attempts"] == 2
+    assert {one.request.seed for one in app.models.jobs} == {9}
+    answer = await post(app, ASYNC)
+    drawn = (await app.ended(answer.json()["job_id"]))["results"][0]["seed"]
+    assert drawn == app.models.jobs[-1].request.seed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", "2"), ("webhook", "https://a.example"), ("deadline_s", "9"), ("preview", "true")],
+)
+async def test_a_field_of_jobs_on_a_sync_call_names_prefer(
+    app: Application, name: str, value: str
+) -> None:
+    problem = refused(await post(app, **{name: value}), 422, "invalid_parameter")
+    assert "Prefer" in problem["remedy"]
+    assert name in problem["fact"]
+
+
+async def test_an_idempotency_key_on_a_sync_call_is_refused(app: Application) -> None:
+    answer = await post(app, {"Idempotency-Key": "k"})
+    assert "Prefer" in refused(answer, 422, "invalid_parameter")["remedy"]
+
+
+async def test_n_of_one_is_fine_on_a_sync_call(app: Application) -> None:
+    assert (await post(app, n="1")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", "0"),
+        ("n", "9"),
+        ("priority", "urgent"),
+        ("deadline_s", "0"),
+        ("deadline_s", "nan"),
+        ("webhook_events", "completed,exploded"),
+        ("webhook", "ftp://a.example"),
+        ("webhook", "https://127.0.0.1/x"),
+        ("steps", "0"),
+    ],
+)
+async def test_a_wrong_field_is_refused_before_anything_is_kept(
+    idle: Application, name: str, value: str
+) -> None:
+    refused(await post(idle, ASYNC, **{name: value}), 422, "invalid_parameter")
+    assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
+
+
+async def test_n_needs_a_model_that_uses_chance(app: Application) -> None:
+    answer = await app.client.post(
+        Task.BACKGROUND.route, files={"image": picture(0)}, data={"n": "2"}, headers=ASYNC
+    )
+    refused(answer, 422, "invalid_parameter")
+
+
+async def test_a_repeated_submission_finds_the_first_job(idle: Application) -> None:
+    key = ASYNC | {"Idempotency-Key": "k-1"}
+    first, again = await post(idle, key, steps="3"), await post(idle, key, steps="3")
+    assert again.status_code == 202
+    assert again.json()["job_id"] == first.json()["job_id"]
+    refused(await post(idle, key, steps="4"), 409, "idempotency_conflict")
+    assert len((await idle.client.get("/api/v1/jobs")).json()["jobs"]) == 1
+
+
+async def test_many_equal_submissions_at_once_make_one_job(idle: Application) -> None:
+    key = ASYNC | {"Idempotency-Key": "k-2"}
+    answers = await asyncio.gather(*(post(idle, key) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["job_id"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("prefer", ["", "wait", "wait=-1", "wait=x", "handling=strict", "foo"])
+async def test_a_preference_that_means_nothing_here_is_ignored(
+    app: Application, prefer: str
+) -> None:
+    answer = await post(app, {"Prefer": prefer})
+    assert answer.status_code == 200
+    assert "preference-applied" not in answer.headers
+
+
+async def test_async_can_be_the_default(server: RedisServer, tmp_path: Path) -> None:
+    async with application(
+        server.url, tmp_path, namespace="default", respond_async_by_default=True
+    ) as app:
+        answer = await post(app)
+        assert answer.status_code == 202
+        waited = await post(app, {"Prefer": "wait=9"})
+        assert waited.status_code == 200
+
+
+async def test_a_full_queue_says_when_to_come_back(server: RedisServer, tmp_path: Path) -> None:
+    async with application(
+        server.url, tmp_path, working=False, namespace="full", max_queued=2
+    ) as app:
+        assert [(await post(app, ASYNC)).status_code for _ in range(2)] == [202, 202]
+        answer = await post(app, ASYNC)
+        refused(answer, 429, "full")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert len(list((tmp_path / "files" / "inputs").iterdir())) == 2
+
+
+# Reading
+
+
+async def test_the_queue_tells_the_place_and_the_time(idle: Application) -> None:
+    ids = [await idle.submit(seed=i) for i in range(3)]
+    places = [(await idle.job(job_id))["position"] for job_id in ids]
+    assert places == [1, 2, 3]
+
+
+async def test_pages_lead_through_all_jobs(idle: Application) -> None:
+    made = [await idle.submit(seed=i) for i in range(5)]
+    await idle.client.delete(f"/api/v1/jobs/{made[1]}")
+    seen, cursor = [], ""
+    while cursor is not None:
+        page = (await idle.client.get(f"/api/v1/jobs?limit=2&cursor={cursor}")).json()
+        seen += [job["job_id"] for job in page["jobs"]]
+        cursor = page["next_cursor"]
+    assert seen == made[::-1]
+    canceled = (await idle.client.get("/api/v1/jobs?status=canceled")).json()["jobs"]
+    assert [job["job_id"] for job in canceled] == [made[1]]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=101", "limit=x", "status=lost", "cursor=../x", "page=2"]
+)
+async def test_a_wrong_query_is_refused(idle: Application, query: str) -> None:
+    refused(await idle.client.get(f"/api/v1/jobs?{query}"), 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize("job_id", [NOBODY, "x", "0" * 31, "A" * 32, "%2e%2e", "*", "0" * 400])
+@pytest.mark.parametrize("route", ["", "/result", "/results/0", "/events", "/retry", "DELETE"])
+async def test_a_job_that_nobody_knows_is_404(idle: Application, job_id: str, route: str) -> None:
+    method = {"/retry": "POST", "DELETE": "DELETE"}.get(route, "GET")
+    path = f"/api/v1/jobs/{job_id}{route if route != 'DELETE' else ''}"
+    refused(await idle.client.request(method, path), 404, "no_such_job")
+
+
+async def test_a_result_before_the_end_is_a_conflict(idle: Application) -> None:
+    job_id = await idle.submit()
+    refused(await idle.client.get(f"/api/v1/jobs/{job_id}/result"), 409, "job_conflict")
+
+
+async def test_a_link_that_was_altered_is_refused(app: Application) -> None:
+    job = await app.ended(await app.submit())
+    link = (await app.client.get(job["links"]["result"])).headers["location"]
+    assert (await app.client.get(link)).status_code == 200
+    for altered in (
+        link[:-1] + ("0" if link[-1] != "0" else "1"),
+        link.replace("expires=", "expires=1"),
+    ):
+        refused(await app.client.get(altered), 403, "link_refused")
+    refused(await app.client.get("/files/outputs/x"), 403, "link_refused")
+
+
+# Ending
+
+
+async def test_cancel_a_queued_job(idle: Application) -> None:
+    job_id = await idle.submit()
+    canceled = await idle.client.delete(f"/api/v1/jobs/{job_id}")
+    assert (canceled.status_code, canceled.json()["status"]) == (200, "canceled")
+    assert (await idle.client.delete(f"/api/v1/jobs/{job_id}")).status_code == 200
+    await idle.start_worker()
+    await asyncio.sleep(0.3)
+    assert idle.models.jobs == []
+
+
+async def test_cancel_stops_a_running_job_between_its_steps(app: Application) -> None:
+    app.models.step_s = 0.1
+    job_id = await app.submit(steps="100")
+    while (await app.job(job_id))["steps_done"] < 3:
+        await asyncio.sleep(0.05)
+    assert (await app.client.delete(f"/api/v1/jobs/{job_id}")).json()["status"] == "canceled"
+    await asyncio.sleep(0.3)
+    stopped_at = app.models.stepped[job_id]
+    await asyncio.sleep(0.4)
+    assert app.models.stepped[job_id] == stopped_at
+    assert (await app.job(job_id))["status"] == "canceled"
+
+
+async def test_cancel_after_the_end_is_a_conflict(app: Application) -> None:
+    job_id = await app.submit()
+    await app.ended(job_id)
+    refused(await app.client.delete(f"/api/v1/jobs/{job_id}"), 409, "job_conflict")
+
+
+async def test_bad_input_is_never_tried_again(app: Application) -> None:
+    app.models.errors = [DamagedImage("The picture ends early.", value="half", remedy="Send it.")]
+    job = await app.ended(await app.submit())
+    assert (job["status"], job["attempts"]) == ("failed", 1)
+    assert job["error"]["code"] == "damaged_image"
+    assert len(app.models.jobs) == 1
+
+
+async def test_a_busy_model_costs_no_attempt(app: Application) -> None:
+    busy = Full("Busy.", value="busy", remedy="Again.", retry_after_s=0.01)
+    app.models.errors = [busy] * 8
+    job = await app.ended(await app.submit())
+    assert (job["status"], job["attempts"]) == ("completed", 1)
+
+
+async def test_a_job_that_fails_again_and_again_is_a_dead_letter(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="dead", attempts=2) as app:
+        app.models.errors = [ModelFailed("No picture.", value="none", remedy="Again.")] * 2
+        job = await app.ended(await app.submit())
+        assert (job["status"], job["attempts"]) == ("failed", 2)
+        assert [one.spec.job_id for one in await app.queue.dead()] == [job["job_id"]]
+
+
+async def test_a_job_past_its_deadline_fails_as_too_late(app: Application) -> None:
+    app.models.step_s = 10
+    job = await app.ended(await app.submit(deadline_s="1"))
+    assert (job["status"], job["error"]["code"]) == ("failed", "too_late")
+
+
+async def test_a_failed_job_can_be_retried_as_a_new_one(app: Application) -> None:
+    app.models.errors = [DamagedImage("The picture ends early.", value="half", remedy="Send it.")]
+    failed = await app.ended(await app.submit(seed=3))
+    answer = await app.client.post(f"/api/v1/jobs/{failed['job_id']}/retry")
+    assert answer.status_code == 202
+    again = await app.ended(answer.json()["job_id"])
+    assert (again["status"], again["retry_of"]) == ("completed", failed["job_id"])
+    assert again["request"] == failed["request"]
+    refused(await app.client.post(f"/api/v1/jobs/{again['job_id']}/retry"), 409, "job_conflict")
+
+
+async def test_a_lost_worker_s_job_is_run_again(server: RedisServer, tmp_path: Path) -> None:
+    async with application(server.url, tmp_path, namespace="lost", lease_s=1) as app:
+        app.models.step_s = 0.2
+        job_id = await app.submit(steps="10", seed=6)
+        while (await app.job(job_id))["steps_done"] < 2:
+            await asyncio.sleep(0.05)
+        await app.lose_worker()
+        app.models.step_s = 0
+        await app.start_worker()
+        job = await app.ended(job_id)
+        assert (job["status"], job["attempts"]) == ("completed", 2)
+
+
+async def test_results_that_a_lost_worker_stored_are_not_made_again(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(
+        server.url, tmp_path, namespace="stored", working=False, lease_s=1
+    ) as app:
+        job_id = await app.submit(seed=6)
+        [job] = await app.queue.claim({Task.COMIC: 1})
+        document = {
+            "seed": 6,
+            "media_type": "image/png",
+            "width_px": 24,
+            "height_px": 16,
+            "bytes": 3,
+            "metadata": {
+                "model": "m",
+                "batch_size": 1,
+                "gpu_seconds": 0.0,
+                "determinism": "exact",
+                "timings_s": {"denoise": 1.0},
+                "notes": [],
+            },
+        }
+        await app.jobs.files.put_result(job_id, 0, picture(99), document)
+        await app.start_worker()
+        done = await app.ended(job_id)
+        assert done["status"] == "completed"
+        assert app.models.jobs == []
+        link = (await app.client.get(done["links"]["result"])).headers["location"]
+        assert (await app.client.get(link)).content == picture(99)
+        assert job.spec.job_id == job_id
+
+
+# Events
+
+
+async def events_of(app: Application, job_id: str, last: str = "") -> list[dict[str, Any]]:
+    """Every event until the stream ends."""
+    headers = {"Last-Event-ID": last} if last else {}
+    found: list[dict[str, Any]] = []
+    async with app.client.stream("GET", f"/api/v1/jobs/{job_id}/events", headers=headers) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        event: dict[str, Any] = {}
+        async for line in stream.aiter_lines():
+            name, _, value = line.partition(": ")
+            if not line and "event" in event:
+                found.append(event | {"data": json.loads(event["data"])})
+                event = {}
+            elif name:
+                event[name] = value
+    return found
+
+
+async def test_events_tell_each_state_and_the_steps_between(app: Application) -> None:
+    app.models.step_s = 0.15
+    events = await events_of(app, await app.submit(steps="6"))
+    names = [event["event"] for event in events]
+    assert names[0] == "queued"
+    assert names[1] == "processing"
+    assert names[-1] == "completed"
+    assert set(names[2:-1]) == {"progress"}
+    done = [event["data"]["steps_done"] for event in events[2:-1]]
+    assert done == sorted(done)
+    assert events[-1]["data"]["results"][0]["seed"] == 1
+
+
+async def test_a_stream_is_resumed_after_the_last_event(app: Application) -> None:
+    job_id = await app.submit()
+    await app.ended(job_id)
+    events = await events_of(app, job_id)
+    assert await events_of(app, job_id, events[0]["id"]) == events[1:]
+    assert await events_of(app, job_id, events[-1]["id"]) == []
+
+
+async def test_a_stream_ends_before_the_proxy_would_cut_it(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(
+        server.url, tmp_path, namespace="short", working=False, stream_s=0.5
+    ) as app:
+        job_id = await app.submit()
+        events = await events_of(app, job_id)
+        assert [event["event"] for event in events] == ["queued"]
+        assert events[0]["retry"] == "1000"
+
+
+async def test_a_preview_is_a_small_jpeg(app: Application) -> None:
+    app.models.step_s = 0.3
+    events = await events_of(app, await app.submit(steps="3", preview="true"))
+    [first, *_] = [event["data"]["image"] for event in events if event["event"] == "preview"]
+    kind, _, data = first.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).width == 24
+
+
+async def test_streams_and_waits_have_bounded_places(server: RedisServer, tmp_path: Path) -> None:
+    async with application(
+        server.url, tmp_path, namespace="places", working=False, max_streams=1, max_waits=1
+    ) as app:
+        job_id = await app.submit()
+        path = f"/api/v1/jobs/{job_id}/events"
+        async with app.client.stream("GET", path) as stream:
+            await anext(stream.aiter_lines())
+            refused(await app.client.get(path), 429, "full")
+        waiting = asyncio.create_task(post(app, {"Prefer": "wait=2"}))
+        await asyncio.sleep(0.5)
+        refused(await post(app, {"Prefer": "wait=2"}), 429, "full")
+        assert (await waiting).status_code == 202
+        async with app.client.stream("GET", path) as stream:
+            assert stream.status_code == 200
+
+
+# Redis away
+
+
+async def test_without_redis_sync_goes_on_and_async_says_when_to_come_back(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as server:
+        async with application(server.url, tmp_path / "files", namespace="away") as app:
+            before = await app.submit()
+            await app.ended(before)
+            server.kill()
+            assert (await post(app)).status_code == 200
+            answer = await post(app, ASYNC)
+            refused(answer, 503, "jobs_unavailable")
+            assert int(answer.headers["retry-after"]) >= 1
+            refused(await app.client.get(f"/api/v1/jobs/{before}"), 503, "jobs_unavailable")
+            server.start()
+            assert (await app.ended(before))["status"] == "completed"
+            assert (await app.ended(await app.submit()))["status"] == "completed"
