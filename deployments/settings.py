@@ -64,8 +64,8 @@ class StoreSettings(Strict):
     Attributes:
         root: folder of the store, on one local disk; None takes $IMAGEN_MODELS, else
             ~/.cache/imagen-models.
-        mirror: gs:// or file:// folder that `imagen models publish` filled. Models come from there
-            rather than from their origins.
+        mirror: gs://, s3:// or file:// folder that `imagen models publish` filled. Models come
+            from there rather than from their origins.
         verify: what loading checks: every byte by CRC32C, or (full) by SHA-256 too.
         prefetch: names of models that each node pulls besides the one that a replica waits for;
             None pulls all that are served.
@@ -83,7 +83,7 @@ class StoreSettings(Strict):
     """
 
     root: Path | None = None
-    mirror: str | None = Field(default=None, pattern=r"^(gs|file)://.+")
+    mirror: str | None = Field(default=None, pattern=r"^(gs|s3|file)://.+")
     verify: Literal["crc32c", "full"] = "crc32c"
     prefetch: tuple[str, ...] | None = None
     threads: int = Field(default=8, ge=1, le=64)

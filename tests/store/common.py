@@ -28,8 +28,8 @@ KIB = 1024
 NAME = "tiny-model"
 REPO = "org/tiny"
 LARGE = "unet/weights.safetensors"
-SCHEMES = ("file", "https", "hf", "gs")
-SERVED = ("https", "hf", "gs")
+SCHEMES = ("file", "https", "hf", "gs", "s3")
+SERVED = ("https", "hf", "gs", "s3")
 
 
 def random_files(seed: int = 0, large: int = 300 * KIB) -> dict[str, bytes]:
@@ -131,8 +131,11 @@ def _held(
     elif scheme == "hf":
         with _hub(files, folder, patch) as found:
             yield found
-    else:
+    elif scheme == "gs":
         with _bucket(files, folder, patch) as found:
+            yield found
+    else:
+        with _s3(files, patch) as found:
             yield found
 
 
@@ -174,6 +177,25 @@ def _bucket(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch)
             gcs.GcsBucket("gs://models/m/v1"),
             server.faults,
             "/download/",
+            lambda: server.put(f"m/v1/{LARGE}", other),
+        )
+
+
+@contextmanager
+def _s3(files: Mapping[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[Held]:
+    from benchmarks.servers.s3 import S3Server
+    from deployments.store.s3 import S3Bucket
+
+    with S3Server() as server:
+        for path, data in files.items():
+            server.put(f"m/v1/{path}", data)
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        other = bytes(byte ^ 0xFF for byte in files[LARGE])
+        yield Held(
+            S3Bucket("s3://models/m/v1"),
+            server.faults,
+            f"/m/v1/{LARGE}",
             lambda: server.put(f"m/v1/{LARGE}", other),
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.s3 import S3Server
 from deployments.errors import (
     ConfigError,
     ModelCorrupt,
@@ -84,12 +85,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
         yield server
 
 
-@pytest.fixture(params=["file", "gs"])
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with S3Server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=["file", "gs", "s3"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         return f"file://{tmp_path / 'mirror'}"
-    request.getfixturevalue("server")
-    return "gs://models/mirror/v1"
+    request.getfixturevalue("server" if request.param == "gs" else "s3")
+    return f"{request.param}://models/mirror/v1"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
