@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from deployments.settings import StoreSettings
 from deployments.store.cache import Store
@@ -16,8 +19,6 @@ from deployments.store.manifest import FileEntry, Licence, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pytest
 
     from benchmarks.servers.faults import Faults
     from deployments.store.bucket import Reader
@@ -205,3 +206,16 @@ def _flip(path: Path) -> None:
     new = path.with_name("new")
     new.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
     new.replace(path)
+
+
+@contextmanager
+def mounted(place: Path, *options: str) -> Iterator[None]:
+    """A file system mounted for a while; skips the test where that is not allowed."""
+    place.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run(["mount", *options, place], capture_output=True)
+    if made.returncode:
+        pytest.skip("may not mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
