@@ -152,7 +152,8 @@ class JobSettings(Strict):
         namespace: begins every Redis key, so that applications can share a Redis.
         folder: where the Redis that the application starts keeps its data, and where pictures are
             if `storage` is unset; None takes $IMAGEN_JOBS, else ~/.cache/imagen-jobs.
-        storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`.
+        storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`/files.
+            `imagen storage init` and `check` prepare and prove it.
         respond_async_by_default: whether a request without a preference becomes a job.
         keep_s: how long jobs, pictures and results are kept.
         link_s: how long a signed link to a result works.

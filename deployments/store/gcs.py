@@ -128,6 +128,34 @@ class GcsBucket:
                     raise _unsignable(url) from error
                 raise
 
+    def expire_after(self, days: int, folders: Sequence[str]) -> None:
+        """Let Google delete the files of these folders once they are `days` old.
+
+        The bucket's other rules stay; an earlier one for the same folders is replaced.
+
+        Raises:
+            Transient, SourceFailed: as `Bucket`.
+        """
+        prefixes = [self._object(f"{folder}/") for folder in folders]
+        with _google_errors(self.url):
+            try:
+                bucket = _account().client.get_bucket(self._name, timeout=web.TIMEOUT_S, retry=None)
+                bucket.lifecycle_rules = [
+                    rule
+                    for rule in bucket.lifecycle_rules
+                    if rule["condition"].get("matchesPrefix") != prefixes
+                ]
+                bucket.add_lifecycle_delete_rule(age=days, matches_prefix=prefixes)
+                bucket.patch(timeout=web.TIMEOUT_S, retry=None)
+            except NotFound as error:
+                raise no_bucket(self.url) from error
+            except Forbidden as error:
+                raise SourceFailed(
+                    "This account may not change the bucket's lifecycle.",
+                    value=self.url,
+                    remedy="Run the command as an account that has roles/storage.admin there.",
+                ) from error
+
     def _stat(self, path: str) -> RemoteFile:
         with _google_errors(f"{self.url}/{path}"):
             blob = (

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from deployments.store.bucket import Bucket
 
 T = TypeVar("T")
+FOLDERS = ("inputs", "outputs")
+"""Everything below them expires."""
 _SWEEP_LIMIT_S = 3600.0
 _THREADS = 16
 _TRIES = StoreSettings(attempts=4, backoff_s=0.1)
@@ -169,9 +171,9 @@ class JobFiles:
             raise _no_such_job(job_id) from error
 
     def _delete(self, job_id: str) -> None:
-        folders = (f"inputs/{job_id}/", f"outputs/{job_id}/")
         with suppress(Missing):  # somebody else deletes the same job
-            paths = [file.path for folder in folders for file in self._bucket.list(folder)]
+            listed = (self._bucket.list(f"{folder}/{job_id}/") for folder in FOLDERS)
+            paths = [file.path for files in listed for file in files]
             # Documents first, so that no result looks whole without its picture.
             for path in sorted(paths, key=lambda path: not path.endswith(".json")):
                 self._bucket.delete(path)

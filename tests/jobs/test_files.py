@@ -12,18 +12,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 import pytest
-from google.auth import compute_engine, iam
-from google.auth.compute_engine import _metadata
 
 from benchmarks.servers.gcs_links import FakeGcsLinks
 from benchmarks.servers.s3 import S3Server
 from deployments.errors import ConfigError, ImagenError, JobsUnavailable, LinkRefused, NoSuchJob
 from deployments.settings import JobSettings
-from deployments.store import gcs
 from deployments.store.folder_bucket import LINK_KEY
 from serve_app.jobs.files import JobFiles, open_job_files
 from serve_app.jobs.links import FolderLinks, folder_key
-from tests.store.common import mounted
+from tests.store import common
 from tests.store.conftest import close_clients
 
 if TYPE_CHECKING:
@@ -47,20 +44,13 @@ def fresh_clients() -> Iterator[None]:
 
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
-    with FakeGcsLinks(page_size=2) as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(_metadata, "_GCE_METADATA_HOST", server.url.removeprefix("http://"))
-        monkeypatch.setattr(iam, "_IAM_SIGN_ENDPOINT", server.sign_endpoint)
-        monkeypatch.setattr(gcs, "AnonymousCredentials", compute_engine.Credentials)
+    with common.google_without_key(monkeypatch) as server:
         yield server
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with S3Server() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(S3Server(), monkeypatch) as server:
         yield server
 
 
@@ -319,7 +309,7 @@ def assert_tells_no_place(error: ImagenError, *secrets: str) -> None:
 
 
 async def test_a_full_disk(tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=400k", "none"):
+    with common.mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=400k", "none"):
         files = open_job_files(JobSettings(storage=f"file://{tmp_path}/disk/files"))
         await files.put_input(JOB, PICTURE)
         with pytest.raises(JobsUnavailable, match="takes no files") as caught:
@@ -337,7 +327,7 @@ async def test_a_read_only_folder(tmp_path: Path) -> None:
     files = open_job_files(JobSettings(storage=f"file://{tmp_path}/real"))
     await files.put_input(JOB, PICTURE)
     files.close()
-    with mounted(tmp_path / "seen", "--bind", "-o", "ro", str(tmp_path / "real")):
+    with common.mounted(tmp_path / "seen", "--bind", "-o", "ro", str(tmp_path / "real")):
         files = open_job_files(JobSettings(storage=f"file://{tmp_path}/seen"))
         for call in (files.put_input(OTHER, b"x"), files.delete(JOB), files.sweep(-1)):
             with pytest.raises(JobsUnavailable, match="takes no files") as caught:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.servers.faults import Faults
+    from benchmarks.servers.gcs import GcsServer
+    from benchmarks.servers.gcs_links import FakeGcsLinks
+    from benchmarks.servers.s3 import S3Server
     from deployments.store.bucket import Reader
     from deployments.store.events import Listener
     from deployments.store.staging import Places
+
+    Server = TypeVar("Server", GcsServer, FakeGcsLinks, S3Server)
 
 KIB = 1024
 NAME = "tiny-model"
@@ -219,3 +224,28 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+@contextmanager
+def served(server: Server, patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A bucket's server, running, with the environment that leads to it."""
+    with server:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@contextmanager
+def google_without_key(patch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
+    """Google's storage for a service account without a key: a metadata server, and IAM signs."""
+    from google.auth import compute_engine, iam
+    from google.auth.compute_engine import _metadata
+
+    from benchmarks.servers.gcs_links import FakeGcsLinks
+    from deployments.store import gcs
+
+    with served(FakeGcsLinks(page_size=2), patch) as server:
+        patch.setattr(_metadata, "_GCE_METADATA_HOST", server.url.removeprefix("http://"))
+        patch.setattr(iam, "_IAM_SIGN_ENDPOINT", server.sign_endpoint)
+        patch.setattr(gcs, "AnonymousCredentials", compute_engine.Credentials)
+        yield server

@@ -30,17 +30,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
-    with GcsServer(page_size=2) as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(GcsServer(page_size=2), monkeypatch) as server:
         yield server
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with S3Server() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(S3Server(), monkeypatch) as server:
         yield server
 
 

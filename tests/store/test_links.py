@@ -13,8 +13,7 @@ import pytest
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from google.auth import compute_engine, iam
-from google.auth.compute_engine import _metadata
+from google.auth import compute_engine
 from google.auth.credentials import AnonymousCredentials
 from google.oauth2 import service_account
 from obstore.store import GCSStore
@@ -26,6 +25,7 @@ from deployments.store import gcs
 from deployments.store.bucket import Transient
 from deployments.store.provider import make_bucket
 from deployments.store.s3 import S3Bucket
+from tests.store import common
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,21 +37,13 @@ PICTURE = b"\x89PNG of a sort"
 
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
-    """Google for a service account without a key: a metadata server, and IAM."""
-    with FakeGcsLinks() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(_metadata, "_GCE_METADATA_HOST", server.url.removeprefix("http://"))
-        monkeypatch.setattr(iam, "_IAM_SIGN_ENDPOINT", server.sign_endpoint)
-        monkeypatch.setattr(gcs, "AnonymousCredentials", compute_engine.Credentials)
+    with common.google_without_key(monkeypatch) as server:
         yield server
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with S3Server() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(S3Server(), monkeypatch) as server:
         yield server
 
 

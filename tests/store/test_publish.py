@@ -31,6 +31,7 @@ from deployments.store.lockfile import Lock, load_lock, save_lock
 from deployments.store.provider import Provider, open_bucket
 from deployments.store.publish import Published, publish
 from deployments.store.resolve import resolve
+from tests.store import common
 from tests.store.common import NAME, random_files, settings_of, write_files
 
 STARTER = Path("configs/models/starter.yaml")
@@ -79,17 +80,13 @@ def bench(tmp_path: Path) -> Bench:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
-    with GcsServer() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(GcsServer(), monkeypatch) as server:
         yield server
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with S3Server() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(S3Server(), monkeypatch) as server:
         yield server
 
 
