@@ -63,13 +63,14 @@ def prove(bucket: Bucket, settings: StoreSettings) -> Iterator[str]:
 
 
 def _proofs(bucket: Bucket, path: str) -> list[_Proof]:
-    is_folder = isinstance(bucket, FolderBucket)
-    sign, opens = _folder_links(bucket) if is_folder else _bucket_links(bucket)
+    return [
+        *_proofs_of_files(bucket, path),
+        *_proofs_of_links(bucket, path),
+        _deletes(bucket, path),
+    ]
 
-    def deleted() -> bool:
-        bucket.delete(path)
-        return find(bucket, path) is None
 
+def _proofs_of_files(bucket: Bucket, path: str) -> list[_Proof]:
     return [
         _Proof(
             "a file can be written",
@@ -86,6 +87,13 @@ def _proofs(bucket: Bucket, path: str) -> list[_Proof]:
             lambda: read_whole(bucket, path) == _CONTENT,
             "Something else writes to this bucket, or changes files: give jobs one of their own.",
         ),
+    ]
+
+
+def _proofs_of_links(bucket: Bucket, path: str) -> list[_Proof]:
+    is_folder = isinstance(bucket, FolderBucket)
+    sign, opens = _folder_links(bucket) if is_folder else _bucket_links(bucket)
+    return [
         _Proof(
             "a signed link opens it without credentials",
             lambda: opens(sign(path, _LINK_S)) == _CONTENT,
@@ -101,8 +109,15 @@ def _proofs(bucket: Bucket, path: str) -> list[_Proof]:
             lambda: _expires(sign(path, _SHORT_LINK_S), opens),
             "Set the clocks of this machine and of the storage; close the bucket to the public.",
         ),
-        _Proof("the file can be deleted", deleted, "Allow these credentials to delete files."),
     ]
+
+
+def _deletes(bucket: Bucket, path: str) -> _Proof:
+    def deleted() -> bool:
+        bucket.delete(path)
+        return find(bucket, path) is None
+
+    return _Proof("the file can be deleted", deleted, "Allow these credentials to delete files.")
 
 
 def _bucket_links(bucket: Bucket) -> _Links:
