@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
     from obstore.store import ClientConfig
 
-_OWN_LINK_S = 3600
-"""How long the URL of one of our own requests works; a transfer may take longer once it began."""
+_OWN_LINK_S = 900
+"""How long the URL of one of our own requests works: as much as Amazon lets clocks differ. A
+transfer that has begun may take longer."""
 _LARGEST_PUT_BYTES = 5 * 2**30
 _PAGE = 1000
 _Method = Literal["GET", "HEAD", "PUT", "DELETE"]
@@ -118,11 +119,7 @@ class S3Bucket:
         return RemoteFile(path, size, pin=response.headers.get("ETag", ""))
 
     def _put(self, path: str, content: bytes | BinaryIO, size: int, media_type: str) -> bool:
-        headers = {
-            "If-None-Match": "*",
-            "Content-Type": media_type,
-            "Content-Length": str(size),
-        }
+        headers = {"If-None-Match": "*", "Content-Type": media_type, "Content-Length": str(size)}
         response = self._send("PUT", path, headers, content)
         match response.status_code:
             case HTTPStatus.PRECONDITION_FAILED:
@@ -144,7 +141,9 @@ class S3Bucket:
     ) -> httpx.Response:
         url = self._signed(method, path)
         with web.http_errors(f"{self.url}/{path}"):
-            return web.client().request(method, url, headers=headers, content=content)
+            return web.client().request(
+                method, url, headers=headers, content=content, follow_redirects=False
+            )
 
     def _signed(self, method: _Method, path: str, life_s: int = _OWN_LINK_S) -> str:
         name = self._object(check_path(path))

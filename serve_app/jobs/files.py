@@ -44,7 +44,8 @@ T = TypeVar("T")
 FOLDERS = ("inputs", "outputs")
 """Everything below them expires."""
 _SWEEP_LIMIT_S = 3600.0
-_THREADS = 16
+_THREADS = 10
+"""Google's client keeps as many connections."""
 _TRIES = StoreSettings(attempts=4, backoff_s=0.1)
 _ID = re.compile(r"[0-9a-f]{32}")
 _PICTURE = re.compile(r"outputs/([0-9a-f]{32})/result-[0-9]{1,3}\.(png|webp|jpeg)")
