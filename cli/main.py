@@ -10,6 +10,7 @@ from cli.metadata import metadata
 from cli.models import models_app
 from cli.plan import plan
 from cli.run import run
+from cli.storage import storage_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
@@ -17,6 +18,7 @@ app.add_typer(models_app, name="models")
 app.command()(plan)
 app.command()(bench)
 app.add_typer(kuberay_app, name="kuberay")
+app.add_typer(storage_app, name="storage")
 app.command()(metadata)
 
 

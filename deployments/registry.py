@@ -17,8 +17,8 @@ from deployments.tasks import Task
 
 def _pinned(source: str) -> str:
     scheme, _, rest = source.partition("://")
-    if scheme not in ("file", "hf", "gs", "https", "http") or not rest:
-        raise ValueError(f"{source!r} is not a file://, hf://, gs:// or https:// source")
+    if scheme not in ("file", "hf", "gs", "s3", "https", "http") or not rest:
+        raise ValueError(f"{source!r} is not a file://, hf://, gs://, s3:// or https:// source")
     if scheme == "hf":
         try:
             if parse_hub(source)[1] != UNRESOLVED:
@@ -32,8 +32,8 @@ class Origin(Strict):
     """A place some files of a model come from.
 
     Attributes:
-        source: hf://org/repo@<commit>, https://…, gs://bucket/prefix or file://folder. A commit
-            that is not looked up yet is written `unresolved`.
+        source: hf://org/repo@<commit>, https://…, gs://bucket/prefix, s3://bucket/prefix or
+            file://folder. A commit that is not looked up yet is written `unresolved`.
         files: exactly these, relative to the source. The lock file has their sizes and hashes.
         into: folder of the model that they go to.
     """

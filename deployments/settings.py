@@ -64,8 +64,8 @@ class StoreSettings(Strict):
     Attributes:
         root: folder of the store, on one local disk; None takes $IMAGEN_MODELS, else
             ~/.cache/imagen-models.
-        mirror: gs:// or file:// folder that `imagen models publish` filled. Models come from there
-            rather than from their origins.
+        mirror: gs://, s3:// or file:// folder that `imagen models publish` filled. Models come
+            from there rather than from their origins.
         verify: what loading checks: every byte by CRC32C, or (full) by SHA-256 too.
         prefetch: names of models that each node pulls besides the one that a replica waits for;
             None pulls all that are served.
@@ -83,7 +83,7 @@ class StoreSettings(Strict):
     """
 
     root: Path | None = None
-    mirror: str | None = Field(default=None, pattern=r"^(gs|file)://.+")
+    mirror: str | None = Field(default=None, pattern=r"^(gs|s3|file)://.+")
     verify: Literal["crc32c", "full"] = "crc32c"
     prefetch: tuple[str, ...] | None = None
     threads: int = Field(default=8, ge=1, le=64)
@@ -152,7 +152,8 @@ class JobSettings(Strict):
         namespace: begins every Redis key, so that applications can share a Redis.
         folder: where the Redis that the application starts keeps its data, and where pictures are
             if `storage` is unset; None takes $IMAGEN_JOBS, else ~/.cache/imagen-jobs.
-        storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`.
+        storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`/files.
+            `imagen storage init` and `check` prepare and prove it.
         respond_async_by_default: whether a request without a preference becomes a job.
         keep_s: how long jobs, pictures and results are kept.
         link_s: how long a signed link to a result works.

@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Kind = Literal["silent", "stall", "reset", "429", "503", "500", "truncate", "flip", "overwrite"]
+Kind = Literal[
+    "silent", "stall", "reset", "403", "409", "429", "503", "500", "truncate", "flip", "overwrite"
+]
 
 BEFORE = frozenset({"silent", "overwrite"})
-REFUSALS = frozenset({"429", "503", "500"})
+REFUSALS = frozenset({"403", "409", "429", "503", "500"})
 BODIES = frozenset({"stall", "reset", "truncate", "flip"})
 
 
@@ -78,9 +80,9 @@ class Faults:
         """Plan a fault for the next `times` requests that fit (`math.inf`: for all).
 
         Args:
-            kind: "429", "503" and "500" refuse any request. "silent" waits, "overwrite"
-                calls `callback`, then both answer as usual. "stall", "reset", "truncate"
-                and "flip" strike only the body of a file, never a listing or a HEAD.
+            kind: a status refuses any request. "silent" waits, "overwrite" calls `callback`,
+                then both answer as usual. "stall", "reset", "truncate" and "flip" strike
+                only the body of a file, never a listing or a HEAD.
             path_contains: part of the unquoted path.
             times: how often.
             after_bytes: of the body; a body no longer than this is left alone.

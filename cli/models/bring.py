@@ -159,7 +159,9 @@ def _show_plan(opened: Session, entries: dict[str, ArtefactSpec]) -> None:
 
 def publish_model(
     name: Name,
-    target: Annotated[str, typer.Argument(help="gs://bucket/prefix or file:///folder")],
+    target: Annotated[
+        str, typer.Argument(help="gs://bucket/prefix, s3://bucket/prefix or file:///folder")
+    ],
     smoke: Annotated[
         bool, typer.Option("--smoke/--no-smoke", help="Load it first, without a network")
     ] = True,

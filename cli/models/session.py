@@ -50,7 +50,9 @@ Root = Annotated[
 ]
 Mirror = Annotated[
     str | None,
-    typer.Option(help="gs:// or file:// folder of published models, to use instead of origins"),
+    typer.Option(
+        help="gs://, s3:// or file:// folder of published models, to use instead of origins"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Ranges of one model to fetch at a time")]
 Rate = Annotated[

@@ -1,18 +1,24 @@
 """The one protocol for files elsewhere: a `Reader` is read from, a `Bucket` is written to as well.
 
-`FolderBucket` and `GcsBucket` are buckets, `WebReader` and `HubReader` are readers. `open_reader`
-and `open_bucket` in `provider.py` make them from URLs.
+`FolderBucket`, `GcsBucket` and `S3Bucket` are buckets, `WebReader` and `HubReader` are readers.
+`open_reader` and `open_bucket` in `provider.py` make them from URLs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from deployments.errors import Missing
+from deployments.errors import ConfigError, Missing, SourceFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+ANY_BYTES = "application/octet-stream"
+"""The media type of a file of which nothing is known."""
+LONGEST_LINK_S = 7 * 86_400
+"""Google and Amazon sign for no longer."""
 
 
 class RemoteFile(NamedTuple):
@@ -77,11 +83,13 @@ class Bucket(Reader, Protocol):
         StoreUnwritable: a folder cannot be written.
     """
 
-    def put(self, path: str, content: Path | bytes) -> bool:
+    def put(self, path: str, content: Path | bytes, media_type: str = ANY_BYTES) -> bool:
         """Write a file unless it exists, whole or not at all.
 
         Args:
             content: a local file, or the bytes themselves.
+            media_type: what a browser that opens a signed link takes the file for; a folder does
+                not keep it.
 
         Returns:
             False if a file of that name was already there; it is left as it was.
@@ -97,10 +105,14 @@ class Bucket(Reader, Protocol):
         ...
 
     def sign(self, path: str, expires_s: float) -> str:
-        """A URL that lets anyone GET the file until it expires, after seven days at most.
+        """A URL that lets anyone GET the file until it expires.
+
+        Args:
+            expires_s: above 0, at most seven days; a part of a second counts as a whole one.
 
         Raises:
-            Unsignable: a folder, or credentials without a key.
+            ConfigError: `expires_s` is out of range.
+            Unsignable: a folder, or credentials that can neither sign nor let a service sign.
         """
         ...
 
@@ -111,6 +123,47 @@ def find(reader: Reader, path: str) -> RemoteFile | None:
         return reader.stat([path])[0]
     except Missing:
         return None
+
+
+def read_whole(reader: Reader, path: str) -> bytes:
+    """All bytes of a file; raises as `Reader`."""
+    file = reader.stat([path])[0]
+    content = bytearray()
+    reader.read(file, 0, file.size, content.extend)
+    return bytes(content)
+
+
+def check_path(path: str) -> str:
+    """A path that stays below its bucket's URL.
+
+    Raises:
+        ConfigError: it is absolute, leaves the folder, or has empty parts.
+    """
+    if {"", ".", ".."} & set(path.split("/")):
+        raise ConfigError("A file's path is wrong.", value=path, remedy="Use a relative path.")
+    return path
+
+
+def link_life_s(expires_s: float) -> int:
+    """How long a signed link works, in whole seconds.
+
+    Raises:
+        ConfigError: not above 0, or longer than seven days.
+    """
+    if not 0 < expires_s <= LONGEST_LINK_S:
+        raise ConfigError(
+            "A signed link cannot work for so long.",
+            value=f"{expires_s} s",
+            remedy="Give a time above 0 and of at most seven days.",
+        )
+    return math.ceil(expires_s)
+
+
+def no_bucket(url: str) -> SourceFailed:
+    """The error of a bucket that does not exist."""
+    return SourceFailed(
+        "There is no such bucket.", value=url, remedy="Correct its name, or create it."
+    )
 
 
 def missing(where: object) -> Missing:

@@ -27,6 +27,11 @@ def storage_emulator() -> str | None:
     return os.environ.get("STORAGE_EMULATOR_HOST") or None
 
 
+def s3_over_http() -> bool:
+    """Whether `AWS_ALLOW_HTTP` allows an S3 endpoint without TLS; obstore reads the other AWS_*."""
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in _TRUE
+
+
 def ca_file() -> str | None:
     """A file of CA certificates to trust instead of certifi's: `REQUESTS_CA_BUNDLE`.
 

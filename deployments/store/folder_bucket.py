@@ -6,8 +6,9 @@ import errno
 import os
 import shutil
 import stat
+import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from deployments.errors import (
     Unsignable,
 )
 from deployments.settings import resolve
-from deployments.store.bucket import RemoteFile
+from deployments.store.bucket import ANY_BYTES, RemoteFile, check_path
 from deployments.store.disk import make_folder, sync_path
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 2**20
 _COPY_BYTES = 8 * 2**20
-_PART = ".upload-"
+PART = ".upload-"
 """Begins the name of a file that is being written."""
+LINK_KEY = ".link-key"
+"""Names the file that holds the key of a folder's signed links (`serve_app/jobs/links.py`)."""
+_OWN = (PART, LINK_KEY)
 
 
 def local_folder(url: str) -> Path:
@@ -75,9 +79,9 @@ class FolderBucket:
                 write(data)  # outside _reading: its errors are those of another disk
                 start += len(data)
 
-    def put(self, path: str, content: Path | bytes) -> bool:
+    def put(self, path: str, content: Path | bytes, media_type: str = ANY_BYTES) -> bool:
         final = self._place(path)
-        part = self._folder / f"{_PART}{uuid.uuid4().hex}"
+        part = self._folder / f"{PART}{uuid.uuid4().hex}"
         with self._writing():
             make_folder(self._folder)
             make_folder(final.parent)
@@ -99,7 +103,7 @@ class FolderBucket:
             Path(parent, name).relative_to(self._folder).as_posix()
             for parent, _, names in os.walk(top)
             for name in names
-            if not name.startswith(_PART)
+            if not name.startswith(_OWN)
         ]
         return (self._stat(path) for path in sorted(paths) if path.startswith(prefix))
 
@@ -111,18 +115,40 @@ class FolderBucket:
         raise Unsignable(
             "A folder has no URLs that a client could use.",
             value=f"{self.url.rstrip('/')}/{path}",
-            remedy="Use a gs:// bucket, or serve the file over HTTP yourself.",
+            remedy="Use a gs:// or s3:// bucket, or serve the file over HTTP yourself.",
         )
+
+    def expire(self, older_than_s: float) -> int:
+        """Delete the files, and parts of killed writers, that are older; how many there were.
+
+        Empty folders of that age go too, except those directly below this one.
+
+        Raises:
+            StoreUnwritable: the folder cannot be written.
+        """
+        before_s, count = time.time() - older_than_s, 0
+        for parent, _, names in os.walk(self._folder, topdown=False):
+            place = Path(parent)
+            with self._writing(), suppress(FileNotFoundError):  # another sweeper was faster
+                old = place.stat().st_mtime < before_s
+                for file in (place / name for name in names if name != LINK_KEY):
+                    if file.lstat().st_mtime < before_s:
+                        file.unlink()
+                        count += 1
+                if old and self._folder not in (place, place.parent) and not any(place.iterdir()):
+                    place.rmdir()
+        return count
 
     def _place(self, path: str) -> Path:
         """Where a path is in this folder.
 
         Raises:
-            ConfigError: it would leave the folder, or its name is reserved for uploads.
+            ConfigError: it would leave the folder, or its name is reserved.
         """
-        parts = path.split("/")
-        if {"", ".", ".."} & set(parts) or parts[-1].startswith(_PART):
-            raise ConfigError("A file's path is wrong.", value=path, remedy="Use a relative path.")
+        if check_path(path).rpartition("/")[2].startswith(_OWN):
+            raise ConfigError(
+                "A file's path is wrong.", value=path, remedy="Use a name that is not reserved."
+            )
         return self._folder / path
 
     def _stat(self, path: str) -> RemoteFile:

@@ -21,21 +21,33 @@ from google.api_core.exceptions import (
     RetryError,
     Unauthorized,
 )
-from google.auth.credentials import AnonymousCredentials
+from google.auth import iam
+from google.auth.credentials import AnonymousCredentials, Signing
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.auth.transport.requests import Request
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
+from google.oauth2 import service_account
 
 from deployments.errors import SourceFailed, Unsignable
 from deployments.store import environment, web
-from deployments.store.bucket import RemoteFile, Transient, missing
+from deployments.store.bucket import (
+    ANY_BYTES,
+    RemoteFile,
+    Transient,
+    link_life_s,
+    missing,
+    no_bucket,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
 _lock = threading.Lock()
+_IAM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+"""IAM's signBlob takes no token of the storage scopes."""
+_BUSY = "RESOURCE_EXHAUSTED"
 _CHUNK_BYTES = 32 * 2**20
 _CHUNK_TIMEOUT_S = 120
 """Of one chunk of an upload with all its tries: the library repeats a chunk, we only a file."""
@@ -69,7 +81,7 @@ class GcsBucket:
             headers = account.authorization(url)
         web.stream(url + query, headers, start, stop, write)
 
-    def put(self, path: str, content: Path | bytes) -> bool:
+    def put(self, path: str, content: Path | bytes, media_type: str = ANY_BYTES) -> bool:
         file = content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         with file, _google_errors(f"{self.url}/{path}"):
@@ -77,6 +89,7 @@ class GcsBucket:
                 self._blob(path, chunk_size=_CHUNK_BYTES).upload_from_file(
                     file,
                     size=size,
+                    content_type=media_type,
                     if_generation_match=0,
                     checksum="crc32c",
                     timeout=_CHUNK_TIMEOUT_S,
@@ -96,27 +109,51 @@ class GcsBucket:
                     ),
                 )
             except NotFound as error:
-                raise SourceFailed(
-                    "There is no such bucket.",
-                    value=self.url,
-                    remedy="Correct its name, or create it.",
-                ) from error
+                raise no_bucket(self.url) from error
 
     def delete(self, path: str) -> None:
         with _google_errors(f"{self.url}/{path}"), suppress(NotFound):
             self._blob(path).delete(timeout=web.TIMEOUT_S, retry=None)
 
     def sign(self, path: str, expires_s: float) -> str:
-        with _google_errors(f"{self.url}/{path}"):
+        url, life = f"{self.url}/{path}", timedelta(seconds=link_life_s(expires_s))
+        with _google_errors(url):
             try:
                 return self._blob(path).generate_signed_url(
-                    version="v4", expiration=timedelta(seconds=expires_s), method="GET"
+                    version="v4", expiration=life, method="GET", credentials=_account().signing(url)
                 )
-            except AttributeError as error:  # how the library says that there is no key
-                raise Unsignable(
-                    "These Google credentials cannot sign URLs.",
-                    value=f"{self.url}/{path}",
-                    remedy="Use a service account's key (GOOGLE_APPLICATION_CREDENTIALS).",
+            except TransportError as error:
+                # How google-auth words a refusal, as opposed to a service that does not answer.
+                if str(error).startswith("Error calling the IAM") and _BUSY not in str(error):
+                    raise _unsignable(url) from error
+                raise
+
+    def expire_after(self, days: int, folders: Sequence[str]) -> None:
+        """Let Google delete the files of these folders once they are `days` old.
+
+        The bucket's other rules stay; an earlier one for the same folders is replaced.
+
+        Raises:
+            Transient, SourceFailed: as `Bucket`.
+        """
+        prefixes = [self._object(f"{folder}/") for folder in folders]
+        with _google_errors(self.url):
+            try:
+                bucket = _account().client.get_bucket(self._name, timeout=web.TIMEOUT_S, retry=None)
+                bucket.lifecycle_rules = [
+                    rule
+                    for rule in bucket.lifecycle_rules
+                    if rule["condition"].get("matchesPrefix") != prefixes
+                ]
+                bucket.add_lifecycle_delete_rule(age=days, matches_prefix=prefixes)
+                bucket.patch(timeout=web.TIMEOUT_S, retry=None)
+            except NotFound as error:
+                raise no_bucket(self.url) from error
+            except Forbidden as error:
+                raise SourceFailed(
+                    "This account may not change the bucket's lifecycle.",
+                    value=self.url,
+                    remedy="Run the command as an account that has roles/storage.admin there.",
                 ) from error
 
     def _stat(self, path: str) -> RemoteFile:
@@ -154,6 +191,7 @@ class _Account:
         # Objects belong to a bucket, whatever the project.
         self.client: Any = storage.Client(project=None, credentials=self._credentials)
         self._request = partial(Request(), timeout=int(web.TIMEOUT_S[1]))
+        self._signing: Signing | None = None
         self._lock = threading.Lock()
 
     def authorization(self, url: str) -> dict[str, str]:
@@ -162,6 +200,25 @@ class _Account:
         with self._lock:  # one thread fetches the token, the others wait for it
             self._credentials.before_request(self._request, "GET", url, headers)
         return headers
+
+    def signing(self, url: str) -> Signing:
+        """Credentials that sign: with their own key, or by IAM's signBlob.
+
+        Raises:
+            Unsignable: they belong to no service account.
+        """
+        if isinstance(self._credentials, Signing):
+            return self._credentials
+        self.authorization(url)  # the metadata server names the account together with its token
+        email = getattr(self._credentials, "service_account_email", None)
+        if not email:
+            raise _unsignable(url)
+        with self._lock:
+            if self._signing is None:
+                scoped = self._credentials.with_scopes([_IAM_SCOPE])
+                signer = iam.Signer(self._request, scoped, email)
+                self._signing = service_account.Credentials(signer, email, token_uri="")
+            return self._signing
 
 
 def _account() -> _Account:
@@ -204,6 +261,16 @@ def _refused(url: str) -> SourceFailed:
         value=url,
         remedy="Give this account storage.objectViewer there (to publish,"
         " storage.objectCreator too), or run `gcloud auth application-default login`.",
+    )
+
+
+def _unsignable(url: str) -> Unsignable:
+    return Unsignable(
+        "These Google credentials cannot sign URLs.",
+        value=url,
+        remedy="Run as a service account that has roles/iam.serviceAccountTokenCreator on itself,"
+        " with the IAM Service Account Credentials API enabled; or use a service account's key"
+        " (GOOGLE_APPLICATION_CREDENTIALS).",
     )
 
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from deployments.errors import ConfigError, Missing, ModelCorrupt, SourceFailed
 from deployments.origins import MANIFEST, UNRESOLVED
+from deployments.store.bucket import read_whole
 from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
 from deployments.store.folder_bucket import FolderBucket
@@ -39,8 +40,8 @@ def open_reader(url: str) -> Reader:
         ConfigError: an unknown scheme, or a URL without a pinned revision.
     """
     match urlsplit(url).scheme:
-        case "file" | "gs":
-            return _bucket(url)
+        case "file" | "gs" | "s3":
+            return make_bucket(url)
         case "https" | "http":
             return WebReader(url)
         case "hf":
@@ -49,7 +50,7 @@ def open_reader(url: str) -> Reader:
             raise ConfigError(
                 f"Models cannot come from {scheme or 'a place without a scheme'}.",
                 value=url,
-                remedy="Use file://, hf://, gs:// or https://.",
+                remedy="Use file://, hf://, gs://, s3:// or https://.",
             )
 
 
@@ -57,27 +58,39 @@ def open_bucket(url: str, settings: StoreSettings) -> Bucket:
     """The bucket of a URL. It is listed once, so that a wrong name is noticed early.
 
     Raises:
-        ConfigError: the URL is neither gs:// nor file://.
+        ConfigError: the URL is neither gs://, s3:// nor file://.
         SourceFailed: there is no such bucket, or no access to it.
     """
-    if not url.startswith(("gs://", "file://")):
-        raise ConfigError(
-            "Files cannot be written to this URL.",
-            value=url,
-            remedy="Use gs://bucket/prefix or file:///folder.",
-        )
-    bucket = _bucket(url)
+    bucket = make_bucket(url)
     retrying(lambda: next(iter(bucket.list()), None), settings)
     return bucket
 
 
-def _bucket(url: str) -> Bucket:
-    if url.startswith("gs:"):
-        # Here, because the import takes most of a second.
-        from deployments.store.gcs import GcsBucket
+def make_bucket(url: str) -> Bucket:
+    """The bucket of a URL; makes no request yet.
 
-        return GcsBucket(url)
-    return FolderBucket(url)
+    Raises:
+        ConfigError: the URL is neither gs://, s3:// nor file://.
+    """
+    scheme, _, place = url.partition("://")
+    match scheme if place else "":
+        case "gs":
+            # Here, because the import takes most of a second.
+            from deployments.store.gcs import GcsBucket
+
+            return GcsBucket(url)
+        case "s3":
+            from deployments.store.s3 import S3Bucket
+
+            return S3Bucket(url)
+        case "file":
+            return FolderBucket(url)
+        case _:
+            raise ConfigError(
+                "Files cannot be written to this URL.",
+                value=url,
+                remedy="Use gs://bucket/prefix, s3://bucket/prefix or file:///folder.",
+            )
 
 
 class Provider:
@@ -144,7 +157,7 @@ class Provider:
     def _from_mirror(self, spec: ArtefactSpec, digest: str, url: str) -> tuple[Manifest, Places]:
         mirror = open_reader(mirror_url(url, spec.name, digest))
         try:
-            content = retrying(lambda: _read_whole(mirror, MANIFEST), self._settings)
+            content = retrying(lambda: read_whole(mirror, MANIFEST), self._settings)
             manifest = decode(content, mirror.url)
         except (Missing, ModelCorrupt) as error:
             raise type(error)(
@@ -193,10 +206,3 @@ def origin_places(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Plac
 def mirror_url(mirror: str, model: str, digest: str) -> str:
     """The URL below which a mirror keeps a model."""
     return f"{mirror.rstrip('/')}/{model}/{digest[:SHORT]}"
-
-
-def _read_whole(reader: Reader, path: str) -> bytes:
-    file = reader.stat([path])[0]
-    content = bytearray()
-    reader.read(file, 0, file.size, content.extend)
-    return bytes(content)

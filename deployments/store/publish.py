@@ -57,13 +57,13 @@ def publish(
         spec: of the model.
         digest: which content of it.
         store: that holds it.
-        target_url: gs:// or file:// folder, which nodes name as `store.mirror`.
+        target_url: gs://, s3:// or file:// folder, which nodes name as `store.mirror`.
         settings: threads, attempts and backoff.
         smoke: load it first, on the CPU and without a network; artefacts are never loaded.
         listener: receives events for progress.
 
     Raises:
-        ConfigError: the target is neither gs:// nor file://.
+        ConfigError: the target is neither gs://, s3:// nor file://.
         ModelNotCached: the model is not in the store.
         ModelCorrupt: it is damaged or does not load, or the target holds other bytes.
         SourceFailed: the target failed for good.

@@ -89,19 +89,27 @@ def stream(
     start: int,
     stop: int,
     write: Callable[[bytes], object],
+    *,
+    where: str = "",
+    remedy: str = "",
 ) -> None:
     """GET the bytes from `start` up to `stop`, and pass them to `write` as they come.
 
     A server that ignores Range sends everything; what comes before `start` is skipped.
+
+    Args:
+        where: what errors name, if the URL holds a signature.
+        remedy: of a refusal, as `check_status` has it.
 
     Raises:
         Transient, Missing, SourceFailed: as `Reader.read`.
     """
     if start >= stop:
         return
+    where = where or url
     asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with http_errors(url), client().stream("GET", url, headers=asked) as response:
-        check_status(response, url)
+    with http_errors(where), client().stream("GET", url, headers=asked) as response:
+        check_status(response, where, remedy)
         partial = response.status_code == _PARTIAL
         position = start if partial else 0
         # A partial answer is read to its end, so that its connection can be used again.
@@ -113,7 +121,7 @@ def stream(
             if position >= stop and not partial:
                 break
     if position < stop:
-        raise Transient(f"{url} ended {stop - position} bytes early")
+        raise Transient(f"{where} ended {stop - position} bytes early")
 
 
 @contextmanager

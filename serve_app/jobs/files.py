@@ -1,82 +1,265 @@
-"""Stand-in until storage is merged."""
+"""The pictures of jobs, in one bucket: what clients sent, and what came of it.
+
+inputs/{job_id}/image
+outputs/{job_id}/result-{k}.png    or .webp, .jpeg
+outputs/{job_id}/result-{k}.json   written last: its presence says that the result is whole
+"""
 
 from __future__ import annotations
-import asyncio, hashlib, hmac, json, time, shutil
-from pathlib import Path
-from typing import Any
-from deployments.errors import LinkRefused, NoSuchJob, Missing
-from deployments.settings import JobSettings
-from deployments.store.folder_bucket import FolderBucket
-from deployments.store.bucket import find
+
+import asyncio
+import json
+import logging
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from deployments.errors import (
+    JobsUnavailable,
+    LinkRefused,
+    Missing,
+    NoSuchJob,
+    SetupError,
+    SourceFailed,
+    StoreUnwritable,
+    Unsignable,
+)
+from deployments.settings import StoreSettings
+from deployments.store.bucket import read_whole
+from deployments.store.folder_bucket import FolderBucket, local_folder
+from deployments.store.provider import make_bucket
+from deployments.store.transfer import retrying
+from serve_app.jobs.links import FolderLinks, folder_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deployments.settings import JobSettings
+    from deployments.store.bucket import Bucket
+
+T = TypeVar("T")
+FOLDERS = ("inputs", "outputs")
+"""Everything below them expires."""
+_SWEEP_LIMIT_S = 3600.0
+_THREADS = 10
+"""Google's client keeps as many connections."""
+_TRIES = StoreSettings(attempts=4, backoff_s=0.1)
+_ID = re.compile(r"[0-9a-f]{32}")
+_PICTURE = re.compile(r"outputs/([0-9a-f]{32})/result-[0-9]{1,3}\.(png|webp|jpeg)")
+_LARGEST_K = 999
+_JSON = "application/json"
+logger = logging.getLogger("ray.serve.imagen.jobs")
 
 
 class JobFiles:
-    def __init__(self, bucket: FolderBucket, link_key: bytes | None) -> None:
-        self._b = bucket
-        self._k = link_key or b""
+    """The pictures of jobs. Nothing is ever overwritten; methods may be called at the same time.
 
-    def _read(self, path: str) -> bytes:
-        f = self._b.stat([path])[0]
-        out = bytearray()
-        self._b.read(f, 0, f.size, out.extend)
-        return bytes(out)
+    Args:
+        bucket: where they are.
+        link_key: signs the links to a folder's files; None for a bucket that signs by itself.
+        limit_s: of one call, with all its tries.
+
+    Raises:
+        JobsUnavailable: the storage refuses, is full, or does not answer in time. The log has the
+            cause.
+        NoSuchJob: the job id is malformed, or the file is not there, perhaps because it expired.
+    """
+
+    def __init__(self, bucket: Bucket, link_key: bytes | None, limit_s: float = 30) -> None:
+        self._bucket = bucket
+        self._limit_s = limit_s
+        self._links = FolderLinks(link_key) if link_key else None
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="job-files")
 
     async def put_input(self, job_id: str, image: bytes) -> None:
-        await asyncio.to_thread(self._b.put, f"inputs/{job_id}/image", image)
+        """Store the picture that a client sent."""
+        await self._call(partial(self._bucket.put, _input(job_id), image))
 
     async def input(self, job_id: str) -> bytes:
-        try:
-            return await asyncio.to_thread(self._read, f"inputs/{job_id}/image")
-        except Missing as e:
-            raise NoSuchJob("The picture is gone.", value=job_id, remedy="Submit it again.") from e
+        """The picture that a client sent."""
+        return await self._read(_input(job_id), job_id)
 
     async def put_result(self, job_id: str, k: int, image: bytes, document: dict[str, Any]) -> None:
-        ext = document["media_type"].removeprefix("image/")
-        await asyncio.to_thread(self._b.put, f"outputs/{job_id}/result-{k}.{ext}", image)
-        await asyncio.to_thread(
-            self._b.put, f"outputs/{job_id}/result-{k}.json", json.dumps(document).encode()
-        )
+        """Store a result, unless there is one: first the picture, then its document.
+
+        Args:
+            k: which of the job's results, from 0.
+            document: what is known of the picture; `media_type` is image/png, image/webp or
+                image/jpeg. `bytes` is added.
+        """
+        media_type: str = document["media_type"]
+        path = _picture(job_id, k, media_type)
+        size = len(image)
+        if not await self._call(partial(self._bucket.put, path, image, media_type)):
+            # Another worker's picture is there, and the document describes that one.
+            size = (await self._call(partial(self._bucket.stat, [path])))[0].size
+        content = json.dumps({**document, "bytes": size}).encode()
+        await self._call(partial(self._bucket.put, _document(job_id, k), content, _JSON))
 
     async def result_document(self, job_id: str, k: int) -> dict[str, Any] | None:
-        p = f"outputs/{job_id}/result-{k}.json"
-        if find(self._b, p) is None:
+        """What is known of a result; None until it is whole."""
+        try:
+            content = await self._call(partial(read_whole, self._bucket, _document(job_id, k)))
+        except Missing:
             return None
-        return json.loads(await asyncio.to_thread(self._read, p))
+        return json.loads(content)
 
     async def result(self, job_id: str, k: int) -> tuple[bytes, str]:
-        d = await self.result_document(job_id, k)
-        assert d
-        ext = d["media_type"].removeprefix("image/")
-        return await asyncio.to_thread(self._read, f"outputs/{job_id}/result-{k}.{ext}"), d[
-            "media_type"
-        ]
+        """A result's picture and media type."""
+        media_type = await self._media_type(job_id, k)
+        return await self._read(_picture(job_id, k, media_type), job_id), media_type
 
     async def link(self, job_id: str, k: int, expires_s: float) -> str:
-        d = await self.result_document(job_id, k)
-        assert d
-        ext = d["media_type"].removeprefix("image/")
-        p = f"outputs/{job_id}/result-{k}.{ext}"
-        e = str(int(time.time() + expires_s))
-        return f"/files/{p}?expires={e}&signature={self._sig(p, e)}"
+        """A link that opens a result without credentials.
 
-    def _sig(self, p: str, e: str) -> str:
-        return hmac.new(self._k, f"{p} {e}".encode(), hashlib.sha256).hexdigest()
+        Args:
+            k: which of the job's results, from 0.
+            expires_s: how long it works: above 0, at most seven days.
+
+        Returns:
+            The URL of a bucket, or for a folder a path below the application's root.
+        """
+        path = _picture(job_id, k, await self._media_type(job_id, k))
+        if self._links:
+            return self._links.sign(path, expires_s)
+        return await self._call(partial(self._bucket.sign, path, expires_s))
 
     async def open_link(self, path: str, expires: str, signature: str) -> tuple[bytes, str]:
-        if (
-            not hmac.compare_digest(self._sig(path, expires), signature)
-            or float(expires) < time.time()
-        ):
-            raise LinkRefused("The link is not valid.", value="x", remedy="Get a fresh one.")
-        return await asyncio.to_thread(self._read, path), "image/" + path.rpartition(".")[2]
+        """The picture and media type behind a link to a folder's file.
+
+        Args:
+            path: what follows `/files/` in the link.
+            expires, signature: as in the link.
+
+        Raises:
+            LinkRefused: the link has expired, was altered, or is not of this service.
+        """
+        match = _PICTURE.fullmatch(path)
+        if self._links is None or match is None:
+            raise LinkRefused(
+                "This is no link of this service.", value=path, remedy="Ask for the job's result."
+            )
+        self._links.check(path, expires, signature)
+        return await self._read(path, match[1]), f"image/{match[2]}"
 
     async def delete(self, job_id: str) -> None:
-        for d in ("inputs", "outputs"):
-            shutil.rmtree(Path(self._b._folder) / d / job_id, ignore_errors=True)
+        """Delete every file of a job."""
+        await self._call(partial(self._delete, _checked(job_id)))
 
     async def sweep(self, older_than_s: float) -> int:
-        return 0
+        """Delete a folder's files that are older; how many. A bucket's lifecycle does it there."""
+        if not isinstance(self._bucket, FolderBucket):
+            return 0
+        return await self._call(partial(self._bucket.expire, older_than_s), _SWEEP_LIMIT_S)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _media_type(self, job_id: str, k: int) -> str:
+        document = await self.result_document(job_id, k)
+        if document is None:
+            raise _no_such_job(job_id)
+        return document["media_type"]
+
+    async def _read(self, path: str, job_id: str) -> bytes:
+        try:
+            return await self._call(partial(read_whole, self._bucket, path))
+        except Missing as error:
+            raise _no_such_job(job_id) from error
+
+    def _delete(self, job_id: str) -> None:
+        with suppress(Missing):  # somebody else deletes the same job
+            listed = (self._bucket.list(f"{folder}/{job_id}/") for folder in FOLDERS)
+            paths = [file.path for files in listed for file in files]
+            # Documents first, so that no result looks whole without its picture.
+            for path in sorted(paths, key=lambda path: not path.endswith(".json")):
+                self._bucket.delete(path)
+
+    async def _call(self, work: Callable[[], T], limit_s: float | None = None) -> T:
+        """Run `work` on a thread, and repeat it after each Transient.
+
+        Raises:
+            JobsUnavailable: it fails for good, or takes longer than the limit.
+            Missing: a file is not there.
+        """
+        limit_s = limit_s or self._limit_s
+        stop_s = time.monotonic() + limit_s
+
+        def attempt() -> T:
+            if time.monotonic() > stop_s:  # nobody waits any more
+                raise SourceFailed("The storage of jobs is too slow.")
+            return work()
+
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await loop.run_in_executor(self._pool, retrying, attempt, _TRIES)
+        except Missing:
+            raise
+        except (SetupError, OSError, TimeoutError) as error:
+            logger.error("The storage of jobs failed: %s", str(error) or type(error).__name__)
+            raise _unavailable(error) from error
 
 
 def open_job_files(settings: JobSettings) -> JobFiles:
-    return JobFiles(FolderBucket(f"file://{settings.place / 'files'}"), b"key")
+    """The files of jobs where the settings say; makes no request to a bucket yet.
+
+    Raises:
+        ConfigError: `storage` is no URL of a bucket.
+        StoreUnwritable: a folder cannot be written.
+    """
+    url = settings.storage or f"file://{settings.place / 'files'}"
+    bucket = make_bucket(url)
+    is_folder = isinstance(bucket, FolderBucket)
+    return JobFiles(bucket, folder_key(local_folder(url)) if is_folder else None)
+
+
+def _checked(job_id: str) -> str:
+    if not _ID.fullmatch(job_id):
+        raise _no_such_job(job_id)
+    return job_id
+
+
+def _input(job_id: str) -> str:
+    return f"inputs/{_checked(job_id)}/image"
+
+
+def _document(job_id: str, k: int) -> str:
+    if not 0 <= k <= _LARGEST_K:
+        raise _no_such_job(job_id)
+    return f"outputs/{_checked(job_id)}/result-{k}.json"
+
+
+def _picture(job_id: str, k: int, media_type: str) -> str:
+    path = _document(job_id, k).removesuffix("json") + media_type.removeprefix("image/")
+    if not _PICTURE.fullmatch(path):
+        raise ValueError(f"not a media type of results: {media_type}")
+    return path
+
+
+def _no_such_job(job_id: str) -> NoSuchJob:
+    return NoSuchJob(
+        "There is no such job, result or picture; they are kept for a limited time.",
+        value=job_id,
+        remedy="Check the id, or submit the picture again.",
+    )
+
+
+def _unavailable(error: Exception) -> JobsUnavailable:
+    """The error that clients see; it says nothing of the storage's place."""
+    fact = "The storage of jobs does not answer."
+    if isinstance(error, StoreUnwritable):
+        fact = "The storage of jobs takes no files."
+    elif isinstance(error, Unsignable):
+        fact = "The storage of jobs cannot sign links."
+    return JobsUnavailable(
+        fact,
+        value=error.code if isinstance(error, SetupError) else type(error).__name__,
+        remedy="Try again after Retry-After seconds; requests without Prefer go on."
+        " Operators: run `imagen storage check`.",
+        retry_after_s=5,
+    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
 
 from deployments.settings import StoreSettings
 from deployments.store.cache import Store
@@ -17,19 +20,22 @@ from deployments.store.manifest import FileEntry, Licence, Manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import pytest
-
     from benchmarks.servers.faults import Faults
+    from benchmarks.servers.gcs import GcsServer
+    from benchmarks.servers.gcs_links import FakeGcsLinks
+    from benchmarks.servers.s3 import S3Server
     from deployments.store.bucket import Reader
     from deployments.store.events import Listener
     from deployments.store.staging import Places
+
+    Server = TypeVar("Server", GcsServer, FakeGcsLinks, S3Server)
 
 KIB = 1024
 NAME = "tiny-model"
 REPO = "org/tiny"
 LARGE = "unet/weights.safetensors"
-SCHEMES = ("file", "https", "hf", "gs")
-SERVED = ("https", "hf", "gs")
+SCHEMES = ("file", "https", "hf", "gs", "s3")
+SERVED = ("https", "hf", "gs", "s3")
 
 
 def random_files(seed: int = 0, large: int = 300 * KIB) -> dict[str, bytes]:
@@ -131,8 +137,11 @@ def _held(
     elif scheme == "hf":
         with _hub(files, folder, patch) as found:
             yield found
-    else:
+    elif scheme == "gs":
         with _bucket(files, folder, patch) as found:
+            yield found
+    else:
+        with _s3(files, patch) as found:
             yield found
 
 
@@ -178,8 +187,65 @@ def _bucket(files: Mapping[str, bytes], folder: Path, patch: pytest.MonkeyPatch)
         )
 
 
+@contextmanager
+def _s3(files: Mapping[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[Held]:
+    from benchmarks.servers.s3 import S3Server
+    from deployments.store.s3 import S3Bucket
+
+    with S3Server() as server:
+        for path, data in files.items():
+            server.put(f"m/v1/{path}", data)
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        other = bytes(byte ^ 0xFF for byte in files[LARGE])
+        yield Held(
+            S3Bucket("s3://models/m/v1"),
+            server.faults,
+            f"/m/v1/{LARGE}",
+            lambda: server.put(f"m/v1/{LARGE}", other),
+        )
+
+
 def _flip(path: Path) -> None:
     """Put other bytes into a new file; a reader that has the old one open keeps it."""
     new = path.with_name("new")
     new.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
     new.replace(path)
+
+
+@contextmanager
+def mounted(place: Path, *options: str) -> Iterator[None]:
+    """A file system mounted for a while; skips the test where that is not allowed."""
+    place.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run(["mount", *options, place], capture_output=True)
+    if made.returncode:
+        pytest.skip("may not mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@contextmanager
+def served(server: Server, patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A bucket's server, running, with the environment that leads to it."""
+    with server:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@contextmanager
+def google_without_key(patch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
+    """Google's storage for a service account without a key: a metadata server, and IAM signs."""
+    from google.auth import compute_engine, iam
+    from google.auth.compute_engine import _metadata
+
+    from benchmarks.servers.gcs_links import FakeGcsLinks
+    from deployments.store import gcs
+
+    with served(FakeGcsLinks(page_size=2), patch) as server:
+        patch.setattr(_metadata, "_GCE_METADATA_HOST", server.url.removeprefix("http://"))
+        patch.setattr(iam, "_IAM_SIGN_ENDPOINT", server.sign_endpoint)
+        patch.setattr(gcs, "AnonymousCredentials", compute_engine.Credentials)
+        yield server

@@ -1,4 +1,4 @@
-"""Folders and Google's buckets keep the same promises."""
+"""Folders, Google's buckets and S3 keep the same promises."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
-from google.oauth2 import service_account
 
 from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.s3 import S3Server
 from deployments.errors import ConfigError, Missing, SourceFailed, StoreUnwritable, Unsignable
 from deployments.store import gcs
-from deployments.store.bucket import find
+from deployments.store.bucket import RemoteFile, Transient, find
+from deployments.store.bucket import read_whole as content
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.provider import open_bucket
+from deployments.store.s3 import S3Bucket
 from tests.store import common
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from deployments.store.bucket import Bucket
@@ -28,25 +30,24 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
-    with GcsServer(page_size=2) as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(GcsServer(page_size=2), monkeypatch) as server:
         yield server
 
 
-@pytest.fixture(params=["file", "gs"])
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with common.served(S3Server(), monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "gs", "s3"])
 def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
     url = f"file://{tmp_path / 'bucket'}"
     if request.param == "gs":
         url = f"gs://{request.getfixturevalue('server').bucket}/results"
+    elif request.param == "s3":
+        url = f"s3://{request.getfixturevalue('s3').bucket}/results"
     return open_bucket(url, common.settings_of(tmp_path))
-
-
-def content(bucket: Bucket, path: str) -> bytes:
-    file = bucket.stat([path])[0]
-    pieces = bytearray()
-    bucket.read(file, 0, file.size, pieces.extend)
-    return bytes(pieces)
 
 
 def test_bytes_and_files_are_put_whole(bucket: Bucket, tmp_path: Path) -> None:
@@ -110,15 +111,11 @@ def test_what_is_deleted_is_gone_and_can_be_put_again(bucket: Bucket) -> None:
     assert content(bucket, "a/b") == b"2"
 
 
-def test_a_killed_writers_part_is_not_listed(tmp_path: Path) -> None:
-    bucket = FolderBucket(f"file://{tmp_path}")
-    common.write_files(tmp_path, {".upload-0123": b"half"})
-    assert list(bucket.list()) == []
-
-
+@pytest.mark.parametrize("kind", [FolderBucket, S3Bucket])
 @pytest.mark.parametrize("path", ["../a", "a/../../b", "/etc/passwd", "a//b", "", "."])
-def test_a_path_stays_in_its_folder(tmp_path: Path, path: str) -> None:
-    bucket = FolderBucket(f"file://{tmp_path / 'bucket'}")
+def test_a_path_stays_in_its_folder(kind: type[Bucket], tmp_path: Path, path: str) -> None:
+    scheme = "s3:/" if kind is S3Bucket else "file://"
+    bucket = kind(f"{scheme}{tmp_path / 'bucket'}")
     for act in (lambda: bucket.put(path, b""), lambda: bucket.delete(path)):
         with pytest.raises(ConfigError, match="path is wrong"):
             act()
@@ -133,9 +130,14 @@ def test_a_list_stays_in_its_folder(tmp_path: Path) -> None:
         list(bucket.list("../"))
 
 
-def test_a_name_that_uploads_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="path is wrong"):
-        FolderBucket(f"file://{tmp_path}").put(".upload-x", b"")
+@pytest.mark.parametrize("name", [".upload-x", ".link-key"])
+def test_a_name_of_the_folders_own_is_refused_and_not_listed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    bucket = FolderBucket(f"file://{tmp_path}")
+    assert list(bucket.list()) == []
+    for act in (lambda: bucket.put(name, b""), lambda: bucket.stat([name])):
+        with pytest.raises(ConfigError, match="path is wrong"):
+            act()
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -149,29 +151,6 @@ def test_a_folder_signs_nothing(tmp_path: Path) -> None:
     with pytest.raises(Unsignable, match="no URLs") as caught:
         FolderBucket(f"file://{tmp_path}").sign("a", 60)
     assert caught.value.remedy
-
-
-def test_credentials_without_a_key_sign_nothing(server: GcsServer) -> None:
-    with pytest.raises(Unsignable, match="cannot sign") as caught:
-        gcs.GcsBucket(f"gs://{server.bucket}/m").sign("a", 60)
-    assert "service account" in caught.value.remedy
-
-
-def test_a_service_account_signs_a_url_that_expires(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Signer:
-        key_id = "1"
-
-        def sign(self, message: bytes) -> bytes:
-            return b"signature"
-
-    account = service_account.Credentials(Signer(), "me@example.org", "https://token")
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    monkeypatch.setattr("google.auth.default", lambda **_: (account, None))
-    url = gcs.GcsBucket("gs://models/results").sign("1/a b.png", 600)
-    assert url.startswith("https://storage.googleapis.com/models/results/1/a%20b.png?")
-    assert "X-Goog-Algorithm=GOOG4-RSA-SHA256" in url
-    assert "X-Goog-Expires=600" in url
-    assert f"X-Goog-Signature={b'signature'.hex()}" in url
 
 
 def test_reads_carry_the_credentials_token(
@@ -188,6 +167,59 @@ def test_reads_carry_the_credentials_token(
     assert [e.headers["authorization"] for e in sent] == ["Bearer t"]
 
 
-def test_no_such_bucket(server: GcsServer, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("server", "s3")
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_no_such_bucket(scheme: str, tmp_path: Path) -> None:
     with pytest.raises(SourceFailed, match="There is no such bucket"):
-        open_bucket("gs://no-such-bucket/m", common.settings_of(tmp_path))
+        open_bucket(f"{scheme}://no-such-bucket/m", common.settings_of(tmp_path))
+
+
+def test_a_file_for_a_bucket_that_is_gone_is_not_called_missing(s3: S3Server) -> None:
+    with pytest.raises(SourceFailed, match="There is no such bucket"):
+        S3Bucket("s3://no-such-bucket/m").put("a", b"")
+
+
+@pytest.mark.parametrize("act", ["put", "stat", "list", "delete", "read"])
+def test_wrong_s3_credentials_are_named(
+    act: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    bucket = S3Bucket("s3://models/m")
+    acts: dict[str, Callable[[], object]] = {
+        "put": lambda: bucket.put("a", b""),
+        "stat": lambda: bucket.stat(["a"]),
+        "list": lambda: list(bucket.list()),
+        "delete": lambda: bucket.delete("a"),
+        "read": lambda: bucket.read(RemoteFile("a", 1), 0, 1, print),
+    }
+    with pytest.raises(SourceFailed, match="HTTP 403") as caught:
+        acts[act]()
+    assert "AWS_ACCESS_KEY_ID" in caught.value.remedy
+    assert "X-Amz-Signature" not in str(caught.value)
+
+
+def test_an_s3_endpoint_without_tls_must_be_allowed(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    for act in (lambda b: b.put("a", b""), lambda b: list(b.list()), lambda b: b.sign("a", 9)):
+        with pytest.raises(ConfigError, match="does not encrypt"):
+            act(S3Bucket("s3://models/m"))
+
+
+def test_s3_takes_no_file_above_its_limit(s3: S3Server, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 5 * 2**30 + 1)
+    with pytest.raises(ConfigError, match="at most 5 GiB") as caught:
+        S3Bucket("s3://models/m").put("large", large)
+    assert "smaller files" in caught.value.remedy
+    assert s3.faults.log == []
+
+
+def test_an_s3_conflict_is_tried_again(s3: S3Server) -> None:
+    s3.faults.add("409", method="PUT")
+    bucket = S3Bucket("s3://models/m")
+    with pytest.raises(Transient, match="being written"):
+        bucket.put("a", b"1")
+    assert bucket.put("a", b"1")

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,22 +251,10 @@ def test_a_disk_that_takes_only_a_part(
     store.check(NAME, WHOLE.digest, "full")
 
 
-@contextmanager
-def mounted(place: Path, *options: str) -> Iterator[None]:
-    place.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run(["mount", *options, place], capture_output=True)
-    if made.returncode:
-        pytest.skip("may not mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
 def test_a_disk_that_is_really_full(
     tmp_path: Path, places: Places, other_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=600k", "none"):
+    with common.mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=600k", "none"):
         store = common.store_of(tmp_path / "disk/root")
         store.pull(OTHER, other_places)
         assert_refused_and_clean(store, places, "does not fit")
@@ -282,7 +269,7 @@ def test_a_read_only_disk_serves_what_it_holds(
     root = tmp_path / "root"
     folder = common.store_of(root).pull(WHOLE, places)
     seen = tmp_path / "seen"
-    with mounted(seen, "--bind", "-o", "ro", str(root)):
+    with common.mounted(seen, "--bind", "-o", "ro", str(root)):
         if os.access(seen, os.W_OK):
             subprocess.run(["mount", "-o", "remount,bind,ro", seen], check=True)
         store = common.store_of(seen)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.s3 import S3Server
 from deployments.errors import (
     ConfigError,
     ModelCorrupt,
@@ -30,6 +31,7 @@ from deployments.store.lockfile import Lock, load_lock, save_lock
 from deployments.store.provider import Provider, open_bucket
 from deployments.store.publish import Published, publish
 from deployments.store.resolve import resolve
+from tests.store import common
 from tests.store.common import NAME, random_files, settings_of, write_files
 
 STARTER = Path("configs/models/starter.yaml")
@@ -78,18 +80,22 @@ def bench(tmp_path: Path) -> Bench:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
-    with GcsServer() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
+    with common.served(GcsServer(), monkeypatch) as server:
         yield server
 
 
-@pytest.fixture(params=["file", "gs"])
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with common.served(S3Server(), monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "gs", "s3"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         return f"file://{tmp_path / 'mirror'}"
-    request.getfixturevalue("server")
-    return "gs://models/mirror/v1"
+    request.getfixturevalue("server" if request.param == "gs" else "s3")
+    return f"{request.param}://models/mirror/v1"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -211,7 +211,7 @@ def test_a_converted_model_keeps_its_digest_while_its_origins_stay(tmp_path: Pat
         (f"hf://{REPO}@{'0' * 39}", "not pinned"),
         (f"hf://{REPO}", "written hf://org/repo@revision"),
         ("hf://model@unresolved", "written hf://org/repo@revision"),
-        ("s3://bucket/prefix", "not a file://"),
+        ("ftp://host/folder", "not a file://"),
         ("starter_models/upscale", "not a file://"),
         ("gs://", "not a file://"),
     ],

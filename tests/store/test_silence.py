@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.servers.listener import Loopback
+from benchmarks.servers.s3 import S3Server
 
 WAY_TOO_LONG_S = 60
 FILES = random_files()
@@ -138,6 +139,16 @@ def at_bucket(bench: Bench) -> Iterator[Loopback]:
 
 
 @contextmanager
+def at_s3(bench: Bench) -> Iterator[Loopback]:
+    with S3Server() as server:
+        for path, data in FILES.items():
+            server.put(f"m/{path}", data)
+        bench.set_environment(**server.env)
+        bench.entry("s3://models/m")
+        yield server
+
+
+@contextmanager
 def at_web(bench: Bench) -> Iterator[Loopback]:
     with FileServer(write_files(bench.folder / "web", FILES)) as server:
         bench.entry(server.url)
@@ -151,7 +162,7 @@ def assert_gave_up(outcome: Outcome) -> None:
     assert "Try again" in outcome.said
 
 
-@pytest.mark.parametrize("source", [at_hub, at_bucket])
+@pytest.mark.parametrize("source", [at_hub, at_bucket, at_s3])
 @pytest.mark.parametrize("command", ["resolve", "pull"])
 def test_a_source_that_is_silent_while_it_lists(bench: Bench, source: Any, command: str) -> None:
     with source(bench) as server:
@@ -174,7 +185,7 @@ def test_a_web_server_that_is_silent(bench: Bench) -> None:
         assert_gave_up(bench("resolve"))
 
 
-@pytest.mark.parametrize("source", [at_hub, at_bucket])
+@pytest.mark.parametrize("source", [at_hub, at_bucket, at_s3])
 def test_a_source_that_is_silent_while_it_sends(bench: Bench, source: Any) -> None:
     with source(bench) as server:
         assert bench("resolve").code == 0
@@ -182,10 +193,15 @@ def test_a_source_that_is_silent_while_it_sends(bench: Bench, source: Any) -> No
         assert_gave_up(bench("pull"))
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_bucket_that_is_silent_while_it_is_published_to(bench: Bench, method: str) -> None:
-    with at_bucket(bench) as server:
+@pytest.mark.parametrize(
+    ("target", "method"), [(at_bucket, "GET"), (at_bucket, "POST"), (at_s3, "GET"), (at_s3, "PUT")]
+)
+def test_a_bucket_that_is_silent_while_it_is_published_to(
+    bench: Bench, target: Any, method: str
+) -> None:
+    with target(bench) as server:
         assert bench("resolve").code == 0
         assert bench("pull").code == 0
         server.faults.add("silent", times=math.inf, seconds=3600, method=method)
-        assert_gave_up(bench("publish", "gs://models/mirror"))
+        scheme = "s3" if target is at_s3 else "gs"
+        assert_gave_up(bench("publish", f"{scheme}://models/mirror"))
