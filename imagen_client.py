@@ -279,7 +279,7 @@ def _understanding(what: str) -> Generator[None]:
     """Turn what a document lacks into UnexpectedAnswer."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, httpx.InvalidURL) as error:
         raise UnexpectedAnswer(
             f"The service's answer is no {what}: {type(error).__name__} {error}."
         ) from error
@@ -550,6 +550,7 @@ def verify_webhook(body: bytes | str, headers: Mapping[str, str], secret: str) -
 
 def _direct_picture(response: httpx.Response) -> Picture:
     """The picture of a call without a job, which its headers describe."""
+    _refuse_redirect(response)
     headers = response.headers
     with _understanding("picture"):
         width_px, height_px = map(int, headers["x-imagen-size"].split("x"))
@@ -661,7 +662,7 @@ class _Feed:
         self.over = False
         self.pause_s = 0.0
         self._flows, self._job = flows, job
-        self._parser = _EventParser(after, retry_s=1.0)
+        self._parser = _EventParser(after, _BACKOFF_S[0])
         self._failures = 0
         self._is_open = False
 
@@ -675,6 +676,7 @@ class _Feed:
 
     def opened(self, response: httpx.Response) -> None:
         """Look at the head of an answer; of an error, at its body too."""
+        _refuse_redirect(response)
         if not response.is_success:
             raise _answer_error(response)
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -869,7 +871,9 @@ class _Flows:
             if not response.has_redirect_location:
                 break
             # The link is signed. The key is not for the storage, which refuses a second credential.
-            link = self._http.build_request("GET", response.url.join(response.headers["location"]))
+            with _understanding("link"):
+                url = response.url.join(response.headers["location"])
+            link = self._http.build_request("GET", url)
             response = yield from self._exchange(link, ours=False)
         if not response.is_success:
             raise UnexpectedAnswer(f"The link of the result redirects {_MAX_REDIRECTS} times.")
@@ -916,9 +920,12 @@ class _Flows:
 
 
 def _base_url(text: str) -> httpx.URL:
-    url = httpx.URL(text)
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("base_url must begin with http:// or https:// and a host.")
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"base_url is no URL: {error}.") from error
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise ValueError("base_url must be http:// or https://, a host, and a path at most.")
     return url
 
 
@@ -946,7 +953,16 @@ def _job_path(job_id: str) -> str:
     return f"/api/v1/jobs/{quote(job_id, safe='')}"
 
 
+def _refuse_redirect(response: httpx.Response) -> None:
+    if response.has_redirect_location:
+        raise UnexpectedAnswer(
+            f"{_origin(response.url)} redirects to {response.headers['location']}. "
+            "If the service is there, name that place as base_url."
+        )
+
+
 def _document(response: httpx.Response) -> Document:
+    _refuse_redirect(response)
     with _understanding("JSON object"):
         document = response.json()
         return {**document}
@@ -1330,7 +1346,7 @@ class AsyncJob(JobState):
         return self
 
     async def events(self, after: str = "") -> AsyncIterator[Event]:
-        """See `Job.events`; for `async for`."""
+        """See `Job.events`; for `async for`. To leave early, go through `contextlib.aclosing`."""
         feed = _Feed(self._sender.flows, self, after)
         while not feed.over:
             await asyncio.sleep(feed.pause_s)
