@@ -217,9 +217,10 @@ def _answer_error(response: httpx.Response, *, ours: bool = True) -> ImagenError
             request_id=response.headers.get("x-request-id", ""),
         )
     kind = {401: Unauthorized, 404: NotFound, 409: Conflict, 429: RateLimited}.get(status)
-    # Ray Serve's proxy answers a bare 404 while no application is deployed.
-    away = ours and status == HTTPStatus.NOT_FOUND and not problem.code
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or problem.code == "full" or away:
+    # Ray Serve's proxy answers a bare 404 while no application is deployed, and a bare 429 while
+    # its queue is full.
+    bare = ours and not problem.code and status in (404, 429)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or problem.code == "full" or bare:
         kind = Unavailable
     return (kind or InvalidRequest)(
         str(problem), problem=problem, retry_after_s=_retry_after_s(response)

@@ -166,8 +166,8 @@ class StandIn:
     Attributes:
         key: the only API key; None wants none.
         faults: what happens to the next requests, in order: an error is answered, `drop` handles
-            the request and breaks the answer off, `bare 404` is what Serve's proxy answers while
-            no application is deployed, `page` and `redirect` are answers of something else, and
+            the request and breaks the answer off, `bare 404` and `bare 429` are what Serve's proxy
+            answers while no application is deployed or the Ingress is full, `page` and `redirect` are answers of something else, and
             `pass` lets it through.
         holding: jobs stay queued.
         step_s: pause of each step.
@@ -418,6 +418,7 @@ class StandIn:
 
 ELSE: dict[str, Response] = {
     "bare 404": PlainTextResponse("Path '/' not found.", 404),
+    "bare 429": PlainTextResponse("Request dropped due to backpressure.", 429),
     "page": HTMLResponse("<h1>Welcome</h1>"),
     "redirect": Response(status_code=308, headers={"Location": "https://example.com/"}),
 }

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook
 
 import imagen_client as client
+from deployments.settings import ROOT
 from imagen_client import (
     AsyncImagen,
     Conflict,
@@ -330,7 +331,7 @@ async def test_the_same_idempotency_key_gives_the_first_job(imagen: Any) -> None
     assert caught.value.problem.code == "idempotency_conflict"
 
 
-@pytest.mark.parametrize("fault", [busy(), limited(), away(), "bare 404"], ids=str)
+@pytest.mark.parametrize("fault", [busy(), limited(), away(), "bare 404", "bare 429"], ids=str)
 async def test_a_service_that_says_when_is_asked_again(
     imagen: Any, service: StandIn, fault: ImagenError | str
 ) -> None:
@@ -340,15 +341,21 @@ async def test_a_service_that_says_when_is_asked_again(
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"), [(busy, Unavailable), (limited, RateLimited)], ids=["busy", "limited"]
+    ("fault", "kind", "retry_after_s"),
+    [(busy(), Unavailable, 0), (limited(), RateLimited, 0), ("bare 429", Unavailable, None)],
+    ids=["busy", "limited", "bare"],
 )
 async def test_a_client_gives_up_after_its_retries(
-    connect: Any, service: StandIn, fault: Any, kind: type[ImagenError]
+    connect: Any,
+    service: StandIn,
+    fault: ImagenError | str,
+    kind: type[ImagenError],
+    retry_after_s: float | None,
 ) -> None:
-    service.faults = [fault(), fault(), "pass"]
+    service.faults = [fault, fault, "pass"]
     with pytest.raises(kind) as caught:
         await connect(service.url, retries=1).submit(COMIC, PHOTO)
-    assert caught.value.retry_after_s == 0
+    assert caught.value.retry_after_s == retry_after_s
     assert len(service.got) == 2
 
 
@@ -577,6 +584,29 @@ async def test_an_answer_of_something_else_is_unexpected(
         with pytest.raises(UnexpectedAnswer, match="https://example" if fault != "page" else "no"):
             await call
     assert service.faults == []
+
+
+# --- What docs/jobs.md shows
+
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "docs/jobs.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[-2])
+def test_what_the_docs_show_runs(
+    url: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    assert "http://127.0.0.1:8000" in block or "verify_webhook" in block
+    exec(block.replace("http://127.0.0.1:8000", url), {"__name__": "shown"})
+    if "aged" in block:
+        assert {path.name for path in tmp_path.glob("*.png")} == {
+            "comic.png",
+            "aged-7.png",
+            "aged-8.png",
+        }
 
 
 # --- Webhooks
