@@ -167,8 +167,8 @@ class StandIn:
         key: the only API key; None wants none.
         faults: what happens to the next requests, in order: an error is answered, `drop` handles
             the request and breaks the answer off, `bare 404` and `bare 429` are what Serve's proxy
-            answers while no application is deployed or the Ingress is full, `page` and `redirect` are answers of something else, and
-            `pass` lets it through.
+            answers while no application is deployed or the Ingress is full, `page` and `redirect`
+            are answers of something else, and `pass` lets it through.
         holding: jobs stay queued.
         step_s: pause of each step.
         stream_events: after how many events a stream ends, as it is planned; 0 for never.
