@@ -14,11 +14,14 @@ from deployments.settings import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-SOURCES = sorted(
-    path
-    for name in ("cli", "serve_app", "deployments", "kuberay")
-    for path in (ROOT / name).rglob("*.py")
-)
+SOURCES = [
+    ROOT / "imagen_client.py",
+    *sorted(
+        path
+        for name in ("cli", "serve_app", "deployments", "kuberay")
+        for path in (ROOT / name).rglob("*.py")
+    ),
+]
 MAX_FUNCTION_LINES = 40
 
 
