@@ -88,9 +88,23 @@ class JobQueue:
     # --- for clients ---
 
     async def submit(
-        self, spec: JobSpec, *, idempotency_key: str = "", max_queued: int, max_of_owner: int
+        self,
+        spec: JobSpec,
+        *,
+        idempotency_key: str = "",
+        max_queued: int,
+        max_of_owner: int,
+        only_check: bool = False,
     ) -> Submitted:
-        """Accept a job, or find the first one with the same Idempotency-Key."""
+        """Accept a job, or find the first one with the same Idempotency-Key.
+
+        Args:
+            spec: what is asked for.
+            idempotency_key: of the request; empty if it has none.
+            max_queued: jobs that may wait.
+            max_of_owner: jobs of this owner that may wait.
+            only_check: whether to change nothing, and only tell what would become of it.
+        """
         digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
         outcome, detail = await self._run(
             "submit",
@@ -101,16 +115,9 @@ class JobQueue:
             max_of_owner,
             digest,
             _IDEMPOTENCY_S,
+            int(only_check),
         )
         return Submitted(outcome, detail)
-
-    async def earlier(self, owner: str, idempotency_key: str) -> tuple[str, str] | None:
-        """Id and fingerprint of the first job with this Idempotency-Key; None if there is none."""
-        digest = hashlib.sha256(idempotency_key.encode()).hexdigest()
-        name = self.key("idempotency", owner, digest)
-        async with answered():
-            found: Any = await self._redis().hmget(name, ["id", "fingerprint"])  # pyright: ignore[reportGeneralTypeIssues]
-        return (found[0], found[1]) if found[0] else None
 
     async def get(self, job_id: str) -> Job | None:
         """A job, or None if it is unknown or has expired."""
@@ -227,14 +234,13 @@ class JobQueue:
 
     async def depth(self) -> dict[Task, tuple[int, int, float]]:
         """For each task: jobs waiting, jobs running, seconds that the oldest has waited."""
-        async with answered():
-            async with self._redis().pipeline(transaction=False) as pipe:
-                pipe.time()
-                for task in Task:
-                    pipe.zcard(self.key("queued", task))
-                    pipe.zcard(self.key("running", task))
-                    pipe.zrange(self.key("queued", task), 0, 0, withscores=True)
-                clock, *found = await pipe.execute()
+        async with answered(), self._redis().pipeline(transaction=False) as pipe:
+            pipe.time()
+            for task in Task:
+                pipe.zcard(self.key("queued", task))
+                pipe.zcard(self.key("running", task))
+                pipe.zrange(self.key("queued", task), 0, 0, withscores=True)
+            clock, *found = await pipe.execute()
         now_s = clock[0] + clock[1] / 1e6
         depth: dict[Task, tuple[int, int, float]] = {}
         for i, task in enumerate(Task):

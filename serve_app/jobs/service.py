@@ -7,7 +7,8 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from deployments.errors import (
     Full,
@@ -73,25 +74,29 @@ class Jobs:
             Full: the queue is full.
             RateLimited: the owner's share of the queue is.
         """
-        if idempotency_key and (first := await self._queue.earlier(spec.owner, idempotency_key)):
-            return _same(*first, spec.fingerprint)
-        if image is not None:
-            await self.files.put_input(spec.job_id, image)
         limit = self.settings.max_queued
-        outcome, detail = await self._queue.submit(
+        submit = partial(
+            self._queue.submit,
             spec,
             idempotency_key=idempotency_key,
             max_queued=limit,
             max_of_owner=max(int(limit * share), 1),
         )
+        if image is not None:
+            # Before anything is stored: a refused or repeated request costs no storage.
+            outcome, detail = await submit(only_check=True)
+            if outcome != "queued":
+                return _other(outcome, detail)
+            await self.files.put_input(spec.job_id, image)
+        outcome, detail = await submit()
         if outcome == "queued":
             return detail
         await self.files.delete(spec.job_id)
-        if outcome == "same":
-            return detail
-        _refuse(outcome, detail)
+        return _other(outcome, detail)
 
-    async def retry(self, owner: str, job_id: str, request_id: str, share: float) -> str:
+    async def retry(
+        self, owner: str, job_id: str, request_id: str, *, idempotency_key: str, share: float
+    ) -> str:
         """Queue a failed or canceled job anew; returns the id of the new one.
 
         Raises:
@@ -103,9 +108,13 @@ class Jobs:
             raise _conflict(job, "retried", "Wait for its end, or submit it again.")
         image = await self.files.input(job_id) if job.spec.has_image else None
         spec = replace(
-            job.spec, job_id=new_job_id(), retry_of=job_id, request_id=request_id, fingerprint=""
+            job.spec,
+            job_id=new_job_id(),
+            retry_of=job_id,
+            request_id=request_id,
+            fingerprint=f"retry of {job_id}",
         )
-        return await self.submit(spec, image, share=share)
+        return await self.submit(spec, image, idempotency_key=idempotency_key, share=share)
 
     # --- looking ---
 
@@ -210,7 +219,7 @@ class Jobs:
                         return
                 if job.has_ended:
                     return  # the client has had its last event
-                if not await _set_within(word, _LOOK_S):
+                if not await _set_within(word, min(_LOOK_S, self.settings.stream_s)):
                     yield None
 
     def check_stream_room(self) -> None:
@@ -247,13 +256,10 @@ async def _set_within(word: asyncio.Event, seconds: float) -> bool:
         return False
 
 
-def _same(job_id: str, fingerprint: str, own: str) -> str:
-    if fingerprint != own:
-        _refuse("conflict", job_id)
-    return job_id
-
-
-def _refuse(outcome: str, detail: str) -> NoReturn:
+def _other(outcome: str, detail: str) -> str:
+    """What a submission that made no job comes to: the first one with its key, or an error."""
+    if outcome == "same":
+        return detail
     if outcome == "conflict":
         raise IdempotencyConflict(
             "This Idempotency-Key came before with another request.",

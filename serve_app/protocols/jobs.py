@@ -343,7 +343,13 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
 async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """The same picture and parameters, with attempts of its own."""
     request_id = request.scope["state"]["request_id"]
-    new_id = await jobs.retry(owner, job_id, request_id, share_of(request))
+    new_id = await jobs.retry(
+        owner,
+        job_id,
+        request_id,
+        idempotency_key=_idempotency_key(request),
+        share=share_of(request),
+    )
     prefix = request.scope.get("root_path", "")
     headers = {"Location": f"{prefix}/api/v1/jobs/{new_id}"}
     return JSONResponse({"job_id": new_id, "status": "queued"}, 202, headers)

@@ -1,4 +1,4 @@
-"""The HTTP application, a worker and a real Redis in one process, with models that stand in for Ray's."""
+"""The HTTP application and a worker in one process, with models that stand in for Ray's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue in a real Redis: each job ends once, whoever dies; nobody waits behind a busy neighbour."""
+"""The queue in a real Redis: each job ends once, and owners take turns."""
 
 from __future__ import annotations
 
@@ -189,8 +189,10 @@ async def test_the_same_key_finds_the_first_job(queue: JobQueue) -> None:
     other = await queue.submit(spec(fingerprint="g"), idempotency_key="k", **MOST)
     assert other == ("conflict", first.job_id)
     assert (await queue.submit(spec("b"), idempotency_key="k", **MOST)).outcome == "queued"
-    assert await queue.earlier("a", "k") == (first.job_id, "f")
-    assert await queue.earlier("a", "l") is None
+    checked = await queue.submit(spec(), idempotency_key="k", only_check=True, **MOST)
+    assert checked == ("same", first.job_id)
+    assert (await queue.submit(spec(), only_check=True, **MOST)).outcome == "queued"
+    assert len(await claim(queue, 9)) == 2
 
 
 async def test_one_of_many_equal_submissions_wins(queue: JobQueue) -> None:
@@ -240,7 +242,10 @@ async def test_an_event_for_the_webhook_is_written_with_the_change(queue: JobQue
     [job] = await queue.claim({Task.COMIC: 1})
     await queue.finish(told.job_id, "completed", {}, '{"x": 1}', claim=job.claim)
     hooks = await queue._redis().lrange(f"test:hooks:{told.job_id}", 0, -1)  # type: ignore[misc]
-    assert [f'"job.{kind}"' in hook for kind, hook in zip(("processing", "completed"), hooks)]
+    assert [
+        f'"job.{kind}"' in hook
+        for kind, hook in zip(("processing", "completed"), hooks, strict=True)
+    ]
     assert '"data":{"x": 1}' in hooks[1]
     assert await queue._redis().zcard("test:outbox") == 1
 

@@ -1,5 +1,6 @@
 -- Accept a job. ARGV: namespace, id, fields of the record as a JSON object, tasks as a JSON array,
--- most jobs in the queue, most of this owner, Idempotency-Key's digest or '', seconds to keep that.
+-- most jobs in the queue, most of this owner, Idempotency-Key's digest or '', seconds to keep that,
+-- 1 to change nothing and only tell what would become of it.
 -- Returns 'queued', or the id of the first job with the same key and 'same' or 'conflict', or
 -- 'full', or 'share'.
 local id, job, tasks = ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
@@ -20,6 +21,9 @@ end
 local own = redis.call('ZCARD', key('jobs', job.owner, 'queued'))
 if own >= tonumber(ARGV[6]) then
   return {'share', tostring(own)}
+end
+if ARGV[9] == '1' then
+  return {'queued', id}
 end
 job.created = string.format('%.6f', now())
 for field, value in pairs(job) do
