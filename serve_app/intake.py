@@ -27,7 +27,7 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import Literal
 
     from deployments.contract import ImageRequest, ImageResult
@@ -90,6 +90,8 @@ class Call:
         image: the uploaded file; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
+        charge: called with the pixels of the picture once its header is read, before any work; may
+            raise RateLimited. None charges nobody.
     """
 
     task: Task
@@ -97,6 +99,7 @@ class Call:
     image: bytes | None
     accept: str = ""
     request_id: str = ""
+    charge: Callable[[int], Awaitable[None]] | None = None
 
 
 class Intake:
@@ -157,6 +160,8 @@ class Intake:
         check_used(request, spec.parameters)
         width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
+        if call.charge is not None:
+            await call.charge(width_px * height_px)
         return ImageJob(
             request=request,
             image=call.image,

@@ -101,6 +101,7 @@ async def process_image(
         image=form.image,
         accept=", ".join(request.headers.getlist("accept")),
         request_id=request.scope["state"]["request_id"],
+        charge=request.scope["state"]["charge"],
     )
     return image_response(await intake.run(call, deadline_s))
 
