@@ -158,7 +158,7 @@ class Visit:
         )
         where, decision = await self._limits.ask(lambda counters: counters.take(bucket, 1, places))
         if rate is not None:
-            self.headers = _headers(bucket, decision)
+            self.headers |= _headers(bucket, decision)
         if decision.wait_us:
             raise self._refusal("requests_per_s", rate, decision.wait_us / 1e6)
         if not decision.placed:
