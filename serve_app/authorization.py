@@ -107,6 +107,9 @@ class Access:
         try:
             await visit.enter(picture=scope["method"] == "POST" and path in self.image_routes)
             await self.app(scope, receive, _leaving(visit, send))
+        except Exception:
+            await visit.leave(refund=True)  # its answer is a problem of the service
+            raise
         finally:
             await visit.leave()
 

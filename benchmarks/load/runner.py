@@ -46,8 +46,7 @@ def run(
         progress: called after every request.
 
     Raises:
-        Unreachable: no server listens there.
-        ConfigError: the plan's photo cannot be read, or the URL is not valid.
+        Unreachable, ConfigError: no server listens there; the photo or the URL is not valid.
     """
 
     async def main() -> Report:

@@ -375,6 +375,8 @@ async def test_what_the_service_refuses_or_fails_is_not_charged(file: Path) -> N
     for _ in range(3):
         response = await comic(app, token, large)
         assert (response.status_code, response.json()["code"]) == (429, "full")
+    backends.error = RuntimeError("unexpected")
+    assert (await comic(app, token, large)).status_code == 503
     backends.error = None
     assert (await comic(app, token, large)).status_code == 200
 
