@@ -42,9 +42,7 @@ class Server:
     """A redis-server of its own, which tests kill, stop and start again on the same port."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
+        self.port = _port()
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,12 +56,15 @@ class Server:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline_s = time.monotonic() + 20
         while time.monotonic() < deadline_s:
+            assert self._process.poll() is None, "redis-server ended"
             try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as line:
+                    line.sendall(b"PING\r\n")
+                    if line.recv(5) == b"+PONG":
+                        return
             except OSError:
-                time.sleep(0.02)
-            else:
-                return
+                pass  # not listening yet
+            time.sleep(0.02)
         raise TimeoutError("redis-server does not listen")
 
     def signal(self, number: int) -> None:
@@ -75,6 +76,18 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def _port() -> int:
+    """A free port that no client gets as its own, so that a killed server can have it again."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 @pytest.fixture
