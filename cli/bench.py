@@ -34,6 +34,10 @@ def bench(
     ] = None,
     paths: Paths = None,
     seed: Annotated[int | None, typer.Option(help="Default: the plan's")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(envvar="IMAGEN_KEY", show_envvar=True, help="An API key; not in the report"),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a PNG here; needs matplotlib")] = None,
     unloaded: Annotated[
@@ -52,7 +56,7 @@ def bench(
     with ending(output):
         chosen = _plan(plan, url=url, protocol=protocol, paths=paths, seed=seed)
         _check_files(json_file, plot)
-        report = _run(chosen, unloaded, price_per_gpu_hour, output)
+        report = _run(chosen, unloaded, price_per_gpu_hour, key, output)
         _write(report, output, json_file, plot)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -97,7 +101,9 @@ def _check_files(json_file: Path | None, plot: Path | None) -> None:
         show.check_plot()
 
 
-def _run(plan: Plan, unloaded: Path | None, price: float | None, output: Output) -> Report:
+def _run(
+    plan: Plan, unloaded: Path | None, price: float | None, key: str | None, output: Output
+) -> Report:
     from benchmarks.load import run, unloaded_of
 
     unloaded_s = unloaded_of(unloaded, plan) if unloaded else None
@@ -107,6 +113,7 @@ def _run(plan: Plan, unloaded: Path | None, price: float | None, output: Output)
             plan,
             unloaded_s=unloaded_s,
             usd_per_gpu_hour=price,
+            api_key=key,
             progress=lambda phase, done: status.update(
                 f"{plan.name}: {phase}, {done} done; Ctrl-C stops and reports"
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.bench import bench
+from cli.keys import keys_app
 from cli.kuberay import kuberay_app
 from cli.metadata import metadata
 from cli.models import models_app
@@ -15,6 +16,7 @@ from cli.storage import storage_app
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 app.command()(plan)
 app.command()(bench)
 app.add_typer(kuberay_app, name="kuberay")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from cli.console import Output
 from cli.ending import ending
 from deployments.errors import ConfigError
-from deployments.settings import ROOT, resolve
+from deployments.settings import ROOT, AccessSettings, Settings, parse_settings, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 console = Console()
 _BIN = Path(sys.executable).parent
 _POLL_S = 0.5
+_OURS = "serve_app.app:"
 
 
 def run(
@@ -38,7 +40,7 @@ def run(
 ) -> None:
     """Serve on this machine until Ctrl-C. Says when it is ready, and where."""
     with ending(Output(as_json=False)):
-        address = address_of(config)
+        address, access = address_of(config), access_of(config)
         if _answers(address):
             raise ConfigError(
                 "Another server answers at this address.",
@@ -53,9 +55,8 @@ def run(
     with _started(config) as (server, dashboard):
         try:
             if _wait_ready(server, address, timeout_s):
-                _announce(
-                    address, dashboard.read_text(encoding="utf-8"), time.monotonic() - start_s
-                )
+                seconds = time.monotonic() - start_s
+                _announce(address, dashboard.read_text(encoding="utf-8"), access, seconds)
                 failed = server.wait() != 0
         except KeyboardInterrupt:
             console.print("Stopping.")
@@ -94,27 +95,51 @@ def address_of(config: Path) -> str:
     Raises:
         ConfigError: the file cannot be read, or is no Serve config.
     """
-    try:
-        values: Any = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+    with _reading(config) as values:
         options = values.get("http_options") or {}
         host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
         first = next(iter(values.get("applications") or ()), {})
         prefix = str(first.get("route_prefix", "/")).rstrip("/")
         host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
         host = f"[{host}]" if ":" in host else host
-        address = f"http://{host}:{int(port)}{prefix}"
+        scheme = "https" if options.get("ssl_certfile") else "http"
+        address = f"{scheme}://{host}:{int(port)}{prefix}"
         httpx.URL(address)
+        return address
+
+
+def access_of(config: Path) -> AccessSettings | None:
+    """Who may call the application of a Serve config file; None if it is not ours.
+
+    Raises:
+        ConfigError: the file cannot be read, a setting is wrong, or others than this machine could
+            call without a key.
+    """
+    with _reading(config) as values:
+        host = str((values.get("http_options") or {}).get("host", "0.0.0.0"))  # noqa: S104 - Serve's
+        found = [dict(one) for one in values.get("applications") or ()]
+    ours = [one for one in found if str(one.get("import_path", "")).startswith(_OURS)]
+    access = None
+    for one in ours:
+        access = parse_settings(Settings, one.get("args") or {}, "The application's args").access
+        access.check_host(host)
+    return access
+
+
+@contextmanager
+def _reading(config: Path) -> Generator[Any]:
+    try:
+        yield yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
     except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
         raise ConfigError(
             "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
         ) from error
-    return address
 
 
 def _answers(address: str) -> bool:
     try:
         health = httpx.URL(address).join("/-/healthz")
-        return httpx.get(health, timeout=1, trust_env=False).is_success
+        return _get(str(health), timeout_s=1).is_success
     except httpx.HTTPError:
         return False
 
@@ -123,7 +148,7 @@ def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float)
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
-            if httpx.get(f"{address}/readyz", timeout=5, trust_env=False).is_success:
+            if _get(f"{address}/readyz", timeout_s=5).is_success:
                 return True
         except httpx.HTTPError:
             pass  # not listening yet
@@ -132,21 +157,36 @@ def _wait_ready(server: subprocess.Popen[bytes], address: str, timeout_s: float)
     return False
 
 
-def _announce(address: str, dashboard: str, seconds: float) -> None:
+def _get(url: str, *, timeout_s: float) -> httpx.Response:
+    """An answer of our own server, whose certificate is for another name than this address."""
+    return httpx.get(url, timeout=timeout_s, trust_env=False, verify=False)  # noqa: S501
+
+
+def _announce(address: str, dashboard: str, access: AccessSettings | None, seconds: float) -> None:
     console.rule("[green]Imagen is ready")
     lines = [f"API        {address}  (ready after {seconds:.0f} s)", f"Reference  {address}/docs"]
     if dashboard:
         lines.append(f"Dashboard  http://{dashboard}  (Ray)")
         if _asks_for_token(dashboard):
             lines.append(f"           It asks for a token: {_shown(_BIN / 'ray')} get-auth-token")
+    header = ""
+    if access is not None and access.auth == "keys":
+        lines += ["Keys       Clients need an API key. This makes one:", f"  {_create(access)}"]
+        header = '-H "Authorization: Bearer $IMAGEN_KEY" '
     lines += [
         "\nTry:",
-        f"curl -F image=@{_shown(ROOT / 'docs/photo.jpg')} -o comic.png \\",
+        f"curl {header}-F image=@{_shown(ROOT / 'docs/photo.jpg')} -o comic.png \\",
         f"  {address}/api/v1/images/style/comic",
         "\nStop with Ctrl-C.",
     ]
     # Whole lines, however narrow the terminal: people copy them.
     console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _create(access: AccessSettings) -> str:
+    """The command that makes a key, as to type it here."""
+    file = f" --keys {shlex.quote(str(access.keys_file))}" if access.keys else ""
+    return f"IMAGEN_KEY=$({_shown(_BIN / 'imagen')} keys create my-laptop{file})"
 
 
 def _asks_for_token(dashboard: str) -> bool:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from deployments.errors import ConfigError
 
@@ -19,6 +27,9 @@ ROOT_VARIABLE = "IMAGEN_MODELS"
 JOBS_VARIABLE = "IMAGEN_JOBS"
 """Names the folder of jobs where `jobs.folder` is unset."""
 _JOBS = "~/.cache/imagen-jobs"
+KEYS_VARIABLE = "IMAGEN_KEYS"
+"""Names the file of API keys where `access.keys` is unset."""
+_KEYS = "~/.config/imagen/keys.yaml"
 SEATS = 16
 """Requests a model replica works on at a time: each holds a decoded picture."""
 
@@ -196,6 +207,78 @@ class JobSettings(Strict):
         return resolve(Path(self.folder or os.environ.get(JOBS_VARIABLE) or _JOBS).expanduser())
 
 
+class KeyLimits(Strict):
+    """What one API key may use (docs/access.md); None is no limit.
+
+    Attributes:
+        requests_per_s: requests of every kind. One second's worth, and at least one, may come at
+            once.
+        pictures: requests to image routes that are in hand at a time.
+        megapixels_per_minute: of the pictures that are sent, in 1,000,000 px. One minute's worth
+            may come at once.
+        queue_share: of `jobs.max_queued` that the jobs of the key may fill, in [0, 1].
+    """
+
+    requests_per_s: float | None = Field(default=20, gt=0, le=1e5)
+    pictures: int | None = Field(default=32, ge=1, le=100_000)
+    megapixels_per_minute: float | None = Field(default=2000, gt=0, le=1e7)
+    queue_share: float = Field(default=0.5, ge=0, le=1)
+
+
+# YAML reads a bare `off` as False.
+_Auth = Annotated[
+    Literal["off", "keys"], BeforeValidator(lambda value: "off" if value is False else value)
+]
+
+
+class AccessSettings(Strict):
+    """Who may call (docs/access.md).
+
+    Attributes:
+        auth: keys asks every client for an API key; off asks none, and is only for a service that
+            listens on this machine alone.
+        keys: the file of keys, which `imagen keys` writes; None takes $IMAGEN_KEYS, else
+            ~/.config/imagen/keys.yaml.
+        limits: of a key that states none of its own.
+        cors_origins: such as https://app.example.com, whose pages may call from a browser; * for
+            all. Empty is off.
+        trusted_proxies: addresses or networks of the proxies in front, whose X-Forwarded-For and
+            X-Forwarded-Proto are believed. Empty believes none.
+    """
+
+    auth: _Auth = "keys"
+    keys: Path | None = None
+    limits: KeyLimits = KeyLimits()
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/?#\s]+)$")], ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+
+    @property
+    def keys_file(self) -> Path:
+        """The file of keys, absolute."""
+        return resolve(Path(self.keys or os.environ.get(KEYS_VARIABLE) or _KEYS).expanduser())
+
+    def check_host(self, host: str) -> None:
+        """Refuse a service without keys that others than this machine can reach.
+
+        Raises:
+            ConfigError: `auth` is off, and `host` is no loopback address.
+        """
+        if self.auth == "off" and not _is_loopback(host):
+            raise ConfigError(
+                f"access.auth is off, and the service listens on {host}, where others reach it.",
+                value=host,
+                remedy="Set access.auth to keys (docs/access.md), or http_options.host to"
+                " 127.0.0.1.",
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
@@ -214,6 +297,7 @@ class Settings(Strict):
         limits: sizes of requests, pictures and results.
         store: the model store of a node.
         jobs: requests that outlive their client.
+        access: who may call, and how much.
     """
 
     models: Path = Path("configs/models/starter.yaml")
@@ -228,6 +312,7 @@ class Settings(Strict):
     uploads: UploadSettings = UploadSettings()
     store: StoreSettings = StoreSettings()
     jobs: JobSettings = JobSettings()
+    access: AccessSettings = AccessSettings()
 
     @model_validator(mode="after")
     def _holds_the_largest_body(self) -> Self:

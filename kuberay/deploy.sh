@@ -131,7 +131,8 @@ remedy() {
     return
   fi
   case $name in
-    # Any random value: all readers take it from the Secret.
+    # The last two take any random value: all readers take it from the Secret.
+    imagen-keys) echo "imagen keys create NAME --keys $key && $make --from-file=$key" ;;
     imagen-ray-token | imagen-redis) echo "$make --from-literal=$key=\"\$(openssl rand -hex 32)\"" ;;
     *) echo "$make --from-file=$key=FILE" ;;
   esac

@@ -19,7 +19,10 @@ from deployments.errors import (
     NotFound,
     ServiceError,
 )
-from serve_app import service
+from serve_app import authorization, service
+from serve_app.access.keys import KeyFile
+from serve_app.access.limits import Limits
+from serve_app.authorization import Access
 from serve_app.intake import Intake
 from serve_app.middleware import (
     AccessLog,
@@ -35,6 +38,8 @@ from serve_app.protocols import jobs as job_routes
 from serve_app.protocols import native
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from deployments.registry import Registry
     from deployments.settings import Settings
     from serve_app.intake import Backends
@@ -52,6 +57,7 @@ def create_app(
     settings: Settings,
     on_answer: OnAnswer | None = None,
     jobs: Jobs | None = None,
+    redis: Callable[[], Redis | None] = lambda: None,
 ) -> FastAPI:
     """The whole HTTP API around the models. Knows neither Ray nor torch.
 
@@ -61,7 +67,9 @@ def create_app(
         settings: limits and deadlines.
         on_answer: called after each answer.
         jobs: of the application; None if it keeps none.
+        redis: gives the server that counts what API keys use; without one this process counts.
     """
+    limits = Limits(redis, settings.jobs.namespace, retry_after_s=settings.retry_after_s)
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
@@ -70,7 +78,7 @@ def create_app(
         title="Imagen",
         version=version("imagen"),
         description=DESCRIPTION,
-        middleware=_middleware(settings, on_answer),
+        middleware=_middleware(settings, on_answer, _access(settings, registry, limits)),
     )
     app.state.backends = backends
     app.state.registry = registry
@@ -82,16 +90,29 @@ def create_app(
     app.include_router(service.router)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
+    if settings.access.auth == "keys":
+        app.openapi = authorization.describe(app.openapi)
     return app
 
 
-def _middleware(settings: Settings, on_answer: OnAnswer | None) -> list[Middleware]:
+def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:
+    access = settings.access
+    keys = KeyFile(access.keys_file, access.limits) if access.auth == "keys" else None
+    routes = frozenset(task.route for task in registry)
+    return Middleware(Access, keys=keys, limits=limits, image_routes=routes)
+
+
+def _middleware(
+    settings: Settings, on_answer: OnAnswer | None, access: Middleware
+) -> list[Middleware]:
     """From the outside in."""
     return [
         Middleware(RequestId),
         Middleware(AccessLog, on_answer=on_answer),
+        *authorization.around(settings.access),
         Middleware(ErrorBoundary),
         Middleware(Home, path="/docs"),
+        access,
         Middleware(
             BodyLimit,
             max_body_bytes=settings.limits.max_body_bytes,

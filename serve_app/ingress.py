@@ -12,9 +12,7 @@ from deployments.telemetry import HttpMetrics
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
 from serve_app.jobs.connection import open_link
-from serve_app.jobs.files import open_job_files
-from serve_app.jobs.queue import JobQueue
-from serve_app.jobs.service import Jobs
+from serve_app.jobs.service import open_jobs
 from serve_app.jobs.signals import Signals
 from serve_app.worker import own_url
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from deployments.registry import Registry
-    from deployments.settings import JobSettings, Settings
+    from deployments.settings import Settings
     from deployments.tasks import Task
     from serve_app.backends import Handle
 
@@ -78,21 +76,22 @@ class Ingress:
     ) -> None:
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
-        self._signals: Signals | None = None
+        link = open_link(own_url(beside.get("redis")))
+        self._signals = Signals(link, settings.jobs.namespace)
         self._listening: asyncio.Task[None] | None = None
-        jobs = self._open_jobs(settings.jobs, beside.get("redis")) if beside else None
-        self.api = create_app(backends, registry, settings, self._count, jobs)
+        self.api = create_app(
+            backends,
+            registry,
+            settings,
+            self._count,
+            open_jobs(link, self._signals, settings.jobs) if beside else None,
+            redis=lambda: link.current,
+        )
         self._routes = frozenset(self.api.openapi()["paths"])
-
-    def _open_jobs(self, settings: JobSettings, redis: Handle | None) -> Jobs:
-        link = open_link(own_url(redis))
-        queue = JobQueue(link, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
-        self._signals = Signals(link, settings.namespace)
-        return Jobs(queue, open_job_files(settings), self._signals, settings)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve on the event loop, after `__init__`."""
-        if self._signals is not None and self._listening is None:
+        if self._listening is None:
             self._listening = asyncio.create_task(self._signals.listen())
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:

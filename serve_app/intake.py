@@ -27,7 +27,7 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import Literal
 
     from deployments.contract import ImageRequest, ImageResult
@@ -90,6 +90,9 @@ class Call:
         image: the uploaded file; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
+        charge: called with the pixels of the picture once its header is read, before any work; may
+            raise RateLimited. None charges nobody.
+        results: that are asked for; each is charged.
     """
 
     task: Task
@@ -97,6 +100,8 @@ class Call:
     image: bytes | None
     accept: str = ""
     request_id: str = ""
+    charge: Callable[[int], Awaitable[None]] | None = None
+    results: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,8 @@ class Intake:
         check_used(request, spec.parameters)
         width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
+        if call.charge is not None:
+            await call.charge(width_px * height_px * call.results)
         return Checked(request, output_format, width_px, height_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:

@@ -34,7 +34,11 @@ _STILL_S = 1.0
 
 
 class RequestId:
-    """Gives every request an id: the client's if that is well-formed. The response repeats it."""
+    """Gives every request an id: the client's if that is well-formed. The response repeats it.
+
+    The response also gets the headers that others have put into `answer_headers` of the state,
+    whoever makes it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -48,7 +52,8 @@ class RequestId:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                added = scope["state"].get("answer_headers", {})
+                MutableHeaders(scope=message).update({"X-Request-Id": request_id, **added})
             await send(message)
 
         await self.app(scope, receive, send_with_id)
@@ -61,6 +66,9 @@ OnAnswer = Callable[[str, int, str, float], None]
 
 class AccessLog:
     """Logs one line per request: method, path, status, seconds, request id. Probes are DEBUG.
+
+    The line of a request with an API key goes on with the reason (`ok`, or the code of the problem)
+    and the `audit` of the state.
 
     Args:
         on_answer: called as well. Of a client that left before its answer it gets status 0 and
@@ -86,21 +94,23 @@ class AccessLog:
             await self.app(scope, receive, send_and_note)
         finally:
             seconds = time.monotonic() - start_s
+            reason = scope["state"].get("reason", "ok") if status else "disconnected"
+            audit = scope["state"].get("audit")
             logger.log(
-                logging.DEBUG if _below_root(scope) in _PROBES else logging.INFO,
-                "%s %s %s %.3f s %s",
+                logging.DEBUG if below_root(scope) in _PROBES else logging.INFO,
+                "%s %s %s %.3f s %s%s",
                 scope["method"],
                 quote(scope["path"], errors="replace"),
                 status or "disconnected",
                 seconds,
                 scope["state"]["request_id"],
+                f" {reason} {audit}" if audit else "",
             )
             if self.on_answer:
-                reason = scope["state"].get("reason", "ok") if status else "disconnected"
-                self.on_answer(_below_root(scope), status, reason, seconds)
+                self.on_answer(below_root(scope), status, reason, seconds)
 
 
-def _below_root(scope: Scope) -> str:
+def below_root(scope: Scope) -> str:
     """The path without the prefix that the application is deployed under."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
@@ -154,7 +164,7 @@ class Home:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
-        if not asked or _below_root(scope) not in ("", "/"):
+        if not asked or below_root(scope) not in ("", "/"):
             return await self.app(scope, receive, send)
         page = RedirectResponse(scope.get("root_path", "") + self.path)
         await page(scope, receive, send)

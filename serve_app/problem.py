@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from deployments.errors import SlowUpload
+from deployments.errors import SlowUpload, Unauthorized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +41,9 @@ class Problem(BaseModel):
 def error_response(
     error: ImagenError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An error as a response. 429 and 503 say when to try again; 408 closes the connection.
+    """An error as a response.
+
+    429 and 503 say when to try again, 401 how to authenticate; 408 closes the connection.
 
     Args:
         error: what happened.
@@ -52,6 +54,8 @@ def error_response(
     own = dict(headers or {})
     if isinstance(error, SlowUpload):
         own["Connection"] = "close"  # else the server in front would wait for the rest
+    if isinstance(error, Unauthorized):
+        own["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
     body = json.dumps(error.details(scope["state"]["request_id"])).encode()

@@ -76,12 +76,14 @@ async def list_models(request: Request, backends: AnyBackends) -> Models:
     return Models(models=[_describe(spec, prefix, _state(states, task)) for task, spec in served])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="The process lives")
 async def healthz() -> Health:
     """For liveness probes."""
     return Health(status="alive")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="200 when every model is ready or idle",

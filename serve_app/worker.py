@@ -12,7 +12,7 @@ from deployments.errors import JobsUnavailable
 from serve_app.backends import HandleBackend
 from serve_app.jobs.connection import away, open_link
 from serve_app.jobs.files import open_job_files
-from serve_app.jobs.queue import JobQueue
+from serve_app.jobs.queue import open_queue
 from serve_app.jobs.signals import Signals
 from serve_app.jobs.worker import Worker
 
@@ -40,7 +40,7 @@ class JobWorker:
     ) -> None:
         jobs = settings.jobs
         link = open_link(own_url(redis))
-        queue = JobQueue(link, jobs.namespace, keep_s=jobs.keep_s, lease_s=jobs.lease_s)
+        queue = open_queue(link, jobs)
         models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
         self._worker = Worker(queue, open_job_files(jobs), models, jobs)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)

@@ -108,7 +108,11 @@ def test_block(running: str, folder: Path, block: str) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.replace("curl ", "curl -sS ")],
         cwd=folder,
-        env=os.environ | {"RAY_DASHBOARD_ADDRESS": dashboard_of(running)},
+        env=os.environ
+        | {
+            "RAY_DASHBOARD_ADDRESS": dashboard_of(running),
+            "IMAGEN_KEYS": str(folder / "keys.yaml"),
+        },
         capture_output=True,
         text=True,
         timeout=300,

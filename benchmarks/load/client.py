@@ -52,16 +52,20 @@ class Ending:
 class Client:
     """Posts photos to a target, on as many connections as needed; an asynchronous context."""
 
-    def __init__(self, plan: Plan, photos: Mapping[Size, bytes]) -> None:
+    def __init__(
+        self, plan: Plan, photos: Mapping[Size, bytes], api_key: str | None = None
+    ) -> None:
         self._target = plan.target
         self._timeout_s = plan.timeout_s
         self._photos = photos
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
         )
         return self
 

@@ -32,6 +32,7 @@ def run(
     *,
     unloaded_s: Mapping[int, float] | None = None,
     usd_per_gpu_hour: float | None = None,
+    api_key: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run a plan. In the main thread, Ctrl-C or SIGTERM ends it early, with a report.
@@ -41,11 +42,11 @@ def run(
         url: the server's address; None takes the plan's.
         unloaded_s: unloaded latency by request, which is then not measured.
         usd_per_gpu_hour: the price, for the cost of pictures.
+        api_key: of the server; it is no part of the report.
         progress: called after every request.
 
     Raises:
-        Unreachable: no server listens there.
-        ConfigError: the plan's photo cannot be read, or the URL is not valid.
+        Unreachable, ConfigError: no server listens there; the photo or the URL is not valid.
     """
 
     async def main() -> Report:
@@ -60,6 +61,7 @@ def run(
             stop=stop,
             unloaded_s=unloaded_s,
             usd_per_gpu_hour=usd_per_gpu_hour,
+            api_key=api_key,
             progress=progress,
         )
 
@@ -85,6 +87,7 @@ async def run_async(
     stop: asyncio.Event | None = None,
     unloaded_s: Mapping[int, float] | None = None,
     usd_per_gpu_hour: float | None = None,
+    api_key: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """As `run`, in a running event loop; `stop` ends it early."""
@@ -93,7 +96,7 @@ async def run_async(
     pictures = photos(plan)
     await check_reachable(plan.target)
     load_before, started = machine.load_average(), datetime.now(UTC).isoformat(timespec="seconds")
-    async with Client(plan, pictures) as client:
+    async with Client(plan, pictures, api_key) as client:
         load = _Load(plan, client, progress or _no_progress, dict(unloaded_s or {}))
         interrupted = await _until(load.drive(), stop or asyncio.Event())
     records = sorted(load.records, key=lambda record: record.index)

@@ -58,7 +58,7 @@ def check(manifests: Manifests) -> Iterator[Finding]:
         yield Finding("unknown-field", f"{place} {path}", "Serve has no such option")
     for application in config["applications"]:
         if application.get("import_path") == _OURS:
-            yield from _application(place, application)
+            yield from _application(place, application, manifests.http_options)
         else:
             message = f"{application.get('import_path')} is not the application: write {_OURS}"
             yield Finding("import-path", f"{place} {application.get('name')}", message)
@@ -76,12 +76,16 @@ def _unknown(values: Document, schema: type[BaseModel], path: str) -> Iterator[s
                     yield from _unknown(one, _INSIDE[key], inside)
 
 
-def _application(place: str, application: Document) -> Iterator[Finding]:
+def _application(place: str, application: Document, http: Document) -> Iterator[Finding]:
     try:
         settings = parse_settings(Settings, application.get("args") or {}, "args")
     except ConfigError as error:
         yield Finding("args", f"{place} args", error.message)
         return
+    try:
+        settings.access.check_host(str(http.get("host", "0.0.0.0")))  # noqa: S104 - the default
+    except ConfigError as error:
+        yield Finding("auth", f"{place} args.access", f"{error.message} {error.remedy}")
     deployments = {one["name"]: one for one in application.get("deployments") or []}
     for name, one in deployments.items():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ def check(manifests: Manifests) -> Iterator[Finding]:
         yield from _gpu(pod, manifests)
     yield from _cluster(manifests)
     yield from _serve(manifests)
+    yield from _keys(manifests)
     port = manifests.http_options.get("port", 8000)
     yield from _ports(manifests, port)
     yield from _way_in(manifests, port)
@@ -41,6 +43,9 @@ def secrets(manifests: Manifests) -> dict[str, list[str]]:
     for node in (one for one in walk(manifests.documents) if isinstance(one, dict)):
         if isinstance(reference := node.get("secretKeyRef"), dict):
             keys.setdefault(reference["name"], set()).add(reference["key"])
+        if isinstance(secret := node.get("secret"), dict) and "secretName" in secret:
+            files = {item["key"] for item in secret.get("items") or []}
+            keys.setdefault(secret["secretName"], set()).update(files)
         if name := (node.get("oauth2ClientSecret") or {}).get("name"):
             keys.setdefault(name, set()).add("key")
         if node.get("mode") == "token" and "secretName" in node:
@@ -143,6 +148,22 @@ def _serve(manifests: Manifests) -> Iterator[Finding]:
             if selector.items() <= labels[name].items() and not group.get("minReplicas"):
                 message = f"it may run in {name}, which would not scale to zero: set label_selector"
                 yield Finding("ingress-group", f"{place} Ingress", message)
+
+
+def _keys(manifests: Manifests) -> Iterator[Finding]:
+    """The file of API keys is in every pod that may hold an ingress replica."""
+    args = [one.get("args") or {} for one in manifests.serve_config.get("applications") or []]
+    ingress = next((one for one in manifests.deployments if one.get("name") == "Ingress"), {})
+    selector = (ingress.get("ray_actor_options") or {}).get("label_selector") or {}
+    for access in (one.get("access") or {} for one in args):
+        file = access.get("keys")
+        for pod in (one for one in manifests.pods if one.role == "worker"):
+            mounts = [one["mountPath"] for one in pod.main.get("volumeMounts") or []]
+            inside = file and any(PurePosixPath(file).is_relative_to(mount) for mount in mounts)
+            asks = access.get("auth", "keys") == "keys"
+            if asks and not inside and selector.items() <= pod.labels.items():
+                message = f"access.keys {file} is in no mounted volume: no key would work"
+                yield Finding("keys-file", pod.where, message)
 
 
 def _ports(manifests: Manifests, port: int) -> Iterator[Finding]:

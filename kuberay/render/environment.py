@@ -190,6 +190,7 @@ class PodSource(Strict):
         group: raw fields of the head group or worker group.
         env: of the Ray container.
         pod: raw fields, laid upon those of every pod.
+        container: raw fields of the Ray container, likewise.
     """
 
     image: str
@@ -199,6 +200,7 @@ class PodSource(Strict):
     group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
     env: dict[str, str] = Field(default={})
     pod: Values = Field(default={})
+    container: Values = Field(default={})
 
 
 class Environment(Strict):

@@ -120,7 +120,7 @@ def _container(
     }
     if source.env:
         container["env"] = [{"name": key, "value": value} for key, value in source.env.items()]
-    return container | environment.every_pod.container
+    return container | merged(environment.every_pod.container, source.container)
 
 
 def _worker_group(source: PodSource, environment: Environment, container: Values) -> Values:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
+    from deployments.settings import JobSettings
     from serve_app.jobs.record import Status
 
 _SCRIPTS = Path(__file__).parent / "lua"
@@ -272,6 +273,11 @@ class JobQueue:
             return await _script(self._redis(), script)(
                 args=[self.namespace, *(str(arg) for arg in args)]
             )
+
+
+def open_queue(redis: Callable[[], Redis], settings: JobSettings) -> JobQueue:
+    """The queue of an application."""
+    return JobQueue(redis, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
 
 
 @cache

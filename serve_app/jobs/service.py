@@ -17,12 +17,15 @@ from deployments.errors import (
     NoSuchJob,
     RateLimited,
 )
+from serve_app.jobs.files import open_job_files
+from serve_app.jobs.queue import open_queue
 from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
     from deployments.settings import JobSettings
+    from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
     from serve_app.jobs.queue import Event, JobQueue
     from serve_app.jobs.record import Job, JobSpec, Status
@@ -246,6 +249,11 @@ class Jobs:
             yield
         finally:
             setattr(self, kind, getattr(self, kind) - 1)
+
+
+def open_jobs(link: RedisLink, signals: Signals, settings: JobSettings) -> Jobs:
+    """The jobs behind a link to Redis, with their pictures where the settings say."""
+    return Jobs(open_queue(link, settings), open_job_files(settings), signals, settings)
 
 
 async def _set_within(word: asyncio.Event, seconds: float) -> bool:

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -36,7 +37,6 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 _WAIT = re.compile(r"wait=(\d{1,9})")
 _MOST_PAGE = 100
-_OWNER_OF_ALL = "anonymous"
 
 
 class Preference(NamedTuple):
@@ -160,14 +160,12 @@ async def jobs_of(request: Request) -> Jobs:
 
 def owner_of(request: Request) -> str:
     """Whose jobs a request may see: the id of its API key."""
-    key = request.scope["state"].get("key")
-    return key.id if key is not None else _OWNER_OF_ALL
+    return request.scope["state"]["key"].id
 
 
 def share_of(request: Request) -> float:
     """The share of the queue that the request's API key may take."""
-    key = request.scope["state"].get("key")
-    return key.limits.queue_share if key is not None else 1.0
+    return request.scope["state"]["key"].limits.queue_share
 
 
 async def submit(
@@ -186,7 +184,7 @@ async def submit(
     _check_n(wanted.n, spec)
     if wanted.webhook:
         check_webhook(wanted.webhook, jobs.settings.webhooks)
-    checked = await intake.check(call)
+    checked = await intake.check(replace(call, results=wanted.n))
     fields = checked.request.model_dump(mode="json", exclude_unset=True)
     if "seed" in spec.parameters and fields.get("seed") is None:
         # Drawn now, so that each attempt makes the same picture.

@@ -139,6 +139,7 @@ async def _read(
         image=form.image,
         accept=", ".join(request.headers.getlist("accept")),
         request_id=request.scope["state"]["request_id"],
+        charge=request.scope["state"]["charge"],
     )
     return call, options
 

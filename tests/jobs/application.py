@@ -14,14 +14,13 @@ import uvicorn
 from PIL import Image
 
 from deployments.contract import ImageJob, ImageResult, JobProgress
-from deployments.settings import JobSettings, Settings
+from deployments.settings import AccessSettings, JobSettings, Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.connection import RedisLink
-from serve_app.jobs.files import open_job_files
-from serve_app.jobs.queue import JobQueue
-from serve_app.jobs.service import Jobs
+from serve_app.jobs.queue import JobQueue, open_queue
+from serve_app.jobs.service import Jobs, open_jobs
 from serve_app.jobs.signals import Signals
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import free_port
@@ -171,22 +170,34 @@ class Application:
 
 @asynccontextmanager
 async def application(
-    redis_url: str, folder: Path, *, working: bool = True, **changes: Any
+    redis_url: str,
+    folder: Path,
+    *,
+    working: bool = True,
+    keys: Path | None = None,
+    **changes: Any,
 ) -> AsyncGenerator[Application]:
-    """An application on a free port, whose jobs are in this Redis and this folder."""
-    settings = Settings(jobs=JobSettings(folder=folder, **changes))
+    """An application on a free port, whose jobs are in this Redis and this folder.
+
+    Args:
+        redis_url: of the Redis.
+        folder: of the pictures.
+        working: whether there is a worker.
+        keys: file of API keys; None asks for none.
+        changes: of the settings of jobs.
+    """
+    access = AccessSettings(auth="off") if keys is None else AccessSettings(keys=keys)
+    settings = Settings(jobs=JobSettings(folder=folder, **changes), access=access)
     models = StandInModels()
 
     async def url() -> str:
         return redis_url
 
     link = RedisLink(url)
-    queue = JobQueue(
-        link, settings.jobs.namespace, keep_s=settings.jobs.keep_s, lease_s=settings.jobs.lease_s
-    )
+    queue = open_queue(link, settings.jobs)
     signals = Signals(link, settings.jobs.namespace)
-    jobs = Jobs(queue, open_job_files(settings.jobs), signals, settings.jobs)
-    app = create_app(models, REGISTRY, settings, jobs=jobs)
+    jobs = open_jobs(link, signals, settings.jobs)
+    app = create_app(models, REGISTRY, settings, jobs=jobs, redis=lambda: link.current)
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
     base = f"http://127.0.0.1:{port}"

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Deploy = Callable[..., "Deployed"]
 
 HERE = Path(__file__).parent
-SECRETS = "imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
+KEYS = "imagen-keys:keys.yaml"
+SECRETS = f"{KEYS} imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
 SITE = {"IMAGEN_PROJECT": "my-project", "IMAGEN_REGION": "europe-west4"}
 GKE = "gke_my-project_europe-west4_imagen"
 # Runs the command, but validates the same manifests only once: importing Ray takes seconds.
@@ -100,6 +101,7 @@ def deploy(tmp_path: Path, cache: Path) -> Deploy:
             "FAKE_CRDS": "customresourcedefinition.apiextensions.k8s.io/rayservices.ray.io",
             "FAKE_CONTEXT": "a-cluster" if "dev" in arguments else GKE,
             "FAKE_IMAGE_ID": "sha256:first",
+            "FAKE_SECRETS": KEYS if "dev" in arguments else "",
             "IMAGEN_SITE": str(tmp_path / "site.env"),
             **SITE,
         }
@@ -319,8 +321,10 @@ def test_missing_secrets_are_named_with_the_commands_that_create_them(
 ) -> None:
     done = deploy(filled, "prod", FAKE_SECRETS="imagen-oauth:key imagen-redis:user")
     assert (done.code, done.applied) == (1, False)
-    *_, space, token, redis, verdict = done.err.splitlines()
+    *_, space, keys, token, redis, verdict = done.err.splitlines()
     assert space.endswith("kubectl create namespace imagen")
+    assert "imagen keys create NAME --keys keys.yaml && kubectl" in keys
+    assert keys.endswith("create secret generic imagen-keys --from-file=keys.yaml")
     assert "create secret generic imagen-ray-token --from-literal=auth_token=" in token
     assert redis.endswith("kubectl --namespace imagen edit secret imagen-redis")
     assert "imagen-ray-token (key auth_token), imagen-redis (key password)" in verdict

@@ -466,7 +466,8 @@ def test_never_two_operators(cloud: Cloud) -> None:
 
 def test_secrets_are_those_of_the_manifests_and_never_seen(cloud: Cloud, overlay: Overlay) -> None:
     (cloud.place / "oauth").write_text("of-the-client\n")
-    done = cloud.run("secrets.sh", "--oauth-file", "oauth")
+    (cloud.place / "keys").write_text("keys: [of-clients]\n")
+    done = cloud.run("secrets.sh", "--oauth-file", "oauth", "--keys-file", "keys")
     assert done.returncode == 0, done.stderr
     made = {
         words[-2]: [words[-1].removeprefix("--from-file=").partition("=")[0]]
@@ -474,8 +475,9 @@ def test_secrets_are_those_of_the_manifests_and_never_seen(cloud: Cloud, overlay
         if "secret" in words
     }
     assert made == validate(overlay("prod")).secrets
-    values = (cloud.place / "stdin").read_text().splitlines()
-    redis, token, oauth = values
+    values = [line for line in (cloud.place / "stdin").read_text().splitlines() if line]
+    redis, token, oauth, keys = values
+    assert keys == "keys: [of-clients]"
     assert oauth == "of-the-client"
     assert redis != token
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in (redis, token))
@@ -490,6 +492,8 @@ def test_existing_secrets_stay(cloud: Cloud) -> None:
 
 def test_iap_needs_its_secret(cloud: Cloud) -> None:
     assert "--oauth-file" in cloud.run("secrets.sh").stderr
+    (cloud.place / "oauth").write_text("of-the-client\n")
+    assert "--keys-file" in cloud.run("secrets.sh", "--oauth-file", "oauth").stderr
     done = cloud.run("secrets.sh", "--oauth-file", "nowhere")
     assert (done.returncode, "nowhere" in done.stderr) == (2, True)
 

@@ -160,6 +160,7 @@ def test_a_single_pod_has_no_budget(overlay: Overlay) -> None:
 
 def test_prod_names_the_secrets_that_must_exist(overlay: Overlay) -> None:
     assert validate(overlay("prod")).secrets == {
+        "imagen-keys": ["keys.yaml"],
         "imagen-oauth": ["key"],
         "imagen-ray-token": ["auth_token"],
         "imagen-redis": ["password"],

@@ -39,7 +39,7 @@ class Backends:
         return answer
 
 async def main():
-    settings = Settings()
+    settings = Settings(access={"auth": "off"})
     app = create_app(Backends(), load_registry(settings.models), settings)
     file = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(file, "PNG")

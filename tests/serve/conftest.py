@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from benchmarks.server import free_port
 from deployments.registry import load_registry
-from deployments.settings import ROOT, Settings
+from deployments.settings import ROOT, AccessSettings, Settings
 from deployments.tasks import Task
 from serve_app.ingress import Ingress
 from tests.serve.scripted import BrokenModel, ScriptedModel
@@ -131,7 +131,7 @@ def broken(cluster: str) -> str:
 
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    settings = Settings(request_timeout_s=10, retry_after_s=7)
+    settings = Settings(request_timeout_s=10, retry_after_s=7, access=AccessSettings(auth="off"))
     models: dict[Task, Any] = {}
     for task, kind in kinds.items():
         narrow = task == Task.COMIC

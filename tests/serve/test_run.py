@@ -20,7 +20,8 @@ import yaml
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.settings import ROOT
+from deployments.settings import ROOT, KeyLimits
+from serve_app.access.editing import create_key
 from tests.serve.conftest import free_port
 from tests.serve.test_http import jpeg, post
 
@@ -189,9 +190,15 @@ def test_without_a_config_it_fits_two_cores(
 ) -> None:
     port = free_port()
     command = [sys.executable, "-c", SERVE_RUN, str(port), target]
-    with serving(command, port, tmp_path / "log", environment) as server:
+    _, token = create_key(tmp_path / "keys.yaml", "test", KeyLimits())
+    own = environment | {"IMAGEN_KEYS": str(tmp_path / "keys.yaml")}
+    with serving(command, port, tmp_path / "log", own) as server:
         wait_until(lambda: answers(f"{server.address}/readyz"), server)
-        assert post(server.address, "background", jpeg()).status_code == 200
+        assert post(server.address, "background", jpeg()).status_code == 401
+        headers = {"Authorization": f"Bearer {token}"}
+        url = f"{server.address}/api/v1/images/background/remove"
+        done = httpx.post(url, files={"image": jpeg()}, headers=headers, timeout=120)
+        assert done.status_code == 200
 
 
 def test_serve_build_writes_a_config(environment: dict[str, str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from deployments.contract import ImageJob, ImageResult
 from deployments.registry import load_registry
-from deployments.settings import LimitSettings, Settings
+from deployments.settings import AccessSettings, LimitSettings, Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from serve_app.middleware import OnAnswer
 
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
+OPEN_TO_ALL = AccessSettings(auth="off")
 
 
 def picture_file(width: int = 24, height: int = 16, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -106,7 +107,9 @@ def app_of(
     on_answer: OnAnswer | None = None,
     **limits: int,
 ) -> FastAPI:
-    settings = Settings(request_timeout_s=timeout_s, limits=LimitSettings(**limits))
+    settings = Settings(
+        request_timeout_s=timeout_s, limits=LimitSettings(**limits), access=OPEN_TO_ALL
+    )
     return create_app(backends or FakeBackends(), REGISTRY, settings, on_answer)
 
 

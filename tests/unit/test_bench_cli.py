@@ -46,6 +46,18 @@ def words(result: Result) -> str:
     return " ".join(result.output.split())
 
 
+def test_a_key_is_sent_and_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "report.json"
+    with serving() as server:
+        sent = bench(tmp_path, "--url", server.url, "--json", report, "--key", "imagen_of_mine")
+        monkeypatch.setenv("IMAGEN_KEY", "imagen_of_mine")
+        also = bench(tmp_path, "--url", server.url, "--json", report)
+        keys = {got.headers.get("Authorization") for got in server.got}
+    assert (sent.exit_code, also.exit_code) == (0, 0)
+    assert keys == {"Bearer imagen_of_mine"}
+    assert "imagen_of_mine" not in report.read_text() + sent.output + also.output
+
+
 def test_it_prints_and_writes_a_report(tmp_path: Path) -> None:
     json_file, plot = tmp_path / "report.json", tmp_path / "plot.png"
     with serving() as server:

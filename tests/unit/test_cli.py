@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.run import address_of
+from cli.run import access_of, address_of
 from deployments.errors import ConfigError
 
 
@@ -81,3 +81,45 @@ def test_a_broken_config_ends_the_command_with_one_clear_message(
     assert outcome.exit_code == 2
     assert "The Serve config cannot be read (got" in " ".join(outcome.output.split())
     assert "Traceback" not in outcome.output
+
+
+OURS = "import_path: serve_app.app:build"
+
+
+@pytest.mark.parametrize(
+    ("text", "auth"),
+    [
+        (f"applications: [{{{OURS}}}]", "keys"),
+        (f"http_options: {{host: 0.0.0.0}}\napplications: [{{{OURS}}}]", "keys"),
+        (
+            f"http_options: {{host: 127.0.0.1}}\n"
+            f"applications: [{{{OURS}, args: {{access: {{auth: off}}}}}}]",
+            "off",
+        ),
+        ("applications: [{import_path: other:app, args: {access: 3}}]", None),
+    ],
+)
+def test_whether_keys_are_asked_for_is_known_before_the_start(
+    text: str, auth: str | None, tmp_path: Path
+) -> None:
+    access = access_of(config(tmp_path, text))
+    assert (access and access.auth) == auth
+
+
+@pytest.mark.parametrize(
+    "options", ["", "http_options: {host: 0.0.0.0}", "http_options: {host: '::'}"]
+)
+def test_a_service_without_keys_that_others_reach_is_not_started(
+    options: str, tmp_path: Path
+) -> None:
+    text = f"{options}\napplications: [{{{OURS}, args: {{access: {{auth: off}}}}}}]"
+    outcome = CliRunner().invoke(app, ["run", str(config(tmp_path, text))])
+    assert outcome.exit_code == 2
+    shown = " ".join(outcome.output.split())
+    assert "access.auth is off, and the service listens on" in shown
+    assert "Set access.auth to keys" in shown
+
+
+def test_a_certificate_makes_the_address_https(tmp_path: Path) -> None:
+    text = "http_options: {ssl_certfile: a.pem, ssl_keyfile: b.pem}"
+    assert address_of(config(tmp_path, text)) == "https://127.0.0.1:8000"
