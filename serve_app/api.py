@@ -80,14 +80,12 @@ def create_app(
         description=DESCRIPTION,
         middleware=_middleware(settings, on_answer, _access(settings, registry, limits)),
     )
-    app.state.backends = backends
-    app.state.registry = registry
+    app.state.backends, app.state.registry = backends, registry
     app.state.intake = Intake(backends, registry, settings)
     app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
-    app.include_router(native.router(registry))
-    app.include_router(job_routes.router)
-    app.include_router(service.router)
+    for router in (native.router(registry), job_routes.router, service.router):
+        app.include_router(router)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
     if settings.access.auth == "keys":

@@ -217,10 +217,6 @@ def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> 
         prefix: below which the application is served.
     """
     spec, base = job.spec, f"{prefix}/api/v1/jobs/{job.spec.job_id}"
-    queued_s = (job.started_s or job.ended_s or job.created_s) - job.created_s
-    timings_s = job.timings_s | {"queue": queued_s if job.started_s else 0.0}
-    if job.ended_s is not None:
-        timings_s["total"] = job.ended_s - job.created_s
     eta_s = job.eta_s
     return {
         "job_id": spec.job_id,
@@ -237,7 +233,7 @@ def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> 
         "steps": job.steps,
         "eta_s": None if eta_s is None else round(eta_s, 1),
         "attempts": job.attempts,
-        "timings_s": {stage: round(seconds, 3) for stage, seconds in timings_s.items()},
+        "timings_s": _timings_s(job),
         "gpu_seconds": round(job.gpu_seconds, 4),
         "cost": None if price is None else round(job.gpu_seconds * price, 6),
         "error": job.error,
@@ -252,3 +248,13 @@ def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> 
         ],
         "links": {"self": base, "events": f"{base}/events", "result": f"{base}/result"},
     }
+
+
+def _timings_s(job: Job) -> dict[str, float]:
+    """Seconds by stage: those of the model, the wait in the queue, and all of it."""
+    timings_s = dict(job.timings_s)
+    if job.started_s is not None:
+        timings_s["queue"] = job.started_s - job.created_s
+    if job.ended_s is not None:
+        timings_s["total"] = job.ended_s - job.created_s
+    return {stage: round(seconds, 3) for stage, seconds in timings_s.items()}

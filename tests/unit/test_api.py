@@ -23,6 +23,7 @@ from deployments.settings import Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
+from serve_app.jobs.options import JobOptions
 from tests.unit.fakes import (
     OPEN_TO_ALL,
     REGISTRY,
@@ -48,7 +49,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 COMIC = Task.COMIC.route
-ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"}
+JOB_ROUTES = {
+    f"/api/v1/jobs{rest}"
+    for rest in (
+        "",
+        *(f"/{{job_id}}{end}" for end in ("", "/retry", "/result", "/results/{k}", "/events")),
+    )
+} | {"/files/{path}"}
+ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"} | JOB_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
@@ -693,7 +701,8 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
     assert form["required"] == ["image"]
     assert form["additionalProperties"] is False
     spec = REGISTRY[task]
-    assert form["properties"].keys() == {"image", *spec.parameters}
+    of_job = JobOptions.model_fields.keys() - ({"n"} if "seed" not in spec.parameters else set())
+    assert form["properties"].keys() == {"image", *spec.parameters, *of_job}
     assert all(field["description"] for field in form["properties"].values())
     for name, value in spec.defaults.items():
         assert form["properties"][name]["default"] == value
@@ -715,10 +724,14 @@ async def test_the_description_lists_every_answer_of_every_route(task: Task) -> 
     kinds = [*RequestError.__subclasses__(), *SERVICE_ERRORS]
     elsewhere = {
         *(errors.NotFound, errors.MethodNotAllowed, errors.LinkRefused),
-        *(errors.NoSuchJob, errors.JobConflict, errors.IdempotencyConflict),
+        errors.NoSuchJob,
         errors.Unauthorized,  # where keys are asked for: test_access.py
     }
-    assert set(answers) == {"200", *(str(int(k.status)) for k in kinds if k not in elsewhere)}
+    assert set(answers) == {
+        "200",
+        "202",
+        *(str(int(k.status)) for k in kinds if k not in elsewhere),
+    }
     assert set(answers["200"]["content"]) == {"image/png", "image/webp", "image/jpeg"}
     promised = {name.lower() for name in answers["200"]["headers"]}
     backends = FakeBackends()
