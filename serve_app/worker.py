@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
@@ -12,8 +13,10 @@ from deployments.errors import JobsUnavailable
 from serve_app.backends import HandleBackend
 from serve_app.jobs.connection import away, open_link
 from serve_app.jobs.files import open_job_files
+from serve_app.jobs.outbox import Outbox, deliver_forever
 from serve_app.jobs.queue import open_queue
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.webhooks import Sender
 from serve_app.jobs.worker import Worker
 
 if TYPE_CHECKING:
@@ -40,9 +43,11 @@ class JobWorker:
     ) -> None:
         jobs = settings.jobs
         link = open_link(own_url(redis))
-        queue = open_queue(link, jobs)
+        self._settings = jobs
+        self._queue = open_queue(link, jobs)
+        self._outbox = Outbox(link, jobs.namespace, jobs.webhooks, jobs.lease_s)
         models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
-        self._worker = Worker(queue, open_job_files(jobs), models, jobs)
+        self._worker = Worker(self._queue, open_job_files(jobs), models, jobs)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)
         self._loops: asyncio.Task[None] | None = None
 
@@ -55,6 +60,16 @@ class JobWorker:
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._signals.listen())
             loops.create_task(self._worker.run())
+            loops.create_task(self._deliver())
+
+    async def _deliver(self) -> None:
+        """Send webhooks, once Redis has told the secret that signs them."""
+        while True:
+            with suppress(JobsUnavailable):
+                sender = Sender(self._settings.webhooks, await self._queue.webhook_master())
+                break
+            await asyncio.sleep(_ASK_S)
+        await deliver_forever(self._outbox, sender)
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces this replica if it raises."""

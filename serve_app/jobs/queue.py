@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -248,6 +249,13 @@ class JobQueue:
             waiting, running, oldest = found[3 * i : 3 * i + 3]
             depth[task] = waiting, running, now_s - oldest[0][1] if oldest else 0.0
         return depth
+
+    async def webhook_master(self) -> bytes:
+        """What the secrets of webhooks are derived from; drawn once, and kept in Redis."""
+        name = self.key("webhook-master")
+        async with answered():
+            await self._redis().set(name, secrets.token_hex(32), nx=True)
+            return bytes.fromhex(str(await self._redis().get(name)))
 
     # --- for operators ---
 

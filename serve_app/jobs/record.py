@@ -237,9 +237,7 @@ def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> 
         "gpu_seconds": round(job.gpu_seconds, 4),
         "cost": None if price is None else round(job.gpu_seconds * price, 6),
         "error": job.error,
-        "webhook": {"url": spec.webhook, "events": list(spec.webhook_events)}
-        if spec.webhook
-        else None,
+        "webhook": _webhook(spec),
         "retry_of": spec.retry_of or None,
         "n": spec.n,
         "request": spec.request,
@@ -258,3 +256,7 @@ def _timings_s(job: Job) -> dict[str, float]:
     if job.ended_s is not None:
         timings_s["total"] = job.ended_s - job.created_s
     return {stage: round(seconds, 3) for stage, seconds in timings_s.items()}
+
+
+def _webhook(spec: JobSpec) -> dict[str, Any] | None:
+    return {"url": spec.webhook, "events": list(spec.webhook_events)} if spec.webhook else None

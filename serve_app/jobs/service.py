@@ -51,7 +51,7 @@ class Jobs:
     ) -> None:
         self.settings = settings
         self.files = files
-        self._queue = queue
+        self.queue = queue
         self._signals = signals
         self._streams = 0
         self._waits = 0
@@ -79,7 +79,7 @@ class Jobs:
         """
         limit = self.settings.max_queued
         submit = partial(
-            self._queue.submit,
+            self.queue.submit,
             spec,
             idempotency_key=idempotency_key,
             max_queued=limit,
@@ -127,7 +127,7 @@ class Jobs:
         Raises:
             NoSuchJob: it is unknown, expired, or another owner's.
         """
-        job = await self._queue.get(job_id) if is_job_id(job_id) else None
+        job = await self.queue.get(job_id) if is_job_id(job_id) else None
         if job is None or job.spec.owner != owner:
             raise NoSuchJob(
                 "There is no such job.",
@@ -141,7 +141,7 @@ class Jobs:
         self, owner: str, status: Status | None, cursor: str, limit: int
     ) -> tuple[list[Job], str | None]:
         """A page of this owner's jobs, newest first, and the cursor of the next page."""
-        return await self._queue.list(owner, status, cursor, limit)
+        return await self.queue.list(owner, status, cursor, limit)
 
     async def link(self, owner: str, job_id: str, k: int) -> str:
         """A fresh link to a result.
@@ -176,7 +176,7 @@ class Jobs:
         """
         job = await self.get(owner, job_id)
         ended = replace(job, status="canceled", ended_s=time.time(), position=0)
-        now, _ = await self._queue.finish(job_id, "canceled", {}, json.dumps(self.view(ended)))
+        now, _ = await self.queue.finish(job_id, "canceled", {}, json.dumps(self.view(ended)))
         job = await self.get(owner, job_id)
         if now != "canceled":
             raise _conflict(job, "canceled", "Nothing is left to cancel.")
@@ -215,7 +215,7 @@ class Jobs:
             while True:
                 word.clear()
                 job = await self.get(owner, job_id)
-                for event in await self._queue.events(job_id, after):
+                for event in await self.queue.events(job_id, after):
                     yield event
                     after = event.event_id
                     if event.name in ENDED:

@@ -19,7 +19,7 @@ from deployments.contract import ImageResult, validated
 from deployments.errors import InvalidParameter, JobsUnavailable, MalformedRequest
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
-from serve_app.jobs.webhooks import check_webhook
+from serve_app.jobs.webhooks import check_webhook, webhook_secret
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols.picture import image_response
 
@@ -97,6 +97,12 @@ class JobDocument(BaseModel):
     request: dict[str, Any]
     results: list[Result]
     links: dict[str, str]
+
+
+class Secret(BaseModel):
+    """For the library `standardwebhooks`, or another one by that specification."""
+
+    secret: str
 
 
 class JobPage(BaseModel):
@@ -182,8 +188,7 @@ async def submit(
     key = _idempotency_key(request)
     wanted = validated(JobOptions, options, "job")
     _check_n(wanted.n, spec)
-    if wanted.webhook:
-        check_webhook(wanted.webhook, jobs.settings.webhooks)
+    webhook = check_webhook(wanted.webhook, jobs.settings.webhooks) if wanted.webhook else ""
     checked = await intake.check(replace(call, results=wanted.n))
     fields = checked.request.model_dump(mode="json", exclude_unset=True)
     if "seed" in spec.parameters and fields.get("seed") is None:
@@ -202,8 +207,8 @@ async def submit(
         priority=wanted.priority,
         deadline_s=wanted.deadline_s or jobs.settings.deadline_s,
         preview=wanted.preview,
-        webhook=wanted.webhook or "",
-        webhook_events=tuple(wanted.webhook_events.split(",")) if wanted.webhook else (),
+        webhook=webhook,
+        webhook_events=tuple(wanted.webhook_events.split(",")) if webhook else (),
         fingerprint=_fingerprint(call, options, checked.output_format),
         request_id=call.request_id,
     )
@@ -399,6 +404,18 @@ async def follow_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     stream = _stream(request, jobs, owner, job_id, after)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
+
+
+@router.get(
+    "/api/v1/webhook-secret",
+    summary="The secret that your webhooks are signed with",
+    responses=_COMMON,
+    response_model=Secret,
+)
+async def get_webhook_secret(jobs: TheJobs, owner: Owner) -> Response:
+    """Of the API key that asks."""
+    body = {"secret": webhook_secret(await jobs.queue.webhook_master(), owner)}
+    return JSONResponse(body, headers={"Cache-Control": "no-store"})
 
 
 @router.get(

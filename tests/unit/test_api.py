@@ -55,7 +55,7 @@ JOB_ROUTES = {
         "",
         *(f"/{{job_id}}{end}" for end in ("", "/retry", "/result", "/results/{k}", "/events")),
     )
-} | {"/files/{path}"}
+} | {"/files/{path}", "/api/v1/webhook-secret"}
 ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"} | JOB_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
