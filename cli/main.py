@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.bench import bench
+from cli.jobs import jobs_app
 from cli.keys import keys_app
 from cli.kuberay import kuberay_app
 from cli.metadata import metadata
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(run)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(jobs_app, name="jobs")
 app.command()(plan)
 app.command()(bench)
 app.add_typer(kuberay_app, name="kuberay")

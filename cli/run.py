@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
-import yaml
 from rich.console import Console
 
+from cli.config import access_of, address_of
 from cli.console import Output
 from cli.ending import ending
 from deployments.errors import ConfigError
-from deployments.settings import ROOT, AccessSettings, Settings, parse_settings, resolve
+from deployments.settings import ROOT, AccessSettings, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 console = Console()
 _BIN = Path(sys.executable).parent
 _POLL_S = 0.5
-_OURS = "serve_app.app:"
 
 
 def run(
@@ -87,53 +86,6 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         server.wait(90)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(server.pid, signal.SIGKILL)
-
-
-def address_of(config: Path) -> str:
-    """The URL that a Serve config file makes the API listen on.
-
-    Raises:
-        ConfigError: the file cannot be read, or is no Serve config.
-    """
-    with _reading(config) as values:
-        options = values.get("http_options") or {}
-        host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
-        first = next(iter(values.get("applications") or ()), {})
-        prefix = str(first.get("route_prefix", "/")).rstrip("/")
-        host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
-        host = f"[{host}]" if ":" in host else host
-        scheme = "https" if options.get("ssl_certfile") else "http"
-        address = f"{scheme}://{host}:{int(port)}{prefix}"
-        httpx.URL(address)
-        return address
-
-
-def access_of(config: Path) -> AccessSettings | None:
-    """Who may call the application of a Serve config file; None if it is not ours.
-
-    Raises:
-        ConfigError: the file cannot be read, a setting is wrong, or others than this machine could
-            call without a key.
-    """
-    with _reading(config) as values:
-        host = str((values.get("http_options") or {}).get("host", "0.0.0.0"))  # noqa: S104 - Serve's
-        found = [dict(one) for one in values.get("applications") or ()]
-    ours = [one for one in found if str(one.get("import_path", "")).startswith(_OURS)]
-    access = None
-    for one in ours:
-        access = parse_settings(Settings, one.get("args") or {}, "The application's args").access
-        access.check_host(host)
-    return access
-
-
-@contextmanager
-def _reading(config: Path) -> Generator[Any]:
-    try:
-        yield yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
-    except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
-        raise ConfigError(
-            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
-        ) from error
 
 
 def _answers(address: str) -> bool:

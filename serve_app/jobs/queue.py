@@ -265,6 +265,11 @@ class JobQueue:
             ids: Any = await self._redis().zrevrange(self.key("dead"), 0, limit - 1)
         return await self.read(ids)
 
+    async def bury(self, job_id: str) -> None:
+        """Take a job off the list of dead letters."""
+        async with answered():
+            await self._redis().zrem(self.key("dead"), job_id)
+
     async def count(self, owner: str) -> dict[Status, int]:
         """An owner's jobs by status."""
         async with answered():

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
+from deployments.settings import KeyLimits
 from deployments.tasks import Task
+from serve_app.access.editing import create_key, revoke_key
 from tests.jobs.application import Application, application, picture
 from tests.jobs.redis_server import RedisServer
 
@@ -502,3 +504,74 @@ async def test_without_redis_sync_goes_on_and_async_says_when_to_come_back(tmp_p
             server.start()
             assert (await app.ended(before))["status"] == "completed"
             assert (await app.ended(await app.submit()))["status"] == "completed"
+
+
+# Keys
+
+
+async def test_a_key_sees_only_its_own_jobs(server: RedisServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    (_, mine), (_, other) = (create_key(keys, name, KeyLimits()) for name in ("mine", "other"))
+    async with application(
+        server.url, tmp_path / "files", namespace="owners", keys=keys, working=False
+    ) as app:
+        me, them = ({"Authorization": f"Bearer {token}"} for token in (mine, other))
+        assert (await post(app, ASYNC)).status_code == 401
+        job_id = (await post(app, ASYNC | me)).json()["job_id"]
+        path = f"/api/v1/jobs/{job_id}"
+        assert (await app.client.get(path, headers=me)).status_code == 200
+        for method, route in (
+            ("GET", ""),
+            ("DELETE", ""),
+            ("GET", "/result"),
+            ("GET", "/events"),
+            ("POST", "/retry"),
+        ):
+            refused(
+                await app.client.request(method, path + route, headers=them), 404, "no_such_job"
+            )
+        listed = [
+            (await app.client.get("/api/v1/jobs", headers=headers)).json()["jobs"]
+            for headers in (me, them)
+        ]
+        assert [len(jobs) for jobs in listed] == [1, 0]
+        secrets = [
+            (await app.client.get("/api/v1/webhook-secret", headers=headers)).json()["secret"]
+            for headers in (me, me, them)
+        ]
+        assert secrets[0] == secrets[1] != secrets[2]
+        # The same Idempotency-Key of two owners means two jobs.
+        same = ASYNC | {"Idempotency-Key": "k"}
+        ids = {(await post(app, same | headers)).json()["job_id"] for headers in (me, them)}
+        assert len(ids) == 2
+
+
+async def test_a_key_revoked_in_mid_job_loses_sight_of_it_but_not_the_job(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    key, token = create_key(keys, "mine", KeyLimits())
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(server.url, tmp_path / "files", namespace="revoked", keys=keys) as app:
+        app.models.step_s = 0.3
+        job_id = (await post(app, ASYNC | me, steps="6")).json()["job_id"]
+        revoke_key(keys, key.id)
+        path = f"/api/v1/jobs/{job_id}"
+        while (await app.client.get(path, headers=me)).status_code != 401:
+            await asyncio.sleep(0.1)
+        while (job := await app.queue.get(job_id)) and not job.has_ended:
+            await asyncio.sleep(0.1)
+        assert job
+        assert job.status == "completed"
+
+
+async def test_a_share_of_the_queue_is_the_key_s_limit(server: RedisServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    _, token = create_key(keys, "mine", KeyLimits(queue_share=0.2))
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(
+        server.url, tmp_path / "f", namespace="share", keys=keys, working=False, max_queued=10
+    ) as app:
+        statuses = [(await post(app, ASYNC | me)).status_code for _ in range(3)]
+        assert statuses == [202, 202, 429]
+        refused(await post(app, ASYNC | me), 429, "rate_limited")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cli.config import access_of, address_of
 from cli.main import app
-from cli.run import access_of, address_of
 from deployments.errors import ConfigError
 
 

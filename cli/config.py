@@ -1,0 +1,87 @@
+"""What a Serve config file says of the application."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import yaml
+
+from deployments.errors import ConfigError
+from deployments.settings import AccessSettings, Settings, parse_settings, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+_OURS = "serve_app.app:"
+
+
+def address_of(config: Path) -> str:
+    """The URL that a Serve config file makes the API listen on.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no Serve config.
+    """
+    with _reading(config) as values:
+        options = values.get("http_options") or {}
+        host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+        first = next(iter(values.get("applications") or ()), {})
+        prefix = str(first.get("route_prefix", "/")).rstrip("/")
+        host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - compared, not bound
+        host = f"[{host}]" if ":" in host else host
+        scheme = "https" if options.get("ssl_certfile") else "http"
+        address = f"{scheme}://{host}:{int(port)}{prefix}"
+        httpx.URL(address)
+        return address
+
+
+def access_of(config: Path) -> AccessSettings | None:
+    """Who may call the application of a Serve config file; None if it is not ours.
+
+    Raises:
+        ConfigError: the file cannot be read, a setting is wrong, or others than this machine could
+            call without a key.
+    """
+    with _reading(config) as values:
+        host = str((values.get("http_options") or {}).get("host", "0.0.0.0"))  # noqa: S104 - Serve's
+        found = [dict(one) for one in values.get("applications") or ()]
+    access = None
+    for one in found:
+        if str(one.get("import_path", "")).startswith(_OURS):
+            access = _settings(one).access
+            access.check_host(host)
+    return access
+
+
+def settings_of(config: Path) -> Settings:
+    """The settings of the application of a Serve config file.
+
+    Raises:
+        ConfigError: the file cannot be read, a setting is wrong, or no application is ours.
+    """
+    with _reading(config) as values:
+        found = [dict(one) for one in values.get("applications") or ()]
+    for one in found:
+        if str(one.get("import_path", "")).startswith(_OURS):
+            return _settings(one)
+    raise ConfigError(
+        "The Serve config has no application of Imagen.",
+        value=config,
+        remedy=f"Name a file with import_path: {_OURS}.",
+    )
+
+
+def _settings(application: dict[str, Any]) -> Settings:
+    return parse_settings(Settings, application.get("args") or {}, "The application's args")
+
+
+@contextmanager
+def _reading(config: Path) -> Generator[Any]:
+    try:
+        yield yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+    except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
+        raise ConfigError(
+            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
+        ) from error
