@@ -31,10 +31,16 @@ READY = "http://127.0.0.1:8000/readyz"
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`make run`, ready; what it has printed so far."""
-    log = tmp_path_factory.mktemp("run") / "log"
+    place = tmp_path_factory.mktemp("run")
+    log = place / "log"
     with log.open("wb") as file:
         server = subprocess.Popen(
-            ["make", "run"], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            ["make", "run"],
+            cwd=ROOT,
+            env=os.environ | {"IMAGEN_JOBS": str(place / "jobs")},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         yield wait_for("Imagen is ready", log, server)
