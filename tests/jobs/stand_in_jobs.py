@@ -47,7 +47,7 @@ from deployments.errors import (
     RequestError,
     Unauthorized,
 )
-from serve_app.problem import error_response, problem
+from serve_app.problem import error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -310,7 +310,7 @@ class StandIn:
         if job.fields.get("prompt") != FAILING:
             return job.become("completed")
         failed = ModelFailed("The model gave no picture.", value="black", remedy="Try another.")
-        job.error = problem(failed, uuid.uuid4().hex)
+        job.error = failed.details(uuid.uuid4().hex)
         job.become("failed")
 
     # --- Reading

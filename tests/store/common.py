@@ -248,4 +248,7 @@ def google_without_key(patch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
         patch.setattr(_metadata, "_GCE_METADATA_HOST", server.url.removeprefix("http://"))
         patch.setattr(iam, "_IAM_SIGN_ENDPOINT", server.sign_endpoint)
         patch.setattr(gcs, "AnonymousCredentials", compute_engine.Credentials)
-        yield server
+        try:
+            yield server
+        finally:
+            gcs._make_account()._request.func.session.close()
