@@ -589,7 +589,9 @@ async def test_an_answer_of_something_else_is_unexpected(
 # --- What docs/jobs.md shows
 
 BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "docs/jobs.md").read_text(), re.DOTALL | re.MULTILINE
+    r"^```python\n((?:(?!```).)*imagen_client.*?)^```",
+    (ROOT / "docs/jobs.md").read_text(),
+    re.DOTALL | re.MULTILINE,
 )
 
 
