@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from starlette.datastructures import Headers, MutableHeaders
 
-from deployments.telemetry import HttpMetrics
+from deployments.telemetry import HttpMetrics, JobMetrics
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
 from serve_app.jobs.connection import open_link
@@ -16,9 +17,12 @@ from serve_app.jobs.files import open_job_files
 from serve_app.jobs.queue import JobQueue
 from serve_app.jobs.service import Jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.watching import watch
 from serve_app.worker import own_url
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from starlette.types import Message, Receive, Scope, Send
 
     from deployments.registry import Registry
@@ -78,8 +82,8 @@ class Ingress:
     ) -> None:
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
-        self._signals: Signals | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._loops: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._running: list[asyncio.Task[None]] = []
         jobs = self._open_jobs(settings.jobs, beside.get("redis")) if beside else None
         self.api = create_app(backends, registry, settings, self._count, jobs)
         self._routes = frozenset(self.api.openapi()["paths"])
@@ -87,13 +91,14 @@ class Ingress:
     def _open_jobs(self, settings: JobSettings, redis: Handle | None) -> Jobs:
         link = open_link(own_url(redis))
         queue = JobQueue(link, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
-        self._signals = Signals(link, settings.namespace)
-        return Jobs(queue, open_job_files(settings), self._signals, settings)
+        signals, metrics = Signals(link, settings.namespace), JobMetrics()
+        self._loops = [signals.listen, partial(watch, queue, metrics)]
+        return Jobs(queue, open_job_files(settings), signals, settings, metrics.count_end)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve on the event loop, after `__init__`."""
-        if self._signals is not None and self._listening is None:
-            self._listening = asyncio.create_task(self._signals.listen())
+        if not self._running:
+            self._running = [asyncio.create_task(loop()) for loop in self._loops]
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
         route = path if path in self._routes else "other"  # unknown paths share one label

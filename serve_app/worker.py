@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from deployments.errors import JobsUnavailable
+from deployments.telemetry import JobMetrics
 from serve_app.backends import HandleBackend
 from serve_app.jobs.connection import away, open_link
 from serve_app.jobs.files import open_job_files
@@ -42,7 +43,8 @@ class JobWorker:
         link = open_link(own_url(redis))
         queue = JobQueue(link, jobs.namespace, keep_s=jobs.keep_s, lease_s=jobs.lease_s)
         models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
-        self._worker = Worker(queue, open_job_files(jobs), models, jobs)
+        files, metrics = open_job_files(jobs), JobMetrics()
+        self._worker = Worker(queue, files, models, jobs, metrics.count_end)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)
         self._loops: asyncio.Task[None] | None = None
 

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import ConfigError, JobsUnavailable
-from serve_app.jobs.connection import TIMEOUT_S, away, connect, redis_errors, url_of_environment
+from serve_app.jobs.connection import TIMEOUT_S, away, connect, url_of_environment
 from serve_app.jobs.queue import JobQueue
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ class JobWorkerPolicy:
         redis = self._redis
         queue = JobQueue(lambda: redis, self._namespace, keep_s=0, lease_s=0)
         try:
-            depth = await queue.depth()
-            with redis_errors():
-                webhooks: int = await redis.zcard(queue.key("outbox"))
+            depth, backlog = await queue.depth(), await queue.backlog()
         finally:
             await redis.connection_pool.disconnect()
-        return sum(waiting + running for waiting, running, _ in depth.values()) + webhooks
+        return sum(waiting + running for waiting, running, _ in depth.values()) + backlog.webhooks
