@@ -125,7 +125,7 @@ class Service:
         self.wake()
 
     def go_to_sleep(self) -> None:
-        """Let replicas go after seconds from now on; wait until no worker and no GPU node is left."""
+        """Let replicas go after seconds, from now on; wait until no GPU node or worker is left."""
         self.be_patient(3)
         wait_until(lambda: not self.gpu_nodes(), LONG_S, "no GPU node is left")
         wait_until(lambda: not self.workers(), LONG_S, "no worker is left")

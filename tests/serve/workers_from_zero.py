@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.contract import ImageResult
-from deployments.settings import JOBS_VARIABLE, ROOT, Settings
+from deployments.settings import JOBS_VARIABLE, ROOT, JobSettings, Settings
 from deployments.tasks import Task
 from serve_app.app import job_worker
 from serve_app.jobs.connection import URL_VARIABLE, connect
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
     from deployments.contract import ImageJob
+    from serve_app.jobs.record import Job
 
-SETTINGS = Settings()
+SETTINGS = Settings(jobs=JobSettings(lease_s=30))
 LONG_S = 120
 DELAY_S = 1
 """After which Serve lets a worker go for which there is no work."""
-RUNS_S = 8 * DELAY_S
+RUNS_S = 20 * DELAY_S
 
 
 class Slow:
@@ -56,7 +58,7 @@ def build(_: dict[str, Any]) -> Application:
     return job_worker({Task.COMIC: comic}, SETTINGS, None)
 
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "http_options": {"host": "127.0.0.1", "port": 0},
     "applications": [
         {
@@ -84,10 +86,10 @@ CONFIG = {
 }
 
 
-def workers() -> int:
-    """Running replicas of JobWorker, as Serve's controller says."""
-    states = serve.status().applications["imagen"].deployments["JobWorker"].replica_states
-    return states.get("RUNNING", 0)
+def workers(state: str = "RUNNING") -> int:
+    """Replicas of JobWorker, as Serve's controller says."""
+    deployment = serve.status().applications["imagen"].deployments.get("JobWorker")
+    return deployment.replica_states.get(state, 0) if deployment else 0
 
 
 def is_running() -> bool:
@@ -101,39 +103,67 @@ async def until(reached: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.1)
 
 
-async def watch(queue: JobQueue, server: RedisServer) -> dict[str, Any]:
-    found: dict[str, Any] = {"at_first": workers()}
+async def run_one(queue: JobQueue, seen: list[int]) -> Job:
+    """A job at its end; `seen` gets the running workers while it runs."""
     job = spec(has_image=False)
     await queue.submit(job, max_queued=9, max_of_owner=9)
-    seen = set[int]()
     while not (now := await queue.get(job.job_id)).has_ended:
         if now.status == "processing":
-            seen.add(workers())
+            seen.append(workers())
         await asyncio.sleep(0.2)
-    found |= {
-        "while_it_runs": sorted(seen),
-        "status": now.status,
-        "attempts": now.attempts,
-        "error": now.error,
-    }
+    return now
+
+
+async def frozen(server: RedisServer) -> tuple[int, float]:
+    """Running workers while Redis hangs, and how long the controller took to say so at most."""
     server.freeze()
     longest_s = 0.0
     until_s = time.monotonic() + 6 * DELAY_S
     while time.monotonic() < until_s:
         before_s = time.monotonic()
-        found["while_frozen"] = workers()
+        running = workers()
         longest_s = max(longest_s, time.monotonic() - before_s)
         await asyncio.sleep(0.1)
-    found["controller_answered_within_s"] = longest_s
     server.thaw()
+    return running, longest_s
+
+
+async def scaled_down(queue: JobQueue) -> tuple[Job, list[int]]:
+    """A job whose worker Serve scales down while it runs, because the policy looks elsewhere."""
+    seen: list[int] = []
+    work = asyncio.create_task(run_one(queue, seen))
+    await until(lambda: bool(seen), "a worker has it")
+    elsewhere = deepcopy(CONFIG)
+    [application] = elsewhere["applications"]
+    [worker] = application["deployments"]
+    worker["autoscaling_config"]["policy"]["policy_kwargs"]["namespace"] = "elsewhere"
+    deploy(elsewhere)
+    return await work, seen
+
+
+async def watch(queue: JobQueue, server: RedisServer) -> dict[str, Any]:
+    found: dict[str, Any] = {"at_first": workers()}
+    seen: list[int] = []
+    work = asyncio.create_task(run_one(queue, seen))
+    await until(lambda: bool(seen), "a worker has it")
+    found["while_frozen"], found["controller_answered_within_s"] = await frozen(server)
+    job = await work
+    found |= {"ended": [job.status, job.attempts, job.error], "while_it_ran": sorted(set(seen))}
     await until(lambda: workers() == 0, "no worker is left")
+    job, seen = await scaled_down(queue)
+    found |= {"scaled_down": [job.status, job.attempts, job.error], "then": seen[-1]}
+    await until(lambda: workers("STOPPING") == 0, "no worker is left")
     return found
 
 
-async def main(folder: Path, server: RedisServer) -> dict[str, Any]:
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(CONFIG))
+def deploy(config: dict[str, Any]) -> None:
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
+async def main(server: RedisServer) -> dict[str, Any]:
+    deploy(CONFIG)
     await until(is_running, "the application runs")
-    redis = connect(server.url)
+    redis = connect(server.url, timeout_s=30)  # longer than it hangs
     try:
         return await watch(JobQueue(lambda: redis, "imagen", keep_s=60, lease_s=8), server)
     finally:
@@ -152,7 +182,7 @@ if __name__ == "__main__":
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=ray_folder)
         try:
             serve.start(http_options={"location": "NoServer"})
-            found_there = asyncio.run(main(home, redis_server))
+            found_there = asyncio.run(main(redis_server))
             (home / "found.json").write_text(json.dumps(found_there))
         finally:
             serve.shutdown()
