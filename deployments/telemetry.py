@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deployments.engine.grouping import Pass
     from deployments.store.events import Event
     from deployments.store.node_init import Totals
+    from deployments.tasks import Task
 
 _COUNTED = {
     "hit": ("imagen_store_hits", "Pulls that found the model whole in the store."),
@@ -187,3 +188,51 @@ class HttpMetrics:
         """Count an answer; status 0 if its client left before it."""
         self._answers.inc(1, {"route": route, "status": str(status), "reason": reason})
         self._seconds.observe(seconds, {"route": route})
+
+
+class JobMetrics:
+    """Jobs: every ingress replica tells how the queue is, whoever ends a job tells its end."""
+
+    def __init__(self) -> None:
+        by_task = ("task",)
+        self._redis = Gauge("imagen_jobs_redis_up", "1 if the Redis of jobs answers, else 0.")
+        self._waiting = Gauge("imagen_jobs_waiting", "Jobs in the queue.", by_task)
+        self._oldest = Gauge(
+            "imagen_jobs_oldest_seconds", "Time since the oldest job in the queue came.", by_task
+        )
+        self._running = Gauge("imagen_jobs_running", "Jobs that a worker has.", by_task)
+        self._dead = Gauge("imagen_jobs_dead", "Dead letters.")
+        self._webhooks = Gauge("imagen_webhooks_waiting", "Jobs with an undelivered event.")
+        self._late = Gauge("imagen_webhooks_late_seconds", "How long the first one has been due.")
+        self._ended = Counter(
+            "imagen_jobs_ended",
+            "Jobs by outcome: completed, canceled, or the code of the error.",
+            ("task", "outcome"),
+        )
+        self._seconds = Histogram(
+            "imagen_jobs_seconds", "From the submission of a job to its end.", _SECONDS, by_task
+        )
+
+    def set_queue(self, depth: Mapping[Task, tuple[int, int, float]]) -> None:
+        """Redis answers. By task: jobs waiting, jobs running, seconds that the oldest waits."""
+        self._redis.set(1)
+        for task, (waiting, running, oldest_s) in depth.items():
+            tags = {"task": str(task)}
+            self._waiting.set(waiting, tags)
+            self._running.set(running, tags)
+            self._oldest.set(oldest_s, tags)
+
+    def set_backlog(self, dead: int, webhooks: int, late_s: float) -> None:
+        """Dead letters; jobs with an undelivered event; how long the first has been due, or 0."""
+        self._dead.set(dead)
+        self._webhooks.set(webhooks)
+        self._late.set(late_s)
+
+    def set_away(self) -> None:
+        """Redis does not answer."""
+        self._redis.set(0)
+
+    def count_end(self, task: Task, outcome: str, seconds: float) -> None:
+        """A job has ended: completed, canceled, or the code of its error."""
+        self._ended.inc(1, {"task": str(task), "outcome": outcome})
+        self._seconds.observe(max(seconds, 0.0), {"task": str(task)})

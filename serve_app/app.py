@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingPolicy, BackpressureConfig
 
 from deployments.model import ModelDeployment
 from deployments.registry import load_registry
@@ -15,6 +15,7 @@ from deployments.store.lockfile import load_lock, locked_digest
 from deployments.tasks import Task
 from serve_app.backends import HEALTH_CHECK_PERIOD_S
 from serve_app.ingress import Ingress
+from serve_app.jobs.autoscaling import JobWorkerPolicy
 from serve_app.jobs.connection import url_of_environment
 from serve_app.local_redis import LocalRedis
 from serve_app.worker import JobWorker
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec
 
 logger = logging.getLogger("ray.serve.imagen")
+_MOST_WORKERS = 4
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -83,17 +85,54 @@ def _beside(models: dict[Task, Application], settings: Settings) -> dict[str, Ap
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             ray_actor_options={"num_cpus": 0},
         ).bind(settings.jobs.place)
+    beside["worker"] = job_worker(models, settings, beside.get("redis"))
+    return beside
+
+
+def job_worker(
+    models: dict[Task, Application], settings: Settings, redis: Application | None
+) -> Application:
+    """The deployment that carries jobs to these models.
+
+    Args:
+        models: by task.
+        settings: of the application.
+        redis: the application's own one; None if REDIS_URL names one.
+    """
+    # As many jobs as a worker carries at a time.
+    room = settings.jobs.per_model * len(models)
     worker: Any = serve.deployment(JobWorker)
-    beside["worker"] = worker.options(
+    return worker.options(
         name="JobWorker",
-        autoscaling_config={"min_replicas": 1, "max_replicas": 1},
+        autoscaling_config=_workers(room, settings.jobs.namespace)
+        if redis is None
+        # Serve's controller does not know where that Redis is, and one machine needs one worker.
+        else {"min_replicas": 1, "max_replicas": 1},
+        # Nobody sends it requests; Serve warns if it is below the target.
+        max_ongoing_requests=room,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # A worker that is to end finishes its jobs.
         graceful_shutdown_timeout_s=settings.jobs.run_timeout_s + 30,
         ray_actor_options={"num_cpus": 0},
         user_config={},
-    ).bind(models, settings, beside.get("redis"))
-    return beside
+    ).bind(models, settings, redis)
+
+
+def _workers(room: int, namespace: str) -> dict[str, Any]:
+    """None without a job: the first one waits some seconds for a process. Serve's controller
+    starts it, whatever else sleeps, so that a quiet cluster pays for nothing.
+    """
+    return {
+        "min_replicas": 0,
+        "max_replicas": _MOST_WORKERS,
+        "target_ongoing_requests": room,
+        "upscale_delay_s": 5,
+        "downscale_delay_s": 60,
+        "downscale_to_zero_delay_s": 300,
+        "policy": AutoscalingPolicy(
+            policy_function=JobWorkerPolicy, policy_kwargs={"namespace": namespace}
+        ),
+    }
 
 
 def _model(spec: ModelSpec, settings: Settings) -> Application:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from starlette.datastructures import Headers, MutableHeaders
 
-from deployments.telemetry import HttpMetrics
+from deployments.telemetry import HttpMetrics, JobMetrics
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
 from serve_app.jobs.connection import open_link
 from serve_app.jobs.service import open_jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.watching import watch
 from serve_app.worker import own_url
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from starlette.types import Message, Receive, Scope, Send
 
     from deployments.registry import Registry
@@ -77,22 +81,22 @@ class Ingress:
         backends = ServeBackends(handles, settings.retry_after_s)
         self._metrics = HttpMetrics()
         link = open_link(own_url(beside.get("redis")))
-        self._signals = Signals(link, settings.jobs.namespace)
-        self._listening: asyncio.Task[None] | None = None
+        signals, jobs = Signals(link, settings.jobs.namespace), None
+        self._loops: list[Callable[[], Coroutine[Any, Any, None]]] = [signals.listen]
+        self._running: list[asyncio.Task[None]] = []
+        if beside:
+            metrics = JobMetrics()
+            jobs = open_jobs(link, signals, settings.jobs, metrics.count_end)
+            self._loops.append(partial(watch, jobs.queue, metrics))
         self.api = create_app(
-            backends,
-            registry,
-            settings,
-            self._count,
-            open_jobs(link, self._signals, settings.jobs) if beside else None,
-            redis=lambda: link.current,
+            backends, registry, settings, self._count, jobs, redis=lambda: link.current
         )
         self._routes = frozenset(self.api.openapi()["paths"])
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve on the event loop, after `__init__`."""
-        if self._listening is None:
-            self._listening = asyncio.create_task(self._signals.listen())
+        if not self._running:
+            self._running = [asyncio.create_task(loop()) for loop in self._loops]
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
         route = path if path in self._routes else "other"  # unknown paths share one label

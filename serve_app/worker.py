@@ -10,6 +10,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from deployments.errors import JobsUnavailable
+from deployments.telemetry import JobMetrics
 from serve_app.backends import HandleBackend
 from serve_app.jobs.connection import away, open_link
 from serve_app.jobs.files import open_job_files
@@ -47,7 +48,8 @@ class JobWorker:
         self._queue = open_queue(link, jobs)
         self._outbox = Outbox(link, jobs.namespace, jobs.webhooks, jobs.lease_s)
         models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
-        self._worker = Worker(self._queue, open_job_files(jobs), models, jobs)
+        files, metrics = open_job_files(jobs), JobMetrics()
+        self._worker = Worker(self._queue, files, models, jobs, metrics.count_end)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)
         self._loops: asyncio.Task[None] | None = None
 

@@ -100,6 +100,8 @@ def _application(place: str, application: Document, http: Document) -> Iterator[
         yield Finding("registry", f"{place} args.models", str(error))
         return
     expected = {"Ingress", *(task.deployment for task in served)}
+    if settings.jobs.enabled:
+        expected |= {"JobWorker"} | ({"Redis"} & deployments.keys())  # see the check of jobs
     for name in sorted(deployments.keys() ^ expected):
         known = "the application has no such deployment"
         yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")

@@ -80,7 +80,7 @@ def _shutdown(pod: PodView, deployments: list[Document]) -> Iterator[Finding]:
     graces = [
         one.get("graceful_shutdown_timeout_s", _SERVE_GRACE_S)
         for one in deployments
-        if _fits(one, pod)
+        if may_hold(pod, one)
     ]
     slowest = max(graces, default=0)
     drain = float(pod.environment.get(_DRAIN) or _RAY_DRAIN_S)
@@ -95,6 +95,7 @@ def _backend(policy: Document) -> Document:
     return policy["spec"].get("default") or {}
 
 
-def _fits(deployment: Document, pod: PodView) -> bool:
+def may_hold(pod: PodView, deployment: Document) -> bool:
+    """Whether a replica of a Serve deployment may run in a pod, by its labels."""
     selector = (deployment.get("ray_actor_options") or {}).get("label_selector") or {}
     return selector.items() <= pod.labels.items()

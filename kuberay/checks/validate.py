@@ -13,6 +13,7 @@ from kuberay.checks import (
     autoscaler,
     capacity,
     gateway,
+    jobs,
     pods,
     serve_config,
     timeouts,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 
-CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway)
+CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway, jobs)
 # What a check, or Ray in it, raises on a field of another type than the schemas allow.
 _SHAPE = (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
 _HEALTH = "/-/healthz"
+_NOT_ON_GPUS = ("Ingress", "JobWorker", "Redis")
 _GPU = "nvidia.com/gpu"
 _CLASS = "cloud.google.com/compute-class"
 _TOKEN = "automountServiceAccountToken"  # noqa: S105 - a key, no token
@@ -139,15 +140,15 @@ def _serve(manifests: Manifests) -> Iterator[Finding]:
     if host not in _ALL_INTERFACES:
         message = f"Serve listens on {host}, which only its own pod can reach; set 0.0.0.0"
         yield Finding("serve-host", place, message)
-    # An ingress replica never stops, so that its node never scales down.
+    # An ingress replica never stops, so that its node never scales down; a worker would start one.
     labels = {pod.group: pod.labels for pod in manifests.pods}
-    for one in (one for one in manifests.deployments if one.get("name") == "Ingress"):
+    for one in (one for one in manifests.deployments if one.get("name") in _NOT_ON_GPUS):
         selector = (one.get("ray_actor_options") or {}).get("label_selector") or {}
         for group in manifests.groups:
             name = group["groupName"]
             if selector.items() <= labels[name].items() and not group.get("minReplicas"):
                 message = f"it may run in {name}, which would not scale to zero: set label_selector"
-                yield Finding("ingress-group", f"{place} Ingress", message)
+                yield Finding("ingress-group", f"{place} {one['name']}", message)
 
 
 def _keys(manifests: Manifests) -> Iterator[Finding]:

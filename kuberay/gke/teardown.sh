@@ -5,7 +5,7 @@
 #
 #   service     the objects of the overlay
 #   cluster     also the cluster
-#   all         also models, images, certificate and Cloud Armor policy
+#   all         also models, pictures of jobs, images, certificate and Cloud Armor policy
 #   --yes       do not ask
 #   --dry-run   print the commands, run none
 set -euo pipefail
@@ -21,13 +21,14 @@ done
 [ -n "$WHAT" ] || fail 'what, service, cluster or all? (see --help)'
 settings
 configured service
-[ "$WHAT" != all ] || configured bucket registry site
+[ "$WHAT" != all ] || configured bucket jobs registry site
 
 say "This is lost:
-  the service in namespace $NAMESPACE of $CONTEXT, with every request in it, the disk of Redis,
-  all Secrets there, and the load balancer with its address (DNS names that point to it go stale)"
+  the service in namespace $NAMESPACE of $CONTEXT, with every request in it, the disk of Redis
+  with every job, all Secrets there, and the load balancer with its address (DNS names that point to it go stale)"
 [ "$WHAT" = service ] || say "  the cluster $IMAGEN_CLUSTER, with whatever else runs on it"
 [ "$WHAT" != all ] || say "  every model in gs://$BUCKET and everything else there (kept for the bucket's soft-delete time)
+  every picture of a job in gs://$JOBS_BUCKET, and everything else there; the account $JOBS_ACCOUNT
   every image in $REGISTRY_LOCATION-docker.pkg.dev/$REGISTRY_PROJECT/$REGISTRY_NAME
   the certificate of $HOST, its map $CERTIFICATE_MAP, and the policy $SECURITY_POLICY"
 confirm "$IMAGEN_CLUSTER"
@@ -59,9 +60,13 @@ fi
 remove gcloud container clusters VERB "$IMAGEN_CLUSTER" "$project" --location="$IMAGEN_REGION"
 [ "$WHAT" != cluster ] || exit 0
 
-if present gcloud storage buckets describe "gs://$BUCKET" "$project"; then
-  run gcloud storage rm --recursive "gs://$BUCKET" "$project"
-fi
+for place in "$BUCKET" "$JOBS_BUCKET"; do
+  if present gcloud storage buckets describe "gs://$place" "$project"; then
+    run gcloud storage rm --recursive "gs://$place" "$project"
+  fi
+  [ "$JOBS_BUCKET" != "$BUCKET" ] || break
+done
+remove gcloud iam service-accounts VERB "$JOBS_ACCOUNT" --project="$JOBS_PROJECT"
 remove gcloud artifacts repositories VERB "$REGISTRY_NAME" --project="$REGISTRY_PROJECT" \
   --location="$REGISTRY_LOCATION"
 remove gcloud certificate-manager maps entries VERB "$SERVICE" --map="$CERTIFICATE_MAP" "$project"

@@ -8,12 +8,18 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from deployments.errors import ConfigError
 from kuberay.render.environment import Environment, GpuNodes, load_environments
 from kuberay.render.gke import COMPUTE_CLASS, compute_class
 
 _BUCKET = r"gs://(?P<BUCKET>[^/]+).*"
+_JOBS = r"gs://(?P<JOBS_BUCKET>[^/]+)/(?P<JOBS_FOLDER>.*[^/])/?"
+_ACCOUNT = (
+    r"(?P<JOBS_ACCOUNT>(?P<JOBS_ACCOUNT_ID>[a-z][a-z0-9-]{4,28}[a-z0-9])"
+    r"@(?P<JOBS_PROJECT>[a-z0-9-]+)\.iam\.gserviceaccount\.com)"
+)
 _REPOSITORY = (
     r"(?P<REGISTRY_LOCATION>[a-z0-9-]+)-docker\.pkg\.dev"
     r"/(?P<REGISTRY_PROJECT>.+)/(?P<REGISTRY_NAME>[^/]+)/[^/]+"
@@ -21,7 +27,7 @@ _REPOSITORY = (
 
 
 def variables(group: str, environment: Environment) -> dict[str, str]:
-    """The shell variables of a group: service, bucket, registry, site or gpu.
+    """The shell variables of a group: service, bucket, jobs, registry, site or gpu.
 
     Raises:
         ConfigError: a value is a placeholder, or has another form; or there are no GPU nodes.
@@ -32,6 +38,12 @@ def variables(group: str, environment: Environment) -> dict[str, str]:
             return {"SERVICE": environment.name, "NAMESPACE": environment.namespace}
         case "bucket":
             return _parts("site.mirror", site.mirror or "", _BUCKET)
+        case "jobs":
+            jobs: Any = environment.serve.args.get("jobs") or {}
+            return {
+                **_parts("serve.args.jobs.storage", jobs.get("storage") or "", _JOBS),
+                **_parts("site.jobs_account", site.jobs_account or "", _ACCOUNT),
+            }
         case "registry":
             repository = environment.images["imagen-cpu"].repository
             return _parts("images.imagen-cpu", repository, _REPOSITORY)

@@ -62,6 +62,7 @@ class Site(Strict):
         certificate_map: in Certificate Manager, for that name.
         oauth_client: client id for Identity-Aware Proxy; the Secret imagen-oauth has its secret.
         security_policy: in Cloud Armor.
+        jobs_account: Google's service account of the ingress pods; None gives them none.
     """
 
     mirror: str | None = None
@@ -69,6 +70,7 @@ class Site(Strict):
     certificate_map: str
     oauth_client: str
     security_policy: str
+    jobs_account: str | None = None
 
 
 class Image(Strict):
@@ -158,6 +160,8 @@ class ServeSource(Strict):
         tracing_config: raw; None makes no spans (docs/observability.md).
         args: of the application (deployments/settings.py).
         ingress: options of the Ingress deployment.
+        worker: options of the JobWorker deployment.
+        redis: options of the Redis deployment, which there is only without a REDIS_URL.
         model: options of each model deployment.
         models: options of one task's deployment, laid upon `model`.
     """
@@ -168,6 +172,8 @@ class ServeSource(Strict):
     tracing_config: Values | None = None
     args: Values
     ingress: Values
+    worker: Values
+    redis: Values = Field(default={})
     model: Values
     models: dict[Task, Values] = Field(default={})
 
@@ -188,7 +194,8 @@ class PodSource(Strict):
         labels: of the pod.
         annotations: of the pod.
         group: raw fields of the head group or worker group.
-        env: of the Ray container.
+        env: of the Ray container: a value, or a mapping with `valueFrom`. A value may have $(NAME)
+            of a variable above it.
         pod: raw fields, laid upon those of every pod.
         container: raw fields of the Ray container, likewise.
     """
@@ -198,7 +205,7 @@ class PodSource(Strict):
     labels: dict[str, str] = Field(default={})
     annotations: dict[str, str] = Field(default={})
     group: Annotated[Values, AfterValidator(_replicas)] = Field(default={})
-    env: dict[str, str] = Field(default={})
+    env: dict[str, str | Values] = Field(default={})
     pod: Values = Field(default={})
     container: Values = Field(default={})
 
@@ -233,6 +240,11 @@ class Environment(Strict):
     head: PodSource
     ingress: PodSource
     models: PodSource
+
+    @property
+    def has_redis(self) -> bool:
+        """Whether pods have a REDIS_URL, so that the application starts no Redis of its own."""
+        return "REDIS_URL" in self.ingress.env
 
     @property
     def clusters(self) -> int:

@@ -55,7 +55,7 @@ def _objects(environment: Environment, *, gke: bool) -> dict[str, list[Values]]:
     objects = {
         "base/rayservice.yaml": [ray_service(sizing)],
         "base/resource-quota.yaml": [_quota(environment)],
-        "base/site.yaml": [_site(sizing)],
+        "base/site.yaml": [_site(sizing), _jobs_account(environment)],
     }
     if gke:
         objects["gke/gateway.yaml"] = gateway(environment)
@@ -100,6 +100,20 @@ def _site(sizing: Sizing) -> Values:
     }
     about = metadata(environment, "imagen-site")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": data}
+
+
+def _jobs_account(environment: Environment) -> Values:
+    """The account of the ingress pods; on GKE it stands for one of Google's."""
+    about = metadata(environment, "imagen-ingress")
+    if environment.site.jobs_account:
+        google = {"iam.gke.io/gcp-service-account": environment.site.jobs_account}
+        about = about | {"annotations": google}
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": about,
+        "automountServiceAccountToken": False,
+    }
 
 
 def out_of_date(files: Files, folder: Path) -> list[str]:

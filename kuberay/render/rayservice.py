@@ -119,7 +119,10 @@ def _container(
         "ports": [{"name": port, "containerPort": number} for port, number in ports.items()],
     }
     if source.env:
-        container["env"] = [{"name": key, "value": value} for key, value in source.env.items()]
+        container["env"] = [
+            {"name": key} | (value if isinstance(value, dict) else {"value": value})
+            for key, value in source.env.items()
+        ]
     return container | merged(environment.every_pod.container, source.container)
 
 

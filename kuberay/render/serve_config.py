@@ -11,6 +11,9 @@ from kuberay.render.sizing import Sizing, application_args
 if TYPE_CHECKING:
     from deployments.tasks import Task
 
+JOB_POLICY = "serve_app.jobs.autoscaling.JobWorkerPolicy"
+"""Counts unfinished jobs in Redis. A test compares the name with the class."""
+
 
 def serve_config(sizing: Sizing) -> Values:
     """The Serve config of an environment."""
@@ -30,7 +33,7 @@ def serve_config(sizing: Sizing) -> Values:
                 "route_prefix": "/",
                 "import_path": "serve_app.app:build",
                 "args": _args(sizing),
-                "deployments": [{"name": "Ingress"} | serve.ingress, *models],
+                "deployments": [{"name": "Ingress"} | serve.ingress, *models, *_jobs(sizing)],
             }
         ],
     }
@@ -42,6 +45,19 @@ def _args(sizing: Sizing) -> Values:
         # The kubelet evicts a pod that uses more, and the free space of the disk does not show it.
         args["store"] = {"max_bytes": as_bytes(sizing.cache_size)} | args.get("store", {})
     return args
+
+
+def _jobs(sizing: Sizing) -> list[Values]:
+    """The deployments of jobs: a worker, and a Redis where no pod has a REDIS_URL."""
+    environment, jobs = sizing.environment, sizing.settings.jobs
+    if not jobs.enabled:
+        return []
+    worker: Values = {"name": "JobWorker"}
+    if not environment.has_redis:
+        return [worker | environment.serve.worker, {"name": "Redis"} | environment.serve.redis]
+    # A config file's autoscaling_config replaces that of the code as a whole.
+    policy = {"policy_function": JOB_POLICY, "policy_kwargs": {"namespace": jobs.namespace}}
+    return [merged(worker | {"autoscaling_config": {"policy": policy}}, environment.serve.worker)]
 
 
 def _model(task: Task, sizing: Sizing) -> Values:

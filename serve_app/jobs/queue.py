@@ -69,6 +69,20 @@ class Event(NamedTuple):
     data: str
 
 
+class Backlog(NamedTuple):
+    """What is left to do beside the jobs.
+
+    Attributes:
+        dead: jobs that failed although nothing was wrong with them, and that are still kept.
+        webhooks: jobs with an event that is not delivered yet.
+        late_s: how long the first of these has been due; 0 if none is.
+    """
+
+    dead: int
+    webhooks: int
+    late_s: float
+
+
 class JobQueue:
     """Jobs in Redis. Every method raises JobsUnavailable if Redis does not answer.
 
@@ -256,6 +270,17 @@ class JobQueue:
         async with answered():
             await self._redis().set(name, secrets.token_hex(32), nx=True)
             return bytes.fromhex(str(await self._redis().get(name)))
+
+    async def backlog(self) -> Backlog:
+        """Dead letters, and webhooks that wait."""
+        async with answered(), self._redis().pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.zcard(self.key("dead"))
+            pipe.zcard(self.key("outbox"))
+            pipe.zrange(self.key("outbox"), 0, 0, withscores=True)
+            clock, dead, webhooks, first = await pipe.execute()
+        now_s = clock[0] + clock[1] / 1e6
+        return Backlog(dead, webhooks, max(now_s - first[0][1], 0.0) if first else 0.0)
 
     # --- for operators ---
 

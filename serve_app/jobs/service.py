@@ -22,9 +22,10 @@ from serve_app.jobs.queue import open_queue
 from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from deployments.settings import JobSettings
+    from deployments.tasks import Task
     from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
     from serve_app.jobs.queue import Event, JobQueue
@@ -44,15 +45,22 @@ class Jobs:
         files: their pictures.
         signals: what happens to them; somebody must run its `listen`.
         settings: of jobs.
+        on_end: called with the task, outcome and seconds of each job that is canceled here.
     """
 
     def __init__(
-        self, queue: JobQueue, files: JobFiles, signals: Signals, settings: JobSettings
+        self,
+        queue: JobQueue,
+        files: JobFiles,
+        signals: Signals,
+        settings: JobSettings,
+        on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self.settings = settings
         self.files = files
         self.queue = queue
         self._signals = signals
+        self._on_end = on_end
         self._streams = 0
         self._waits = 0
 
@@ -176,7 +184,10 @@ class Jobs:
         """
         job = await self.get(owner, job_id)
         ended = replace(job, status="canceled", ended_s=time.time(), position=0)
-        now, _ = await self.queue.finish(job_id, "canceled", {}, json.dumps(self.view(ended)))
+        view = json.dumps(self.view(ended))
+        now, was_set = await self.queue.finish(job_id, "canceled", {}, view)
+        if was_set and self._on_end:
+            self._on_end(job.spec.task, "canceled", time.time() - job.created_s)
         job = await self.get(owner, job_id)
         if now != "canceled":
             raise _conflict(job, "canceled", "Nothing is left to cancel.")
@@ -251,9 +262,14 @@ class Jobs:
             setattr(self, kind, getattr(self, kind) - 1)
 
 
-def open_jobs(link: RedisLink, signals: Signals, settings: JobSettings) -> Jobs:
+def open_jobs(
+    link: RedisLink,
+    signals: Signals,
+    settings: JobSettings,
+    on_end: Callable[[Task, str, float], None] | None = None,
+) -> Jobs:
     """The jobs behind a link to Redis, with their pictures where the settings say."""
-    return Jobs(open_queue(link, settings), open_job_files(settings), signals, settings)
+    return Jobs(open_queue(link, settings), open_job_files(settings), signals, settings, on_end)
 
 
 async def _set_within(word: asyncio.Event, seconds: float) -> bool:

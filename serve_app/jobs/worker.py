@@ -84,6 +84,8 @@ class Worker:
         files: of their pictures.
         models: by task.
         settings: of jobs.
+        on_end: called with the task, outcome and seconds of each job that it ends. The outcome is
+            completed, or the code of the error.
     """
 
     def __init__(
@@ -92,11 +94,13 @@ class Worker:
         files: JobFiles,
         models: Mapping[Task, Model],
         settings: JobSettings,
+        on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self._queue = queue
         self._files = files
         self._models = models
         self._settings = settings
+        self._on_end = on_end
         self._runs: dict[str, _Run] = {}
         self._wake = asyncio.Event()
         self._is_draining = False
@@ -283,7 +287,7 @@ class Worker:
             if run.progress is not None and status == "completed":
                 fields["steps_done"] = fields["steps"] = str(run.progress.steps)
         view = job_view(ended, self._settings.keep_s, self._settings.gpu_second_price)
-        await self._patiently(
+        _, was_set = await self._patiently(
             self._queue.finish,
             job.spec.job_id,
             status,
@@ -292,6 +296,9 @@ class Worker:
             claim=job.claim if run is not None else "",
             dead=dead,
         )
+        if was_set and self._on_end:
+            outcome = ended.error["code"] if ended.error else status
+            self._on_end(job.spec.task, outcome, time.time() - job.created_s)
 
     async def _patiently(
         self, call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any

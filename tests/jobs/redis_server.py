@@ -66,6 +66,10 @@ class RedisServer:
         assert self._process
         return self._process.pid
 
+    @property
+    def port(self) -> int:
+        return self._port
+
     def start(self) -> None:
         """Start on the same data and port; returns when it answers."""
         assert self._process is None, "it runs already"

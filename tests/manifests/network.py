@@ -34,12 +34,16 @@ headgroup      Egress   redis               6379
 redis-cleanup  Egress   redis               6379
 redis          Ingress  headgroup           6379
 redis          Ingress  redis-cleanup       6379
+ingress        Egress   redis               6379
+redis          Ingress  ingress             6379
 ingress        Ingress  130.211.0.0/22      8000
 ingress        Ingress  35.191.0.0/16       8000
 models         Egress   142.250.0.0/16      443
+ingress        Egress   142.250.0.0/16      443
 publish        Egress   142.250.0.0/16      443
 models         Egress   169.254.169.252/32  988
 models         Egress   169.254.169.254/32  80
+ingress        Egress   169.254.169.252/32  988
 publish        Egress   169.254.169.252/32  988
 headgroup      Ingress  namespace/gmp-system      8080
 headgroup      Ingress  namespace/gke-gmp-system  44217
@@ -57,6 +61,7 @@ FORBIDDEN = [
     )
     for stranger in ("stranger", "namespace/default", "8.8.8.8/32")
 ]
+FORBIDDEN += ["redis Ingress models 6379"]
 _PODS = {"stranger": {}, "redis-cleanup": {"ray.io/node-type": "redis-cleanup"}}
 
 

@@ -19,7 +19,7 @@ class Prod:
         self.cluster = self.service["spec"]["rayClusterConfig"]
         self.head = self.cluster["headGroupSpec"]
         groups = {group["groupName"]: group for group in self.cluster["workerGroupSpecs"]}
-        self.models = groups["models"]
+        self.models, self.ingress = groups["models"], groups["ingress"]
         self._parts = {"cluster": self.cluster}
         for name, group in {"head": self.head, **groups}.items():
             pod = group["template"]["spec"]
@@ -59,7 +59,8 @@ def _set(node: Any, path: list[str], value: Any) -> None:
     *steps, last = path
     for step in steps:
         node = node[int(step)] if isinstance(node, list) else node[step]
+    key = int(last) if isinstance(node, list) else last
     if value is None:
-        del node[last]
+        del node[key]
     else:
-        node[last] = value
+        node[key] = value

@@ -40,7 +40,9 @@ FILLED_IN = {
     "certificate_map": "my-map",
     "oauth_client": "my-client",
     "security_policy": "my-armor",
+    "jobs_account": "imagen-jobs@my-project.iam.gserviceaccount.com",
 }
+JOBS = f"serviceAccount:{FILLED_IN['jobs_account']}"
 # Both commands: it logs every call, answers questions, and keeps its standard input.
 STAND_IN = """\
 #!/usr/bin/env bash
@@ -88,6 +90,7 @@ class Cloud:
         values = yaml.safe_load((ROOT / "configs" / "gke.yaml").read_text())
         base = values["base"]
         base["site"] |= FILLED_IN
+        base["serve"]["args"]["jobs"]["storage"] = "gs://my-bucket/jobs"
         for name in ("imagen-cpu", "imagen-gpu"):
             repository = f"europe-west4-docker.pkg.dev/my-images/imagen/{name}"
             base["images"][name]["repository"] = repository
@@ -404,9 +407,47 @@ def test_pods_enter_the_bucket_by_workload_identity(cloud: Cloud, overlay: Overl
         (f"{account}/imagen-worker", "roles/storage.objectViewer"),
         (f"{account}/imagen-publisher", "roles/storage.objectViewer"),
         (f"{account}/imagen-publisher", "roles/storage.objectCreator"),
+        (JOBS, "roles/storage.objectUser"),
+        (JOBS, "roles/storage.legacyBucketReader"),
+        (JOBS, "roles/iam.serviceAccountTokenCreator"),
+        (
+            "serviceAccount:my-project.svc.id.goog[imagen/imagen-ingress]",
+            "roles/iam.workloadIdentityUser",
+        ),
     }
     accounts = {one["metadata"]["name"] for one in overlay("prod").of("ServiceAccount")}
     assert {"imagen-worker", "imagen-publisher"} <= accounts
+
+
+def test_the_ingress_may_change_nothing_but_pictures_of_jobs(
+    cloud: Cloud, overlay: Overlay
+) -> None:
+    given = [c for c in cloud.shown("bucket.sh") if "add-iam-policy-binding" in c]
+    (words,) = (c for c in given if options(c)["role"] == "roles/storage.objectUser")
+    folder = "projects/_/buckets/my-bucket/objects/jobs/"
+    assert options(words)["condition"] == (
+        f'title=imagen-jobs,expression=resource.name.startsWith("{folder}")'
+    )
+    pods = {pod.group: pod.spec["serviceAccountName"] for pod in overlay("prod").pods if pod.group}
+    assert (pods["ingress"], pods["models"]) == ("imagen-ingress", "imagen-worker")
+    (account,) = (
+        one
+        for one in overlay("prod").of("ServiceAccount")
+        if one["metadata"]["name"] == "imagen-ingress"
+    )
+    assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
+
+
+def test_a_bucket_of_its_own_for_jobs_is_made_and_torn_down(cloud: Cloud) -> None:
+    cloud.source(lambda base: base["serve"]["args"]["jobs"].update(storage="gs://my-jobs/a/b/"))
+    commands = cloud.shown("bucket.sh")
+    made = [c[4] for c in commands if c[1:4] == ["storage", "buckets", "create"]]
+    assert made == ["gs://my-bucket", "gs://my-jobs"]
+    (words,) = (c for c in commands if "--role=roles/storage.objectUser" in c)
+    assert "gs://my-jobs" in words
+    assert 'startsWith("projects/_/buckets/my-jobs/objects/a/b/")' in options(words)["condition"]
+    gone = [c[-2] for c in cloud.shown("teardown.sh", "all") if c[1:3] == ["storage", "rm"]]
+    assert gone == ["gs://my-bucket", "gs://my-jobs"]
 
 
 def test_the_registry_is_that_of_the_images(cloud: Cloud) -> None:

@@ -56,6 +56,18 @@ RIGHT: dict[str, list[tuple[str, Any]]] = {
         ),
     ],
     "a quota of GPUs only": [("ResourceQuota", {"spec hard": {"requests.nvidia.com/gpu": "8"}})],
+    "jobs on S3": [("serve", {"applications 0 args jobs storage": "s3://bucket/jobs"})],
+    "a Redis with TLS": [
+        (f"{pod} ray", {"env 1 value": "rediss://:$(IMAGEN_REDIS_PASSWORD)@10.0.0.3:6380/0"})
+        for pod in ("head", "ingress")
+    ],
+    "a worker that always runs": [
+        ("JobWorker", {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}})
+    ],
+    "no jobs": [
+        ("serve", {"applications 0 args jobs": {"enabled": False}}),
+        ("serve", {"applications 0 deployments 6": None}),
+    ],
     "a host below the Gateway's": [
         ("Gateway", {"spec listeners 0 hostname": "*.unresolved.example"})
     ],

@@ -81,6 +81,14 @@ CLOSED: dict[str, tuple[str, Callable[[Prod], object]]] = {
         "headgroup      Egress   redis",
         lambda p: p.drop("NetworkPolicy", "to-redis"),
     ),
+    "a Redis that takes no jobs": (
+        "ingress        Egress   redis",
+        lambda p: p.drop("NetworkPolicy", "jobs-to-redis"),
+    ),
+    "ingress pods that store no pictures": (
+        "ingress        Egress   142.250.0.0/16",
+        lambda p: p.ingress["template"]["metadata"]["labels"].clear(),
+    ),
     "a Redis that KubeRay cannot clean up": (
         "redis          Ingress  redis-cleanup",
         lambda p: p.flow("redis", "ingress").update(
@@ -102,6 +110,12 @@ OPEN: dict[str, tuple[str, Callable[[Prod], object]]] = {
     "a dashboard for everybody": (
         "headgroup Ingress 8.8.8.8/32 8265",
         lambda p: p.flow("operator", "ingress").pop("from"),
+    ),
+    "a Redis for model pods": (
+        "redis Ingress models 6379",
+        lambda p: p.flow("redis", "ingress")["from"][1].update(
+            podSelector={"matchLabels": {"ray.io/node-type": "worker"}}
+        ),
     ),
     "a Redis for the whole namespace": (
         "redis Ingress stranger 6379",

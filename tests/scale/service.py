@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,13 @@ from typing import TYPE_CHECKING, Self
 import httpx
 import yaml
 
-from deployments.settings import ROOT
+from deployments.settings import JOBS_VARIABLE, ROOT
 from deployments.tasks import Task
 from kuberay.render.environment import Environment, load_environments
 from kuberay.render.serve_config import serve_config
 from kuberay.render.sizing import Sizing
+from serve_app.jobs.connection import URL_VARIABLE
+from tests.jobs.redis_server import RedisServer
 from tests.scale.cluster import Cluster, Group, free_port, wait_until
 from tests.scale.load import Answer, ask
 
@@ -72,15 +76,22 @@ class Service:
         self.url = f"http://127.0.0.1:{ports['ingress']}"
         self.config = _small(serve_config(Sizing(environment)), ports["head"])
         self.client = httpx.Client(base_url=self.url, timeout=CLIENT_S, trust_env=False)
+        self._folder = Path(tempfile.mkdtemp(prefix="jobs"))
+        self._redis = RedisServer(self._folder / "redis")
+        self._redis.__enter__()  # now, because its port is not known before
         self.cluster = cluster(
             _groups(environment),
             {environment.ingress.group["groupName"]: ports["ingress"]},
-            {"RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1"},
+            {
+                "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+                URL_VARIABLE: self._redis.url,
+                JOBS_VARIABLE: str(self._folder),  # in place of a bucket
+            },
         )
 
     def __enter__(self) -> Self:
-        self.cluster.__enter__()
         try:
+            self.cluster.__enter__()
             self.deploy(self.config)
         except BaseException:
             self.__exit__()
@@ -90,6 +101,8 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self.cluster.__exit__()
+        self._redis.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def deploy(self, config: Values) -> None:
         """Put a Serve config in force, and wait until the controller says that it is."""
@@ -112,9 +125,10 @@ class Service:
         self.wake()
 
     def go_to_sleep(self) -> None:
-        """Let replicas go after seconds, from now on, and wait until no GPU node is left."""
+        """Let replicas go after seconds, from now on; wait until no GPU node or worker is left."""
         self.be_patient(3)
         wait_until(lambda: not self.gpu_nodes(), LONG_S, "no GPU node is left")
+        wait_until(lambda: not self.workers(), LONG_S, "no worker is left")
 
     def wake(self) -> list[Answer]:
         """A picture of each model, all five at a time."""
@@ -152,6 +166,9 @@ class Service:
 
     def model_replicas(self) -> int:
         return sum(len(ids) for name, ids in self.replicas().items() if name in MODELS)
+
+    def workers(self) -> int:
+        return len(self.replicas().get("JobWorker", ()))
 
     def shares(self) -> dict[str, list[tuple[str, float]]]:
         """Whom Ray promised how much of each GPU node: deployments of living replicas, sorted."""
@@ -200,6 +217,8 @@ def _small(config: Values, port: int) -> Values:
         if name == "Ingress":
             # One node for it, rather than two to four.
             deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+        elif name == "JobWorker":
+            deployment["autoscaling_config"] |= _IMPATIENT
         else:
             del deployment["ray_actor_options"]["memory"]  # fake nodes cannot promise any
             deployment["autoscaling_config"] |= _IMPATIENT

@@ -1,23 +1,24 @@
-"""GPU nodes come with the first request, as many as models and load need, and go when it is quiet.
-
-There are no jobs in the application yet, so that nothing here shows that a queued one wakes it.
+"""GPU nodes come with the first request or job, as many as models and load need, and go when it is
+quiet.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
 import time
 
 import pytest
+from PIL import Image
 
 from deployments.settings import ROOT
 from deployments.store.node_init import PREFIX
 from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.conftest import ROUNDS
-from tests.scale.load import Load
+from tests.scale.load import Load, photo
 from tests.scale.service import CLIENT_S, LONG_S, MODELS, Service, Stages, Watch, by_name
 
 
@@ -42,6 +43,28 @@ def test_nodes_come_and_go_with_the_load(service: Service, seed: int) -> None:
     assert set(ready.json()["models"].values()) == {"idle"}
 
 
+def test_a_queued_job_wakes_a_worker_a_model_and_a_node(service: Service, seed: int) -> None:
+    """And nothing stays: neither its client nor any process must wait for it."""
+    service.go_to_sleep()
+    assert (service.gpu_nodes(), service.model_replicas(), service.workers()) == ([], 0, 0)
+    with Stages(f"A queued job, round {seed}") as stages, Watch(service) as watch:
+        start_s = time.monotonic()
+        job = submit(service)
+        wait_until(service.workers, LONG_S, "a worker")
+        stages.add("job: a worker is up", time.monotonic() - start_s)
+        wait_until(lambda: has_ended(service, job), LONG_S, "the job has ended")
+        stages.add("job: completed, from zero nodes and workers", time.monotonic() - start_s)
+        stages.add("job: a GPU node is there", watch.first(lambda m: m.gpu_nodes > 0) - start_s)
+        stages.add("job: its model is up", watch.first(lambda m: m.replicas > 0) - start_s)
+        ended_s = time.monotonic()
+        picture = service.client.get(f"{job}/result", follow_redirects=True)
+        assert Image.open(io.BytesIO(picture.content)).width > 0
+        assert service.workers() <= 1
+        wait_until(lambda: not service.gpu_nodes(), LONG_S, "no GPU node is left")
+        wait_until(lambda: not service.workers(), LONG_S, "no worker is left")
+        stages.add("quiet: no GPU node, no worker", time.monotonic() - ended_s)
+
+
 @pytest.mark.skipif(ROUNDS == 1, reason="the long version: make soak-scale")
 def test_an_idle_actor_keeps_its_node(service: Service) -> None:
     """What the init actor must not be, and that this folder could tell."""
@@ -64,6 +87,23 @@ def test_an_idle_actor_keeps_its_node(service: Service) -> None:
         assert service.gpu_nodes() == [node]
         process.stdin.close()
         wait_until(lambda: not service.gpu_nodes(), LONG_S, "the node is gone")
+
+
+def submit(service: Service) -> str:
+    """Where the job is."""
+    answer = service.client.post(
+        Task.BACKGROUND.route,
+        files={"image": ("photo.jpg", photo(seed=1))},
+        headers={"Prefer": "respond-async"},
+    )
+    assert answer.status_code == 202, answer.text
+    return answer.headers["location"]
+
+
+def has_ended(service: Service, job: str) -> bool:
+    found = service.client.get(job).json()
+    assert found["status"] in ("queued", "processing", "completed"), found
+    return found["status"] == "completed"
 
 
 def assert_no_more_held(service: Service, before_bytes: dict[str, int]) -> None:

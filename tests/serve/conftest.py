@@ -67,6 +67,7 @@ def cluster(
                 "OWN_ADDRESS": ray.util.get_node_ip_address(),
                 "NETWORK_REPORTS": str(network_reports),
                 "IMAGEN_MODELS": str(models_root),
+                "IMAGEN_JOBS": str(tmp_path_factory.mktemp("jobs")),
             }
         },
     )
@@ -149,6 +150,6 @@ def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool)
         name="Ingress", num_replicas=replicas, ray_actor_options={"num_cpus": 0}
     )
     target = RunTarget(
-        ingress.bind(models, load_registry(settings.models), settings), name, f"/{name}"
+        ingress.bind(models, load_registry(settings.models), settings, {}), name, f"/{name}"
     )
     serve.run_many([target], wait_for_applications_running=wait)

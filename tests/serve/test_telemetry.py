@@ -42,11 +42,19 @@ def scrape() -> Samples:
 
 @pytest.fixture(scope="module")
 def samples(address: str, scripted: str) -> Samples:
-    """The metrics after a picture of each kind, a request that was refused, and a lost route; and
-    after a wrong method, below a prefix.
+    """The metrics after a picture of each kind, a job, a request that was refused, and a lost
+    route; and after a wrong method, below a prefix.
     """
     for task in ROUTES:
         assert post(address, task, jpeg()).status_code == 200
+    job = httpx.post(
+        f"{address}{COMIC}",
+        files={"image": jpeg()},
+        headers={"Prefer": "wait=60"},
+        timeout=120,
+        trust_env=False,
+    )
+    assert (job.status_code, job.headers["preference-applied"]) == (200, "wait=60")
     assert post(address, "comic", b"no picture").status_code == 415
     assert httpx.get(f"{address}/nowhere", trust_env=False).status_code == 404
     assert httpx.post(f"{scripted}/api/v1/models", trust_env=False).status_code == 405
@@ -115,6 +123,12 @@ def lines_about(request_id: str, file_name: str) -> list[dict[str, Any]]:
     texts = [path.read_text() for path in serve_logs().glob(file_name)]
     lines = [line for text in texts for line in text.splitlines()]
     return [one for line in lines if (one := json.loads(line)).get("request_id") == request_id]
+
+
+def test_jobs_are_counted_by_outcome_and_their_queue_is_told(samples: Samples) -> None:
+    ended = samples["ray_imagen_jobs_ended_total"]
+    assert ("comic", "completed") in {(one["task"], one["outcome"]) for one in ended}
+    assert values(samples, "ray_imagen_jobs_waiting", "task") == set(ROUTES)
 
 
 def test_logs_are_json_and_carry_the_id_of_the_request(address: str) -> None:
