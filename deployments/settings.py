@@ -168,7 +168,6 @@ class JobSettings(Strict):
         respond_async_by_default: whether a request without a preference becomes a job.
         keep_s: how long jobs, pictures and results are kept.
         link_s: how long a signed link to a result works.
-        deadline_s: of a job that states none.
         run_timeout_s: of one attempt of a job on a model.
         lease_s: a worker that does not renew its claim for so long has lost the job.
         attempts: after which a job that loses its worker or its model again and again has failed.
@@ -189,7 +188,6 @@ class JobSettings(Strict):
     respond_async_by_default: bool = False
     keep_s: int = Field(default=7 * 86_400, ge=1, le=7 * 86_400)
     link_s: int = Field(default=900, ge=1, le=7 * 86_400)
-    deadline_s: float = Field(default=86_400, gt=0)
     run_timeout_s: float = Field(default=600, gt=0)
     lease_s: float = Field(default=8, gt=0)
     attempts: int = Field(default=5, ge=1)

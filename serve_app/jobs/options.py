@@ -30,22 +30,19 @@ class JobOptions(Strict):
         default="interactive",
         description="Of a job: batch jobs wait while there are interactive ones, most of the time.",
     )
-    deadline_s: float | None = Field(
-        default=None,
+    deadline_s: float = Field(
+        default=86_400,
         ge=1,
         le=604_800,
-        examples=[3600],
         description="Of a job: seconds after which it fails if it has not ended.",
     )
-    webhook: str | None = Field(
-        default=None,
+    webhook: str = Field(
+        default="",
         max_length=2000,
-        examples=["https://example.com/hook"],
         description="Of a job: URL that gets a signed event when it ends.",
     )
     webhook_events: str = Field(
         default=",".join(status for status in _HOOKED if status in ENDED),
-        examples=["completed,failed"],
         description=f"Of a job: the events for the webhook, of {', '.join(_HOOKED)}.",
     )
     preview: bool = Field(
@@ -61,8 +58,17 @@ class JobOptions(Strict):
             raise ValueError(f"unknown event {unknown[0]!r}; there are {', '.join(_HOOKED)}")
         return ",".join(names)
 
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The fields that ask for something else than their defaults."""
+        return {
+            name: value
+            for name, value in self.model_dump().items()
+            if value != type(self).model_fields[name].default
+        }
 
-def split(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+
+def split(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Form fields of the picture, and those of the job."""
     ours = JobOptions.model_fields
     return (

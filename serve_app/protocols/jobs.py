@@ -139,9 +139,8 @@ def check_sync(request: Request, options: Mapping[str, str]) -> None:
         InvalidParameter: it has a field or a header that only a job can have.
     """
     remedy = "Send the header Prefer: respond-async, or leave it out."
-    for name, text in options.items():
-        if (name, text) != ("n", "1"):
-            raise InvalidParameter(f"The field {name} belongs to a job.", value=text, remedy=remedy)
+    for name, value in validated(JobOptions, options, "job").wishes.items():
+        raise InvalidParameter(f"The field {name} belongs to a job.", value=value, remedy=remedy)
     if key := request.headers.get("idempotency-key"):
         raise InvalidParameter(
             "The header Idempotency-Key belongs to a job.", value=key, remedy=remedy
@@ -205,7 +204,7 @@ async def submit(
         has_image=call.image is not None,
         n=wanted.n,
         priority=wanted.priority,
-        deadline_s=wanted.deadline_s or jobs.settings.deadline_s,
+        deadline_s=wanted.deadline_s,
         preview=wanted.preview,
         webhook=webhook,
         webhook_events=tuple(wanted.webhook_events.split(",")) if webhook else (),

@@ -182,11 +182,8 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _job_fields(spec: ModelSpec) -> dict[str, Any]:
-    """Fields that belong to a job. They have no defaults here: a sync call must not send them."""
+    """Fields that belong to a job. /docs sends their defaults, which a sync call may have too."""
     fields: dict[str, Any] = JobOptions.model_json_schema()["properties"]
     if "seed" not in spec.parameters:
         del fields["n"]
-    return {
-        name: {key: value for key, value in field.items() if key != "default"}
-        for name, field in fields.items()
-    }
+    return fields

@@ -59,6 +59,8 @@ def test_try_it_out_in_a_browser(
         page.wait_for_selector(".opblock")
         answered = {}
         for block in page.query_selector_all(".opblock"):
+            if "{" in block.query_selector(".opblock-summary-path").inner_text():
+                continue  # it needs the id of a job
             block.query_selector(".opblock-summary-control").click()
             block.wait_for_selector(".try-out__btn").click()
             block.wait_for_selector(".execute")
@@ -69,7 +71,7 @@ def test_try_it_out_in_a_browser(
             answered[response.value.url] = response.value.status
             block.query_selector(".opblock-summary-control").click()
         browser.close()
-    assert len(answered) == len(ROUTES) + 3
+    assert len(answered) == len(ROUTES) + 5
     assert set(answered.values()) == {200}, answered
 
 
