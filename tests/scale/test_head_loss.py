@@ -10,6 +10,7 @@ import pytest
 
 from deployments.tasks import Task
 from tests.scale.cluster import wait_until
+from tests.scale.conftest import ROUNDS
 from tests.scale.load import Load
 from tests.scale.pods import Pods
 from tests.scale.service import CLIENT_S, LONG_S, Service, Stages
@@ -32,7 +33,17 @@ def service() -> Iterator[Service]:
         yield service
 
 
-@pytest.mark.parametrize("late_s", [0, 5, LATE_S])
+LONG_VERSION = pytest.mark.skipif(ROUNDS == 1, reason="the long version: make soak-scale")
+
+
+@pytest.mark.parametrize(
+    "late_s",
+    [
+        pytest.param(0, marks=LONG_VERSION),
+        5,
+        pytest.param(LATE_S, marks=LONG_VERSION),
+    ],
+)
 def test_a_lost_head_costs_no_replica_and_no_request(
     service: Service, seed: int, late_s: float
 ) -> None:
