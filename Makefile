@@ -28,6 +28,10 @@ test: setup ## Every test but the slow proofs
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers, long mixes
 	$(BIN)/python -m pytest tests -m slow
 
+.PHONY: test-chaos
+test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)
+	IMAGEN_CHAOS=full $(BIN)/python -m pytest tests/chaos -s
+
 .PHONY: test-unit
 test-unit: setup ## Only the tests without Ray and torch (a minute)
 	$(BIN)/python -m pytest tests/unit

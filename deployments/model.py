@@ -87,6 +87,7 @@ class ModelDeployment:
         self._configured = False
         self._defaults = spec.defaults
         self._in_flight = 0
+        self._streams: dict[str, asyncio.Future[tuple[ImageResult, ...]]] = {}
         self._host = Host(spec, settings)
         self._admission = Admission(settings.request_timeout_s)
 
@@ -156,12 +157,18 @@ class ModelDeployment:
     async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
         """Process a request of `job.n` results, and tell how far it is; the results come last.
 
+        The first word comes at once, so that the caller knows that a replica has the request. A
+        request that comes again ends the former one: Ray does not, if the caller died meanwhile.
+
         Raises as `__call__`. A caller who stops reading gives the request up.
         """
         rows: list[Row] = []
         told = JobProgress(0, 0)
-        work = asyncio.ensure_future(self._run(job, rows))
+        if former := self._streams.pop(job.request_id, None):
+            former.cancel()
+        work = self._streams[job.request_id] = asyncio.ensure_future(self._run(job, rows))
         try:
+            yield told
             while not (await asyncio.wait({work}, timeout=_PROGRESS_S))[0]:
                 if rows:
                     told = await self._progress(job, rows, told)
@@ -169,6 +176,8 @@ class ModelDeployment:
             yield work.result()
         finally:
             work.cancel()
+            if self._streams.get(job.request_id) is work:
+                del self._streams[job.request_id]
 
     # --- one request, from admission to its result ---
 

@@ -111,12 +111,12 @@ class HandleBackend:
         answers: Any = self._handle.options(method_name="stream", stream=True).remote(job)
         try:
             async for answer in answers:
+                self._lost_s = None
                 yield answer
         except (RayServeException, RayError) as error:
             raise self._translate(error) from None
         finally:
             answers.cancel()  # does nothing to one that has ended
-        self._lost_s = None
 
     def mark_lost(self) -> None:
         """The last replica was lost, and recovery begins now."""

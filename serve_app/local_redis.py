@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from deployments.errors import JobsUnavailable
@@ -26,6 +27,9 @@ class LocalRedis:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: RedisProcess | None = None
+        # A thread that stays, because Linux ends the server with the thread that started it. Not
+        # the event loop's: reading a large file of data takes longer than Serve waits for it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="redis")
         self._watch: asyncio.Task[None] | None = None
 
     async def url(self) -> str:
@@ -36,10 +40,12 @@ class LocalRedis:
         """
         if self._watch is None:
             self._watch = asyncio.create_task(self._keep_running())
-        return self._ensure()
+        return await self._ensured()
+
+    async def _ensured(self) -> str:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ensure)
 
     def _ensure(self) -> str:
-        # On this thread, because Linux ends the server with the thread that started it.
         if self._process is None:
             self._process = RedisProcess(self._folder)
         return self._process.ensure()
@@ -48,7 +54,7 @@ class LocalRedis:
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                self._ensure()
+                await self._ensured()
             except JobsUnavailable:
                 await asyncio.sleep(5)  # whoever asks for the URL gets the reason
 

@@ -46,9 +46,9 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
             socket_timeout=None,
             socket_connect_timeout=timeout_s,
             health_check_interval=30,
-            # One more try, because a connection of a Redis that restarted is dead.
-            retry=Retry(NoBackoff(), 1),
-            retry_on_error=[RedisConnectionError],
+            # One more try, because a connection of a Redis that restarted is dead. None after a
+            # timeout: a Redis that hangs would hold up its callers several times as long.
+            retry=Retry(NoBackoff(), 1, (RedisConnectionError,)),
         )
     except ValueError as error:
         raise ConfigError(

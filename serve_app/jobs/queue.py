@@ -235,13 +235,16 @@ class JobQueue:
         return set(await self._run("heartbeat", self._lease_s, *words)) if words else set()
 
     async def reap(self, attempts: int) -> list[tuple[str, Literal["lost", "late"]]]:
-        """Put jobs of lost workers back into the queue.
+        """Put jobs of lost workers back into the queue; workers call it every second or so.
+
+        After a while without a call, in which Redis was away, nothing happens for half a lease, so
+        that workers can renew their claims first.
 
         Returns:
             Jobs that the caller must end, and why: their worker was lost too often, or their
             deadline has passed.
         """
-        found = await self._run("reap", attempts, _TASKS)
+        found = await self._run("reap", attempts, _TASKS, self._lease_s)
         return [(found[i], found[i + 1]) for i in range(0, len(found), 2)]
 
     async def sweep(self) -> list[str]:

@@ -91,7 +91,8 @@ class JobSpec:
 
     @classmethod
     def load(cls, text: str) -> JobSpec:
-        values = json.loads(text)
+        # While versions of the application change, one reads what the other one wrote.
+        values = {name: v for name, v in json.loads(text).items() if name in cls.__slots__}
         values["task"] = Task(values["task"])
         values["webhook_events"] = tuple(values["webhook_events"])
         return cls(**values)

@@ -62,7 +62,10 @@ class RedisProcess:
         if self._lock.closed:
             raise _does_not_start("closed")
         if self._process is None or self._process.poll() is not None:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                raise _does_not_start(error.strerror or type(error).__name__) from error
         return self.url
 
     def close(self) -> None:
@@ -165,10 +168,12 @@ def _take_slot(folder: Path) -> tuple[Path, IO[str]]:
 def _die_with_parent() -> None:
     """In the child: a server must not outlive the process that restarts it.
 
-    Linux counts the death of the thread that started it, so that it must be one that stays.
+    Linux counts the death of the thread that started it, so that it must be one that stays. The
+    signal is SIGKILL, because the next process opens the same files, and a server that hangs would
+    write to them later. What it has accepted is on the disk.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:

@@ -22,6 +22,7 @@ from deployments.errors import (
     ImagenError,
     JobsUnavailable,
     ModelFailed,
+    NotReady,
     ServiceError,
     too_late,
 )
@@ -61,16 +62,18 @@ class _Run:
 
     Attributes:
         job: as it was claimed.
-        work: the task that carries it.
         attempts: tries on a model, of all workers.
+        is_taken: whether a replica has taken the present one.
+        work: the task that carries it.
         progress: as the model told it last; None before it did.
         told: what the last heartbeat said.
         beat_s: when that was.
     """
 
     job: Job
-    work: asyncio.Task[None]
     attempts: int
+    is_taken: bool = False
+    work: asyncio.Task[None] | None = None
     progress: JobProgress | None = None
     told: JobProgress | None = None
     beat_s: float = 0.0
@@ -103,28 +106,32 @@ class Worker:
         self._on_end = on_end
         self._runs: dict[str, _Run] = {}
         self._wake = asyncio.Event()
+        self._claiming = asyncio.Lock()
         self._is_draining = False
 
     async def run(self) -> None:
-        """Work until cancelled. Survives a Redis that is away."""
+        """Work until cancelled. Survives a Redis that is away, and errors that nobody expects."""
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._forever(self._claim, 0))
             loops.create_task(self._forever(self._beat, _BEAT_S))
             loops.create_task(self._forever(self._reap, _REAP_S))
+            loops.create_task(self._forever(self._sweep, _REAP_S))
 
     async def drain(self) -> None:
         """Take no more jobs, and wait for those at hand."""
         self._is_draining = True
+        async with self._claiming:
+            pass  # what is being claimed at this moment is at hand now
         while self._runs:
-            await asyncio.wait([run.work for run in self._runs.values()])
+            await asyncio.wait([run.work for run in self._runs.values() if run.work])
 
     def hear(self, word: str) -> None:
         """Take in a word of `Signals`."""
         what, _, job_id = word.partition(" ")
         if what == "wake":
             self._wake.set()
-        elif what == "ended" and job_id in self._runs:
-            self._give_up(job_id)
+        elif what == "ended" and (run := self._runs.get(job_id)):
+            self._give_up(run)
 
     @property
     def carried(self) -> int:
@@ -135,7 +142,8 @@ class Worker:
 
     async def _forever(self, step: Callable[[], Awaitable[None]], pause_s: float) -> None:
         is_away = False
-        while True:
+        task = asyncio.current_task()
+        while task is None or not task.cancelling():  # a cancellation can get lost in redis-py
             try:
                 await step()
                 is_away = False
@@ -143,18 +151,29 @@ class Worker:
                 if not is_away:
                     logger.warning("A worker waits: %s", error)
                 is_away = True
+            except Exception:
+                # A worker that ended would lose all its jobs for the sake of one.
+                logger.exception("A worker goes on after an unexpected error")
+                await asyncio.sleep(_AGAIN_S)
             await asyncio.sleep(_AGAIN_S if is_away else pause_s)
 
     async def _claim(self) -> None:
         self._wake.clear()
-        jobs = await self._queue.claim(room) if (room := self._room()) else []
-        for job in jobs:
-            work = asyncio.create_task(self._carry(job))
-            self._runs[job.spec.job_id] = _Run(job, work, job.attempts, beat_s=time.monotonic())
+        async with self._claiming:
+            jobs = await self._queue.claim(room) if (room := self._room()) else []
+            for job in jobs:
+                self._begin(job)
         if not jobs:
+            # Not asyncio.wait_for, which can lose a cancellation (Python 3.11).
             with suppress(TimeoutError):
                 async with asyncio.timeout(_IDLE_S):
                     await self._wake.wait()
+
+    def _begin(self, job: Job) -> None:
+        if former := self._runs.get(job.spec.job_id):
+            self._give_up(former)  # its claim is void, and this worker has the job anew
+        run = self._runs[job.spec.job_id] = _Run(job, job.attempts, beat_s=time.monotonic())
+        run.work = asyncio.create_task(self._carry(run))
 
     def _room(self) -> dict[Task, int]:
         """How many more jobs of each model fit; in any order, so that none always goes first."""
@@ -169,51 +188,66 @@ class Worker:
     async def _beat(self) -> None:
         now_s = time.monotonic()
         due_s = now_s - self._settings.lease_s / 3
-        beats: list[Beat] = []
-        for run in self._runs.values():
-            if run.progress is not run.told or run.beat_s < due_s:
-                beats += _beats(run)
-                run.told, run.beat_s = run.progress, now_s
-        for job_id in await self._queue.heartbeat(beats):
-            self._give_up(job_id)
+        due = {
+            job_id: (run, run.progress)
+            for job_id, run in self._runs.items()
+            if run.progress is not run.told or run.beat_s < due_s
+        }
+        beats = [beat for run, _ in due.values() for beat in _beats(run)]
+        lost = await self._queue.heartbeat(beats)
+        for job_id, (run, progress) in due.items():
+            # Only now, so that what Redis did not hear is said again.
+            run.told, run.beat_s = progress, now_s
+            if job_id in lost:
+                self._give_up(run)
 
     async def _reap(self) -> None:
         for job_id, why in await self._queue.reap(self._settings.attempts):
             job = await self._queue.get(job_id)
             if job is not None:
-                await self._fail(job, too_late() if why == "late" else _lost(), dead=why == "lost")
-        for job_id in await self._queue.sweep():
-            await self._files.delete(job_id)
+                error = too_late() if why == "late" else _lost()
+                await self._fail(job, error, None, dead=why == "lost")
 
-    def _give_up(self, job_id: str) -> None:
-        """Stop work on a job that has ended, or that another worker has now."""
-        if run := self._runs.pop(job_id, None):
+    async def _sweep(self) -> None:
+        for job_id in await self._queue.sweep():
+            with suppress(JobsUnavailable):  # files that stay behind expire by themselves
+                await self._files.delete(job_id)
+
+    def _give_up(self, run: _Run) -> None:
+        """Stop work on a job that has ended, or whose claim is another's now."""
+        self._forget(run)
+        if run.work is not None:
             run.work.cancel()
+
+    def _forget(self, run: _Run) -> None:
+        if self._runs.get(run.job.spec.job_id) is run:
+            del self._runs[run.job.spec.job_id]
 
     # --- one job ---
 
-    async def _carry(self, job: Job) -> None:
+    async def _carry(self, run: _Run) -> None:
+        job_id = run.job.spec.job_id
         try:
-            await self._to_its_end(job)
+            await self._to_its_end(run)
         except asyncio.CancelledError:
-            logger.info("Job %s was given up", job.spec.job_id)
+            logger.info("Job %s was given up", job_id)
             raise
         except Exception:
             # Its claim is not renewed any more, so that another worker tries it.
-            logger.exception("Job %s stopped", job.spec.job_id)
+            logger.exception("Job %s stopped", job_id)
         finally:
-            self._runs.pop(job.spec.job_id, None)
+            self._forget(run)
             self._wake.set()
 
-    async def _to_its_end(self, job: Job) -> None:
-        documents = await self._stored(job) if job.attempts > 1 else None
+    async def _to_its_end(self, run: _Run) -> None:
+        documents = await self._stored(run.job) if run.job.attempts > 1 else None
         try:
             if documents is None:
-                documents = await self._made(job)
+                documents = await self._made(run)
         except ImagenError as error:
-            await self._fail(job, error, dead=isinstance(error, ServiceError))
+            await self._fail(run.job, error, run, dead=isinstance(error, ServiceError))
         else:
-            await self._complete(job, documents)
+            await self._complete(run, documents)
 
     async def _stored(self, job: Job) -> list[dict[str, Any]] | None:
         """What a worker that died after it had stored all results left; None if it had not."""
@@ -223,34 +257,37 @@ class Worker:
         ]
         return [one for one in found if one is not None] if all(found) else None
 
-    async def _made(self, job: Job) -> list[dict[str, Any]]:
+    async def _made(self, run: _Run) -> list[dict[str, Any]]:
         """Results of the model, stored; their documents.
 
         Raises:
             RequestError: nothing will ever come of this job.
             ServiceError: it was tried as often as jobs are.
         """
-        spec = job.spec
+        spec = run.job.spec
         image = await self._patiently(self._files.input, spec.job_id) if spec.has_image else None
-        results = await self._on_model(job, image)
+        results = await self._on_model(run, image)
         documents = [_document(result) for result in results]
         for k, (result, document) in enumerate(zip(results, documents, strict=True)):
             await self._patiently(self._files.put_result, spec.job_id, k, result.image, document)
         return documents
 
-    async def _on_model(self, job: Job, image: bytes | None) -> tuple[ImageResult, ...]:
-        run = self._runs[job.spec.job_id]
+    async def _on_model(self, run: _Run, image: bytes | None) -> tuple[ImageResult, ...]:
         pauses = _backoff()
         while True:
+            run.is_taken = False
             try:
                 return await self._once(run, image)
             except Full as error:  # the model is busy, which is no fault
                 await asyncio.sleep(min(error.retry_after_s or _AGAIN_S, next(pauses)))
             except ServiceError as error:
-                if run.attempts >= self._settings.attempts:
-                    raise
-                logger.warning("Job %s is tried again: %s", job.spec.job_id, error)
-                run.attempts += 1
+                # Without a replica the job waits. One that loses the replicas that take it does not
+                # go on for ever, because it may be the cause.
+                if run.is_taken or not isinstance(error, NotReady):
+                    if run.attempts >= self._settings.attempts:
+                        raise
+                    run.attempts += 1
+                logger.warning("Job %s is tried again: %s", run.job.spec.job_id, error)
                 await asyncio.sleep(next(pauses))
 
     async def _once(self, run: _Run, image: bytes | None) -> tuple[ImageResult, ...]:
@@ -258,28 +295,32 @@ class Worker:
         job = spec.image_job(image, self._settings.run_timeout_s)
         async with aclosing(self._models[spec.task].stream(job)) as answers:
             async for told in answers:
+                run.is_taken = True
                 if not isinstance(told, JobProgress):
                     return told
-                run.progress = told
+                if told.steps:
+                    run.progress = told
         raise ModelFailed("The model gave no result.", value="none", remedy="Try again.")
 
-    async def _complete(self, job: Job, documents: list[dict[str, Any]]) -> None:
+    async def _complete(self, run: _Run, documents: list[dict[str, Any]]) -> None:
         details = [document["metadata"] for document in documents]
         await self._end(
-            job,
+            run.job,
             "completed",
+            run,
             results=documents,
             timings_s=_longest([one["timings_s"] for one in details]),
             gpu_seconds=sum(one["gpu_seconds"] for one in details),
         )
 
-    async def _fail(self, job: Job, error: ImagenError, *, dead: bool) -> None:
+    async def _fail(self, job: Job, error: ImagenError, run: _Run | None, *, dead: bool) -> None:
         request_id = job.spec.request_id or job.spec.job_id
-        await self._end(job, "failed", error=error.details(request_id), dead=dead)
+        await self._end(job, "failed", run, error=error.details(request_id), dead=dead)
 
-    async def _end(self, job: Job, status: Status, *, dead: bool = False, **found: Any) -> None:
-        """Write a job's end, however long Redis is away."""
-        run = self._runs.get(job.spec.job_id)
+    async def _end(
+        self, job: Job, status: Status, run: _Run | None, *, dead: bool = False, **found: Any
+    ) -> None:
+        """Write a job's end, however long Redis is away; without a run, whoever has the job."""
         ended = replace(job, status=status, ended_s=time.time(), **found)
         fields = {name: json.dumps(value) for name, value in found.items()}
         if run is not None:
@@ -293,7 +334,7 @@ class Worker:
             status,
             fields,
             json.dumps(view),
-            claim=job.claim if run is not None else "",
+            claim="" if run is None else job.claim,
             dead=dead,
         )
         if was_set and self._on_end:

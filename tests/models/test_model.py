@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import pytest
 
 from deployments import images
 from deployments.admission import Admission
-from deployments.contract import ComicRequest, ImageJob
+from deployments.contract import ComicRequest, ImageJob, JobProgress
 from deployments.engine.engine import Engine
 from deployments.engine.pipeline import Work
 from deployments.estimate import Estimator, Forecast
@@ -119,6 +121,7 @@ class Deployment(ModelDeployment):
         self._seats = Seats(4, 100)
         self._defaults: dict[str, Any] = {}
         self._in_flight = 0
+        self._streams: dict[str, Any] = {}
         self._host: Any = FakeHost(pipeline)
         self._admission = Admission(60)
 
@@ -145,3 +148,42 @@ async def test_a_job_without_a_picture_is_carried_through(deployment: Deployment
         assert result.model == "text-to-image@" + "d" * 16
         assert result.batch_size == 1
     assert deployment._host.work.outcomes == ["ok", "ok"]
+
+
+class HeldUp(TextToImage):
+    """The first row waits in front of its steps."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.stepped = 0
+
+    def begin(self, row: RowInput[ComicRequest]) -> Generator[None, None, Pixels]:
+        self.may.wait(30)
+        yield
+        return row.pixels + np.uint8(row.seed)
+
+    def step(self, states: Sequence[Pixels]) -> None:
+        self.stepped += len(states)
+        super().step(states)
+
+
+async def test_a_job_that_comes_again_ends_the_run_whose_caller_died() -> None:
+    pipeline = HeldUp()
+    deployment = Deployment(pipeline)
+    request = ComicRequest(prompt="a fox", seed=40, steps=2, strength=1.0)
+    job = ImageJob(request, None, "png", timeout_s=60, request_id="a" * 32)
+    try:
+        orphan, again = deployment.stream(job), deployment.stream(job)
+        assert await anext(orphan) == JobProgress(0, 0)
+        assert await anext(again) == JobProgress(0, 0)
+        pipeline.may.set()
+        *_, results = [told async for told in again]
+        assert isinstance(results, tuple)
+        assert (images.decode(results[0].image, LimitSettings()).rgb == 42).all()
+        with pytest.raises(asyncio.CancelledError):
+            await anext(orphan)
+        assert pipeline.stepped == 2
+        assert deployment._streams == {}
+    finally:
+        pipeline.may.set()
+        deployment._host.close()

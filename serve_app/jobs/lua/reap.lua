@@ -1,8 +1,23 @@
 -- Put jobs whose worker was lost back into the queue. ARGV: namespace, attempts after which a job
--- has failed, tasks as a JSON array.
+-- has failed, tasks as a JSON array, lease in seconds.
 -- Returns ids of jobs to end, each followed by why: 'lost' too often, or 'late'.
+local half = tonumber(ARGV[4]) / 2
+
+-- While Redis is away, no worker can renew a claim. A long time without a call of this script, which
+-- workers make every second, means that it was away, and that they come first. The call itself may
+-- have waited in a Redis that hung.
+local function is_early()
+  local seen, at = redis.call('HMGET', key('reaper'), 'last', 'from'), now()
+  local last, from = tonumber(seen[1] or at), tonumber(seen[2] or 0)
+  if at - last > half and last >= from then
+    from = at + half
+  end
+  redis.call('HSET', key('reaper'), 'last', string.format('%.6f', at), 'from', string.format('%.6f', from))
+  return at < from
+end
+
 local over = {}
-for _, task in ipairs(cjson.decode(ARGV[3])) do
+for _, task in ipairs(is_early() and {} or cjson.decode(ARGV[3])) do
   local lost = redis.call('ZRANGEBYSCORE', key('running', task), '-inf', now(), 'LIMIT', 0, 100)
   for _, id in ipairs(lost) do
     local job = load(id)

@@ -5,7 +5,7 @@
 -- 'full', or 'share'.
 local id, job, tasks = ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
 if redis.call('EXISTS', key('job', id)) == 1 then
-  return {'queued', id} -- sent again, because the answer was lost
+  return {'queued', id} -- sent again, because the connection broke before the answer came
 end
 local first = ARGV[7] ~= '' and key('idempotency', job.owner, ARGV[7]) or nil
 if first then

@@ -1,0 +1,203 @@
+"""Workers on a real Redis: one at a time has a job, and keeps it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deployments.contract import ImageResult, JobProgress
+from deployments.errors import ImagenError, NotReady
+from deployments.settings import JobSettings
+from deployments.tasks import Task
+from serve_app.jobs.connection import connect
+from serve_app.jobs.files import open_job_files
+from serve_app.jobs.queue import JobQueue
+from serve_app.jobs.record import JobSpec
+from serve_app.jobs.worker import Worker
+from tests.jobs.redis_server import RedisServer
+from tests.jobs.test_queue import spec, submit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+    from pathlib import Path
+
+    from deployments.contract import ImageJob
+    from serve_app.jobs.record import Job
+
+LEASE_S = 2.0
+RESULT = ImageResult(b"picture", "image/png", 8, 8, "comic@0", 7, 1, 0.0)
+LOST = NotReady("The replica was lost.", value="comic", remedy="Try again.")
+
+
+class Model:
+    """Takes a request, and answers once it may.
+
+    Attributes:
+        inside, most, taken: requests at this moment, at most at a time, and in all.
+        errors: raised by the next requests, before or after the model has taken them.
+    """
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.may.set()
+        self.inside = self.most = self.taken = 0
+        self.errors: list[tuple[ImagenError, bool]] = []
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
+        self.taken += 1
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            error, is_taken = self.errors.pop(0) if self.errors else (None, True)
+            if is_taken:
+                yield JobProgress(0, 0)
+            if error:
+                raise error
+            await self.may.wait()
+            yield (RESULT,) * job.n
+        finally:
+            self.inside -= 1
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Generator[RedisServer]:
+    with RedisServer(tmp_path / "redis") as running:
+        yield running
+
+
+@pytest.fixture
+async def queue(server: RedisServer) -> AsyncGenerator[JobQueue]:
+    link = cache(lambda: connect(server.url, timeout_s=0.5))
+    yield JobQueue(link, "test", keep_s=60, lease_s=LEASE_S)
+    await link().aclose()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> JobSettings:
+    return JobSettings(folder=tmp_path, lease_s=LEASE_S, attempts=2)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_AGAIN_S", "_REAP_S", "_IDLE_S", "_BEAT_S"):
+        monkeypatch.setattr(f"serve_app.jobs.worker.{name}", 0.05)
+
+
+@asynccontextmanager
+async def at_work(queue: JobQueue, settings: JobSettings, model: Model) -> AsyncGenerator[Worker]:
+    worker = Worker(queue, open_job_files(settings), {Task.COMIC: model}, settings)
+    loops = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        model.may.set()
+        loops.cancel()
+        async with asyncio.timeout(30):
+            await asyncio.gather(loops, return_exceptions=True)
+            await worker.drain()
+
+
+async def when(queue: JobQueue, job_id: str, true: Callable[[Job], bool]) -> Job:
+    async with asyncio.timeout(30):
+        while not ((job := await queue.get(job_id)) and true(job)):
+            await asyncio.sleep(0.02)
+    return job
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_worker_keeps_its_job_while_redis_hangs_for_longer_than_a_claim_holds(
+    queue: JobQueue, settings: JobSettings, server: RedisServer
+) -> None:
+    model = Model()
+    model.may.clear()
+    async with at_work(queue, settings, model):
+        [job_id] = await submit(queue, spec(has_image=False))
+        await until(lambda: model.inside == 1)
+        server.freeze()
+        await asyncio.sleep(settings.lease_s * 2)
+        server.thaw()
+        await asyncio.sleep(settings.lease_s * 2)
+        model.may.set()
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 1)
+
+
+async def test_a_worker_that_gets_its_own_job_again_runs_it_once_at_a_time(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    model.may.clear()
+    async with at_work(queue, settings, model) as worker:
+        [job_id] = await submit(queue, spec(has_image=False))
+        await until(lambda: model.inside == 1)
+        # What a worker on another machine does to a claim that it takes for void.
+        await queue._redis().zadd("test:running:comic", {job_id: 0})
+        await queue.reap(9)
+        await when(queue, job_id, lambda job: job.attempts == 2)
+        await until(lambda: model.taken == 2)
+        assert (model.inside, worker.carried) == (1, 1)
+        # The second claim is renewed, although the first run has ended meanwhile.
+        await asyncio.sleep(settings.lease_s * 2)
+        model.may.set()
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts) == ("completed", 2)
+
+
+async def test_a_job_waits_for_a_model_however_long_it_is_away(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    model.errors = [(LOST, False)] * 4
+    async with at_work(queue, settings, model):
+        [job_id] = await submit(queue, spec(has_image=False))
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 5)
+
+
+async def test_a_job_that_loses_each_replica_that_takes_it_is_not_tried_for_ever(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    model.errors = [(LOST, True)] * 9
+    async with at_work(queue, settings, model):
+        [job_id] = await submit(queue, spec(has_image=False))
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, model.taken) == ("failed", settings.attempts)
+    assert [one.spec.job_id for one in await queue.dead()] == [job_id]
+
+
+async def test_a_job_of_a_newer_version_of_the_application_is_read(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    async with at_work(queue, settings, Model()):
+        newer = spec(has_image=False)
+        text = json.dumps(json.loads(newer.fields()["spec"]) | {"unheard_of": 1})
+        assert JobSpec.load(text) == newer
+
+
+async def test_a_worker_that_is_to_end_finishes_what_it_is_just_claiming(
+    queue: JobQueue, settings: JobSettings, server: RedisServer
+) -> None:
+    model = Model()
+    slow = JobQueue(
+        cache(lambda: connect(server.url, timeout_s=5)), "test", keep_s=60, lease_s=LEASE_S
+    )
+    async with at_work(slow, settings, model) as worker:
+        server.freeze()
+        await asyncio.sleep(0.2)  # the worker asks for jobs meanwhile
+        draining = asyncio.create_task(worker.drain())
+        await asyncio.sleep(0.1)
+        server.thaw()
+        await draining
+        assert worker.carried == 0
+    await slow._redis().aclose()
