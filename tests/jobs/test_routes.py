@@ -130,7 +130,7 @@ async def test_several_results_have_seeds_that_follow_one_another(app: Applicati
 
 
 async def test_a_seed_is_drawn_once_for_all_attempts(app: Application) -> None:
-    app.models.errors = [NotReady("It was lost.", value="lost", remedy="Again.")]
+    app.models.errors = [ModelFailed("No picture.", value="none", remedy="Again.")]
     job = await app.ended(await app.submit(seed=9))
     assert job["attempts"] == 2
     assert {one.request.seed for one in app.models.jobs} == {9}
@@ -326,6 +326,13 @@ async def test_bad_input_is_never_tried_again(app: Application) -> None:
     assert (job["status"], job["attempts"]) == ("failed", 1)
     assert job["error"]["code"] == "damaged_image"
     assert len(app.models.jobs) == 1
+
+
+async def test_waiting_for_a_replica_costs_no_attempt(server: RedisServer, tmp_path: Path) -> None:
+    async with application(server.url, tmp_path, namespace="waits", attempts=1) as app:
+        app.models.errors = [NotReady("It starts.", value="starting", remedy="Again.")] * 2
+        job = await app.ended(await app.submit())
+        assert (job["status"], job["attempts"]) == ("completed", 1)
 
 
 async def test_a_busy_model_costs_no_attempt(app: Application) -> None:

@@ -251,4 +251,5 @@ def google_without_key(patch: pytest.MonkeyPatch) -> Iterator[FakeGcsLinks]:
         try:
             yield server
         finally:
-            gcs._make_account()._request.func.session.close()
+            if gcs._make_account.cache_info().currsize:
+                gcs._make_account()._request.func.session.close()
