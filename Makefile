@@ -128,6 +128,10 @@ demo-scale: setup ## GPU nodes from zero and back on this machine, with the time
 soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and lost heads (an hour)
 	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale -s
 
+.PHONY: fuzz
+fuzz: setup ## Schemathesis and ten minutes of hostile requests (IMAGEN_FUZZ_SEED=7 repeats them)
+	IMAGEN_FUZZ_S=600 $(BIN)/python -m pytest tests/fuzz -s
+
 .PHONY: quality
 quality: setup ## Measure the starter models on photos kept out of training
 	$(BIN)/python -m starter_models.quality

@@ -106,7 +106,7 @@ class ImagenError(Exception):
             "code": self.code,
             "detail": str(self),
             "fact": self.message,
-            "value": self.value,
+            "value": self.value or "nothing",
             "remedy": self.remedy,
             "request_id": request_id,
             **found,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Match
 
 from deployments.errors import (
     ImagenError,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from serve_app.intake import Backends
     from serve_app.jobs.service import Jobs
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 DESCRIPTION = (
     "Image models behind one API. Send a picture as the form field `image`; the answer is a "
     "picture. Every error is problem+json (RFC 9457) with fact, value, remedy and request id."
@@ -132,7 +133,22 @@ async def on_error(request: Request, error: Exception) -> Response:
             error.retry_after_s = request.app.state.retry_after_s
         return error_response(error, request.scope)
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for these two alone
-    return error_response(_ours(error, request), request.scope, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = _allowed(request)
+    return error_response(_ours(error, request), request.scope, headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods that the request's path takes. Starlette names those of one route alone."""
+    routes = request.app.routes
+    return ", ".join(
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
+        )
+    )
 
 
 def _ours(error: HTTPException, request: Request) -> ImagenError:
@@ -147,7 +163,7 @@ def _ours(error: HTTPException, request: Request) -> ImagenError:
         405: lambda: MethodNotAllowed(
             "This route does not take that method.",
             value=request.method,
-            remedy=f"Use {Headers(error.headers or {}).get('allow', 'another one')}.",
+            remedy=f"Use {_allowed(request)}.",
         ),
     }
     if known_error := known.get(error.status_code):

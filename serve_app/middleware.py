@@ -205,7 +205,7 @@ class BodyLimit:
         try:
             async with body.timer:
                 self._arriving[body] = None
-                await self.app(scope, self._limited(body, receive), send)
+                await self.app(scope, self._limited(body, receive), self._answering(body, send))
         except TimeoutError as error:
             if not body.timer.expired():
                 raise
@@ -223,6 +223,22 @@ class BodyLimit:
 
         return limited
 
+    def _answering(self, body: _Body, send: Send) -> Send:
+        """An answer that has begun is not refused any more, whatever its body does."""
+
+        async def answering(message: Message) -> None:
+            if message["type"] == "http.response.start" and body in self._arriving:
+                self._end(body)
+            await send(message)
+
+        return answering
+
+    def _end(self, body: _Body) -> None:
+        """Wait for no more of it."""
+        del self._arriving[body]
+        if not body.timer.expired():
+            body.timer.reschedule(None)
+
     def _take(self, body: _Body, message: Message) -> None:
         some_bytes = len(message.get("body", b""))
         body.came_bytes += some_bytes
@@ -230,8 +246,7 @@ class BodyLimit:
         if body.came_bytes > self.max_body_bytes:
             raise self._too_large(f"more than {self.max_body_bytes} bytes")
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            body.timer.reschedule(None)
-            del self._arriving[body]
+            self._end(body)
         elif some_bytes:
             self._arriving.move_to_end(body)
             body.wait(some_bytes, self.uploads)

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -16,11 +17,17 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from deployments.contract import ImageResult, validated
-from deployments.errors import InvalidParameter, JobsUnavailable, MalformedRequest
+from deployments.errors import ImagenError, InvalidParameter, JobsUnavailable, MalformedRequest
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.webhooks import check_webhook, webhook_secret
 from serve_app.problem import MEDIA_TYPE, Problem
+from serve_app.protocols.parameters import (
+    LinkQuery,
+    PageQuery,
+    header_parameters,
+    query_parameters,
+)
 from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
@@ -34,9 +41,11 @@ if TYPE_CHECKING:
 
 MOST_WAIT_S = 60.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+"""Redis refuses a part of 2**64 and above."""
 _WAIT = re.compile(r"wait=(\d{1,9})")
-_MOST_PAGE = 100
+_RETRY_HEADERS = {"Idempotency-Key": "a repeated request with the same key finds the first job"}
+_STREAM_HEADERS = {"Last-Event-ID": "the last event that the client has"}
 
 
 class Preference(NamedTuple):
@@ -302,6 +311,7 @@ router = APIRouter(tags=["jobs"])
     summary="Your jobs, newest first",
     responses=_COMMON | _problems(s422="A parameter is out of range"),
     response_model=JobPage,
+    openapi_extra={"parameters": query_parameters(PageQuery)},
 )
 async def list_jobs(
     request: Request,
@@ -309,9 +319,7 @@ async def list_jobs(
     owner: Owner,
 ) -> Response:
     """A page of jobs; `next_cursor` leads to the next one."""
-    asked = validated(
-        _PageQuery, dict(parse_qsl(request.url.query, keep_blank_values=True)), "list"
-    )
+    asked = validated(PageQuery, dict(parse_qsl(request.url.query, keep_blank_values=True)), "list")
     page, cursor = await jobs.list(owner, asked.status, asked.cursor, asked.limit)
     prefix = request.scope.get("root_path", "")
     return JSONResponse({"jobs": [jobs.view(j, prefix) for j in page], "next_cursor": cursor})
@@ -339,8 +347,13 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     summary="Run a failed or canceled job again, as a new job",
     status_code=202,
     responses=_ONE
-    | _problems(s409="It has not failed", s429="There is no room in the queue; see Retry-After"),
+    | _problems(
+        s400="The Idempotency-Key is malformed",
+        s409="It has not failed, or the Idempotency-Key came before with another request",
+        s429="There is no room in the queue; see Retry-After",
+    ),
     response_model=Accepted,
+    openapi_extra={"parameters": header_parameters(_RETRY_HEADERS)},
 )
 async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """The same picture and parameters, with attempts of its own."""
@@ -393,6 +406,7 @@ async def get_one_result(
         **_problems(s429="There are too many streams; see Retry-After"),
     },
     response_class=StreamingResponse,
+    openapi_extra={"parameters": header_parameters(_STREAM_HEADERS)},
 )
 async def follow_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """Ends with the job. The header Last-Event-ID goes on where another stream has ended."""
@@ -423,23 +437,14 @@ async def get_webhook_secret(jobs: TheJobs, owner: Owner) -> Response:
     responses=_problems(s403="The link has expired or was altered", s404="The job was forgotten")
     | _COMMON,
     response_class=Response,
+    openapi_extra={"parameters": query_parameters(LinkQuery)},
 )
 async def get_file(request: Request, path: str, jobs: TheJobs) -> Response:
     """Where pictures are in a folder rather than in a bucket. Needs no key."""
-    query = dict(parse_qsl(request.url.query))
-    image, media_type = await jobs.files.open_link(
-        path, query.get("expires", ""), query.get("signature", "")
-    )
+    link = LinkQuery.model_validate(dict(parse_qsl(request.url.query)))
+    image, media_type = await jobs.files.open_link(path, link.expires, link.signature)
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     return Response(image, media_type=media_type, headers=headers)
-
-
-class _PageQuery(BaseModel, extra="forbid"):
-    """Which page of jobs."""
-
-    status: Status | None = None
-    limit: int = Field(default=20, ge=1, le=_MOST_PAGE)
-    cursor: str = Field(default="", pattern=r"^([0-9a-f]{32})?$")
 
 
 def _shown(request: Request, jobs: Jobs, job: Job) -> Response:
@@ -460,16 +465,19 @@ async def _stream(
     """Server-sent events, until the job has ended or the client should come back."""
     prefix, until_s = request.scope.get("root_path", ""), time.monotonic() + jobs.settings.stream_s
     yield "retry: 1000\n\n"
-    async for event in jobs.follow(owner, job_id, after):
-        if event is None:
-            yield ": nothing new\n\n"
-        elif event.name in ENDED:
-            view = jobs.view(await jobs.get(owner, job_id), prefix)
-            yield _event(event, json.dumps(view))
-        else:
-            yield _event(event, event.data)
-        if time.monotonic() > until_s:
-            return
+    # The status of the answer is out: a job that was forgotten, or a Redis that went away, can only
+    # end the stream. The client comes back, and then the status says why.
+    with suppress(ImagenError):
+        async for event in jobs.follow(owner, job_id, after):
+            if event is None:
+                yield ": nothing new\n\n"
+            elif event.name in ENDED:
+                view = jobs.view(await jobs.get(owner, job_id), prefix)
+                yield _event(event, json.dumps(view))
+            else:
+                yield _event(event, event.data)
+            if time.monotonic() > until_s:
+                return
 
 
 def _event(event: Event, data: str) -> str:

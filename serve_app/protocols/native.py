@@ -16,6 +16,7 @@ from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import jobs
 from serve_app.protocols.jobs import Accepted
 from serve_app.protocols.multipart import read_form
+from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
@@ -173,10 +174,7 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
         "properties": fields,
     }
     return {
-        "parameters": [
-            {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
-            for name, text in _REQUEST_HEADERS.items()
-        ],
+        "parameters": header_parameters(_REQUEST_HEADERS),
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}},
     }
 

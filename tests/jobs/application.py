@@ -14,7 +14,7 @@ import uvicorn
 from PIL import Image
 
 from deployments.contract import ImageJob, ImageResult, JobProgress
-from deployments.settings import AccessSettings, JobSettings, Settings
+from deployments.settings import AccessSettings, JobSettings, Settings, UploadSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
@@ -175,6 +175,8 @@ async def application(
     *,
     working: bool = True,
     keys: Path | None = None,
+    models: StandInModels | None = None,
+    uploads: UploadSettings | None = None,
     **changes: Any,
 ) -> AsyncGenerator[Application]:
     """An application on a free port, whose jobs are in this Redis and this folder.
@@ -184,11 +186,17 @@ async def application(
         folder: of the pictures.
         working: whether there is a worker.
         keys: file of API keys; None asks for none.
+        models: behind it; None makes some.
+        uploads: their limits.
         changes: of the settings of jobs.
     """
     access = AccessSettings(auth="off") if keys is None else AccessSettings(keys=keys)
-    settings = Settings(jobs=JobSettings(folder=folder, **changes), access=access)
-    models = StandInModels()
+    settings = Settings(
+        jobs=JobSettings(folder=folder, **changes),
+        access=access,
+        uploads=uploads or UploadSettings(),
+    )
+    models = models or StandInModels()
 
     async def url() -> str:
         return redis_url

@@ -457,6 +457,17 @@ async def test_a_stream_is_resumed_after_the_last_event(app: Application) -> Non
     assert await events_of(app, job_id, events[-1]["id"]) == []
 
 
+@pytest.mark.parametrize(
+    "last", ["9" * 20 + "-0", "18446744073709551615-18446744073709551615", "-", "x"]
+)
+async def test_an_event_id_that_no_event_has_begins_the_stream_anew(
+    app: Application, last: str
+) -> None:
+    job_id = await app.submit()
+    await app.ended(job_id)
+    assert (await events_of(app, job_id, last))[0]["event"] == "queued"
+
+
 async def test_a_stream_ends_before_the_proxy_would_cut_it(
     server: RedisServer, tmp_path: Path
 ) -> None:
@@ -466,6 +477,24 @@ async def test_a_stream_ends_before_the_proxy_would_cut_it(
         job_id = await app.submit()
         events = await events_of(app, job_id)
         assert [event["event"] for event in events] == ["queued"]
+
+
+async def test_a_stream_that_loses_redis_ends_so_that_the_client_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.service._LOOK_S", 0.1)
+    with RedisServer(tmp_path / "redis") as server:
+        async with application(
+            server.url, tmp_path / "files", namespace="cut", working=False
+        ) as app:
+            path = f"/api/v1/jobs/{await app.submit()}/events"
+            async with app.client.stream("GET", path) as stream:
+                lines = stream.aiter_lines()
+                while await anext(lines) != "event: queued":
+                    pass
+                server.kill()
+                assert not [line async for line in lines if line.startswith("event:")]
+            refused(await app.client.get(path), 503, "jobs_unavailable")
 
 
 async def test_a_preview_is_a_small_jpeg(app: Application) -> None:

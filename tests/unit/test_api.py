@@ -549,7 +549,8 @@ async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
     [
         ("GET", COMIC, "POST"),
         ("PUT", Task.UPSCALE.route, "POST"),
-        ("POST", "/healthz", "GET"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("PUT", "/api/v1/jobs/0", "GET, DELETE"),
         ("DELETE", "/api/v1/models", "GET"),
     ],
 )

@@ -47,6 +47,12 @@ def test_every_error_survives_a_process_hop_whole(kind: type[ImagenError]) -> No
         assert str(twin) == f"The fact{got}. The remedy."
 
 
+def test_a_client_reads_nothing_rather_than_an_empty_value() -> None:
+    error = RequestError("The field webhook is no URL.", value="", remedy="Leave it out.")
+    assert error.details("id")["value"] == "nothing"
+    assert str(error) == "The field webhook is no URL. Leave it out."
+
+
 def test_every_error_is_drawn_in_the_tree_and_nothing_else() -> None:
     assert set(drawn()) == {kind.__name__ for kind in LEAVES}
 

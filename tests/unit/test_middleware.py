@@ -298,6 +298,17 @@ async def test_a_client_that_stops_sending_is_refused_and_cut_off() -> None:
     assert headers_of(sent)["connection"] == ["close"]
 
 
+async def test_an_answer_that_has_begun_outlives_a_body_that_stands_still() -> None:
+    async def long_answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    app = stack(long_answer, uploads=UploadSettings(pause_s=0.05))
+    sent = await raw(app, "/", stalled(bytes(100)))
+    assert sent[-1]["body"] == b"whole"
+
+
 async def test_a_client_below_the_least_rate_is_refused_however_much_came_before() -> None:
     async def trickle() -> AsyncIterator[Message]:
         yield {"type": "http.request", "body": bytes(900), "more_body": True}

@@ -1,0 +1,98 @@
+"""Hostile requests: no 5xx, no status that the OpenAPI document does not know, and no hang.
+
+`make fuzz` is the long version. $IMAGEN_FUZZ_SEED repeats what is drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fuzz.hunt import HANG_S, Hunt
+from tests.fuzz.target import target
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from tests.fuzz.target import Target
+
+SECONDS = float(os.environ.get("IMAGEN_FUZZ_S", "8"))
+"""Of the fuzzer, with and without API keys together."""
+EXAMPLES, LEAST_CASES = (60, 2000) if "IMAGEN_FUZZ_S" in os.environ else (3, 500)
+"""Of Schemathesis: for each operation and phase, and in all."""
+SEED = int(os.environ.get("IMAGEN_FUZZ_SEED") or secrets.randbelow(10**6))
+MOST_GROWTH_MB = 150
+_PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["open", "keys"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Target]:
+    with target(tmp_path_factory.mktemp("fuzz"), keys=request.param) as running:
+        yield running
+
+
+def test_schemathesis_finds_no_answer_that_the_document_does_not_know(
+    served: Target, tmp_path: Path
+) -> None:
+    found = schemathesis(served, tmp_path)
+    print(found.stdout)
+    assert found.returncode == 0, found.stdout
+    cases = re.search(r"([\d,]+) generated", found.stdout)
+    assert cases
+    assert int(cases[1].replace(",", "")) >= LEAST_CASES
+    assert not served.alarms()
+    served.check_service()
+
+
+def schemathesis(served: Target, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Its own program, which tells how many cases it made, and how to repeat a failed one."""
+    options = {
+        "--seed": SEED,
+        "--max-examples": EXAMPLES,
+        "--checks": "all",
+        # The document cannot say that some bytes are no picture, nor that a field wants a header;
+        # and a picture from hooks.py is bytes, which Schemathesis takes for a breach.
+        "--exclude-checks": "positive_data_acceptance,negative_data_rejection",
+        "--request-timeout": HANG_S,
+        "--generation-database": "none",
+        "--warnings": "off",
+        "--header": [f"{name}: {value}" for name, value in served.headers.items()],
+    }
+    words = [
+        str(word)
+        for name, value in options.items()
+        for one in (value if isinstance(value, list) else [value])
+        for word in (name, one)
+    ]
+    program = Path(sys.executable).with_name("st")
+    return subprocess.run(
+        [program, "run", f"{served.url}/openapi.json", "--no-color", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(_PROJECT), "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def test_no_hostile_request_makes_the_service_fail(served: Target) -> None:
+    hunt = Hunt(served, SEED)
+    hunt.run(SECONDS / 4)
+    held_mb = served.held_mb
+    hunt.run(SECONDS / 4)
+    print(hunt.report(), f"memory {held_mb:.0f} MB, then {served.held_mb:.0f} MB", sep="\n")
+    assert not hunt.findings, hunt.report()
+    assert hunt.slowest_s < HANG_S
+    assert served.held_mb < held_mb + MOST_GROWTH_MB
+    assert not served.alarms()
+    served.check_service()
