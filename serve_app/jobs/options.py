@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_N = 8
+MOST_DEADLINE_S = 7 * 86_400
 _HOOKED = (*STATUSES[1:],)
 
 
@@ -33,7 +34,7 @@ class JobOptions(Strict):
     deadline_s: float = Field(
         default=86_400,
         ge=1,
-        le=604_800,
+        le=MOST_DEADLINE_S,
         description="Of a job: seconds after which it fails if it has not ended.",
     )
     webhook: str = Field(

@@ -167,19 +167,6 @@ class Claim:
     attempt: int
 
 
-@dataclass(frozen=True)
-class Backlog:
-    """What waits.
-
-    Attributes:
-        jobs: with events that are not delivered yet, those being tried again included.
-        oldest_s: for how long the longest waiting job has been due; 0 if none is.
-    """
-
-    jobs: int
-    oldest_s: float
-
-
 class Outbox:
     """The events that wait, ordered per job.
 
@@ -246,16 +233,6 @@ class Outbox:
         async with answered():
             script: Any = self._redis().register_script(_SETTLE)
             return await script(args=(*what, pause_s, give_up_s, DEAD))
-
-    async def backlog(self) -> Backlog:
-        """What waits, for metrics."""
-        async with answered(), self._redis().pipeline(transaction=True) as pipe:
-            pipe.zcard(f"{self._prefix}outbox")
-            pipe.zrange(f"{self._prefix}outbox", 0, 0, withscores=True)
-            pipe.time()
-            jobs, first, (seconds, microseconds) = await pipe.execute()
-        now = seconds + microseconds / 1e6
-        return Backlog(int(jobs), max(0.0, now - first[0][1]) if first else 0.0)
 
 
 async def deliver_forever(outbox: Outbox, sender: Sender, *, at_a_time: int = AT_A_TIME) -> None:
