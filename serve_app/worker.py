@@ -77,7 +77,7 @@ class JobWorker:
         await deliver_forever(self._outbox, sender)
 
     async def _sweep(self) -> None:
-        """Delete what no record leads to any more: pictures of submissions that were not finished."""
+        """Delete pictures that no record leads to, such as those of a submission that broke off."""
         while True:
             with suppress(JobsUnavailable):
                 await self._files.sweep(self._settings.keep_s + MOST_DEADLINE_S)
