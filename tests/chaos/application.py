@@ -80,6 +80,8 @@ class Application:
             "model_num_cpus": 0.1,
             "jobs": {
                 "folder": str(self.folder / "jobs"),
+                # A kill every few seconds is no fault of a job that it hits again and again.
+                "attempts": 10,
                 "webhooks": {"allow_http": True, "allow_private": True},
             },
         }
