@@ -8,9 +8,6 @@ import random
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import pytest
-
-from deployments.settings import ROOT
 from tests.chaos.application import WORKER
 from tests.chaos.clients import mixed
 from tests.jobs.receiver import Receiver, status, until
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from tests.jobs.redis_server import RedisServer
 
 JOBS, KILLS = 12, 3
-DELIVERS = "outbox" in (ROOT / "serve_app/worker.py").read_text(encoding="utf-8")
 
 
 def failing_once() -> Answer:
@@ -37,7 +33,6 @@ def failing_once() -> Answer:
     return answer
 
 
-@pytest.mark.skipif(not DELIVERS, reason="serve_app/worker.py does not deliver webhooks yet")
 async def test_every_event_arrives_and_no_id_has_two_contents_whatever_dies(
     application: Application, client: Client, redis: RedisServer
 ) -> None:
