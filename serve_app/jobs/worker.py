@@ -28,6 +28,7 @@ from deployments.errors import (
 )
 from serve_app.jobs.queue import Beat
 from serve_app.jobs.record import job_view
+from serve_app.jobs.results import document_of, longest_s
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
@@ -267,7 +268,7 @@ class Worker:
         spec = run.job.spec
         image = await self._patiently(self._files.input, spec.job_id) if spec.has_image else None
         results = await self._on_model(run, image)
-        documents = [_document(result) for result in results]
+        documents = [document_of(result) for result in results]
         for k, (result, document) in enumerate(zip(results, documents, strict=True)):
             await self._patiently(self._files.put_result, spec.job_id, k, result.image, document)
         return documents
@@ -309,7 +310,7 @@ class Worker:
             "completed",
             run,
             results=documents,
-            timings_s=_longest([one["timings_s"] for one in details]),
+            timings_s=longest_s([one["timings_s"] for one in details]),
             gpu_seconds=sum(one["gpu_seconds"] for one in details),
         )
 
@@ -374,30 +375,6 @@ def _beats(run: _Run) -> list[Beat]:
         data = {"job_id": job_id, "image": picture}
         beats.append(Beat(job_id, claim, {}, "preview", json.dumps(data)))
     return beats
-
-
-def _document(result: ImageResult) -> dict[str, Any]:
-    """What is kept of a result beside the picture."""
-    return {
-        "seed": result.seed,
-        "media_type": result.media_type,
-        "width_px": result.width_px,
-        "height_px": result.height_px,
-        "bytes": len(result.image),
-        "metadata": {
-            "model": result.model,
-            "batch_size": result.batch_size,
-            "gpu_seconds": result.gpu_seconds,
-            "determinism": result.determinism,
-            "timings_s": result.timings_s,
-            "notes": list(result.notes),
-        },
-    }
-
-
-def _longest(timings_s: list[dict[str, float]]) -> dict[str, float]:
-    """Of each stage the longest time: the rows of one job run side by side."""
-    return {stage: max(one[stage] for one in timings_s) for stage in timings_s[0]}
 
 
 def _backoff() -> Iterator[float]:

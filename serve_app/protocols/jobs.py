@@ -16,10 +16,11 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from deployments.contract import ImageResult, validated
+from deployments.contract import validated
 from deployments.errors import ImagenError, InvalidParameter, JobsUnavailable, MalformedRequest
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
+from serve_app.jobs.results import result_of
 from serve_app.jobs.webhooks import check_webhook, webhook_secret
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols.parameters import (
@@ -273,18 +274,8 @@ async def answer(request: Request, job_id: str, preference: Preference) -> Respo
 
 
 async def _picture(jobs: Jobs, job: Job) -> Response:
-    document = job.results[0]
-    image, media_type = await jobs.files.result(job.spec.job_id, 0)
-    return image_response(
-        ImageResult(
-            image=image,
-            media_type=media_type,
-            width_px=document["width_px"],
-            height_px=document["height_px"],
-            seed=document["seed"],
-            **document["metadata"],
-        )
-    )
+    image, _ = await jobs.files.result(job.spec.job_id, 0)
+    return image_response(result_of(job.results[0], image))
 
 
 # --- the routes ---
