@@ -21,7 +21,7 @@ run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit tests/store tests/jobs tests/manifests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit tests/store tests/jobs tests/fuzz tests/manifests
 	$(BIN)/python -m pytest -m "not slow" tests/models tests/serve tests/test_readme.py
 
 .PHONY: test-slow

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from serve_app.problem import MEDIA_TYPE, Problem
 
@@ -58,7 +59,7 @@ class Documented:
 
     def route(self, target: bytes) -> str:
         """The path of the document that a request's target belongs to; empty if none."""
-        path = re.split(rb"[?#]", target, maxsplit=1)[0].decode("latin-1")
+        path = unquote(re.split(rb"[?#]", target, maxsplit=1)[0], errors="replace")
         return next((name for pattern, name in self._paths if pattern.fullmatch(path)), "")
 
     def breach(self, attack: Attack, answer: Answer) -> str:

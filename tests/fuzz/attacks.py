@@ -91,7 +91,7 @@ class Prey:
 
     def fill(self, template: bytes) -> bytes:
         """The words replaced."""
-        return re.sub(rb"\{(\w+):(\w+)\}", self._word, template)
+        return re.sub(rb"\{(\w+):(-?\w+)\}", self._word, template)
 
     def _word(self, found: re.Match[bytes]) -> bytes:
         kind, which = found[1].decode(), found[2].decode()
@@ -232,6 +232,8 @@ _PATHS = (
     *(b"http://evil.example/healthz", b"http://[/healthz", b"/docs/static/" + b"a" * 300),
     *(b"/docs/static/" + b"a/" * 3000, b"/docs/oauth2-redirect", b"evil:80", b"/%f0%9f%92%a5"),
 )
+_PLAIN = ((b"Host", b"127.0.0.1"), (b"Authorization", b"Bearer {token:valid}"))
+_FORM = (b"Content-Type", b"multipart/form-data; boundary=XyZ")
 _METHODS = (b"GET", b"POST", b"DELETE", b"HEAD", b"OPTIONS", b"PUT", b"PATCH", b"TRACE", b"get")
 _ODD_METHODS = (b"CONNECT", b"FOO", b"", b"GET\0", b"M-SEARCH", b"QUERY", b"\xff")
 
@@ -402,6 +404,8 @@ def _calls(draw: st.DrawFn) -> Attack:
     else:
         method = b"POST" if target.endswith(b"retry") else b"GET"
     headers, body = draw(_headers()), b""
+    if target.endswith(b"events") and draw(st.booleans()):
+        headers += ((b"Last-Event-ID", draw(st.sampled_from(_HEADERS[b"Last-Event-ID"]))),)
     if _rarely(draw, 6):
         kind, body = draw(
             st.one_of(_form(Task.COMIC), st.tuples(st.just(b"application/json"), _odd()))
@@ -413,5 +417,25 @@ def _calls(draw: st.DrawFn) -> Attack:
 
 
 def attacks() -> SearchStrategy[Attack]:
-    """Half uploads, half everything else."""
-    return st.one_of(_uploads(), _calls())
+    """Half uploads, nearly half everything else; and streams of jobs that take a while."""
+    return st.one_of(*[_uploads(), _calls()] * 10, _slow_jobs(), _streams())
+
+
+@st.composite
+def _slow_jobs(draw: st.DrawFn) -> Attack:
+    """A request that is well-formed and becomes a job of a second."""
+    task = draw(st.sampled_from((Task.COMIC, Task.AGED, Task.ENHANCE)))
+    parts = (
+        draw(_part(b"image", draw(st.sampled_from(WHOLE)))),
+        b'Content-Disposition: form-data; name="prompt"\r\n\r\nslow',
+    )
+    body = b"".join(b"--XyZ\r\n" + part + b"\r\n" for part in parts) + b"--XyZ--\r\n"
+    headers = (*_PLAIN, (b"Prefer", b"respond-async"), _FORM)
+    return Attack(b"POST", task.route.encode(), headers, body)
+
+
+@st.composite
+def _streams(draw: st.DrawFn) -> Attack:
+    """A stream of one of the last jobs, with a body that may not come."""
+    path = _JOB % draw(st.sampled_from((-1, -2, -3))) + b"/events"
+    return Attack(b"GET", path, _PLAIN, b"x", draw(st.sampled_from(("length", "long", "chunked"))))

@@ -118,9 +118,9 @@ class Hunt:
             return "hangs"
         if answer.status:
             return self._documented.breach(attack, answer)
-        # Only whoever left or never ended the body may get nothing.
-        ended = attack.framing in ("length", "chunked", "none", "short") and not attack.leaves
-        return "no answer" if ended else ""
+        # Whoever left, or lied of the body's length, may get nothing.
+        lied = attack.framing in ("short", "long")
+        return "" if lied or attack.leaves else "no answer"
 
     def _send(self, attack: Attack) -> Answer:
         start_s = time.monotonic()

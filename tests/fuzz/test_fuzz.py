@@ -1,6 +1,6 @@
 """Hostile requests: no 5xx, no status that the OpenAPI document does not know, and no hang.
 
-`make fuzz` is the long version. $IMAGEN_FUZZ_SEED repeats what is drawn.
+`make fuzz` is the long version, with a new seed each time. $IMAGEN_FUZZ_SEED repeats what is drawn.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
     from tests.fuzz.target import Target
 
+LONG = "IMAGEN_FUZZ_S" in os.environ
 SECONDS = float(os.environ.get("IMAGEN_FUZZ_S", "8"))
 """Of the fuzzer, with and without API keys together."""
-EXAMPLES, LEAST_CASES = (60, 2000) if "IMAGEN_FUZZ_S" in os.environ else (3, 500)
+EXAMPLES, LEAST_CASES = (100, 2000) if LONG else (3, 500)
 """Of Schemathesis: for each operation and phase, and in all."""
-SEED = int(os.environ.get("IMAGEN_FUZZ_SEED") or secrets.randbelow(10**6))
+SEED = int(os.environ.get("IMAGEN_FUZZ_SEED") or (secrets.randbelow(10**6) if LONG else 1))
 MOST_GROWTH_MB = 150
+_FAULT = "Unsupported type: 'Binary'"
+"""Of Schemathesis 4.32 itself: it cannot always mutate a form with a file, and skips its route."""
 _PROJECT = Path(__file__).parents[2]
 
 
@@ -45,7 +48,11 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_know(
 ) -> None:
     found = schemathesis(served, tmp_path)
     print(found.stdout)
-    assert found.returncode == 0, found.stdout
+    faults = set(re.findall(r"^Runtime Error\n\n(.+)$", found.stdout, re.MULTILINE))
+    ended_well = found.returncode == 0 or (
+        "= FAILURES =" not in found.stdout and faults == {_FAULT}
+    )
+    assert ended_well, found.stdout
     cases = re.search(r"([\d,]+) generated", found.stdout)
     assert cases
     assert int(cases[1].replace(",", "")) >= LEAST_CASES
@@ -61,7 +68,8 @@ def schemathesis(served: Target, folder: Path) -> subprocess.CompletedProcess[st
         "--checks": "all",
         # The document cannot say that some bytes are no picture, nor that a field wants a header;
         # and a picture from hooks.py is bytes, which Schemathesis takes for a breach.
-        "--exclude-checks": "positive_data_acceptance,negative_data_rejection",
+        # A canceled job can still be read.
+        "--exclude-checks": "positive_data_acceptance,negative_data_rejection,use_after_free",
         "--request-timeout": HANG_S,
         "--generation-database": "none",
         "--warnings": "off",
