@@ -112,6 +112,18 @@ bench-http: setup ## The cost of HTTP on the way to a model, beside LitServe if 
 bench-recovery: setup ## kill -9 each process five times: what clients see, and for how long (10 minutes)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
+CELERY := .venv-celery
+
+$(CELERY)/.done: $(VENV)/.done benchmarks/jobs/requirements.txt
+	$(PYTHON) -m venv --without-pip --clear $(CELERY)
+	$(BIN)/python -c '$(PURELIB)' > "$$($(CELERY)/bin/python -c '$(PURELIB)')/imagen.pth"
+	$(BIN)/python -m pip --python $(CELERY) install --quiet --constraint constraints.txt --no-deps $(PIP_ARGS) --requirement benchmarks/jobs/requirements.txt
+	touch $@
+
+.PHONY: bench-jobs
+bench-jobs: setup $(CELERY)/.done ## Jobs a second, their overhead and memory, beside plain Celery (10 minutes)
+	$(BIN)/python -m benchmarks.jobs $(ARGS)
+
 .PHONY: soak-clients
 soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (20 minutes)
 	$(BIN)/python -m benchmarks.soak_clients $(ARGS)

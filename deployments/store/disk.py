@@ -19,10 +19,13 @@ _NETWORK = (
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, readable for every user whatever our umask."""
-    for absent in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
-        with suppress(FileExistsError):  # another thread was faster
-            absent.mkdir()
-            absent.chmod(0o755)
+    with suppress(FileExistsError):  # also made by another thread just now
+        try:
+            folder.mkdir()
+        except FileNotFoundError:
+            make_folder(folder.parent)
+            folder.mkdir()
+        folder.chmod(0o755)
 
 
 def sync_path(path: Path | str) -> None:

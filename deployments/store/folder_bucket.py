@@ -83,11 +83,9 @@ class FolderBucket:
         final = self._place(path)
         part = self._folder / f"{PART}{uuid.uuid4().hex}"
         with self._writing():
-            make_folder(self._folder)
             make_folder(final.parent)
             try:
                 _write(part, content)
-                sync_path(part)
                 os.link(part, final)
                 sync_path(final.parent)
             except FileExistsError:
@@ -182,13 +180,16 @@ class FolderBucket:
 
 
 def _write(part: Path, content: Path | bytes) -> None:
+    """Make a file and bring it to the disk."""
     with part.open("xb") as sink:
         os.fchmod(sink.fileno(), 0o644)  # others read it, whatever our umask
         if isinstance(content, bytes):
             sink.write(content)
-            return
-        with content.open("rb") as source:
-            shutil.copyfileobj(source, sink, _COPY_BYTES)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, sink, _COPY_BYTES)
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
 @contextmanager

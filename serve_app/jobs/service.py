@@ -63,6 +63,7 @@ class Jobs:
         self._on_end = on_end
         self._streams = 0
         self._waits = 0
+        self._ask_first = True
 
     # --- submitting ---
 
@@ -94,15 +95,18 @@ class Jobs:
             max_of_owner=max(int(limit * share), 1),
         )
         if image is not None:
-            # Before anything is stored: a refused or repeated request costs no storage.
-            outcome, detail = await submit(only_check=True)
-            if outcome != "queued":
-                return _other(outcome, detail)
+            if self._ask_first:
+                outcome, detail = await submit(only_check=True)
+                if outcome != "queued":
+                    return _other(outcome, detail)
             await self.files.put_input(spec.job_id, image)
         outcome, detail = await submit()
+        # After a refusal the next ones cost no storage; while all is well, each costs one question.
+        self._ask_first = outcome not in ("queued", "same")
         if outcome == "queued":
             return detail
-        await self.files.delete(spec.job_id)
+        if image is not None:
+            await self.files.delete(spec.job_id)
         return _other(outcome, detail)
 
     async def retry(

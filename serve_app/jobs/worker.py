@@ -210,9 +210,10 @@ class Worker:
                 await self._fail(job, error, None, dead=why == "lost")
 
     async def _sweep(self) -> None:
-        for job_id in await self._queue.sweep():
-            with suppress(JobsUnavailable):  # files that stay behind expire by themselves
-                await self._files.delete(job_id)
+        while job_ids := await self._queue.sweep():
+            # An exception is no matter: files that stay behind expire by themselves.
+            deleted = (self._files.delete(job_id) for job_id in job_ids)
+            await asyncio.gather(*deleted, return_exceptions=True)
 
     def _give_up(self, run: _Run) -> None:
         """Stop work on a job that has ended, or whose claim is another's now."""

@@ -218,7 +218,7 @@ async def submit(
         preview=wanted.preview,
         webhook=webhook,
         webhook_events=tuple(wanted.webhook_events.split(",")) if webhook else (),
-        fingerprint=_fingerprint(call, options, checked.output_format),
+        fingerprint=_fingerprint(call, options, checked.output_format) if key else "",
         request_id=call.request_id,
     )
     return await jobs.submit(made, call.image, idempotency_key=key, share=share_of(request))

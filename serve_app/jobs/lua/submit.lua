@@ -40,5 +40,7 @@ if first then
   redis.call('EXPIRE', first, ARGV[8])
 end
 push(id, job)
-emit_status(id, 'queued')
+local data = cjson.encode({job_id = id, status = 'queued'})
+-- Without a signal: nobody knows this id yet.
+redis.call('XADD', key('events', id), '*', 'event', 'queued', 'data', data)
 return {'queued', id}
