@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from serve_app.jobs.record import Status  # noqa: TC001 - pydantic reads it
+from serve_app.jobs.record import Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
