@@ -87,13 +87,8 @@ class Jobs:
             RateLimited: the owner's share of the queue is.
         """
         limit = self.settings.max_queued
-        submit = partial(
-            self.queue.submit,
-            spec,
-            idempotency_key=idempotency_key,
-            max_queued=limit,
-            max_of_owner=max(int(limit * share), 1),
-        )
+        limits = {"max_queued": limit, "max_of_owner": max(int(limit * share), 1)}
+        submit = partial(self.queue.submit, spec, idempotency_key=idempotency_key, **limits)
         if image is not None:
             if self._ask_first:
                 outcome, detail = await submit(only_check=True)
