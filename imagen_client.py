@@ -715,7 +715,10 @@ class _Feed:
         document: Document = json.loads(message.data)
         job, base = self._job, (message.id, self._job.id)
         if message.name in ("queued", "processing", *_ENDED):
-            job.update(document)
+            if "task" in document:
+                job.update(document)
+            else:  # only the last event has the whole job
+                job.status = document["status"]
             self.over = job.ended
             return StateEvent(*base, job.status, JobState(document))
         if message.name == "progress":

@@ -130,7 +130,7 @@ async def _requeue(config: Path, job_id: str) -> str:
 @asynccontextmanager
 async def _open(config: Path) -> AsyncGenerator[Jobs]:
     settings = settings_of(config).jobs
-    url = url_of_environment() or _own_url(settings)
+    url = url_of_environment() or await _own_url(settings)
 
     async def found() -> str:
         return url
@@ -143,14 +143,15 @@ async def _open(config: Path) -> AsyncGenerator[Jobs]:
         await link().aclose()
 
 
-def _own_url(settings: JobSettings) -> str:
+async def _own_url(settings: JobSettings) -> str:
     """The Redis that the application on this machine runs.
 
     Raises:
         JobsUnavailable: it runs none.
         ConfigError: several applications run one.
     """
-    found = [url for place in settings.place.glob("redis/*/server.json") if (url := _living(place))]
+    known = [_address(place) for place in settings.place.glob("redis/*/server.json")]
+    found = [url for url in known if await _answers(url)]
     if not found:
         raise JobsUnavailable(
             "No Redis of jobs runs here.",
@@ -167,13 +168,17 @@ def _own_url(settings: JobSettings) -> str:
     return found[0]
 
 
-def _living(place: Path) -> str | None:
-    address: Any = json.loads(place.read_text(encoding="utf-8"))
-    url = f"redis://:{address['password']}@127.0.0.1:{address['port']}/0"
-    return url if asyncio.run(_answers(url)) else None
+def _address(place: Path) -> str:
+    try:
+        address: Any = json.loads(place.read_text(encoding="utf-8"))
+        return f"redis://:{address['password']}@127.0.0.1:{int(address['port'])}/0"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # of a server that was stopped while it wrote the file
 
 
 async def _answers(url: str) -> bool:
+    if not url:
+        return False
     redis = connect(url, timeout_s=1)
     try:
         async with asyncio.timeout(1):

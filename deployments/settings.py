@@ -174,7 +174,7 @@ class JobSettings(Strict):
         per_model: jobs of one model that one worker carries at a time.
         max_queued: jobs in the queue; more get 429.
         max_streams: event streams of one Ingress replica at a time; more get 429.
-        max_waits: requests with `Prefer: wait` of one Ingress replica; more get 429.
+        max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
         stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
             own request_timeout_s.
         gpu_second_price: for the `cost` of a job; None leaves it out.

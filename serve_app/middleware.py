@@ -10,6 +10,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -202,6 +203,7 @@ class BodyLimit:
         self._make_room(bodies=1)
         now_s = asyncio.get_running_loop().time()
         body = _Body(asyncio.timeout_at(now_s + self.uploads.pause_s), now_s)
+        scope["state"]["leave_upload"] = partial(self._forget, body)
         try:
             async with body.timer:
                 self._arriving[body] = None
@@ -212,7 +214,12 @@ class BodyLimit:
             raise self._too_slow(body) from error
         finally:
             self._arriving.pop(body, None)
-            self._held_bytes -= body.held_bytes
+            self._forget(body)
+
+    def _forget(self, body: _Body) -> None:
+        """Count its bytes no more."""
+        self._held_bytes -= body.held_bytes
+        body.came_bytes = 0
 
     def _limited(self, body: _Body, receive: Receive) -> Receive:
         async def limited() -> Message:
@@ -361,10 +368,13 @@ class InFlightLimit:
                 self._uploads += 1
             return message
 
+        outer: Callable[[], None] = scope["state"].get("leave_upload", lambda: None)
+
         def leave() -> None:
             nonlocal inside
             self._uploads -= inside
             inside = False
+            outer()
 
         scope["state"]["leave_upload"] = leave
         try:

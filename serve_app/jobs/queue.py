@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from deployments.errors import ModelFailed
 from deployments.tasks import Task
 from serve_app.jobs.connection import answered
 from serve_app.jobs.record import STATUSES, Job, JobSpec
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _SCRIPTS = Path(__file__).parent / "lua"
 _TASKS = json.dumps([str(task) for task in Task])
 _IDEMPOTENCY_S = 7 * 86_400
+logger = logging.getLogger("ray.serve.imagen.jobs")
 
 
 class Submitted(NamedTuple):
@@ -145,11 +148,12 @@ class JobQueue:
         if not job_ids:
             return []
         found = await self._run("read", *job_ids)
-        return [
-            Job.load(_pairs(found[i]), int(found[i + 1]), int(found[i + 2]), found[i + 3])
+        jobs = [
+            _loaded(found[i], int(found[i + 1]), int(found[i + 2]), found[i + 3])
             for i in range(0, len(found), 4)
             if found[i]
         ]
+        return [job for job in jobs if job is not None]
 
     async def list(
         self, owner: str, status: Status | None, before: str, limit: int
@@ -181,6 +185,7 @@ class JobQueue:
         *,
         claim: str = "",
         dead: bool = False,
+        only_lost: bool = False,
     ) -> tuple[str, bool]:
         """End a job that has not ended.
 
@@ -191,6 +196,7 @@ class JobQueue:
             view: the job as the API shows it then, JSON; for its webhook.
             claim: under which the caller runs it; empty ends it whoever runs it.
             dead: whether to list it among the dead letters.
+            only_lost: whether to end it only if its claim was not renewed in time.
 
         Returns:
             The status that it has now (empty if it is unknown), and whether this call set it.
@@ -204,8 +210,14 @@ class JobQueue:
             view,
             self._keep_s,
             int(dead),
+            int(only_lost),
         )
         return now, bool(was_set)
+
+    async def preview(self, job_id: str) -> str:
+        """The picture of its latest step, as an event's data; empty if there is none."""
+        async with answered():
+            return str(await self._redis().get(self.key("preview", job_id)) or "")
 
     async def events(self, job_id: str, after: str = "") -> list[Event]:
         """Events of a job, oldest first; those after an event id if one is given."""
@@ -225,7 +237,20 @@ class JobQueue:
         """
         pairs = [text for task, count in room.items() for text in (str(task), count)]
         found = await self._run("claim", self._lease_s, *pairs)
-        return [Job.load(_pairs(found[i + 1])) for i in range(0, len(found), 2)]
+        jobs = {found[i]: _loaded(found[i + 1]) for i in range(0, len(found), 2)}
+        for job_id in (job_id for job_id, job in jobs.items() if job is None):
+            await self.discard(job_id)
+        return [job for job in jobs.values() if job is not None]
+
+    async def discard(self, job_id: str) -> None:
+        """End a job whose record this version of the application cannot read."""
+        error = ModelFailed(
+            "The job was made by another version of the service.",
+            value=job_id,
+            remedy="Submit it again.",
+        )
+        fields = {"error": json.dumps(error.details(job_id))}
+        await self.finish(job_id, "failed", fields, json.dumps({"job_id": job_id}), dead=True)
 
     async def heartbeat(self, beats: Sequence[Beat]) -> set[str]:
         """Renew claims; returns the ids of jobs that the worker has no longer."""
@@ -330,6 +355,15 @@ def _source(name: str) -> str:
 def _script(redis: Redis, name: str) -> Any:
     """A script that Redis is sent once, and then by its digest."""
     return redis.register_script(_source(name))
+
+
+def _loaded(flat: Sequence[str], *place: Any) -> Job | None:
+    """A job, or None if its record cannot be read: one must not stand in the way of others."""
+    try:
+        return Job.load(_pairs(flat), *place)
+    except (ValueError, KeyError, TypeError):
+        logger.exception("A record of a job cannot be read")
+        return None
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from deployments.errors import (
     RateLimited,
 )
 from serve_app.jobs.files import open_job_files
-from serve_app.jobs.queue import open_queue
+from serve_app.jobs.queue import Event, open_queue
 from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deployments.tasks import Task
     from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
-    from serve_app.jobs.queue import Event, JobQueue
+    from serve_app.jobs.queue import JobQueue
     from serve_app.jobs.record import Job, JobSpec, Status
     from serve_app.jobs.signals import Signals
 
@@ -95,8 +95,10 @@ class Jobs:
                 if outcome != "queued":
                     return _other(outcome, detail)
             await self.files.put_input(spec.job_id, image)
+        # After a refusal, or with Redis away, the next ones cost no storage; else each costs one
+        # question.
+        self._ask_first = True
         outcome, detail = await submit()
-        # After a refusal the next ones cost no storage; while all is well, each costs one question.
         self._ask_first = outcome not in ("queued", "same")
         if outcome == "queued":
             return detail
@@ -222,6 +224,7 @@ class Jobs:
             Full: there are too many streams.
         """
         with self._slot("_streams", self.settings.max_streams), self._signals.about(job_id) as word:
+            shown = ""
             while True:
                 word.clear()
                 job = await self.get(owner, job_id)
@@ -230,6 +233,10 @@ class Jobs:
                     after = event.event_id
                     if event.name in ENDED:
                         return
+                latest = await self.queue.preview(job_id) if job.spec.preview else ""
+                if latest not in ("", shown):
+                    shown = latest
+                    yield Event("", "preview", latest)
                 if job.has_ended:
                     return  # the client has had its last event
                 if not await _set_within(word, min(_LOOK_S, self.settings.stream_s)):

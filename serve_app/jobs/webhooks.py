@@ -15,6 +15,7 @@ import ipaddress
 import json
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ AT_A_TIME = 64
 """Deliveries of one process at a time."""
 MAX_URL_CHARACTERS = 2000
 _MAX_ADDRESSES = 4
+_NAMES_OF_OWNER = 16
+"""Names of one owner that are resolved at a time."""
 _PORTS = (80, 443, *range(1024, 65_536))
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
 _HERE = re.compile(r"(.+\.)?localhost\.?")
@@ -238,6 +241,7 @@ class Sender:
         self._tls = tls or httpx.create_ssl_context()
         # Threads of its own: names that resolve slowly hold up nothing else in the process.
         self._threads = ThreadPoolExecutor(AT_A_TIME, "webhook-names")
+        self._resolving = Counter[str]()
 
     def close(self) -> None:
         """Let the threads go."""
@@ -263,9 +267,7 @@ class Sender:
         url = httpx.URL(check_webhook(event.url, self._settings))
         host = url.raw_host.decode()
         port = url.port or (443 if url.scheme == "https" else 80)
-        addresses = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._resolve, host, port
-        )
+        addresses = await self._addresses(host, port, event.owner)
         for address in addresses:
             _check_address(address, host, self._settings)
         # A receiver with a dead address among several is reached through another.
@@ -277,6 +279,20 @@ class Sender:
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue
         return await self._post_to(last, url, event, connect_s)
+
+    async def _addresses(self, host: str, port: int, owner: str) -> list[str]:
+        """Resolve a name. An owner whose names resolve slowly keeps a few threads at most.
+
+        Raises:
+            OSError: too many names of this owner are being resolved, or there is no such name.
+        """
+        if self._resolving[owner] >= _NAMES_OF_OWNER:
+            raise OSError("too many names of this key resolve slowly")
+        self._resolving[owner] += 1
+        found = self._threads.submit(self._resolve, host, port)
+        # When the thread is free again, which may be long after this attempt was given up.
+        found.add_done_callback(lambda _: self._resolving.subtract([owner]))
+        return await asyncio.wrap_future(found)
 
     async def _post_to(self, address: str, url: httpx.URL, event: Event, connect_s: float) -> int:
         now = datetime.now(UTC)

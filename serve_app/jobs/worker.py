@@ -205,7 +205,9 @@ class Worker:
     async def _reap(self) -> None:
         for job_id, why in await self._queue.reap(self._settings.attempts):
             job = await self._queue.get(job_id)
-            if job is not None:
+            if job is None:
+                await self._queue.discard(job_id)
+            else:
                 error = too_late() if why == "late" else _lost()
                 await self._fail(job, error, None, dead=why == "lost")
 
@@ -272,7 +274,8 @@ class Worker:
         documents = [document_of(result) for result in results]
         for k, (result, document) in enumerate(zip(results, documents, strict=True)):
             await self._patiently(self._files.put_result, spec.job_id, k, result.image, document)
-        return documents
+        # What another worker has stored before stays, and is what the job is about.
+        return (await self._stored(run.job) if run.job.attempts > 1 else None) or documents
 
     async def _on_model(self, run: _Run, image: bytes | None) -> tuple[ImageResult, ...]:
         pauses = _backoff()
@@ -323,12 +326,15 @@ class Worker:
         self, job: Job, status: Status, run: _Run | None, *, dead: bool = False, **found: Any
     ) -> None:
         """Write a job's end, however long Redis is away; without a run, whoever has the job."""
-        ended = replace(job, status=status, ended_s=time.time(), **found)
         fields = {name: json.dumps(value) for name, value in found.items()}
         if run is not None:
-            fields["attempts"] = str(run.attempts)
+            found["attempts"] = run.attempts
             if run.progress is not None and status == "completed":
-                fields["steps_done"] = fields["steps"] = str(run.progress.steps)
+                found["steps_done"] = found["steps"] = run.progress.steps
+        for name in ("attempts", "steps_done", "steps"):
+            if name in found:
+                fields[name] = str(found[name])
+        ended = replace(job, status=status, ended_s=time.time(), position=0, **found)
         view = job_view(ended, self._settings.keep_s, self._settings.gpu_second_price)
         _, was_set = await self._patiently(
             self._queue.finish,
@@ -338,6 +344,7 @@ class Worker:
             json.dumps(view),
             claim="" if run is None else job.claim,
             dead=dead,
+            only_lost=dead and run is None,
         )
         if was_set and self._on_end:
             outcome = ended.error["code"] if ended.error else status

@@ -17,7 +17,13 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from deployments.contract import validated
-from deployments.errors import ImagenError, InvalidParameter, JobsUnavailable, MalformedRequest
+from deployments.errors import (
+    Full,
+    ImagenError,
+    InvalidParameter,
+    JobsUnavailable,
+    MalformedRequest,
+)
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.results import result_of
@@ -234,11 +240,13 @@ def _check_n(n: int, spec: ModelSpec) -> None:
 
 
 def _idempotency_key(request: Request) -> str:
-    key = request.headers.get("idempotency-key", "")
-    if key and not _KEY.fullmatch(key):
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return ""
+    if not _KEY.fullmatch(key):
         raise MalformedRequest(
             "The header Idempotency-Key has 1 to 255 printable ASCII characters.",
-            value=key[:40],
+            value=key[:40] or "an empty header",
             remedy="Send a UUID.",
         )
     return key
@@ -261,10 +269,16 @@ async def answer(request: Request, job_id: str, preference: Preference) -> Respo
         headers["Preference-Applied"] = preference.applied
     if not preference.wait_s:
         return JSONResponse({"job_id": job_id, "status": "queued"}, 202, headers)
-    job = await jobs.wait(owner, job_id, preference.wait_s)
+    try:
+        job = await jobs.wait(owner, job_id, preference.wait_s)
+    except (Full, JobsUnavailable):
+        # The job is accepted, and only its id lets the client find it.
+        return JSONResponse({"job_id": job_id, "status": "queued"}, 202, headers)
     if not job.has_ended:
         return JSONResponse({"job_id": job_id, "status": job.status}, 202, headers)
     if job.status == "failed" and job.error:
+        if job.error["status"] in (429, 503):
+            headers["Retry-After"] = str(request.app.state.retry_after_s)
         return JSONResponse(job.error, job.error["status"], headers, media_type=MEDIA_TYPE)
     if job.status == "completed" and len(job.results) == 1:
         response = await _picture(jobs, job)
@@ -348,6 +362,8 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
 )
 async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """The same picture and parameters, with attempts of its own."""
+    spec = (await jobs.get(owner, job_id)).spec
+    await request.scope["state"]["charge"](spec.width_px * spec.height_px * spec.n)
     request_id = request.scope["state"]["request_id"]
     new_id = await jobs.retry(
         owner,
@@ -472,4 +488,6 @@ async def _stream(
 
 
 def _event(event: Event, data: str) -> str:
-    return f"id: {event.event_id}\nevent: {event.name}\ndata: {data}\n\n"
+    # A preview has no id: a client that comes back goes on after the last event that is kept.
+    place = f"id: {event.event_id}\n" if event.event_id else ""
+    return f"{place}event: {event.name}\ndata: {data}\n\n"

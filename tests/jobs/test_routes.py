@@ -506,9 +506,9 @@ async def test_a_preview_is_a_small_jpeg(app: Application) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(data))).width == 24
 
 
-async def test_streams_and_waits_have_bounded_places(server: RedisServer, tmp_path: Path) -> None:
+async def test_streams_have_bounded_places(server: RedisServer, tmp_path: Path) -> None:
     async with application(
-        server.url, tmp_path, namespace="places", working=False, max_streams=1, max_waits=1
+        server.url, tmp_path, namespace="places", working=False, max_streams=1
     ) as app:
         job_id = await app.submit()
         path = f"/api/v1/jobs/{job_id}/events"
@@ -516,10 +516,6 @@ async def test_streams_and_waits_have_bounded_places(server: RedisServer, tmp_pa
             lines = stream.aiter_lines()
             await anext(lines)
             refused(await app.client.get(path), 429, "full")
-        waiting = asyncio.create_task(post(app, {"Prefer": "wait=2"}))
-        await asyncio.sleep(0.5)
-        refused(await post(app, {"Prefer": "wait=2"}), 429, "full")
-        assert (await waiting).status_code == 202
         async with app.client.stream("GET", path) as stream:
             assert stream.status_code == 200
 
@@ -612,3 +608,88 @@ async def test_a_share_of_the_queue_is_the_key_s_limit(server: RedisServer, tmp_
         statuses = [(await post(app, ASYNC | me)).status_code for _ in range(3)]
         assert statuses == [202, 202, 429]
         refused(await post(app, ASYNC | me), 429, "rate_limited")
+
+
+# What one client must not do to others, or to itself
+
+
+async def test_a_preview_never_stays_in_redis(app: Application) -> None:
+    app.models.step_s = 0.3
+    job_id = await app.submit(steps="4", preview="true")
+    events = await events_of(app, job_id)
+    previews = [event for event in events if event["event"] == "preview"]
+    assert previews
+    assert not any("id" in event for event in previews)
+    assert all(event.name != "preview" for event in await app.queue.events(job_id))
+    assert await app.queue.preview(job_id) == ""
+
+
+async def test_a_job_whose_answer_finds_no_place_to_wait_is_told_its_id(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(
+        server.url, tmp_path, working=False, namespace="nowait", max_waits=1
+    ) as app:
+        waiting = asyncio.create_task(post(app, {"Prefer": "wait=2"}))
+        await asyncio.sleep(0.5)
+        answer = await post(app, {"Prefer": "wait=2"})
+        assert answer.status_code == 202
+        assert (await app.client.get(answer.headers["location"])).json()["status"] == "queued"
+        await waiting
+
+
+async def test_without_redis_repeated_submissions_leave_one_picture_at_most(
+    tmp_path: Path,
+) -> None:
+    with RedisServer(tmp_path / "redis") as server:
+        async with application(
+            server.url, tmp_path / "f", namespace="leaves", working=False
+        ) as app:
+            await app.submit()
+            server.kill()
+            for _ in range(4):
+                refused(await post(app, ASYNC), 503, "jobs_unavailable")
+            assert len(list((tmp_path / "f").glob("files/inputs/*/image"))) <= 2
+
+
+async def test_a_record_of_another_version_stands_in_nobodys_way(app: Application) -> None:
+    app.models.step_s = 10
+    bad, good = await app.submit(deadline_s="1"), await app.submit(deadline_s="1")
+    text = await app.queue._redis().hget(app.queue.key("job", bad), "spec")  # type: ignore[misc]
+    other = json.dumps(json.loads(str(text)) | {"task": "future"})
+    await app.queue._redis().hset(app.queue.key("job", bad), "spec", other)  # type: ignore[misc]
+    assert (await app.ended(good))["error"]["code"] == "too_late"
+    listed = (await app.client.get("/api/v1/jobs")).json()["jobs"]
+    assert [job["job_id"] for job in listed] == [good]
+
+
+async def test_a_retry_is_charged_as_a_submission(server: RedisServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    # A picture has 384 px; three of them are a bucket.
+    _, token = create_key(keys, "mine", KeyLimits(megapixels_per_minute=1200 / 1e6))
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(
+        server.url, tmp_path / "f", namespace="charged", keys=keys, working=False
+    ) as app:
+        job_id = (await post(app, ASYNC | me)).json()["job_id"]
+        path = f"/api/v1/jobs/{job_id}"
+        await app.client.delete(path, headers=me)
+        statuses = [
+            (await app.client.post(f"{path}/retry", headers=me)).status_code for _ in range(5)
+        ]
+        assert statuses[0] == 202
+        assert statuses[-1] == 429
+
+
+async def test_the_webhook_of_a_job_says_what_the_job_says(app: Application) -> None:
+    job = await app.ended(
+        await app.submit(steps="3", webhook="https://a.example/hook", webhook_events="completed")
+    )
+    key = app.queue.key("hooks", job["job_id"])
+    [hook] = [json.loads(text)["data"] for text in await app.queue._redis().lrange(key, 0, -1)]  # type: ignore[misc]
+    same = ("status", "steps_done", "steps", "attempts", "results", "request", "position")
+    assert {name: hook[name] for name in same} == {name: job[name] for name in same}
+
+
+async def test_an_empty_idempotency_key_is_malformed(idle: Application) -> None:
+    refused(await post(idle, ASYNC | {"Idempotency-Key": ""}), 400, "malformed_request")

@@ -1,11 +1,15 @@
 -- End a job, once. ARGV: namespace, id, claim that the caller holds or '' for whoever has it, final
 -- status, fields of the record as a JSON object, the job as the API shows it (for a webhook),
--- seconds to keep it, 1 to list it among the dead letters.
+-- seconds to keep it, 1 to list it among the dead letters, 1 to end it only if its claim is void.
 -- Returns the status that the job has now, and whether this call set it.
 local id, status, fields = ARGV[2], ARGV[4], cjson.decode(ARGV[5])
 local job = load(id)
 if not job then
   return {'', 0}
+end
+-- A worker that was taken for lost may have renewed its claim meanwhile.
+if ARGV[9] == '1' and tonumber(redis.call('ZSCORE', key('running', job.task), id) or 0) > now() then
+  return {job.status, 0}
 end
 local active = job.status == 'queued' or job.status == 'processing'
 if not active or (ARGV[3] ~= '' and (job.status ~= 'processing' or job.claim ~= ARGV[3])) then
@@ -25,6 +29,7 @@ for field, value in pairs(fields) do
   redis.call('HSET', key('job', id), field, value)
 end
 redis.call('ZREM', key('deadlines'), id)
+redis.call('DEL', key('preview', id))
 redis.call('ZADD', key('expiry'), now() + ARGV[7], id .. ':' .. job.owner)
 if ARGV[8] == '1' then
   redis.call('ZADD', key('dead'), now(), id)

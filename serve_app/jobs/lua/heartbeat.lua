@@ -10,7 +10,11 @@ for i = 3, #ARGV, 5 do
     for field, value in pairs(cjson.decode(ARGV[i + 4])) do
       redis.call('HSET', key('job', id), field, tostring(value))
     end
-    if ARGV[i + 2] ~= '' then
+    if ARGV[i + 2] == 'preview' then
+      -- Not kept: only who watches at this moment gets it, so that no picture stays in Redis.
+      redis.call('SET', key('preview', id), ARGV[i + 3], 'EX', 30)
+      signal('event ' .. id)
+    elseif ARGV[i + 2] ~= '' then
       emit(id, ARGV[i + 2], ARGV[i + 3])
     end
   else
