@@ -506,7 +506,8 @@ async def test_streams_and_waits_have_bounded_places(server: RedisServer, tmp_pa
         job_id = await app.submit()
         path = f"/api/v1/jobs/{job_id}/events"
         async with app.client.stream("GET", path) as stream:
-            await anext(stream.aiter_lines())
+            lines = stream.aiter_lines()  # kept: the stream is closed once nobody holds them
+            await anext(lines)
             refused(await app.client.get(path), 429, "full")
         waiting = asyncio.create_task(post(app, {"Prefer": "wait=2"}))
         await asyncio.sleep(0.5)
