@@ -7,19 +7,15 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import pytest
-
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
-
 
 def test_workers_follow_the_queue_from_zero_and_back(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.serve.workers_from_zero", str(tmp_path)],
+        [sys.executable, "-m", "tests.chaos.workers_from_zero", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """Workers that follow the queue; writes what was seen to found.json.
 
-Run by test_workers.py in a process of its own, because Serve's controller must know a REDIS_URL.
+Run by test_scaling.py in a process of its own, because Serve's controller must know a REDIS_URL.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CONFIG: dict[str, Any] = {
     "applications": [
         {
             "name": "imagen",
-            "import_path": "tests.serve.workers_from_zero:build",
+            "import_path": "tests.chaos.workers_from_zero:build",
             "deployments": [
                 {
                     # As configs/gke.yaml has it: what a config file says of scaling replaces
