@@ -45,6 +45,9 @@ cli(["run", sys.argv[2]])
 
 
 pytestmark = pytest.mark.slow
+LONG_VERSION = pytest.mark.skipif(
+    "IMAGEN_SOAK_ROUNDS" not in os.environ, reason="the long version: make soak-scale"
+)
 
 
 class Server:
@@ -184,7 +187,14 @@ def test_what_is_announced_is_there(pair: list[Server]) -> None:
         assert httpx.get(reference, timeout=30).is_success
 
 
-@pytest.mark.parametrize("target", ["serve_app.app:app", "serve_app.app:build"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "serve_app.app:app",
+        # Half a minute for what the configs of other tests show too.
+        pytest.param("serve_app.app:build", marks=LONG_VERSION),
+    ],
+)
 def test_without_a_config_it_fits_two_cores(
     environment: dict[str, str], target: str, tmp_path: Path
 ) -> None:
