@@ -33,8 +33,8 @@ def test_nodes_come_and_go_with_the_load(service: Service, seed: int) -> None:
         grow(service, watch, stages, seed)
         shrink(service, watch, stages)
     fresh = [actor for actor in init_actors(service) if actor["actor_id"] not in before]
-    # A node has one, because its store is its own; a living one would have kept the node. A node that
-    # came when the load was over had no replica, and none.
+    # A node has one, because its store is its own; a living one would have kept the node. A node
+    # that came when the load was over had no replica, and none.
     assert {actor["node_id"] for actor in fresh} <= set(watch.plasma_bytes)
     assert len(fresh) >= 2
     assert {actor["state"] for actor in fresh} == {"DEAD"}
