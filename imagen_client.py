@@ -532,7 +532,7 @@ def verify_webhook(body: bytes | str, headers: Mapping[str, str], secret: str) -
     """
     try:
         webhook = Webhook(secret)
-    except Exception:
+    except Exception:  # the library lets whatever its decoder raises through
         raise ValueError("The webhook secret is not whsec_ and base64 after it.") from None
     lower = {name.lower(): value for name, value in headers.items()}
     try:

@@ -108,7 +108,7 @@ class Access:
             await visit.enter(picture=scope["method"] == "POST" and path in self.image_routes)
             await self.app(scope, receive, _leaving(visit, send))
         except Exception:
-            await visit.leave(refund=True)  # its answer is a problem of the service
+            await visit.leave(refund=True)  # the client pays nothing for a fault of ours
             raise
         finally:
             await visit.leave()

@@ -249,7 +249,7 @@ class Jobs:
             Full: there are too many.
         """
         with self._slot("_streams", self.settings.max_streams):
-            pass
+            pass  # `follow` takes the place; this tells before the answer's head is sent
 
     @contextmanager
     def _slot(self, kind: str, most: int) -> Generator[None]:
