@@ -61,7 +61,7 @@ profile-gpu: setup ## Measure the production models' memory on this GPU, for ima
 	$(BIN)/python -m benchmarks.gpu.profile $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: setup ## Speed on this GPU beside stock diffusers and the old worker loop (9 minutes a call)
+bench-gpu: setup ## Speed on this GPU beside stock diffusers and the old worker loop (ARGS="--minutes 8")
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 PEERS := .venv-peers

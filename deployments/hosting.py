@@ -21,6 +21,7 @@ from deployments.estimate import Estimator, Forecast
 from deployments.gpu.cap import memory_bytes
 from deployments.images import Picture
 from deployments.loader import load
+from deployments.preparing import prepare
 from deployments.store.manifest import SHORT
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
@@ -269,6 +270,7 @@ class Host:
             self.work.record_pass(done)
             spans.add(done)
 
+        self._prepare(loaded)
         engine = Engine(loaded.pipeline, self.limits, on_pass=on_pass)
         served = Served(loaded, engine, self._estimator(loaded.pipeline, engine))
         try:
@@ -280,6 +282,12 @@ class Host:
             served.close()
             raise
         return served
+
+    def _prepare(self, loaded: Loaded) -> None:
+        spec = self._spec
+        request = complete(spec.task.request(), spec.defaults, spec.parameters)
+        graph_bytes = loaded.cap_bytes if spec.graphs else None
+        prepare(loaded.pipeline, request, self.limits, mode=spec.compile, graph_bytes=graph_bytes)
 
     def _estimator(self, pipeline: AnyPipeline, engine: Engine) -> Estimator:
         limit_s = self._settings.request_timeout_s
@@ -355,6 +363,7 @@ class Host:
                 staged.pipeline.to("cpu")
             staged.lease.close()
             old.pipeline.to(old.loaded.device)
+            self._prepare(old.loaded)
         except BaseException as error:
             self._broken = f"The former model could not be restored: {error!r}"
             raise

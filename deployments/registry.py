@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deployments.contract import complete
 from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
@@ -26,6 +26,13 @@ def _pinned(source: str) -> str:
         except ConfigError as error:
             raise ValueError(str(error)) from error
     return source
+
+
+# YAML reads a bare `off` as False.
+CompileMode = Annotated[
+    Literal["off", "blocks", "full"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
 
 
 class Origin(Strict):
@@ -130,6 +137,10 @@ class ModelSpec(ArtefactSpec):
         tile_px: edge of the tiles an upscaler works in.
         max_batch_size: most rows in one forward pass.
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
+        compile: what torch compiles before the model is ready: full, its networks; blocks, the
+            blocks that a UNet repeats; off, nothing. See docs/gpu.md.
+        graphs: whether passes are recorded as CUDA graphs, which hold as much memory as the largest
+            of them; without a GPU there are none.
     """
 
     # torch's pytorch_model.bin is a pickle. CTranslate2's model.bin, in an artefact, is not.
@@ -145,6 +156,8 @@ class ModelSpec(ArtefactSpec):
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
     max_batch_size: int = Field(default=4, ge=1, le=256)
     num_gpus: float = Field(default=0.0, ge=0, le=8)
+    compile: CompileMode = "off"
+    graphs: bool = True
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -177,6 +190,10 @@ class ModelSpec(ArtefactSpec):
             raise ValueError("every bucket side must be a positive multiple of 64")
         if self.attention != "sdpa" and "steps" not in self.parameters:
             raise ValueError(f"family {self.family} has no attention to choose")
+        if self.compile == "blocks" and "steps" not in self.parameters:
+            raise ValueError(f"family {self.family} repeats no blocks: use compile: full or off")
+        if self.compile != "off" and self.family == "upscale_gan":
+            raise ValueError("family upscale_gan is not compiled: leave `compile` out")
         check_defaults(self, self.defaults)
         return self
 

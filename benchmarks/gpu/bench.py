@@ -12,22 +12,23 @@ import torch
 
 from benchmarks.gpu import measure
 from benchmarks.gpu import options as speed
-from benchmarks.gpu.options import COMPILE_S, OPTIONS, Options
+from benchmarks.gpu.options import OPTIONS, Options
 from benchmarks.gpu.systems import Ours, Stock, items
 from benchmarks.gpu.workloads import Item, build, random_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.gpu.systems import System
+    from benchmarks.gpu.systems import Load, System
     from benchmarks.gpu.workloads import Parts, Workload
     from deployments.engine.row import Pixels
 
     Values = dict[str, Any]
     Make = Callable[[Parts], System]
 
-ROUNDS = 3
-BATCHES = (1, 2, 4, 8, 16)
+ROUNDS = 1
+"""One is enough for ratios above 1.2: runs of this length differ by 3 % or so."""
+BATCHES = (1, 2, 4, 8)
 UNET_ROWS = (1, 2, 4, 8, 16)
 LEAST_GAIN = 1.02
 """A smaller gain counts as noise."""
@@ -91,28 +92,29 @@ class Bench:
 
 
 def headline_cells(workload: Workload) -> list[str]:
-    """The systems that are compared on a workload."""
+    """The systems that are compared on a workload; with `-mixed`, under its mixed load."""
     if not workload.mixed:
-        return ["stock", "stock-best", "ours"]
-    fair = ["old-safe-vae"] if workload.upcast else []
-    mixed = [] if workload.brief else ["old-mixed", "ours-mixed"]
-    return ["old", *fair, "stock", "stock-best", "ours", *mixed]
+        return ["stock", "stock-best", "plain", "ours", "full"]
+    mixed = [] if workload.brief else ["old-mixed", "full-mixed"]
+    return ["old", "stock", "stock-best", "plain", "ours", "full", *mixed]
 
 
 def headline(bench: Bench) -> dict[str, Values]:
     """The old worker loop, stock diffusers and ours, in turns."""
-    old = partial(Stock, sliced=True, upcast=bench.workload.upcast)
+    workload = bench.workload
     makes: dict[str, Make] = {
-        "old": old,
-        "old-safe-vae": partial(Stock, sliced=True),
+        "old": partial(Stock, sliced=True, upcast=workload.upcast),
         "stock": Stock,
         "stock-best": partial(Stock, batch=best_batch(bench)),
+        "plain": partial(Ours, options=speed.PLAIN),
         "ours": Ours,
-        "old-mixed": partial(old, load="mixed"),
-        "ours-mixed": partial(Ours, load="mixed"),
+        "full": partial(Ours, options=speed.FULL),
     }
-    found = compare(bench, {name: makes[name] for name in headline_cells(bench.workload)})
-    return found | {"flops": measure.image_flops(bench.workload, tiny=bench.tiny)}
+    names = headline_cells(workload)
+    if bench.device != "cuda":
+        names = [name for name in names if not name.startswith("full")]
+    found = compare(bench, {name: makes[name.removesuffix("-mixed")] for name in names})
+    return found | {"flops": measure.image_flops(workload, tiny=bench.tiny)}
 
 
 def best_batch(bench: Bench) -> int:
@@ -123,7 +125,7 @@ def best_batch(bench: Bench) -> int:
             system = Stock(bench.parts, batch)
             work = partial(system.run, items(bench.parts, "uniform", batch))
             # The first calls are slower.
-            seconds = min(measure.timed(work) for _ in range(3 if bench.parts.timed else 1))
+            seconds = min(measure.timed(work) for _ in range(2 if bench.parts.timed else 1))
         except torch.OutOfMemoryError:
             break
         former, rates[batch] = max(rates.values(), default=0), batch / seconds
@@ -138,21 +140,33 @@ def best_batch(bench: Bench) -> int:
 def compare(bench: Bench, makes: dict[str, Make], *needed: str) -> dict[str, Values]:
     """Run several systems in turns; returns a cell for each that fits the device.
 
+    Args:
+        makes: by name of the cell; `-mixed` runs the same system under the mixed load.
+        needed: cells without which the others mean nothing.
+
     Raises:
         NotMeasured: one of the needed ones does not fit.
     """
     opened: dict[str, System] = {}
     cells: dict[str, Values] = {}
     try:
-        for name, make in makes.items():
+        for name in dict.fromkeys(name.removesuffix("-mixed") for name in makes):
             with suppress(torch.OutOfMemoryError):
-                opened[name], cells[name] = _open(bench, name, make)
+                opened[name], cells[name] = _open(bench, name, makes[name])
         if not set(needed) <= set(opened):
             raise NotMeasured("out of memory")
-        rates = measure.interleaved(bench.parts, opened, bench.rounds, lambda: bench.left_s < 0)
-        for name, system in opened.items():
-            cells[name] |= measure.summary(name, rates) | _single_picture(bench, system)
-        return cells
+        runs: dict[str, tuple[System, Load]] = {
+            name: (opened[base], "mixed" if name != base else "uniform")
+            for name in makes
+            if (base := name.removesuffix("-mixed")) in opened
+        }
+        rates = measure.interleaved(bench.parts, runs, bench.rounds, lambda: bench.left_s < 0)
+        return {
+            name: cells[name.removesuffix("-mixed")]
+            | measure.summary(bench.workload, name, load, rates)
+            | _single_picture(bench, system)
+            for name, (system, load) in runs.items()
+        }
     finally:
         for name, system in opened.items():
             if name not in bench.kept:
@@ -162,14 +176,15 @@ def compare(bench: Bench, makes: dict[str, Make], *needed: str) -> dict[str, Val
 
 
 def _open(bench: Bench, name: str, make: Make) -> tuple[System, Values]:
-    """A warm system, and its memory. The baseline of all options stays open."""
+    """A warm system, its memory and its preparation. The baseline of all options stays open."""
     if name not in bench.kept:
         parts, before = bench.parts, measure.memory()
         system = make(parts)
         try:
             system.warm_up()
-            load = items(parts, system.load, system.batch)
+            load = items(parts, "uniform", system.batch)
             took = measure.footprint(partial(system.run, load), before, system.shared_bytes)
+            took["prepared_s"] = system.prepared_s
         except BaseException:
             system.close()
             raise
@@ -235,33 +250,3 @@ def option(name: str, bench: Bench) -> dict[str, Values]:
     key = f"option:{name}"
     makes: dict[str, Make] = {"ours": Ours, key: partial(Ours, options=OPTIONS[name])}
     return {key: compare(bench, makes, *makes)[key]}
-
-
-def best(bench: Bench) -> dict[str, Values]:
-    """Every option that gains, together, against ours without them and the old worker loop."""
-    workload, names = bench.workload, winners(bench.workload, bench.cells)
-    if not names:
-        raise NotMeasured("no option is known to gain")
-    if bench.device == "cuda" and bench.left_s < sum(COMPILE_S.get(name, 0) for name in names):
-        raise NotMeasured("time")
-    old = partial(Stock, sliced=True, upcast=workload.upcast)
-    together = partial(Ours, options=speed.combine(names))
-    makes: dict[str, Make] = {"ours": Ours, "winners": together}
-    if workload.mixed:
-        makes["old"] = old
-    if workload.mixed and not workload.brief:
-        makes["winners-mixed"] = partial(together, load="mixed")
-        makes["old-mixed"] = partial(old, load="mixed")
-    cells = compare(bench, makes, "ours", "winners")
-    found = {name: cells[name] for name in ("winners", "winners-mixed") if name in cells}
-    return {name: cell | {"options": names} for name, cell in found.items()}
-
-
-def winners(workload: Workload, cells: dict[str, Values]) -> list[str]:
-    """The options that gain, among those tried so far."""
-    gains: dict[str, float] = {}
-    for name in speed.applicable(workload):
-        if times := cells.get(f"{workload.tunes}/option:{name}", {}).get("times"):
-            middle, lowest = times["ours"]
-            gains[name] = middle if lowest > 1 else 0.0
-    return speed.winners(gains, LEAST_GAIN)

@@ -26,7 +26,7 @@ from deployments.pipelines.schedules import make_schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from benchmarks.gpu.systems import System
+    from benchmarks.gpu.systems import Load, System
     from benchmarks.gpu.workloads import Parts, Request, Workload
     from deployments.engine.row import Pixels
 
@@ -52,45 +52,56 @@ def _synchronize() -> None:
 
 
 def interleaved(
-    parts: Parts, systems: Mapping[str, System], rounds: int, enough: Callable[[], bool]
+    parts: Parts,
+    runs: Mapping[str, tuple[System, Load]],
+    rounds: int,
+    enough: Callable[[], bool],
 ) -> dict[str, list[float]]:
     """Images a second of warm systems in turns, every other round backwards, so that a drift of the
     clocks affects all alike. Stops after a whole round when `enough()` is true.
     """
-    counts = {name: _images(parts, system) for name, system in systems.items()}
-    rates: dict[str, list[float]] = {name: [] for name in systems}
+    counts = {name: _images(parts, *run) for name, run in runs.items()}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
-        for name in list(systems)[:: -1 if i % 2 else 1]:
-            system = systems[name]
-            load = items(parts, system.load, counts[name])
+        for name in list(runs)[:: -1 if i % 2 else 1]:
+            system, kind = runs[name]
+            load = items(parts, kind, counts[name])
             rates[name].append(counts[name] / timed(partial(system.run, load)))
         if enough():
             break
     return rates
 
 
-def _images(parts: Parts, system: System) -> int:
+def _images(parts: Parts, system: System, load: Load) -> int:
     """How many images a run takes: whole batches and whole turns of a mix, for a second or two."""
-    least = max(len(parts.workload.mixed), 1) if system.load == "mixed" else 1
+    least = max(len(parts.workload.mixed), 1) if load == "mixed" else 1
     unit = math.lcm(system.batch, least)
     if not parts.timed:
         return unit
-    seconds = timed(lambda: system.run(items(parts, system.load, unit)))
+    seconds = timed(lambda: system.run(items(parts, load, unit)))
     # Groups fill up only while further requests wait.
     units = max(_SAMPLE_S / seconds, 4 * system.batch / unit)
     return unit * min(math.ceil(units), max(_MOST_IMAGES // unit, 1))
 
 
-def summary(name: str, rates: Mapping[str, Sequence[float]]) -> Values:
-    """Images a second of a system, and how many times those of each other it makes."""
+def summary(
+    workload: Workload, name: str, load: Load, rates: Mapping[str, Sequence[float]]
+) -> Values:
+    """Images a second of a system, UNet rows a second, and how many times the images of others."""
     middle = statistics.median(rates[name])
     return {
         "images_per_s": middle,
+        "rows_per_s": middle * _rows_per_image(workload, load),
         "spread": (max(rates[name]) - min(rates[name])) / middle,
         "times": {
             other: _ratio(rates[name], theirs) for other, theirs in rates.items() if other != name
         },
     }
+
+
+def _rows_per_image(workload: Workload, load: Load) -> float:
+    requests = workload.mixed if load == "mixed" else (workload.request,)
+    return statistics.fmean(_network_rows(workload, request) for request in requests)
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
@@ -191,7 +202,8 @@ def image_flops(workload: Workload, *, tiny: bool = False) -> Values:
 
 def _network_rows(workload: Workload, request: Request) -> int:
     """UNet rows of a picture over all steps; guidance takes two a step."""
-    assert workload.scheduler
+    if workload.scheduler is None:
+        return 1
     # Asked of the scheduler, because PNDM takes one step more than the request.
     steps = make_schedule(workload.scheduler(), request.steps, request.skipped).steps
     return steps * (2 if request.guidance_scale > 1 else 1)

@@ -5,6 +5,7 @@ with embeddings in place of texts.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks.gpu.architectures import ARCHITECTURES
+from deployments.engine.passes import Passes
+from deployments.engine.pipeline import result_of
+from deployments.engine.row import RowInput
 from deployments.pipelines.autoencoder import Autoencoder, image_tensor
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Hashable, Sequence
+    from collections.abc import Callable, Generator, Hashable, Sequence
 
     from benchmarks.gpu.workloads import Parts, Request
-    from deployments.engine.row import Pixels, RowInput
+    from deployments.engine.preparation import Preparation
+    from deployments.engine.row import Pixels
 
     Start = tuple[torch.Tensor, Any, torch.Tensor | None]
     """Noisy latents, the schedule, and the picture beside the latents."""
@@ -75,6 +80,18 @@ class DiffusionBench:
         latents = randn_tensor(shape, generator, picture.device, self._dtype).float()
         return latents * schedule.first_noise, schedule, noisy
 
+    @torch.inference_mode()
+    def prepare(self, how: Preparation, group: int) -> None:
+        side = self._parts.workload.size_px
+        latent_px = ARCHITECTURES[self._parts.workload.model].latent_px
+        usual = [(side, side)] if latent_px > 1 else []
+        self._autoencoder.prepare(how, usual)
+        if not usual:
+            return  # as in deployments/: any size may come
+        guided = replace(self._parts.workload.request, guidance_scale=5.0)
+        row = RowInput(guided, self._parts.pixels, 0, math.inf)
+        self._denoiser.prepare(how, [result_of(self.begin(row))], 2 * group)
+
     def steps(self, state: Denoising) -> int:
         return state.schedule.steps
 
@@ -96,6 +113,23 @@ class NetworkBench:
 
     def __init__(self, parts: Parts, network: Any, dtype: torch.dtype) -> None:
         self._parts, self._network, self._dtype = parts, network, dtype
+        self._passes = Passes(self._call)
+
+    def prepare(self, how: Preparation, group: int) -> None:
+        """As deployments/ does: matting has one size, a GAN's passes depend on their margins."""
+        if self._parts.workload.family != "matting":
+            return
+        side = self._parts.workload.size_px
+        example = torch.zeros(1, 3, side, side, device=self._parts.device, dtype=self._dtype)
+        self._passes.prepare(
+            [{"x": example}],
+            how.counts(group),
+            forward=how.compiled(self._network, self._call),
+            recorder=how.recorder,
+        )
+
+    def _call(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return call_network(self._parts, tensors, self._network)
 
     def cost_px(self, row: RowInput[Request]) -> int:
         return math.prod(row.pixels.shape[:2])
@@ -112,7 +146,7 @@ class NetworkBench:
 
     def step(self, states: Sequence[list[Pixels]]) -> None:
         pixels = [state[0] for state in states]
-        pictures = apply_network(self._parts, self._network, self._dtype, pixels)
+        pictures = apply_network(self._parts, self._passes, self._dtype, pixels)
         for state, picture in zip(states, pictures, strict=True):
             state[0] = picture
 
@@ -121,19 +155,30 @@ class NetworkBench:
         return state[0]
 
 
+def call_network(
+    parts: Parts, tensors: dict[str, torch.Tensor], network: Any = None
+) -> torch.Tensor:
+    """The output of a network without steps; the workload's own by default."""
+    output = (network or parts.network)(tensors["x"])
+    return output[0] if parts.workload.family == "matting" else output
+
+
 @torch.inference_mode()
 def apply_network(
-    parts: Parts, network: Any, dtype: torch.dtype, pictures: Sequence[Pixels]
+    parts: Parts,
+    passes: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    dtype: torch.dtype,
+    pictures: Sequence[Pixels],
 ) -> list[Pixels]:
     """One pass, from pixels to pixels."""
     x = torch.from_numpy(np.stack(pictures)).to(parts.device)
     x = x.permute(0, 3, 1, 2).to(dtype) / 255
     if parts.workload.family == "matting":
-        values = network(x - 0.5)[0].float().sigmoid()
+        values = passes({"x": x - 0.5}).float().sigmoid()
         low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
         values = (values - low) / (high - low).clamp(min=1e-6)
     else:
-        values = network(x).float().clamp(0, 1)
+        values = passes({"x": x}).float().clamp(0, 1)
     return list((values * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 

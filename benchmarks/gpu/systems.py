@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
@@ -22,10 +24,12 @@ from benchmarks.driving import drive
 from benchmarks.gpu import options as speed
 from benchmarks.gpu.architectures import is_xl
 from benchmarks.gpu.options import BASE
-from benchmarks.gpu.pipelines import DiffusionBench, NetworkBench, apply_network
+from benchmarks.gpu.pipelines import DiffusionBench, NetworkBench, apply_network, call_network
 from benchmarks.gpu.workloads import Item, low_res_scheduler
 from deployments.engine.engine import Engine
+from deployments.engine.graphs import CudaGraphs
 from deployments.engine.grouping import GroupLimits, Pace
+from deployments.engine.preparation import Preparation
 from deployments.engine.row import Row, RowInput
 
 if TYPE_CHECKING:
@@ -43,16 +47,16 @@ class System:
     """A system that makes pictures of requests.
 
     Attributes:
-        load: the kind of load it gets.
         batch: its fastest number of images at a time; runs are multiples of it.
         grouped: the most images that shared a pass.
         shared_bytes: size of its networks that all systems of a workload share.
+        prepared_s: what preparing its passes took, where any are.
     """
 
-    load: Load = "uniform"
     batch: int = 1
     grouped: int = 1
     shared_bytes: int = 0
+    prepared_s: float | None = None
 
     def warm_up(self) -> None:
         raise NotImplementedError
@@ -93,12 +97,11 @@ class Stock(System):
         self,
         parts: Parts,
         batch: int = 1,
-        load: Load = "uniform",
         *,
         sliced: bool = False,
         upcast: bool = False,
     ) -> None:
-        self.load, self.batch, self.grouped = load, batch, batch
+        self.batch, self.grouped = batch, batch
         self._parts, self._sliced = parts, sliced
         self._pipe = None if parts.unet is None else stock_pipeline(parts, upcast=upcast)
         held = [parts.network] if self._pipe is None else [self._pipe.unet, self._pipe.vae]
@@ -106,7 +109,7 @@ class Stock(System):
 
     def warm_up(self) -> None:
         for _ in range(2 if self._parts.timed else 1):
-            self.run(items(self._parts, self.load, self.batch))
+            self.run(items(self._parts, "uniform", self.batch))
 
     def run(self, items: Sequence[Item]) -> list[Pixels]:
         done: list[Pixels] = []
@@ -125,7 +128,7 @@ class Stock(System):
         parts = self._parts
         if self._pipe is None:
             pixels = [parts.pixels] * len(items)
-            return apply_network(parts, parts.network, parts.dtype, pixels)
+            return apply_network(parts, partial(call_network, parts), parts.dtype, pixels)
         pictures = [Image.fromarray(parts.pixels) for _ in items]
         images = self._pipe(image=pictures, **_arguments(parts, items)).images
         return [np.asarray(image) for image in images]
@@ -200,25 +203,26 @@ class Ours(System):
 
     Args:
         options: how it runs.
-        load: what clients send.
     """
 
-    def __init__(self, parts: Parts, options: Options = BASE, load: Load = "uniform") -> None:
-        self.load, self._parts, self._options = load, parts, options
+    def __init__(self, parts: Parts, options: Options = BASE) -> None:
+        self._parts, self._options = parts, options
         self.batch = options.group or parts.workload.group
         self._engine: Any = None
         self.pipeline: Any
         if parts.unet is None:
-            networks = [speed.apply(parts.network, options, self.batch)]
+            networks = [speed.apply(parts.network, options)]
             self.pipeline = NetworkBench(parts, *networks, options.dtype or parts.dtype)
         else:
-            unet = speed.apply(parts.unet, options, 2 * self.batch)
+            unet = speed.apply(parts.unet, options)
             networks = [unet, speed.apply_vae(parts.vae, options)]
             self.pipeline = DiffusionBench(parts, *networks)
         self.shared_bytes = shared_bytes(parts, networks)
 
     def warm_up(self) -> None:
-        """Run every size of a pass on this thread alone, then start the engine."""
+        """Prepare passes, run every size on this thread alone, then start the engine."""
+        if self._parts.timed:
+            self.prepare()
         guided = self._parts.workload.request
         self.run_together([Item(replace(guided, guidance_scale=1.0), 0)])
         for count in dict.fromkeys([*(1 << i for i in range(self.batch.bit_length())), self.batch]):
@@ -228,7 +232,17 @@ class Ours(System):
         self._engine = Engine(self.pipeline, limits, pace=pace)
         if self._parts.timed:
             # Enough steps for the engine to learn which groups gain.
-            self.run(items(self._parts, self.load, 4 * self.batch))
+            self.run(items(self._parts, "uniform", 4 * self.batch))
+
+    def prepare(self) -> None:
+        """Compile and record passes, as a replica does before it is ready."""
+        start_s = time.perf_counter()
+        recorder = None
+        if self._options.graphs:
+            recorder = CudaGraphs(torch.cuda.get_device_properties(0).total_memory)
+        self.pipeline.prepare(Preparation(self._options.mode, recorder), self.batch)
+        torch.cuda.synchronize()
+        self.prepared_s = time.perf_counter() - start_s
 
     def run_together(self, items: Sequence[Item]) -> list[Pixels]:
         """Run items in the same passes, without the engine."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import options as speed
 from benchmarks.gpu.bench import LEAST_GAIN, UNET_ROWS, headline_cells
+from benchmarks.gpu.compiling import COMPILED
 from benchmarks.gpu.workloads import WORKLOADS
 
 if TYPE_CHECKING:
@@ -22,14 +23,13 @@ NOT_MEASURED = "not measured"
 GIB = 2**30
 SYSTEMS = {
     "old": "old worker loop",
-    "old-safe-vae": "old worker loop, with our autoencoder",
     "stock": "stock, batch 1",
     "stock-best": "stock, best batch",
-    "ours": "ours",
-    "winners": "ours, with what gains",
+    "plain": "ours, plain passes",
+    "ours": "ours, CUDA graphs",
+    "full": "ours, compiled",
     "old-mixed": "old worker loop, mixed",
-    "ours-mixed": "ours, mixed",
-    "winners-mixed": "ours, with what gains, mixed",
+    "full-mixed": "ours, compiled, mixed",
 }
 INTRODUCTION = """\
 # GPU
@@ -44,13 +44,21 @@ what was not measured says so.
 - **stock**: stock diffusers as it comes; the refiner with the float16-safe autoencoder. The best
   batch is the one that makes most images a second. Networks without steps: plain forward passes.
 - **ours**: the denoiser and the autoencoder of `deployments/` behind the engine, two passes' worth
-  of clients waiting; **mixed**: strength, steps and guidance differ from request to request, which
-  no stock batch can hold, and the images are not as much work as those of a uniform load.
+  of clients waiting. **CUDA graphs** is a model of the registry as it is; **compiled** has
+  `compile: full` besides; **plain passes** has `graphs: false`.
+- **mixed**: strength, steps and guidance differ from request to request, which no stock batch can
+  hold, and the images are not as much work as those of a uniform load: compare **rows/s**, the rows
+  that the UNet works on a second; guidance makes two of a picture.
 - **x old**: images a second against the old worker loop under the same load, the median of runs
   in turns within the same minute, and the lowest of them. **alone**: seconds of a lone request.
 - **PSNR**: of one picture, over 8-bit levels; inf is the same picture.
 - **GiB**: most memory allocated, and reserved, weights included. **peak**: arithmetic of UNet and
-  autoencoder over the best measured matrix product.
+  autoencoder over the best measured matrix product. **prepare**: seconds of compiling and recording
+  before the model is ready, with the compiled artefacts of `Compiling` at hand.
+"""
+COMPILING = """\
+`compile: full` on an empty cache: seconds, and the size of the artefacts that spare another start
+most of them. All at the same time on one machine, which makes each slower.
 """
 PASSES = """\
 One pass of the network alone: milliseconds a row, and share of the matrix peak. Guidance makes two
@@ -91,7 +99,8 @@ def _section(result: Values) -> str:
     kept: Values = {} if result.get("dry_run") else result
     cells = kept.get("cells", {})
     peak = kept.get("peak", {}).get("flops", 0.0)
-    parts = [_heading(result, peak), _systems(cells, peak), _passes(cells, peak), _options(cells)]
+    parts = [_heading(result, peak), _systems(cells, peak), _compiling(cells)]
+    parts += [_passes(cells, peak), _options(cells)]
     return "\n".join(parts)
 
 
@@ -110,12 +119,9 @@ def _heading(result: Values, peak: float) -> str:
 def _systems(cells: Values, peak: float) -> str:
     rows: list[list[str]] = []
     for workload in WORKLOADS.values():
-        names = headline_cells(workload)
-        names.insert(names.index("ours") + 1, "winners")
-        names += ["winners-mixed"] if "ours-mixed" in names else []
-        rows += [_system(cells, workload, name, peak) for name in names]
-    heads = ["workload", "system", "images/s", "spread", "alone, s", "most in a pass"]
-    heads += ["GiB", "GiB reserved", "peak", "x old", "x stock", "PSNR to stock, dB"]
+        rows += [_system(cells, workload, name, peak) for name in headline_cells(workload)]
+    heads = ["workload", "system", "images/s", "rows/s", "spread", "alone, s", "most in a pass"]
+    heads += ["GiB", "GiB reserved", "prepare, s", "peak", "x old", "x stock", "PSNR to stock, dB"]
     return f"### Systems\n\n{_table(heads, rows, left=2)}"
 
 
@@ -123,17 +129,19 @@ def _system(cells: Values, workload: Workload, name: str, peak: float) -> list[s
     key = f"{workload.name}/{name}"
     cell, first = cells.get(key, {}), [workload.name, SYSTEMS[name]]
     if "images_per_s" not in cell:
-        return [*first, *[_gap(cell)] * 10]
+        return [*first, *[_gap(cell)] * 12]
     mixed = name.endswith("mixed")
     flops = cells.get(f"{workload.name}/flops", {}).get("image_mixed" if mixed else "image")
     return [
         *first,
         f"{cell['images_per_s']:.3g}",
+        f"{cell['rows_per_s']:.3g}",
         f"{cell['spread']:.1%}",
         f"{cell['alone_s']:.3g}",
         str(cell["grouped"]),
         _number(cell["peak_bytes"], GIB),
         _number(cell["reserved_bytes"], GIB),
+        _number(cell["prepared_s"]) if name in ("ours", "full") else "",
         f"{flops * cell['images_per_s'] / peak:.1%}" if flops and peak else NOT_MEASURED,
         _times(cells, key, "old-mixed" if mixed else "old"),
         "" if mixed else _times(cells, key, "stock"),
@@ -150,6 +158,16 @@ def _times(cells: Values, key: str, other: str) -> str:
         return "1"
     middle, lowest = cell["times"].get(other, (0, 0))
     return f"{middle:.2f} ({lowest:.2f})" if middle else ""
+
+
+def _compiling(cells: Values) -> str:
+    rows: list[list[str]] = []
+    for name in COMPILED:
+        cell = cells.get(f"{name}/compiling", {})
+        amounts = (_number(cell.get("seconds")), _number(cell.get("bytes"), 2**20))
+        rows.append([name, *(amounts if "seconds" in cell else [_gap(cell)] * 2)])
+    heads = ["workload", "compile, s", "artefacts, MiB"]
+    return f"### Compiling\n\n{COMPILING}\n{_table(heads, rows, left=1)}"
 
 
 def _passes(cells: Values, peak: float) -> str:
@@ -170,7 +188,6 @@ def _passes(cells: Values, peak: float) -> str:
 def _options(cells: Values) -> str:
     tried = [workload for workload in WORKLOADS.values() if workload.tuned_by is None]
     rows = [[name, *(_option(cells, each, name) for each in tried)] for name in speed.OPTIONS]
-    rows.append(["**with what gains**", *(_together(cells, each.name) for each in tried)])
     company = [cells.get(f"{each.name}/company", {}) for each in tried]
     rows.append(["**levels in company**", *(str(c.get("levels", _gap(c))) for c in company)])
     heads = ["option", *(each.name for each in tried)]
@@ -186,12 +203,6 @@ def _option(cells: Values, workload: Workload, name: str) -> str:
     gain, lowest = cell["times"]["ours"]
     gains = gain >= LEAST_GAIN and lowest > 1
     return f"{gain:.3f} ({lowest:.3f}), {'gains' if gains else 'no gain'}"
-
-
-def _together(cells: Values, workload: str) -> str:
-    key = f"{workload}/winners"
-    names = ", ".join(cells.get(key, {}).get("options", []))
-    return _times(cells, key, "ours") + (f": {names}" if names else "")
 
 
 def _gap(cell: Values) -> str:

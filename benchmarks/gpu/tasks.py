@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.gpu import bench as measurements
 from benchmarks.gpu import options as speed
-from benchmarks.gpu.bench import ROUNDS, Bench, NotMeasured, headline_cells, winners
-from benchmarks.gpu.options import COMPILE_S
+from benchmarks.gpu.bench import ROUNDS, Bench, NotMeasured, headline_cells
 from benchmarks.gpu.systems import quiet
 from benchmarks.gpu.workloads import WORKLOADS
 from deployments.engine.device import is_fatal
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from benchmarks.gpu.workloads import Workload
 
     Values = dict[str, Any]
-
-_OPTION_S = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +59,26 @@ class Task:
 
 
 def tasks() -> list[Task]:
-    """All measurements: the first workload with its most promising options, then the systems on
-    the other workloads, then all options, then the rest.
-    """
-    made = [task for workload in WORKLOADS.values() for task in _tasks(workload)]
-    # Repeated when all options are known, unless they change nothing.
-    repeated = [task for task in made if task.phase == 0 and task.what == "winners"]
-    ordered = sorted(made, key=lambda task: task.phase)
-    place = sum(task.phase <= 2 for task in made)
-    return ordered[:place] + repeated + ordered[place:]
+    """All measurements: the systems on every workload first, then the options, then the rest."""
+    return sorted(
+        (task for workload in WORKLOADS.values() for task in _tasks(workload)),
+        key=lambda task: task.phase,
+    )
 
 
 def _tasks(workload: Workload) -> list[Task]:
-    first = workload.name == next(iter(WORKLOADS))
-    systems, rest = 0 if first else 1, 0 if first else 3
-    if workload.brief or workload.tuned_by:
-        rest = 4
-    if workload.brief:
-        systems = 4
+    brief = 2 if workload.brief else 0
     names = ("flops", *headline_cells(workload))
     made = [
-        Task(workload, "headline", measurements.headline, names, 90, systems),
-        Task(workload, "unet", measurements.network_rows, ("unet",), 10, systems),
+        Task(workload, "headline", measurements.headline, names, 40, brief),
+        Task(workload, "unet", measurements.network_rows, ("unet",), 10, brief),
     ]
     if workload.tuned_by is None:
-        for i, name in enumerate(speed.applicable(workload)):
-            fill, expected_s = partial(measurements.option, name), COMPILE_S.get(name, _OPTION_S)
-            what, phase = f"option:{name}", 2 if first and i >= speed.FIRST else rest
-            made.append(Task(workload, what, fill, (what,), expected_s, phase))
-        phase = 2 if first else rest
-        made.append(Task(workload, "company", measurements.company, ("company",), 40, phase))
-    mixed = bool(workload.mixed) and not workload.brief
-    cells = ("winners", "winners-mixed") if mixed else ("winners",)
-    return [*made, Task(workload, "winners", measurements.best, cells, 90, rest)]
+        for name in speed.applicable(workload):
+            what = f"option:{name}"
+            made.append(Task(workload, what, partial(measurements.option, name), (what,), 20, 1))
+        made.append(Task(workload, "company", measurements.company, ("company",), 20, 1))
+    return made
 
 
 def run(
@@ -141,10 +125,7 @@ def run(
 def is_done(task: Task, cells: dict[str, Values]) -> bool:
     """Whether repeating the task would add nothing."""
     found = [cells.get(task.key(cell), {"again": True}) for cell in task.cells]
-    if any(cell.get("again") for cell in found):
-        return False
-    # Options may have been tried after it.
-    return task.what != "winners" or found[0].get("options") == winners(task.workload, cells)
+    return not any(cell.get("again") for cell in found)
 
 
 def _do(task: Task, bench: Bench) -> None:
@@ -153,7 +134,8 @@ def _do(task: Task, bench: Bench) -> None:
     logger.addHandler(reasons)
     try:
         # A task leaves out the cells of systems that ran out of memory.
-        _put(bench.cells, task, task.fill(bench), "out of memory")
+        why = "out of memory" if bench.device == "cuda" else "needs a GPU"
+        _put(bench.cells, task, task.fill(bench), why)
     except NotMeasured as error:
         _put(bench.cells, task, {}, str(error), again=True)
     # Libraries raise all kinds of errors, and the next task may succeed.

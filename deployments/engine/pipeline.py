@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
 
+    from deployments.engine.grouping import GroupLimits
+    from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels, RowInput
     from deployments.images import Picture
 
 RequestT = TypeVar("RequestT", contravariant=True)
 StateT = TypeVar("StateT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,30 @@ class Pipeline(Protocol[RequestT, StateT]):
         ...
 
     def to(self, device: str) -> None:
-        """Move the weights. No row may be in flight."""
+        """Move the weights; passes run plain again. No row may be in flight."""
         ...
+
+    def prepare(self, how: Preparation, request: RequestT, limits: GroupLimits) -> int:
+        """Prepare passes of the model's usual sizes, before any row comes.
+
+        Args:
+            how: what is done to each network.
+            request: complete; as those to come, and with guidance if any of those has it.
+            limits: of a pass.
+
+        Returns:
+            How many shapes and numbers of rows are prepared.
+        """
+        ...
+
+
+def result_of(work: Generator[None, None, ResultT]) -> ResultT:
+    """Do all pieces of work at once, as of `Pipeline.begin`."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 AnyPipeline: TypeAlias = Pipeline[Any, Any]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from deployments.engine.passes import Passes
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.schedules import (
     DATA_LATENTS,
@@ -28,9 +29,13 @@ from deployments.pipelines.schedules import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deployments.engine.passes import Tensors
+    from deployments.engine.preparation import Preparation
     from deployments.pipelines.schedules import Schedule
 
 _SCHEDULES = 256
+_ADDED = ("text_embeds", "time_ids")
+"""Tensors that the UNet takes as `added_cond_kwargs`."""
 
 
 def network_px(pixels: int, guidance_scale: float) -> int:
@@ -101,7 +106,23 @@ class Denoiser:
         self.unet = unet
         self.scheduler = scheduler
         self._lanes = lanes or Lanes()
+        self.passes = Passes(self._lanes.spread(partial(call_unet, unet)))
         self.schedule = lru_cache(_SCHEDULES)(self._schedule)
+
+    @torch.inference_mode()
+    def prepare(self, how: Preparation, rows: Sequence[Denoising], most_places: int) -> None:
+        """Prepare passes of the sizes of these rows, which have begun; the largest first.
+
+        Args:
+            most_places: of a pass; a row with guidance takes two.
+        """
+        forward = how.compiled(self.unet, partial(call_unet, self.unet))
+        self.passes.prepare(
+            [self._tensors([row], row.latents) for row in rows],
+            how.counts(most_places),
+            forward=forward and self._lanes.spread(forward),
+            recorder=how.recorder,
+        )
 
     def _schedule(self, steps: int, skipped: int = 0) -> Schedule:
         """The schedule of a row, see `make_schedule`; cached."""
@@ -169,6 +190,11 @@ class Denoiser:
 
     def _forward(self, rows: Sequence[Denoising], shown: torch.Tensor) -> torch.Tensor:
         """The UNet's output, float32: a place for each row, then one more for each guided row."""
+        output = self.passes(self._tensors(rows, shown))
+        # A copy, because the next pass may overwrite the output.
+        return output.to(torch.float32, copy=True)
+
+    def _tensors(self, rows: Sequence[Denoising], shown: torch.Tensor) -> Tensors:
         guided = [row for row in rows if row.guided]
         places = [*rows, *guided]
         conditions = [row.positive for row in rows] + [
@@ -179,35 +205,18 @@ class Denoiser:
             shown = torch.cat([shown, pictures.to(shown.dtype)], dim=1)
         if guided:
             shown = torch.cat([shown, shown[: len(guided)]])
-        shown = shown.to(self._weight.dtype)
-        times = self._send([row.schedule.timesteps[row.index] for row in places])
-        texts = torch.cat([condition.text for condition in conditions])
-        options = self._options(places, conditions)
-
-        def forward(part: slice) -> torch.Tensor:
-            return self.unet(
-                shown[part],
-                times[part],
-                encoder_hidden_states=texts[part],
-                return_dict=False,
-                **_cut(options, part),
-            )[0]
-
-        return self._lanes.run(forward, len(places)).float()
-
-    def _options(
-        self, places: Sequence[Denoising], conditions: Sequence[Condition]
-    ) -> dict[str, Any]:
-        options: dict[str, Any] = {}
+        tensors = {
+            "sample": shown.to(self._weight.dtype),
+            "timestep": self._send([row.schedule.timesteps[row.index] for row in places]),
+            "encoder_hidden_states": torch.cat([condition.text for condition in conditions]),
+        }
         if places[0].noise_level is not None:
-            levels = [row.noise_level for row in places]
-            options["class_labels"] = self._send(levels, torch.long)
+            tensors["class_labels"] = self._send([row.noise_level for row in places], torch.long)
         if places[0].positive.pooled is not None:
-            options["added_cond_kwargs"] = {
-                "text_embeds": torch.cat([c.pooled for c in conditions if c.pooled is not None]),
-                "time_ids": torch.cat([c.time_ids for c in conditions if c.time_ids is not None]),
-            }
-        return options
+            pooled = [c.pooled for c in conditions if c.pooled is not None]
+            time_ids = [c.time_ids for c in conditions if c.time_ids is not None]
+            tensors |= {"text_embeds": torch.cat(pooled), "time_ids": torch.cat(time_ids)}
+        return tensors
 
     def _guide(self, rows: Sequence[Denoising], output: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance (arXiv:2207.12598) for the rows that have it."""
@@ -221,12 +230,13 @@ class Denoiser:
         return torch.cat([steered, output[guided:count]])
 
 
-def _cut(options: dict[str, Any], part: slice) -> dict[str, Any]:
-    """The part of every tensor, also in nested dictionaries."""
-    return {
-        name: _cut(value, part) if isinstance(value, dict) else value[part]
-        for name, value in options.items()
-    }
+def call_unet(unet: Any, tensors: Tensors) -> torch.Tensor:
+    """The output of a diffusers UNet for named tensors with a place each in the first dimension."""
+    options: dict[str, Any] = dict(tensors)
+    added = {name: options.pop(name) for name in _ADDED if name in options}
+    if added:
+        options["added_cond_kwargs"] = added
+    return unet(**options, return_dict=False)[0]
 
 
 def _adopt(row: Denoising) -> None:

@@ -8,18 +8,22 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from deployments.buckets import resize
 from deployments.contract import DiffusionRequest
-from deployments.engine.pipeline import Work
+from deployments.engine.pipeline import Work, result_of
+from deployments.engine.row import RowInput
 from deployments.pipelines.autoencoder import Autoencoder
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
 
-    from deployments.engine.row import Pixels, RowInput
+    from deployments.engine.grouping import GroupLimits
+    from deployments.engine.preparation import Preparation
+    from deployments.engine.row import Pixels
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.schedules import Schedule
 
@@ -91,6 +95,26 @@ class Diffusion(ABC, Generic[RequestT]):
     def to(self, device: str) -> None:
         self._stock.to(device)
         self._texts.clear()
+        self.autoencoder.clear()
+        self.denoiser.passes.clear()
+
+    @torch.inference_mode()
+    def prepare(self, how: Preparation, request: RequestT, limits: GroupLimits) -> int:
+        sizes = sorted(self._usual_sizes(), key=math.prod, reverse=True)
+        self.autoencoder.prepare(how, sizes)
+        if sizes:
+            rows = [self._begun(request, size) for size in sizes]
+            self.denoiser.prepare(how, rows, most_places(limits, math.prod(sizes[0])))
+        passes = (self.autoencoder.encodes, self.autoencoder.decodes, self.denoiser.passes)
+        return sum(one.prepared for one in passes)
+
+    def _usual_sizes(self) -> Sequence[tuple[int, int]]:
+        """Widths and heights in px that passes are prepared for; none where any size may come."""
+        return ()
+
+    def _begun(self, request: RequestT, size: tuple[int, int]) -> Denoising:
+        grey = np.full((size[1], size[0], 3), 127, np.uint8)
+        return result_of(self.begin(RowInput(request, grey, 0, math.inf)))
 
     def work(self, width_px: int, height_px: int, request: RequestT) -> Work:
         pixels = math.prod(self._working_size(width_px, height_px))
@@ -153,6 +177,14 @@ class Diffusion(ABC, Generic[RequestT]):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+
+
+def most_places(limits: GroupLimits, pixels: int) -> int:
+    """Places of the largest pass that pictures of `pixels` with guidance share, at least 1."""
+    rows = 1 if limits.exact else limits.max_batch_size
+    if limits.budget_px is None:
+        return 2 * rows
+    return max(min(2 * rows, limits.budget_px // pixels), 1)
 
 
 def _columns(latents: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from deployments.pipelines.pictures import require_picture, with_alpha_of
 from deployments.pipelines.stock import load_stock, read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from deployments.engine.row import Pixels, RowInput
@@ -57,6 +57,9 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         picture, working = require_picture(picture), request.output_size == "working"
         rgb = restore_from_bucket(output, picture.width_px, picture.height_px, working=working)
         return with_alpha_of(picture, rgb)
+
+    def _usual_sizes(self) -> Sequence[tuple[int, int]]:
+        return self._buckets
 
     def _working_size(self, width_px: int, height_px: int) -> tuple[int, int]:
         return choose_bucket(width_px, height_px, self._buckets)

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.engine.passes import rows_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from deployments.engine.passes import Forward, Tensors
 
 
 class Lanes:
@@ -27,6 +31,17 @@ class Lanes:
         self._pool = ThreadPoolExecutor(
             max(count - 1, 1), "lane", initializer=torch.set_num_threads, initargs=(1,)
         )
+
+    def spread(self, forward: Forward) -> Forward:
+        """A call that shares the rows of named tensors among the lanes."""
+
+        def spread(tensors: Tensors) -> torch.Tensor:
+            def part_of(part: slice) -> torch.Tensor:
+                return forward({name: tensor[part] for name, tensor in tensors.items()})
+
+            return self.run(part_of, rows_of(tensors))
+
+        return spread
 
     def run(self, forward: Callable[[slice], torch.Tensor], rows: int) -> torch.Tensor:
         """The outputs of all rows, in order.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from deployments.buckets import resize
+from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
 from deployments.images import Picture
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.contract import BackgroundRequest
+    from deployments.engine.grouping import GroupLimits
+    from deployments.engine.passes import Tensors
+    from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels, RowInput
     from deployments.registry import ModelSpec
 
@@ -58,6 +62,7 @@ class Matting:
             self._input_px = int(config.get("input_px", 1024))
             self._net = ISNet(ISNetWidths(**config.get("widths", {})))
         networks.load_weights(self._net, spec, folder, self._device)
+        self.passes = Passes(self._lanes.spread(self._call))
 
     def fit(self, picture: Picture | None, request: BackgroundRequest) -> Pixels:
         return resize(require_picture(picture).rgb, self._input_px, self._input_px)
@@ -65,6 +70,25 @@ class Matting:
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
+        self.passes.clear()
+
+    def prepare(self, how: Preparation, request: BackgroundRequest, limits: GroupLimits) -> int:
+        rows = 1 if limits.exact else limits.max_batch_size
+        if limits.budget_px is not None:
+            rows = max(min(rows, limits.budget_px // self._input_px**2), 1)
+        size = (1, 3, self._input_px, self._input_px)
+        picture = torch.zeros(size, device=self._device, dtype=self._dtype)
+        forward = how.compiled(self._net, self._call)
+        self.passes.prepare(
+            [{"picture": picture}],
+            how.counts(rows),
+            forward=forward and self._lanes.spread(forward),
+            recorder=how.recorder,
+        )
+        return self.passes.prepared
+
+    def _call(self, tensors: Tensors) -> torch.Tensor:
+        return self._net(tensors["picture"], sides=1)[0]
 
     def work(self, width_px: int, height_px: int, request: BackgroundRequest) -> Work:
         return Work(1, self._input_px**2, self._input_px**2)
@@ -87,8 +111,7 @@ class Matting:
         stacked = torch.stack([state.source for state in states])
         x = stacked.permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
         # Half precision is fine for the network, but too coarse for a soft edge.
-        alpha = self._lanes.run(lambda part: self._net(x[part], sides=1)[0], len(states))
-        alpha = alpha.float().sigmoid()[:, 0]
+        alpha = self.passes({"picture": x}).float().sigmoid()[:, 0]
         if self._stretch:
             low, high = alpha.amin((1, 2), keepdim=True), alpha.amax((1, 2), keepdim=True)
             alpha = (alpha - low) / (high - low).clamp(min=1e-6)

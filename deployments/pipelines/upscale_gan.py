@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deployments.contract import UpscaleRequest
+    from deployments.engine.grouping import GroupLimits
+    from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels, RowInput
     from deployments.images import Picture
     from deployments.registry import ModelSpec
@@ -105,6 +107,9 @@ class UpscaleGan:
     def to(self, device: str) -> None:
         self._net.to(device)
         self._device = device
+
+    def prepare(self, how: Preparation, request: UpscaleRequest, limits: GroupLimits) -> int:
+        return 0  # passes of this network also depend on the margins of their windows
 
     def work(self, width_px: int, height_px: int, request: UpscaleRequest) -> Work:
         shapes = [tile.shape for tile in self._tiles(height_px, width_px)]

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,14 +17,13 @@ from torch import nn
 from benchmarks.gpu import measure, table
 from benchmarks.gpu import options as speed
 from benchmarks.gpu.__main__ import RESULTS, ROOT, main
-from benchmarks.gpu.bench import Bench, compare, headline_cells, winners
-from benchmarks.gpu.options import BASE, OPTIONS, Graphed, Options, Padded, Remembered
+from benchmarks.gpu.bench import Bench, compare, headline_cells
+from benchmarks.gpu.options import Options
 from benchmarks.gpu.systems import Ours, Stock, System, items
 from benchmarks.gpu.tasks import run, tasks
 from benchmarks.gpu.workloads import WORKLOADS, Item, build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     Values = dict[str, Any]
@@ -80,6 +78,11 @@ def tiny_bench(name: str, cells: Values | None = None) -> Bench:
     return Bench(workload, "cpu", True, {} if cells is None else cells, until_s, rounds=1)
 
 
+def on_a_cpu(workload: str) -> list[str]:
+    """The systems of a workload that need no GPU."""
+    return [name for name in headline_cells(WORKLOADS[workload]) if not name.startswith("full")]
+
+
 def cells_of_rows(text: str, title: str) -> list[list[str]]:
     lines = text.partition(f"### {title}\n")[2].partition("\n###")[0].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
@@ -92,9 +95,12 @@ def cells_of_rows(text: str, title: str) -> list[list[str]]:
 def test_a_short_dry_run_measures_and_writes(tmp_path: Path) -> None:
     main(["--device", "cpu", "--only", "background-1024/headline", "--out", str(tmp_path)])
     cells = load(tmp_path)["cells"]
-    for name in headline_cells(WORKLOADS["background-1024"]):
+    for name in on_a_cpu("background-1024"):
         assert cells[f"background-1024/{name}"]["images_per_s"] > 0
-    assert "| background-1024 | ours |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert cells["background-1024/full"]["why"] == "needs a GPU"
+    assert "| background-1024 | ours, CUDA graphs |" in (tmp_path / "gpu.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
@@ -104,10 +110,11 @@ def test_a_dry_run_measures_every_system(dry_run: Path) -> None:
     assert result["machine"]["gpu"] is None
     assert result["peak"]["flops"] > 0
     assert result["sessions"][0]["date"]
-    for name in headline_cells(WORKLOADS["enhance-1024"]):
+    for name in on_a_cpu("enhance-1024"):
         cell = result["cells"][f"enhance-1024/{name}"]
         assert cell["images_per_s"] > 0
-        assert set(cell["times"]) == set(headline_cells(WORKLOADS["enhance-1024"])) - {name}
+        assert cell["rows_per_s"] > cell["images_per_s"]
+        assert set(cell["times"]) == set(on_a_cpu("enhance-1024")) - {name}
     ours = result["cells"]["enhance-1024/ours"]
     assert ours["psnr_db"] > 40
     assert ours["grouped"] == 2
@@ -120,16 +127,13 @@ def test_a_dry_run_tries_every_option(dry_run: Path) -> None:
         cell = cells[f"background-1024/option:{name}"]
         assert cell.get("why") == speed.missing(name, "cpu")
         assert "why" in cell or cell["times"]["ours"]
-    assert cells["background-1024/winners"].get("options") == winners(
-        WORKLOADS["background-1024"], cells
-    ) or cells["background-1024/winners"]["why"].startswith("no option")
     assert cells["background-1024/company"]["levels"] <= 1
 
 
 @pytest.mark.slow
 def test_a_dry_runs_figures_are_not_in_its_table(dry_run: Path) -> None:
     text = (dry_run / "gpu.md").read_text(encoding="utf-8")
-    for title, first in (("Systems", 2), ("Passes", 1), ("Options", 1)):
+    for title, first in (("Systems", 2), ("Compiling", 1), ("Passes", 1), ("Options", 1)):
         rows = cells_of_rows(text, title)
         assert rows
         for row in rows:
@@ -146,9 +150,9 @@ def test_what_is_measured_is_in_the_table(dry_run: Path) -> None:
     rows = {tuple(row[:2]): row[2:] for row in cells_of_rows(text, "Systems")}
     old = rows["enhance-1024", "old worker loop"]
     assert "not measured" not in old
-    assert old[4:6] == ["3.0", "4.0"]
-    assert old[7] == "1"
-    assert set(rows["aged-768", "ours"]) == {"not measured"}
+    assert old[5:7] == ["3.0", "4.0"]
+    assert old[9] == "1"
+    assert set(rows["aged-768", "ours, CUDA graphs"]) == {"not measured"}
     assert "(needs a GPU)" in text
 
 
@@ -184,7 +188,7 @@ def test_without_out_a_dry_run_writes_nothing(
     monkeypatch.chdir(tmp_path)
     before = sorted(RESULTS.iterdir())
     main(["--device", "cpu", "--only", "nothing"])
-    assert "| enhance-1024 | ours | not measured |" in capsys.readouterr().out
+    assert "| enhance-1024 | ours, CUDA graphs | not measured |" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert sorted(RESULTS.iterdir()) == before
 
@@ -213,21 +217,20 @@ def test_what_does_not_fit_the_time_says_so_and_is_tried_again() -> None:
     gap = {"why": "time", "again": True}
     assert cells["comic-512/stock"] == gap
     text = table.render([{"cells": cells | {"comic-512/ours": gap}}])
-    assert "| comic-512 | ours | not measured (time) |" in text
+    assert "| comic-512 | ours, CUDA graphs | not measured (time) |" in text
     cells = {"background-1024/unet": gap}
     run_tasks(["background-1024/unet"], cells, seconds=5, tiny=True)
     assert cells["background-1024/unet"]["seconds_by_rows"]
 
 
-def test_tasks_come_in_order_of_importance() -> None:
+def test_every_headline_comes_before_any_option() -> None:
     names = [task.name for task in ALL]
     assert names[0] == "enhance-1024/headline"
-    assert names.index("enhance-1024/winners") < names.index("comic-512/headline")
-    slow = names.index("enhance-1024/option:compile_max_autotune")
-    assert names.index("realesrgan-512/headline") < slow
-    assert names[slow:].count("enhance-1024/winners") == 1  # once more, with what was found since
+    first = next(i for i, name in enumerate(names) if "option:" in name)
+    for workload in WORKLOADS.values():
+        assert (names.index(f"{workload.name}/headline") < first) is not workload.brief
     assert {name.partition("/")[0] for name in names} == set(WORKLOADS)
-    assert len(set(names)) == len(names) - 1
+    assert len(set(names)) == len(names)
 
 
 class Broken(System):
@@ -268,29 +271,6 @@ def test_a_failure_is_written_with_its_reason(monkeypatch: pytest.MonkeyPatch) -
         assert not cell["again"]
 
 
-def test_what_gains_is_asked_again_when_more_is_known() -> None:
-    def gained(times: float) -> Values:
-        return {"times": {"ours": [times, times]}}
-
-    workload = WORKLOADS["comic-512"]
-    cells = {
-        "comic-512/option:graphs": gained(1.2),
-        "comic-512/option:compile": gained(1.3),
-        "comic-512/option:compile_max_autotune": gained(1.4),
-        "comic-512/option:padded": gained(0.9),
-        "comic-512/option:group_4": gained(1.1),
-        "comic-512/option:group_8": gained(1.05),
-        "comic-512/option:fused_qkv": gained(1.001),
-    }
-    names = winners(workload, cells)
-    assert names == ["graphs", "group_4", "compile_max_autotune"]
-    assert winners(WORKLOADS["aged-768"], cells) == names  # tuned there
-    options = speed.combine(names)
-    assert options == replace(
-        BASE, graphs=True, padded=True, group=4, compiled="max-autotune-no-cudagraphs"
-    )
-
-
 # -------------------------------------------------------------------------------------- the systems
 
 
@@ -324,50 +304,9 @@ def test_options_leave_the_shared_networks_alone() -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_padded_pass_gives_what_its_rows_alone_give() -> None:
-    network, sizes = nn.Linear(4, 4), list[int]()
-
-    def module(x: torch.Tensor, *, extra: dict[str, torch.Tensor], flag: bool) -> Any:
-        assert not flag
-        sizes.append(len(x))
-        return (network(x) + extra["y"],)
-
-    padded = Padded(module, (2, 4))
-    for rows in (1, 2, 3, 4, 5):
-        x, y = torch.randn(rows, 4), torch.randn(rows, 4)
-        (out,) = padded(x, extra={"y": y}, flag=False)
-        torch.testing.assert_close(out, network(x) + y)
-    assert sizes == [2, 2, 4, 4, 5]
-
-
-def test_fixed_sizes_are_few_where_each_is_compiled() -> None:
-    assert speed.fixed_sizes(OPTIONS["graphs"], 8) == (1, 2, 4, 8)
-    assert speed.fixed_sizes(OPTIONS["graphs"], 6) == (1, 2, 4, 6)
-    assert speed.fixed_sizes(OPTIONS["compile"], 8) == (8,)
-
-
-def test_a_graph_is_recorded_once_a_size_and_its_outputs_are_not_overwritten() -> None:
-    recorded: list[int] = []
-
-    def record(work: Callable[[], Any]) -> Any:
-        (output,) = work()
-        recorded.append(len(output))
-        return lambda: output.copy_(work()[0]), (output,)
-
-    graphed = Graphed(lambda x, *, add, flag: (x * 2 + add,) if flag else None, record)
-    kept = []
-    for rows in (1, 2, 1, 2):
-        x = torch.randn(rows, 3)
-        kept.append((x, graphed(x, add=torch.ones(rows, 3), flag=True)[0]))
-    assert recorded == [1, 2]
-    for x, out in kept:
-        torch.testing.assert_close(out, x * 2 + 1)
-
-
-def test_wrappers_look_like_the_network() -> None:
+def test_a_wrapped_network_looks_like_the_network() -> None:
     parts = build(WORKLOADS["upscale-128"].tiny(), "cpu", tiny=True)
-    unet = speed.apply(parts.unet, Options(padded=True, remembered=True, attention="cudnn"), 2)
-    assert isinstance(unet, Remembered)
+    unet = speed.apply(parts.unet, Options(attention="cudnn"))
     assert (unet.device, unet.dtype) == (parts.unet.device, parts.unet.dtype)
     assert unet.config is parts.unet.config
 

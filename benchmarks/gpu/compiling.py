@@ -1,0 +1,73 @@
+"""Compiles workloads in processes of their own, all at once, and loads what they compiled.
+
+python -m benchmarks.gpu.compiling WORKLOAD FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.gpu.workloads import WORKLOADS, build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Values = dict[str, Any]
+
+COMPILED = ("enhance-1024", "comic-512", "aged-768", "background-1024")
+"""Workloads whose compiled system is measured, in order of importance."""
+
+
+def compile_all(names: Sequence[str], timeout_s: float) -> dict[str, Values]:
+    """Seconds and bytes of each workload's artefacts, which this process has then loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = {name: _start(name, Path(folder) / name) for name in names}
+        cells: dict[str, Values] = {}
+        for name, process in started.items():
+            try:
+                failed = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                cells[f"{name}/compiling"] = {"why": "time", "again": True}
+                continue
+            if failed:
+                cells[f"{name}/compiling"] = {"why": "failed", "again": True}
+                continue
+            artefacts = (Path(folder) / name / "artefacts").read_bytes()
+            torch.compiler.load_cache_artifacts(artefacts)
+            found = json.loads((Path(folder) / name / "cell").read_text(encoding="utf-8"))
+            cells[f"{name}/compiling"] = found
+    return cells
+
+
+def _start(name: str, folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir()
+    caches = {f"{one}_CACHE_DIR": str(folder / one) for one in ("TORCHINDUCTOR", "TRITON")}
+    command = [sys.executable, "-m", "benchmarks.gpu.compiling", name, str(folder)]
+    return subprocess.Popen(command, env={**os.environ, **caches})
+
+
+def main(name: str, folder: Path) -> None:
+    # Imported here, because the table of results needs no systems.
+    from benchmarks.gpu.options import FULL
+    from benchmarks.gpu.systems import Ours, quiet
+
+    quiet()
+    system = Ours(build(WORKLOADS[name], "cuda"), FULL)
+    system.prepare()
+    artefacts, _ = torch.compiler.save_cache_artifacts() or (b"", None)
+    (folder / "artefacts").write_bytes(artefacts)
+    cell = {"seconds": system.prepared_s, "bytes": len(artefacts)}
+    (folder / "cell").write_text(json.dumps(cell), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

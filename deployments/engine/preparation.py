@@ -1,0 +1,80 @@
+"""How networks are prepared for their passes: compiled, recorded as CUDA graphs, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._dynamo.decorators import maybe_mark_dynamic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deployments.engine.graphs import Recorder
+    from deployments.engine.passes import Forward, Tensors
+    from deployments.registry import CompileMode
+
+
+@dataclass(slots=True)
+class Preparation:
+    """What is done to each network.
+
+    Attributes:
+        mode: full compiles a network for every size and number of rows at once; blocks compiles the
+            blocks that a UNet repeats, which is quicker to compile and slower to run.
+        recorder: records passes; None where they are called, as on a CPU.
+        backend: of torch.compile.
+    """
+
+    mode: CompileMode = "off"
+    recorder: Recorder | None = None
+    backend: str = "inductor"
+
+    def compiled(self, network: Any, plain: Forward) -> Forward | None:
+        """The compiled network; None where calls go to the network itself.
+
+        Args:
+            network: of diffusers, or of our own.
+            plain: calls it.
+        """
+        if self.mode == "blocks" and getattr(network, "_repeated_blocks", None):
+            network.compile_repeated_blocks(dynamic=True, backend=self.backend)
+        if self.mode != "full":
+            return None
+        _use_channels_last(network)
+        compiled = torch.compile(plain, backend=self.backend)
+
+        def forward(tensors: Tensors) -> torch.Tensor:
+            return compiled({name: _normal(tensor) for name, tensor in tensors.items()})
+
+        return forward
+
+    def counts(self, most: int) -> list[int]:
+        """Numbers of rows that are worth preparing, ascending: powers of two, and the largest.
+
+        torch compiles one row apart from several; recorded passes of one row are filled up to two.
+        """
+        counts = [1 << i for i in range(most.bit_length())]
+        if self.mode == "full" and self.recorder is not None and most > 1:
+            counts.remove(1)
+        return sorted({*counts, most})
+
+
+def _use_channels_last(network: nn.Module) -> None:
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _normal(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the one layout that is compiled, whatever made it.
+
+    One compiled network serves every number of rows above one, and every size.
+    """
+    if tensor.ndim != 4:
+        tensor = tensor.clone()
+        maybe_mark_dynamic(tensor, 0)
+        return tensor
+    # A copy: strides of dimensions of length one may differ although the layout is the same.
+    tensor = tensor.clone(memory_format=torch.channels_last)
+    maybe_mark_dynamic(tensor, (0, 2, 3))
+    return tensor
