@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.servers.gcs import GcsServer
+from benchmarks.servers.s3 import S3Server
 from deployments.errors import ConfigError, ModelCorrupt, StoreUnwritable
 from deployments.gpu.target import Target, this_target
 from deployments.registry import load_catalogue
@@ -34,7 +36,7 @@ from deployments.store.lockfile import (
 from deployments.store.provider import Provider, compiled_url
 from deployments.store.publish import Upload, publish_compiled
 from deployments.store.resolve import resolve
-from tests.store.common import KIB, NAME, settings_of
+from tests.store.common import KIB, NAME, served, settings_of
 from tests.store.test_cli import IMAGEN, Operator
 from tests.store.test_publish import Bench
 
@@ -115,6 +117,21 @@ def test_what_one_node_compiled_is_found_on_another(makers: Makers, tmp_path: Pa
     assert path == node.store.root / "compiled" / NAME / makers.digest[:16] / f"{artefact.id}.bin"
     assert not list((node.store.root / ".staging").iterdir())
     assert node.store.check(NAME, makers.digest, "full"), "the model's own folder is as before"
+
+
+@pytest.mark.parametrize("server", [GcsServer, S3Server])
+def test_a_bucket_is_a_mirror_too(
+    makers: Makers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Any
+) -> None:
+    artefact = makers.compile(makers.key())
+    with served(server(), monkeypatch):
+        makers.mirror = f"{'gs' if server is GcsServer else 's3'}://models/mirror"
+        makers.publish(makers.mirror)
+        assert makers.send() == {artefact.id: "published"}
+        assert makers.send() == {artefact.id: "present"}
+        node = makers.node(tmp_path)
+        assert node.ensure_compiled(makers.spec, makers.digest, HERE) == {artefact.id: "pulled"}
+    assert compiled.find(node.store, makers.lock, makers.key()) == BLOB
 
 
 def test_an_artefact_is_handed_to_its_loader_and_counted(makers: Makers) -> None:
