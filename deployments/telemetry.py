@@ -46,6 +46,11 @@ class ModelMetrics:
         self._seconds = Counter(
             "imagen_store_seconds", "Time by stage: fetch, verify, sync.", ("model", "stage")
         )
+        self._compiled = Counter(
+            "imagen_compiled_artefacts",
+            "Compiled artefacts that a replica wanted: loaded, missing, foreign or damaged.",
+            ("model", "outcome"),
+        )
         self._free = Gauge("imagen_store_disk_free_bytes", "Free space on the store's disk.")
         self._load = Gauge(
             "imagen_model_load_seconds", "Time of the last load, warm-up included.", _MODEL
@@ -102,6 +107,8 @@ class ModelMetrics:
             self._summed[kind].inc(amount, {"model": model})
         elif kind == "seconds" and amount > 0:
             self._seconds.inc(amount, {"model": model, "stage": stage})
+        elif kind == "compiled":
+            self._compiled.inc(count, {"model": model, "outcome": stage})
         elif kind == "disk_free":
             self._free.set(amount)
 

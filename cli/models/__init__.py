@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cli.models import bring, show, upkeep
+from cli.models import bring, compiling, show, upkeep
 
 models_app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,7 @@ models_app.command("pull")(bring.pull)
 models_app.command("verify")(upkeep.verify)
 models_app.command("publish")(bring.publish_model)
 models_app.command("convert")(bring.convert_model)
+models_app.command("compile")(compiling.compile_model)
 models_app.command("gc")(upkeep.gc)
 models_app.command("clear")(upkeep.clear)
 models_app.command("where")(show.where)

@@ -28,6 +28,7 @@ from cli.models.session import (
 from cli.models.show import warn_network
 from cli.models.upkeep import show_removed
 from cli.paths import existing
+from deployments.gpu.target import this_target
 from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.store.cache import Store
@@ -36,8 +37,8 @@ from deployments.store.folder import read_manifest
 from deployments.store.gc import make_room
 from deployments.store.lockfile import LockedModel, locked_origins, origin_manifest, update_lock
 from deployments.store.manifest import SHORT
-from deployments.store.provider import mirror_url, open_bucket
-from deployments.store.publish import publish
+from deployments.store.provider import Provider, mirror_url, open_bucket
+from deployments.store.publish import publish, publish_compiled
 from deployments.store.resolve import resolve
 
 
@@ -58,7 +59,7 @@ def resolve_models(
             known = opened.lock.models.get(entry.name)
             locked = resolve(entry, opened.settings, known, renew=renew)
             update_lock(opened.registry, lambda lock: lock.with_model(entry.name, locked))
-            status = "unchanged" if locked == known else "resolved"
+            status = "unchanged" if opened.lock.models[entry.name] == known else "resolved"
             digest = None if locked.digest == UNRESOLVED else locked.digest
             hint = digest[:SHORT] if digest else f"now run `imagen models convert {entry.name}`"
             opened.output.say(f"{entry.name}: {status}; {hint}")
@@ -122,10 +123,27 @@ def _pull(opened: Session, entries: dict[str, ArtefactSpec]) -> None:
                 "folder": str(folder),
                 "fetched_bytes": fetched or 0,
                 "seconds": round(seconds, 3),
+                "compiled": _pull_compiled(opened, provider, entry, digest),
             }
 
         rows = opened.for_each(entries, work, opened.settings.models_at_once)
     opened.finish(rows)
+
+
+def _pull_compiled(
+    opened: Session, provider: Provider, entry: ArtefactSpec, digest: str
+) -> dict[str, str]:
+    """Bring the compiled artefacts for this machine; what became of each."""
+    locked = provider.lock.models.get(entry.name)
+    if not (locked and locked.compiled):  # so that most pulls need no torch
+        return {}
+    target = this_target("auto")
+    done = provider.ensure_compiled(entry, digest, target)
+    for identity, status in done.items():
+        opened.output.say(f"{entry.name}: compiled for {target.device}: {identity}: {status}")
+    if not done:
+        opened.output.say(f"{entry.name}: nothing is compiled for {target.device} here")
+    return dict(done)
 
 
 def _show_plan(opened: Session, entries: dict[str, ArtefactSpec]) -> None:
@@ -208,7 +226,25 @@ def _publish(opened: Session, name: str, target: str, smoke: bool) -> None:
     result = uploaded if done.files else "already there"
     opened.output.say(f"{entry.name}: {result}: {done.url}", "green")
     status = "published" if done.files else "present"
-    opened.output.emit({"name": entry.name, "status": status, "digest": digest} | done._asdict())
+    more = {"compiled": _publish_compiled(opened, entry.name, digest, target)}
+    row = {"name": entry.name, "status": status, "digest": digest} | done._asdict()
+    opened.output.emit(row | more)
+
+
+def _publish_compiled(opened: Session, name: str, digest: str, target: str) -> dict[str, str]:
+    """Upload the compiled artefacts; what became of each."""
+    locked = opened.lock.models.get(name)
+    if not locked or locked.digest != digest:
+        return {}
+    done = publish_compiled(name, locked, opened.store, target, opened.settings)
+    for artefact in locked.compiled:
+        what = {
+            "published": f"published, {decimal(artefact.bytes)}",
+            "present": "already there",
+            "absent": "not in this store; publish it where it was compiled",
+        }[done[artefact.id]]
+        opened.output.say(f"{name}: compiled for {artefact.device}: {artefact.id}: {what}")
+    return dict(done)
 
 
 def convert_model(

@@ -29,7 +29,8 @@ from deployments.errors import ModelCorrupt, ModelNotCached
 from deployments.origins import UNRESOLVED
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import framework_caches
-from deployments.store.disk import filesystem, network_filesystem
+from deployments.store import compiled
+from deployments.store.disk import filesystem, folder_bytes, network_filesystem
 from deployments.store.folder import read_manifest
 from deployments.store.lockfile import LockedFile
 from deployments.store.manifest import SHORT
@@ -43,7 +44,8 @@ def list_models(
     """Show every entry of the registry, and whether it is in the store."""
     with session(registry, as_json, store) as opened:
         rows = [_summary(opened, entry) for entry in opened.catalogue.entries]
-        table = make_table("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
+        columns = ("Name", "Task", "Licence", "Commercial", "Size", "In store", "Locked")
+        table = make_table(*columns, "Compiled")
         for row in rows:
             size = decimal(row["bytes"]) if row["bytes"] is not None else "unresolved"
             held = row["in_store"] if row["in_store"] != "other" else ", ".join(row["stored"])
@@ -55,6 +57,7 @@ def list_models(
                 size,
                 held,
                 (row["digest"] or UNRESOLVED)[:SHORT],
+                decimal(row["compiled_bytes"]) if row["compiled_bytes"] else "-",
             )
         opened.output.show(table)
         places = {"registry": str(opened.registry), "store": str(opened.store.root)}
@@ -73,12 +76,19 @@ def info(
         values = _summary(opened, entry) | entry.model_dump(mode="json", exclude={"origins"})
         values["origins"] = _origins(opened, entry)
         digest = values["digest"]
-        values["folder"] = str(opened.store.folder(name, digest)) if digest else None
+        values["compiled"] = _compiled(opened, entry.name)
+        values["folder"] = str(opened.store.folder(entry.name, digest)) if digest else None
         facts = Table(show_header=False, box=None)
         for key, value in values.items():
-            if key != "origins" and value not in (None, [], {}):
+            if key not in ("origins", "compiled") and value not in (None, [], {}):
                 facts.add_row(key, value if isinstance(value, str) else json.dumps(value))
         opened.output.show(facts)
+        if values["compiled"]:
+            table = make_table("Compiled", "Device", "Torch", "Mode", "Shapes", "Bytes", "In store")
+            for row in values["compiled"]:
+                cells = [str(row[key]) for key in ("id", "device", "torch", "mode", "shapes")]
+                table.add_row(*cells, str(row["bytes"]), "yes" if row["in_store"] else "no")
+            opened.output.show(table)
         for origin in values["origins"]:
             title = f"{origin['source']} -> {origin['into'] or '.'}"
             table = make_table("File", "Bytes", "SHA-256", title=title)
@@ -136,6 +146,9 @@ def _summary(opened: Session, entry: ArtefactSpec) -> Row:
         "bytes": _bytes(opened, entry),
         "in_store": state,
         "stored": stored,
+        "compiled_bytes": sum(
+            folder_bytes(opened.store.compiled_folder(entry.name, short)) for short in stored
+        ),
         "digest": opened.digest(entry.name),
     }
 
@@ -160,6 +173,17 @@ def _bytes(opened: Session, entry: ArtefactSpec) -> int | None:
             pass  # not in the store, or damaged there: `verify` reports that
     sizes = [file["size"] for origin in _origins(opened, entry) for file in origin["files"]]
     return None if UNRESOLVED in sizes else sum(sizes)
+
+
+def _compiled(opened: Session, name: str) -> list[Row]:
+    """The lock file's compiled artefacts of a model."""
+    locked = opened.lock.models.get(name)
+    return [
+        artefact.model_dump()
+        | {"in_store": compiled.holds(opened.store, name, locked.digest, artefact, "quick")}
+        for artefact in (locked.compiled if locked else ())
+        if locked
+    ]
 
 
 def _origins(opened: Session, entry: ArtefactSpec) -> list[Row]:

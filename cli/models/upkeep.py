@@ -22,7 +22,7 @@ from cli.models.session import (
     session,
 )
 from deployments.errors import StoreUnwritable
-from deployments.store.disk import folder_bytes
+from deployments.store import compiled
 from deployments.store.gc import Removed, collect
 
 
@@ -50,6 +50,7 @@ def verify(
             digest = short or opened.provider().digest(opened.catalogue.find(name))
             start_s = time.monotonic()
             manifest = opened.store.check(name, digest, "full" if full else "crc32c")
+            _check_compiled(opened, name, manifest.digest)
             seconds = time.monotonic() - start_s
             size = decimal(manifest.total_bytes)
             place = f"{name}@{manifest.short}"
@@ -87,7 +88,7 @@ def clear(
     """Remove every digest of models from the store, even those that the lock file names."""
     with session(registry, as_json, store) as opened:
         check_choice(names, everything)
-        held = opened.store.models()
+        held = opened.store.removable()
         stored = dict.fromkeys(model for model, _ in held)
         chosen = [n if n in stored else opened.catalogue.find(n).name for n in names or stored]
 
@@ -99,6 +100,14 @@ def clear(
             return {"status": "removed" if shorts else "absent", "bytes": freed}
 
         opened.finish(opened.for_each({name: name for name in chosen}, work))
+
+
+def _check_compiled(opened: Session, name: str, digest: str) -> None:
+    """Check the compiled artefacts that are there; raises ModelCorrupt."""
+    locked = opened.lock.models.get(name)
+    if locked and locked.digest == digest:
+        for artefact in locked.compiled:
+            compiled.check(opened.store, name, digest, artefact)
 
 
 def show_removed(opened: Session, removed: Sequence[Removed]) -> None:
@@ -120,8 +129,8 @@ def _held(opened: Session) -> dict[str, tuple[str, str]]:
 
 
 def _remove(opened: Session, name: str, short: str) -> int:
-    """Remove a folder; returns the bytes it occupied."""
-    size = folder_bytes(opened.store.folder(name, short))
+    """Remove a model and its compiled artefacts; returns the bytes they occupied."""
+    size = opened.store.size_bytes(name, short)
     if not opened.store.remove(name, short):
         raise StoreUnwritable(
             f"{name}@{short} is in use: a process has it loaded.",

@@ -1,6 +1,7 @@
 """The store of a node: verified model folders, each whole or absent.
 
     <root>/store/<model>/<digest16>/   immutable; manifest.json and the model's files
+    <root>/compiled/<model>/<digest16>/  compiled artefacts of that model (compiled.py)
     <root>/refs/<model>.json           the digest that the last pull made current
     <root>/.staging/<digest16>.…/      a pull under way, or what a killed one left
     <root>/.locks/  .leases/           one file for each digest, never removed
@@ -27,7 +28,7 @@ from deployments.errors import ModelCorrupt, ModelNotCached, StoreUnwritable
 from deployments.origins import MANIFEST
 from deployments.store import locks
 from deployments.store.disk import delete_folder, folder_bytes, is_folder, make_folder, sync_path
-from deployments.store.events import Event, Kind, Listener, Stage, ignore
+from deployments.store.events import Event, Kind, Listener, Outcome, Stage, ignore
 from deployments.store.folder import Verify, check_files, check_folder, list_files
 from deployments.store.manifest import SHORT, Manifest
 from deployments.store.staging import Places, Staging
@@ -53,13 +54,16 @@ class Store:
     Args:
         settings: root, limits.
         listener: receives every event.
+
+    Attributes:
+        staging: pulls under way.
     """
 
     def __init__(self, settings: StoreSettings, listener: Listener = ignore) -> None:
         self.root = settings.folder
         self._settings = settings
         self._listener = listener
-        self._staging = Staging(self.root, settings, listener)
+        self.staging = Staging(self.root, settings, listener)
 
     @property
     def used_bytes(self) -> int:
@@ -81,6 +85,14 @@ class Store:
     def folder(self, model: str, digest: str) -> Path:
         """The path of a model's folder, whether or not it exists."""
         return self.root / "store" / model / digest[:SHORT]
+
+    def compiled_folder(self, model: str, digest: str) -> Path:
+        """The path of the folder of a model's compiled artefacts, whether or not it exists."""
+        return self.root / "compiled" / model / digest[:SHORT]
+
+    def size_bytes(self, model: str, digest: str) -> int:
+        """Bytes that a model takes, compiled artefacts included."""
+        return sum(map(folder_bytes, self._folders(model, digest)))
 
     def holds(self, model: str, digest: str) -> bool:
         """Whether a model's folder is complete, by names and sizes."""
@@ -145,7 +157,7 @@ class Store:
             StoreUnwritable: the disk is full or read-only, or access is denied.
             LockTimeout: another process holds the lock and makes no progress.
         """
-        with self._locked(manifest) as holder:
+        with self.locked(manifest.model, manifest.digest) as holder:
             if not self.find(manifest.model, manifest.digest):
                 self._emit("miss", manifest.model, manifest.total_bytes)
                 self._fetch(manifest, places, holder.beat)
@@ -156,7 +168,7 @@ class Store:
 
     def add(self, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
         """Add a folder that `fill` writes (a conversion), with the guarantees of `pull`."""
-        with self._locked(manifest):
+        with self.locked(manifest.model, manifest.digest):
             if not self.find(manifest.model, manifest.digest, "crc32c"):
                 self._make(manifest, fill)
             self._set_ref(manifest)
@@ -173,9 +185,9 @@ class Store:
             with its own; and a function to call now and then, which shows processes that wait
             for the lock that the work goes on.
         """
-        with self._locked(manifest) as holder:
+        with self.locked(manifest.model, manifest.digest) as holder:
             self._emit("miss", manifest.model, manifest.total_bytes)
-            folder, _ = self._staging.gather(manifest, places, holder.beat)
+            folder, _ = self.staging.gather(manifest, places, holder.beat)
             try:
                 yield folder, holder.beat
             finally:
@@ -184,21 +196,26 @@ class Store:
 
     def quarantine(self, model: str, digest: str) -> None:
         """Move a damaged folder aside, so that the next pull replaces it; its bytes are kept."""
-        folder = self.folder(model, digest)
+        self.set_aside(self.folder(model, digest), model, digest)
+
+    def set_aside(self, path: Path, model: str, digest: str) -> None:
+        """Move a damaged folder or file of a model to quarantine."""
         with self._writing():
             target = self.root / ".quarantine" / f"{model}.{digest[:SHORT]}.{uuid.uuid4().hex[:8]}"
+            kind = "folder" if path.is_dir() else "file"
             with suppress(FileNotFoundError):
-                folder.chmod(0o755)
-                folder.rename(target)
-                logger.error("Quarantined the damaged folder of %s: %s", model, target)
+                if kind == "folder":
+                    path.chmod(0o755)
+                path.rename(target)
+                logger.error("Quarantined the damaged %s of %s: %s", kind, model, target)
 
     def models(self) -> list[tuple[str, str]]:
         """(model, 16 digits of the digest) of every model folder; other files are not ours."""
-        return sorted(
-            (folder.parent.name, folder.name)
-            for folder in (self.root / "store").glob("*/*")
-            if _SHORT.fullmatch(folder.name) and is_folder(folder.parent) and is_folder(folder)
-        )
+        return self._listed("store")
+
+    def removable(self) -> list[tuple[str, str]]:
+        """As `models`, and those of which only compiled artefacts are left."""
+        return sorted({*self._listed("store"), *self._listed("compiled")})
 
     def refs(self) -> dict[str, str]:
         """The digest that was last made current, by model."""
@@ -209,33 +226,47 @@ class Store:
         return digests
 
     def remove(self, model: str, digest: str) -> bool:
-        """Remove a folder unless a process has a lease on it; False if one has."""
+        """Remove a model and its artefacts unless a process has a lease on it; False if so."""
         with self._writing(), locks.alone(self._lease_path(digest)) as free:
             if not free:
                 return False
-            trash = self.root / ".trash" / uuid.uuid4().hex
-            folder = self.folder(model, digest)
-            with suppress(FileNotFoundError):
-                folder.chmod(0o755)
-                folder.rename(trash)
-            delete_folder(trash)
+            for folder in self._folders(model, digest):
+                trash = self.root / ".trash" / uuid.uuid4().hex
+                with suppress(FileNotFoundError):
+                    folder.chmod(0o755)
+                    folder.rename(trash)
+                delete_folder(trash)
             ref = self.root / "refs" / f"{model}.json"
             if self.refs().get(model, "").startswith(digest):
                 ref.unlink(missing_ok=True)
         return True
 
     @contextmanager
-    def _locked(self, manifest: Manifest) -> Generator[locks.Holder]:
+    def locked(self, model: str, digest: str) -> Generator[locks.Holder]:
         """Write under the lock of a digest, and at last delete what interrupted pulls left."""
-        what = f"{manifest.model}@{manifest.short}"
-        path, timeout_s = self.lock_path(manifest.digest), self._settings.lock_timeout_s
+        what = f"{model}@{digest[:SHORT]}"
+        path, timeout_s = self.lock_path(digest), self._settings.lock_timeout_s
         with self._writing(), locks.exclusive(path, what, timeout_s) as holder:
-            self._emit("waited", manifest.model, holder.waited_s)
+            self._emit("waited", model, holder.waited_s)
             yield holder
-            self._staging.reap(manifest.short)
+            self.staging.reap(digest[:SHORT])
+
+    def count_compiled(self, model: str, outcome: Outcome) -> None:
+        """Tell the listener what became of a compiled artefact that was wanted."""
+        self._emit("compiled", model, stage=outcome)
+
+    def _folders(self, model: str, digest: str) -> tuple[Path, Path]:
+        return self.folder(model, digest), self.compiled_folder(model, digest)
+
+    def _listed(self, name: str) -> list[tuple[str, str]]:
+        return sorted(
+            (folder.parent.name, folder.name)
+            for folder in (self.root / name).glob("*/*")
+            if _SHORT.fullmatch(folder.name) and is_folder(folder.parent) and is_folder(folder)
+        )
 
     def _make(self, manifest: Manifest, fill: Callable[[Path], None]) -> None:
-        staging = self._staging.new(manifest.short)
+        staging = self.staging.new(manifest.short)
         try:
             fill(staging)
             check_files(staging, manifest, "full")
@@ -245,9 +276,9 @@ class Store:
             raise
 
     def _fetch(self, manifest: Manifest, places: Places, beat: Callable[[int], None]) -> None:
-        staging, files = self._staging.gather(manifest, places, beat)
+        staging, files = self.staging.gather(manifest, places, beat)
         # Everything is checked and synced: give it its name.
-        with self._staging.deleted_if_full(staging):
+        with self.staging.deleted_if_full(staging):
             self._publish(staging, manifest.model_copy(update={"files": tuple(files)}))
 
     def _publish(self, staging: Path, manifest: Manifest) -> None:

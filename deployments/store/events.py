@@ -16,8 +16,11 @@ Kind = Literal[
     "retry",
     "disk_free",  # amount: bytes
     "done",  # a model is complete in the store
+    "compiled",  # a compiled artefact was wanted
 ]
-Stage = Literal["", "fetch", "verify", "sync", "load"]
+Outcome = Literal["loaded", "missing", "foreign", "damaged"]
+"""Of a compiled artefact: in use, nowhere, made for something else, other bytes than locked."""
+Stage = Literal["", "fetch", "verify", "sync", "load"] | Outcome
 
 
 class Event(NamedTuple):
@@ -27,7 +30,7 @@ class Event(NamedTuple):
         kind: see Kind.
         model: name in the registry.
         amount: bytes or seconds, as the kind says.
-        stage: of `seconds`.
+        stage: of `seconds`; of `compiled`, the outcome.
     """
 
     kind: Kind

@@ -29,8 +29,8 @@ class Removed(NamedTuple):
     """Something that garbage collection removed.
 
     Attributes:
-        kind: model: a whole model. staging: left by an interrupted pull. trash: left by an
-            interrupted removal. quarantine: damaged, and older than a week.
+        kind: model: a whole model, with its compiled artefacts. staging: left by an interrupted
+            pull. trash: left by an interrupted removal. quarantine: damaged, and older than a week.
         name: of the model, or of the folder.
         digest: 16 hex digits; empty where they are unknown.
         bytes: that it occupied.
@@ -105,7 +105,7 @@ def _models(
     for model, short in _unused(store, keep):
         if enough():
             break
-        size = folder_bytes(store.folder(model, short))
+        size = store.size_bytes(model, short)
         if _if_free(store, short, lambda m=model, s=short: store.remove(m, s)):
             removed.append(Removed("model", model, short, size))
             logger.info("Removed %s@%s, which nothing uses: %d bytes", model, short, size)
@@ -134,10 +134,12 @@ def _unused(store: Store, keep: Collection[str]) -> list[tuple[str, str]]:
     """Model and digest of each folder that nothing refers to, the oldest first."""
     kept = {digest[:SHORT] for digest in (*keep, *store.refs().values())}
     unused: list[tuple[float, str, str]] = []
-    for model, short in store.models():
-        with suppress(OSError):
-            if short not in kept:
-                unused.append((store.folder(model, short).stat().st_mtime, model, short))
+    for model, short in store.removable():
+        for folder in (store.folder(model, short), store.compiled_folder(model, short)):
+            with suppress(OSError):
+                if short not in kept:
+                    unused.append((folder.stat().st_mtime, model, short))
+                    break
     return [(model, short) for _, model, short in sorted(unused)]
 
 

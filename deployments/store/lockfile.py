@@ -1,6 +1,6 @@
 """The lock file beside a registry: sizes, hashes and digest of every model.
 
-People write `production.yaml`; `imagen models resolve`, `convert` and `publish` write
+People write `production.yaml`; `imagen models resolve`, `convert`, `compile` and `publish` write
 `production.lock.json`. Values that are not looked up yet are `unresolved` there.
 """
 
@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from deployments.errors import ConfigError
 from deployments.origins import UNRESOLVED, SafePath, parse_hub
 from deployments.settings import Strict, resolve
-from deployments.store.manifest import FileEntry, Licence, Manifest, Sha256
+from deployments.store.manifest import SHORT, FileEntry, Licence, Manifest, Sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from deployments.registry import ArtefactSpec
 
 _Unresolved = Literal["unresolved"]
+Mode = Literal["blocks", "full"]
+"""What was compiled of a network: its repeated blocks, or all of it."""
 
 
 class LockedFile(Strict):
@@ -48,6 +50,28 @@ class LockedOrigin(Strict):
     files: tuple[LockedFile, ...]
 
 
+class LockedArtefact(Strict):
+    """What `torch.compile` made of a model for one kind of device.
+
+    Attributes:
+        id: of its `CompiledKey`.
+        device: GPU type and compute capability, or cpu.
+        torch: version that made it, and that alone can use it.
+        mode: what was compiled.
+        shapes: fingerprint of the shapes it was compiled for.
+        bytes: its size.
+        sha256: of its bytes. They are code, so nothing of them is loaded unless it is the same.
+    """
+
+    id: Annotated[str, Field(pattern=f"^[0-9a-f]{{{SHORT}}}$")]
+    device: str
+    torch: str
+    mode: Mode
+    shapes: str
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+
+
 class LockedModel(Strict):
     """What the lock file knows of one model.
 
@@ -55,11 +79,13 @@ class LockedModel(Strict):
         digest: of the manifest that is served.
         conversion: the registry's, as JSON, that made it; None if its files are the origins'.
         origins: as in the registry.
+        compiled: artefacts of this digest, sorted by id.
     """
 
     digest: Sha256 | _Unresolved = UNRESOLVED
     conversion: str | None = None
     origins: tuple[LockedOrigin, ...]
+    compiled: tuple[LockedArtefact, ...] = ()
 
 
 class Lock(Strict):
@@ -69,7 +95,29 @@ class Lock(Strict):
     models: dict[str, LockedModel] = Field(default={})
 
     def with_model(self, name: str, model: LockedModel) -> Lock:
-        """A copy with one model replaced."""
+        """A copy with one model replaced; compiled artefacts stay if the digest does."""
+        before = self.models.get(name)
+        kept = before.compiled if before and before.digest == model.digest else ()
+        return self._with(name, model.model_copy(update={"compiled": kept}))
+
+    def with_artefact(self, name: str, digest: str, artefact: LockedArtefact) -> Lock:
+        """A copy with a compiled artefact added, in the place of one with the same id.
+
+        Raises:
+            ConfigError: the model has another digest by now.
+        """
+        model = self.models.get(name)
+        if model is None or model.digest != digest:
+            raise ConfigError(
+                f"The lock file names another content of {name} than the one that was compiled.",
+                value=model.digest[:SHORT] if model else "none",
+                remedy="Compile it again.",
+            )
+        others = [other for other in model.compiled if other.id != artefact.id]
+        compiled = tuple(sorted([*others, artefact], key=lambda one: one.id))
+        return self._with(name, model.model_copy(update={"compiled": compiled}))
+
+    def _with(self, name: str, model: LockedModel) -> Lock:
         return self.model_copy(update={"models": {**self.models, name: model}})
 
 
@@ -106,6 +154,9 @@ def save_lock(registry: Path, lock: Lock) -> None:
     path = lock_path(registry)
     values = lock.model_dump(mode="json", by_alias=True, exclude_none=True)
     values["models"] = dict(sorted(values["models"].items()))
+    for model in values["models"].values():
+        if not model["compiled"]:
+            del model["compiled"]
     new = path.with_suffix(f".{uuid.uuid4().hex}.new")
     with _writing(path):
         try:

@@ -23,13 +23,16 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.errors import SetupError, SourceFailed
+from deployments.gpu.target import this_target
 from deployments.registry import ArtefactSpec, Catalogue, load_catalogue
 from deployments.store.gc import make_room
+from deployments.store.lockfile import load_lock
 from deployments.store.provider import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from deployments.gpu.target import Target
     from deployments.settings import Settings
     from deployments.store.events import Event
 
@@ -62,13 +65,14 @@ def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -
         SetupError: see `Provider.ensure`.
         SourceFailed: the actor was lost five times in a row.
     """
-    if _all_there(name, digest, settings):
+    target = _target(settings)
+    if _all_there(name, digest, settings, target):
         record([("hit", name, "", 1, 0.0)])
         return
     for attempt in range(_TRIES):
         actor = _get_or_create(settings)
         try:
-            ray.get(actor.ensure.remote(name, digest))
+            ray.get(actor.ensure.remote(name, digest, target))
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, SetupError) else error from None
         except RayActorError as error:  # it was ending, or the replica that created it was lost
@@ -83,12 +87,22 @@ def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -
     )
 
 
-def _all_there(name: str, digest: str, settings: Settings) -> bool:
+def _target(settings: Settings) -> Target | None:
+    """The kind of this replica's device, which its actor does not see; None if nobody asks."""
+    lock = load_lock(settings.models)
+    wanted = any(model.compiled for model in lock.models.values())
+    return this_target(settings.device) if wanted else None
+
+
+def _all_there(name: str, digest: str, settings: Settings, target: Target | None) -> bool:
     catalogue = load_catalogue(settings.models)
     provider = Provider(settings.models, settings.store)
     with suppress(SetupError):
         prefetched = [(s.name, provider.digest(s)) for s in _prefetched(catalogue, settings)]
-        return all(provider.store.holds(n, d) for n, d in [(name, digest), *prefetched])
+        return all(
+            provider.store.holds(n, d) and (not target or provider.holds_compiled(n, d, target))
+            for n, d in [(name, digest), *prefetched]
+        )
     return False
 
 
@@ -135,6 +149,7 @@ class NodeInit:
         self._condition = threading.Condition()
         self._waiting = 0
         self._asked = False
+        self._targets: set[Target] = set()
         self._amounts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
         self._counts = Counter[tuple[str, str, str]]()
         self._total_bytes: dict[str, float] = {}
@@ -143,13 +158,19 @@ class NodeInit:
         self._prefetch = threading.Thread(target=self._prefetch_all, daemon=True)
         self._prefetch.start()
 
-    def ensure(self, name: str, digest: str) -> None:
+    def ensure(self, name: str, digest: str, target: Target | None = None) -> None:
         """Pull a model that a replica waits for, before the models that none waits for.
+
+        Args:
+            name: of the model.
+            digest: which content of it.
+            target: the kind of the replica's device, for which compiled artefacts are pulled too,
+                as for each model that comes after this one; None for none.
 
         Raises:
             SetupError: see `Provider.ensure`.
         """
-        with self._replica_waiting():
+        with self._replica_waiting(target):
             self._pull(self._catalogue.find(name), digest)
 
     def progress(self) -> dict[str, float]:
@@ -192,14 +213,17 @@ class NodeInit:
                 keep = {digest, *self._provider.locked_digests}
                 make_room(self._provider.store, keep, self._settings.store)
             self._provider.ensure(spec, digest)
+            for target in self._wanted():
+                self._provider.ensure_compiled(spec, digest, target)
         finally:
             with self._condition:
                 self._total_bytes.pop(spec.name, None)
 
     @contextmanager
-    def _replica_waiting(self) -> Generator[None]:
+    def _replica_waiting(self, target: Target | None) -> Generator[None]:
         with self._condition:
             self._waiting += 1
+            self._targets |= {target} if target else set()
             self._asked = True
         try:
             yield
@@ -207,6 +231,10 @@ class NodeInit:
             with self._condition:
                 self._waiting -= 1
                 self._condition.notify_all()
+
+    def _wanted(self) -> set[Target]:
+        with self._condition:
+            return set(self._targets)
 
     def _on_event(self, event: Event) -> None:
         key = (event.kind, event.model, event.stage)

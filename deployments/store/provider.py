@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from deployments.errors import ConfigError, Missing, ModelCorrupt, SourceFailed
+from deployments.errors import ConfigError, Missing, ModelCorrupt, SetupError, SourceFailed
 from deployments.origins import MANIFEST, UNRESOLVED
-from deployments.store.bucket import read_whole
+from deployments.store import compiled
+from deployments.store.bucket import find, read_whole
 from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.hub import HubReader
 from deployments.store.lockfile import (
+    LockedArtefact,
     LockedOrigin,
     load_lock,
     locked_digest,
@@ -26,11 +29,15 @@ from deployments.store.web import WebReader
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from deployments.gpu.target import Target
     from deployments.registry import ArtefactSpec
     from deployments.settings import StoreSettings
     from deployments.store.bucket import Bucket, Reader
     from deployments.store.folder import Verify
     from deployments.store.staging import Places
+
+_COMPILED_ATTEMPTS = 2
+logger = logging.getLogger("ray.serve.imagen.store")
 
 
 def open_reader(url: str) -> Reader:
@@ -103,6 +110,9 @@ class Provider:
         registry: the registry's YAML file; the lock file is beside it.
         settings: of the store.
         listener: receives every event.
+
+    Attributes:
+        lock: the lock file as it was when this was made.
     """
 
     def __init__(
@@ -110,7 +120,7 @@ class Provider:
     ) -> None:
         self.store = Store(settings, listener)
         self._settings = settings
-        self._lock = load_lock(registry)
+        self.lock = load_lock(registry)
 
     def digest(self, spec: ArtefactSpec) -> str:
         """The lock file's digest of a model.
@@ -118,12 +128,12 @@ class Provider:
         Raises:
             ConfigError: the digest is unresolved.
         """
-        return locked_digest(self._lock, spec)
+        return locked_digest(self.lock, spec)
 
     @property
     def locked_digests(self) -> set[str]:
         """Every digest of the lock file."""
-        return {model.digest for model in self._lock.models.values()} - {UNRESOLVED}
+        return {model.digest for model in self.lock.models.values()} - {UNRESOLVED}
 
     def ensure(
         self, spec: ArtefactSpec, digest: str | None = None, verify: Verify = "quick"
@@ -142,6 +152,52 @@ class Provider:
         digest = digest or self.digest(spec)
         folder = self.store.find(spec.name, digest, verify)
         return folder or self.store.pull(*self.plan(spec, digest))
+
+    def ensure_compiled(
+        self, spec: ArtefactSpec, digest: str, target: Target
+    ) -> dict[str, Literal["present", "pulled", "absent"]]:
+        """Pull what the lock file knows to be compiled for a model and a kind of device.
+
+        Never raises for an artefact that the mirror lacks or holds with other bytes, and for a
+        mirror or a store that fails: the model is served without it, and the log says why.
+
+        Returns:
+            What became of each artefact, by id.
+        """
+        done: dict[str, Literal["present", "pulled", "absent"]] = {}
+        for artefact in compiled.matching(self.lock, spec.name, digest, target):
+            if compiled.holds(self.store, spec.name, digest, artefact):
+                done[artefact.id] = "present"
+                continue
+            try:
+                pulled = self._pull_compiled(spec, digest, artefact)
+            except SetupError as error:
+                logger.warning("A compiled artefact of %s was not pulled: %s", spec.name, error)
+                pulled = False
+            done[artefact.id] = "pulled" if pulled else "absent"
+        return done
+
+    def holds_compiled(self, name: str, digest: str, target: Target) -> bool:
+        """Whether everything that `ensure_compiled` could pull is in the store, by sizes."""
+        if not self._settings.mirror:
+            return True
+        return all(
+            compiled.holds(self.store, name, digest, artefact, "quick")
+            for artefact in compiled.matching(self.lock, name, digest, target)
+        )
+
+    def _pull_compiled(self, spec: ArtefactSpec, digest: str, artefact: LockedArtefact) -> bool:
+        if not self._settings.mirror:
+            return False
+        reader = open_reader(compiled_url(self._settings.mirror, spec.name, digest))
+        path = compiled.published_name(artefact)
+        # Few attempts, because the model can be served without it.
+        settings = self._settings.model_copy(update={"attempts": _COMPILED_ATTEMPTS})
+        if retrying(lambda: find(reader, path), settings) is None:
+            logger.warning("The mirror has no compiled artefact %s of %s.", path, spec.name)
+            return False
+        compiled.pull(self.store, spec, digest, artefact, reader)
+        return True
 
     def plan(self, spec: ArtefactSpec, digest: str | None = None) -> tuple[Manifest, Places]:
         """What a pull would fetch, and from where; fetches at most a manifest.
@@ -182,7 +238,7 @@ class Provider:
                 remedy=f"Run `imagen models convert {spec.name}` here, or set store.mirror to where"
                 " the model is published.",
             )
-        origins = locked_origins(spec, self._lock)
+        origins = locked_origins(spec, self.lock)
         manifest = origin_manifest(spec, origins)
         if not manifest.digest.startswith(digest):
             raise SourceFailed(
@@ -206,3 +262,8 @@ def origin_places(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Plac
 def mirror_url(mirror: str, model: str, digest: str) -> str:
     """The URL below which a mirror keeps a model."""
     return f"{mirror.rstrip('/')}/{model}/{digest[:SHORT]}"
+
+
+def compiled_url(mirror: str, model: str, digest: str) -> str:
+    """The URL below which a mirror keeps the compiled artefacts of a model."""
+    return mirror_url(f"{mirror.rstrip('/')}/compiled", model, digest)

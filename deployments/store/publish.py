@@ -6,24 +6,30 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from deployments.errors import ModelCorrupt
 from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import ROOT, StoreSettings
+from deployments.store import compiled
 from deployments.store.bucket import Bucket, RemoteFile, find
 from deployments.store.events import Event, Listener, ignore
 from deployments.store.folder import Hashes, hash_file
-from deployments.store.provider import mirror_url, open_bucket
+from deployments.store.provider import compiled_url, make_bucket, mirror_url, open_bucket
 from deployments.store.transfer import retrying
 
 if TYPE_CHECKING:
     from deployments.store.cache import Store
+    from deployments.store.lockfile import LockedModel
     from deployments.store.manifest import Manifest
 
 _SMOKE_TIMEOUT_S = 900
+
+
+Upload = Literal["published", "present", "absent"]
 
 
 class Published(NamedTuple):
@@ -81,6 +87,37 @@ def publish(
     return Published(url, len(sizes), sum(sizes))
 
 
+def publish_compiled(
+    model: str, locked: LockedModel, store: Store, target_url: str, settings: StoreSettings
+) -> dict[str, Upload]:
+    """Upload the lock file's compiled artefacts of a model, as far as this store holds them.
+
+    Machines of other kinds publish the others. Nothing is ever overwritten: the name of an
+    artefact holds a part of its SHA-256, so one that was compiled again gets another name.
+
+    Returns:
+        What became of each artefact, by id; absent: neither in this store nor at the target.
+
+    Raises:
+        ModelCorrupt: one is damaged in this store, or the target holds other bytes.
+        ConfigError, SourceFailed, StoreUnwritable: as `publish`.
+    """
+    bucket = make_bucket(compiled_url(target_url, model, locked.digest))
+    done: dict[str, Upload] = {}
+    with store.lease(locked.digest):
+        for artefact in locked.compiled:
+            path = compiled.published_name(artefact)
+            crc32c = compiled.check(store, model, locked.digest, artefact)
+            if crc32c is None:
+                there = retrying(lambda path=path: find(bucket, path), settings)
+                done[artefact.id] = "present" if there else "absent"
+                continue
+            file, size = compiled.place(store, model, locked.digest, artefact), artefact.bytes
+            send = partial(_put, bucket, path, file, size, crc32c)
+            done[artefact.id] = "published" if retrying(send, settings) else "present"
+    return done
+
+
 def _upload(
     bucket: Bucket, folder: Path, manifest: Manifest, settings: StoreSettings, listener: Listener
 ) -> list[int]:
@@ -89,7 +126,7 @@ def _upload(
 
     def send(path: str, size: int, known: str | None) -> int | None:
         crc32c = known or hash_file(folder / path, sha256=False).crc32c
-        sent = retrying(lambda: _put(bucket, folder, path, size, crc32c), settings)
+        sent = retrying(lambda: _put(bucket, path, folder / path, size, crc32c), settings)
         listener(Event("bytes" if sent else "adopted", model, size))
         return size if sent else None
 
@@ -106,11 +143,11 @@ def _upload(
     return [size for size in sizes if size is not None]
 
 
-def _put(bucket: Bucket, folder: Path, path: str, size: int, crc32c: str) -> bool:
+def _put(bucket: Bucket, path: str, file: Path, size: int, crc32c: str) -> bool:
     """Upload one file, or check that the file that is already there has the same bytes."""
     there = find(bucket, path)
     if there is None:
-        if bucket.put(path, folder / path):
+        if bucket.put(path, file):
             return True
         there = find(bucket, path)  # another process was faster
     actual = (there.size, _crc32c(bucket, there)) if there else (0, "nothing")

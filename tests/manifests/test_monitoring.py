@@ -40,6 +40,7 @@ def test_every_metric_of_ours_is_shown_or_watched() -> None:
     unseen = {"imagen_store_" + n for n in ("hits", "misses", "retries", "verify_failures")}
     unseen |= {"imagen_store_fetched_bytes", "imagen_store_adopted_bytes"}
     unseen |= {"imagen_store_single_flight_wait_seconds", "imagen_model_swaps"}
+    unseen |= {"imagen_compiled_artefacts"}
     assert {f"ray_{name}" for name in made - unseen} <= used
 
 

@@ -15,15 +15,19 @@ import ray
 from ray.util import list_named_actors
 from safetensors.torch import load_file, save_file
 
+from deployments.gpu.target import this_target
 from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings, StoreSettings
+from deployments.store import compiled
 from deployments.store.cache import Store
+from deployments.store.compiled import CompiledKey
 from deployments.store.folder import hash_file, list_files
 from deployments.store.folder_bucket import FolderBucket
-from deployments.store.lockfile import build_manifest
+from deployments.store.lockfile import build_manifest, load_lock, lock_path, update_lock
 from deployments.store.manifest import FileEntry
 from deployments.store.node_init import NAMESPACE, ensure_on_node, pulling
 from deployments.store.provider import Provider
+from deployments.store.publish import publish, publish_compiled
 from deployments.tasks import Task
 from deployments.telemetry import ModelMetrics
 from tests.serve.conftest import deploy, wait_until_running
@@ -278,3 +282,33 @@ async def test_eight_replicas_make_one_pull_that_tells_its_progress(
     for spec in load_registry(slow.models).values():
         assert provider.store.holds(spec.name, provider.digest(spec))
     wait_for(lambda: not [a for a in list_named_actors(True) if a["namespace"] == NAMESPACE])
+
+
+def test_a_node_gets_what_is_compiled_for_its_device_unless_it_is_damaged(
+    cluster: str, tmp_path: Path
+) -> None:
+    registry = Path(shutil.copy(ROOT / STARTER, tmp_path))
+    shutil.copy(lock_path(STARTER), tmp_path)
+    mirror = f"file://{tmp_path / 'mirror'}"
+    settings = StoreSettings(root=tmp_path / "maker")
+    provider, digest = Provider(registry, settings), locked_in_full()
+    provider.ensure(UPSCALE)
+    publish(UPSCALE, digest, provider.store, mirror, settings, smoke=False)
+    key = CompiledKey(UPSCALE.name, digest, this_target("auto"), "full", "any")
+    artefact = compiled.add(provider.store, key, b"code" * 1000)
+    update_lock(registry, lambda lock: lock.with_artefact(UPSCALE.name, digest, artefact))
+    lock = load_lock(registry)
+    publish_compiled(UPSCALE.name, lock.models[UPSCALE.name], provider.store, mirror, settings)
+
+    def found_on(node: str) -> bytes | None:
+        filled = StoreSettings(root=tmp_path / node, mirror=mirror, prefetch=())
+        ray.get(ask.remote(Settings(models=registry, store=filled), UPSCALE.name))
+        store = Store(filled)
+        assert store.check(UPSCALE.name, digest, "full"), "the model is there in any case"
+        return compiled.find(store, lock, key)
+
+    assert found_on("one") == b"code" * 1000
+    (published,) = (tmp_path / "mirror" / "compiled").rglob("*.bin")
+    published.chmod(0o644)
+    published.write_bytes(b"evil" * 1000)
+    assert found_on("two") is None

@@ -167,7 +167,7 @@ def test_stale_staging_goes_before_the_disk_is_measured(
     stale = store.root / ".staging" / f"{WHOLE.short}.host.1"
     common.write_files(stale, {LARGE: b"half"})
     seen: list[bool] = []
-    monkeypatch.setattr(store._staging, "_check_space", lambda *_: seen.append(stale.exists()))
+    monkeypatch.setattr(store.staging, "_check_space", lambda *_: seen.append(stale.exists()))
     store.pull(WHOLE, places)
     assert seen == [False]
 
@@ -259,7 +259,7 @@ def test_a_disk_that_is_really_full(
         store.pull(OTHER, other_places)
         assert_refused_and_clean(store, places, "does not fit")
         # Somebody else may fill it after it was measured.
-        monkeypatch.setattr(store._staging, "_check_space", lambda *_: None)
+        monkeypatch.setattr(store.staging, "_check_space", lambda *_: None)
         assert_refused_and_clean(store, places, "No space left")
 
 
