@@ -21,7 +21,7 @@ from deployments.estimate import Estimator, Forecast
 from deployments.gpu.cap import memory_bytes
 from deployments.images import Picture
 from deployments.loader import load
-from deployments.preparing import prepare
+from deployments.preparing import prepare_replica
 from deployments.store.manifest import SHORT
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
@@ -284,10 +284,7 @@ class Host:
         return served
 
     def _prepare(self, loaded: Loaded) -> None:
-        spec = self._spec
-        request = complete(spec.task.request(), spec.defaults, spec.parameters)
-        graph_bytes = loaded.cap_bytes if spec.graphs else None
-        prepare(loaded.pipeline, request, self.limits, mode=spec.compile, graph_bytes=graph_bytes)
+        prepare_replica(self._spec, loaded, self.limits, self._settings, self._provider)
 
     def _estimator(self, pipeline: AnyPipeline, engine: Engine) -> Estimator:
         limit_s = self._settings.request_timeout_s

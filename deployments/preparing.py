@@ -5,27 +5,61 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.contract import complete
 from deployments.engine.device import is_fatal
 from deployments.engine.graphs import CudaGraphs
 from deployments.engine.preparation import Preparation
+from deployments.gpu.target import this_target
+from deployments.store import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.pipeline import AnyPipeline
-    from deployments.registry import CompileMode
+    from deployments.loader import Loaded
+    from deployments.registry import CompileMode, ModelSpec
+    from deployments.settings import Settings
+    from deployments.store.provider import Provider
 
+SHAPES = "any"
+"""Fingerprint of the shapes in an artefact: networks are compiled for all sizes at once."""
 logger = logging.getLogger("ray.serve.imagen.preparing")
 
 
+def prepare_replica(
+    spec: ModelSpec, loaded: Loaded, limits: GroupLimits, settings: Settings, provider: Provider
+) -> None:
+    """Prepare what the registry's entry asks for, with the artefact of this device if there is one.
+
+    What fails is logged, and runs plain, unless the device itself has failed.
+    """
+    if spec.compile != "off":
+        target = this_target(settings.device)
+        key = compiled.CompiledKey(spec.name, loaded.digest, target, spec.compile, SHAPES)
+        into = torch.compiler.load_cache_artifacts
+        compiled.load(provider.store, provider.lock, key, into)
+    try:
+        prepare(
+            spec,
+            loaded.pipeline,
+            limits,
+            mode=spec.compile,
+            graph_bytes=loaded.cap_bytes if spec.graphs else None,
+        )
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        logger.exception("Passes of %s could not be prepared, and run plain.", spec.name)
+
+
 def prepare(
+    spec: ModelSpec,
     pipeline: AnyPipeline,
-    request: Any,
     limits: GroupLimits,
     *,
     mode: CompileMode,
@@ -34,29 +68,26 @@ def prepare(
 ) -> None:
     """Prepare a pipeline that is on its device and takes no rows yet.
 
-    A failure is logged, and the passes run plain, unless the device itself has failed.
-
     Args:
-        request: complete, with guidance where the family has it.
+        spec: of the model.
+        pipeline: its pipeline.
         limits: of a pass.
-        mode: see `Preparation`.
+        mode: what is compiled, see `Preparation`.
         graph_bytes: what the allocator may reserve of a GPU, graphs included; None records none.
         backend: of torch.compile.
+
+    Raises:
+        Exception: whatever torch raises where it cannot compile or record.
     """
     how = Preparation(mode, None if graph_bytes is None else CudaGraphs(graph_bytes), backend)
     if mode == "off" and how.recorder is None:
         return
+    request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.monotonic()
-    try:
-        with _compiling():
-            count = pipeline.prepare(how, request, limits)
-    except Exception as error:
-        if is_fatal(error):
-            raise
-        logger.exception("Passes could not be prepared (compile: %s), and run plain.", mode)
-        return
+    with _compiling():
+        count = pipeline.prepare(how, request, limits)
     seconds = time.monotonic() - start_s
-    logger.info("%d passes prepared in %.1f s (compile: %s)", count, seconds, mode)
+    logger.info("%d passes of %s prepared in %.1f s (compile: %s)", count, spec.name, seconds, mode)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.filesize import decimal
@@ -21,7 +21,7 @@ from deployments.store import compiled
 from deployments.store.lockfile import LockedArtefact, Mode, update_lock
 
 if TYPE_CHECKING:
-    from deployments.engine.pipeline import AnyPipeline
+    from deployments.loader import Loaded
 
 Device = Literal["auto", "cpu", "cuda"]
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -67,7 +67,7 @@ def _make(
     with loaded.lease:
         start_s = time.monotonic()
         with _fresh_caches():
-            blob, shapes = _compile(spec, loaded.pipeline, mode)
+            blob, shapes = _compile(spec, loaded, mode)
         seconds = time.monotonic() - start_s
         key = compiled.CompiledKey(spec.name, digest, this_target(device), mode, shapes)
         artefact = compiled.add(opened.store, key, blob)
@@ -91,50 +91,26 @@ def _fresh_caches() -> Generator[None]:
                     os.environ[name] = value
 
 
-def _compile(spec: ModelSpec, pipeline: AnyPipeline, mode: Mode) -> tuple[bytes, str]:
-    """Compile a diffusion model's UNet at its largest size; the artefact, and its shapes.
+def _compile(spec: ModelSpec, loaded: Loaded, mode: Mode) -> tuple[bytes, str]:
+    """Prepare the model as a replica does; the artefact, and the fingerprint of its shapes.
 
     Raises:
-        ConfigError: the model has no UNet, torch cannot compile here, or it compiled nothing.
+        ConfigError: the family is not compiled, torch cannot compile here, or it compiled nothing.
     """
     import torch
 
-    unet: Any = getattr(getattr(pipeline, "denoiser", None), "unet", None)
-    if unet is None:
-        raise _uncompiled(spec, f"family {spec.family} has no UNet")
-    if mode == "blocks":
-        unet.compile_repeated_blocks(dynamic=False)
-    else:
-        unet.compile(dynamic=False)
+    from deployments.engine.grouping import GroupLimits
+    from deployments.preparing import SHAPES, prepare
+
+    limits = GroupLimits(spec.max_batch_size)
     try:
-        shapes = _run_once(spec, pipeline)
+        prepare(spec, loaded.pipeline, limits, mode=mode, graph_bytes=loaded.cap_bytes)
     except RuntimeError as error:  # the base of what torch raises: no compiler, say
         raise _uncompiled(spec, str(error).splitlines()[0].rstrip(".")) from error
     saved = torch.compiler.save_cache_artifacts()
     if saved is None:
-        raise _uncompiled(spec, "torch compiled nothing")
-    return saved[0], shapes
-
-
-def _run_once(spec: ModelSpec, pipeline: AnyPipeline) -> str:
-    """Run a grey picture of the largest size; says which."""
-    import numpy as np
-
-    from deployments.contract import complete
-    from deployments.engine.row import RowInput
-    from deployments.images import Picture
-
-    width_px, height_px = max(spec.buckets or ((spec.tile_px,) * 2,), key=lambda b: b[0] * b[1])
-    picture = Picture(np.full((height_px, width_px, 3), 127, np.uint8), None)
-    request = complete(spec.task.request(), spec.defaults, spec.parameters)
-    row = RowInput(request, pipeline.fit(picture, request), 0, float("inf"))
-    beginning = pipeline.begin(row)
-    try:
-        while True:
-            next(beginning)
-    except StopIteration as ended:
-        pipeline.step([ended.value])
-    return f"{width_px}x{height_px}"
+        raise _uncompiled(spec, f"torch compiled nothing of family {spec.family}")
+    return saved[0], SHAPES
 
 
 def _uncompiled(spec: ModelSpec, reason: str) -> ConfigError:

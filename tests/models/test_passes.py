@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from deployments.engine import passes as module
 from deployments.engine.grouping import GroupLimits
 from deployments.engine.passes import Passes, rows_of
 from deployments.engine.preparation import Preparation
-from deployments.preparing import prepare
+from deployments.loader import Loaded
+from deployments.preparing import prepare, prepare_replica
 from deployments.registry import ModelSpec
+from deployments.settings import Settings, StoreSettings
+from deployments.store.provider import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from deployments.engine.passes import Tensors
 
@@ -197,8 +202,10 @@ def test_moving_the_weights_ends_prepared_passes(fresh: Callable[..., Any]) -> N
 
 
 def test_a_failure_to_prepare_is_logged_and_passes_run_plain(
+    tiny_folder: Callable[[str], Any],
     fresh: Callable[..., Any],
     run_together: Callable[..., Any],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -208,7 +215,12 @@ def test_a_failure_to_prepare_is_logged_and_passes_run_plain(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(pipeline, "prepare", fail)
-    prepare(pipeline, request_of("isnet"), GroupLimits(2), mode="full", graph_bytes=None)
+    settings = Settings(device="cpu", store=StoreSettings(root=tmp_path))
+    spec = tiny.spec("isnet", tiny_folder("isnet"), compile="full")
+    loaded = Loaded(pipeline, "1" * 16, "cpu", None, ExitStack())
+    provider = Provider(settings.models, settings.store, lambda _: None)
+    prepare_replica(spec, loaded, GroupLimits(2), settings, provider)
+    assert "none is locked" in caplog.text  # no compiled artefact either
     assert "could not be prepared" in caplog.text
     row = as_row(pipeline, request_of("isnet"), tiny.picture(0))
     run_together(pipeline, [row])
@@ -252,6 +264,7 @@ def compiled_only() -> Iterator[None]:
 def test_compiling_changes_no_picture_and_never_runs_in_a_request(
     name: str,
     mode: Any,
+    tiny_folder: Callable[[str], Any],
     fresh: Callable[..., Any],
     run_together: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +273,7 @@ def test_compiling_changes_no_picture_and_never_runs_in_a_request(
     expected = pictures(pipeline, name, run_together)
     monkeypatch.setattr(module, "_GAIN", float("inf"))  # used even if it is slower here
     options: Any = {"mode": mode, "graph_bytes": None, "backend": "eager"}
-    prepare(pipeline, request_of(name), GroupLimits(4), **options)
+    prepare(tiny.spec(name, tiny_folder(name)), pipeline, GroupLimits(4), **options)
     compiled = compilations()
     assert compiled
     pipeline_passes = pipeline.passes if name == "isnet" else pipeline.denoiser.passes
