@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from benchmarks.gpu.workloads import Workload
+    from deployments.registry import NoisePrecision
 
 _WARM_UPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How ours runs. The defaults are what deployments/ does.
+    """How ours runs. The defaults are what deployments/ does, except for `noise`.
 
     Attributes:
         dtype, vae_dtype: None as served.
@@ -37,6 +38,8 @@ class Options:
         group: up to this many rows share a step, whenever they are there; None lets the engine
             choose, up to the workload's own.
         exact: every row steps alone.
+        noise: dtype that noise is drawn in. By default the model's, because pictures are compared
+            with those of stock diffusers, which draws so.
     """
 
     dtype: torch.dtype | None = None
@@ -50,6 +53,7 @@ class Options:
     remembered: bool = False
     group: int | None = None
     exact: bool = False
+    noise: NoisePrecision = "model"
 
 
 BASE = Options()

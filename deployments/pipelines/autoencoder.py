@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from deployments.errors import ModelFailed
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from deployments.engine.row import Pixels
+    from deployments.pipelines.noise import Noise
 
 
 class Autoencoder:
@@ -35,11 +35,10 @@ class Autoencoder:
         self._tile = None if tile_px is None else tile_px // self._scale
 
     @torch.inference_mode()
-    def encode(self, pixels: Pixels, generator: torch.Generator) -> torch.Tensor:
-        """Scaled latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `generator`."""
+    def encode(self, pixels: Pixels, noise: Noise) -> torch.Tensor:
+        """Scaled latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `noise`."""
         image = image_tensor(pixels).to(self.vae.device, self.vae.dtype)
-        latents = retrieve_latents(self.vae.encode(image), generator)
-        return latents * self.vae.config.scaling_factor
+        return _sample(self.vae.encode(image), noise) * self.vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Generator[None, None, Pixels]:
@@ -86,6 +85,14 @@ def image_tensor(pixels: Pixels) -> torch.Tensor:
     that both add up in the same order.
     """
     return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+def _sample(encoded: Any, noise: Noise) -> torch.Tensor:
+    """Latents drawn from the distribution of an AutoencoderKL, or those of an AutoencoderTiny."""
+    if not hasattr(encoded, "latent_dist"):
+        return encoded.latents
+    mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    return mean + std * noise.draw(mean.shape, mean.dtype, mean.device)
 
 
 def _pixels(image: torch.Tensor) -> Pixels:

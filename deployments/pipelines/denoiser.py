@@ -2,6 +2,8 @@
 
 A diffusers UNet takes one timestep for each row, so that strength, steps, guidance, seed and time
 of arrival may differ within a pass. A row with guidance takes two places in it, others take one.
+The noise of schedulers that draw at their steps lies ready when a row begins, so that no row draws
+from the generator of another.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import torch
 
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.schedules import (
-    DATA_LATENTS,
-    DATA_OUTPUT,
+    CLEAN_LATENTS,
+    CLEAN_NEW,
+    COLUMNS,
     KEEP,
+    NOISE,
+    REMEMBER_LATENTS,
+    REMEMBER_OUTPUT,
     SCALE,
-    USE_DATA,
     USE_FORMER,
+    USE_NEW,
     make_schedule,
 )
 
@@ -33,9 +39,9 @@ if TYPE_CHECKING:
 _SCHEDULES = 256
 
 
-def network_px(pixels: int, guidance_scale: float) -> int:
+def network_px(pixels: int, *, guided: bool) -> int:
     """Pixels that a pass works on for a picture of `pixels`: twice as many with guidance."""
-    return pixels * (2 if guidance_scale > 1 else 1)
+    return pixels * (2 if guided else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,13 @@ class Condition:
         text: `(1, 77, D)` embeddings.
         pooled: `(1, P)`, of an SDXL model.
         time_ids: `(1, 5 or 6)`, of an SDXL model.
+        guidance: `(1, G)` embedding of the guidance scale, of a model that was distilled with it.
     """
 
     text: torch.Tensor
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -65,10 +73,12 @@ class Denoising:
         guidance_scale: above 1 with guidance.
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of the picture's noise, of the x4 upscaler.
-        index: the next step.
-        former: the clean latents that the last step predicted, if the schedule is linear.
-        scheduler: the row's own copy, if the schedule is not linear.
         source: the latents of the picture that the row started from, where there is one.
+        noises: `(1, C, h, w)` for each step that draws noise.
+        index: the next step.
+        former: what the latest steps remembered, the last one first: as many as may be needed.
+        last: what the last step left for `clean`: its index, its latents and what it remembered.
+        scheduler: the row's own copy, if the schedule is not linear.
     """
 
     latents: torch.Tensor
@@ -78,14 +88,37 @@ class Denoising:
     guidance_scale: float
     picture: torch.Tensor | None = None
     noise_level: int | None = None
-    index: int = 0
-    former: torch.Tensor | None = None
-    scheduler: Any = None
     source: torch.Tensor | None = None
+    noises: tuple[torch.Tensor, ...] = ()
+    index: int = 0
+    former: tuple[torch.Tensor, ...] = ()
+    last: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    scheduler: Any = None
 
     @property
     def guided(self) -> bool:
         return self.negative is not None
+
+    @property
+    def clean(self) -> torch.Tensor | None:
+        """The clean latents that the last step predicted; None if there are none. Thread-safe."""
+        last, factors = self.last, self.schedule.factors
+        if last is None or factors is None:
+            return None
+        index, latents, new = last
+        of_latents, of_new = factors[index, [CLEAN_LATENTS, CLEAN_NEW]].tolist()
+        return of_latents * latents + of_new * new
+
+    def beyond(self, column: int) -> torch.Tensor:
+        """What a factor of the next step in USE_FORMER or NOISE is for, `(1, C, h, w)`."""
+        return self.noises[self.index] if column == NOISE else self.former[column - USE_FORMER]
+
+    def advance(self, latents: torch.Tensor, new: torch.Tensor) -> None:
+        """Take over a step's latents and what it remembers."""
+        self.last = (self.index, latents, new)  # in one, because a preview may read it meanwhile
+        self.latents = latents
+        self.former = (new, *self.former)[: self.schedule.depth]
+        self.index += 1
 
 
 class Denoiser:
@@ -118,18 +151,19 @@ class Denoiser:
             self._step_with_schedulers(rows)
             return
         table = np.stack(steps)
-        factors = self._send(table).T.reshape(6, -1, 1, 1, 1)
+        factors = self._send(table).T.reshape(COLUMNS, -1, 1, 1, 1)
         latents = torch.cat([row.latents for row in rows])
         output = self._guide(rows, self._forward(rows, latents * factors[SCALE]))
-        data = factors[DATA_LATENTS] * latents + factors[DATA_OUTPUT] * output
-        after = factors[KEEP] * latents + factors[USE_DATA] * data
-        if table[:, USE_FORMER].any():
-            former = [one if row.former is None else row.former for row, one in _each(rows, data)]
-            after = after + factors[USE_FORMER] * torch.cat(former)
+        new = factors[REMEMBER_LATENTS] * latents + factors[REMEMBER_OUTPUT] * output
+        after = factors[KEEP] * latents + factors[USE_NEW] * new
+        for column in (*range(USE_FORMER, COLUMNS), NOISE):
+            if (used := table[:, column]).any():
+                # Anything finite will do where the factor is 0.
+                pairs = zip(used, _each(rows, new), strict=True)
+                values = [row.beyond(column) if factor else one for factor, (row, one) in pairs]
+                after = after + factors[column] * torch.cat(values)
         for i, row in enumerate(rows):
-            row.latents = after[i : i + 1]
-            row.former = data[i : i + 1]
-            row.index += 1
+            row.advance(after[i : i + 1], new[i : i + 1])
 
     def _step_with_schedulers(self, rows: Sequence[Denoising]) -> None:
         """A pass for rows whose schedule is not linear: each row's own scheduler steps it."""
@@ -202,6 +236,9 @@ class Denoiser:
         if places[0].noise_level is not None:
             levels = [row.noise_level for row in places]
             options["class_labels"] = self._send(levels, torch.long)
+        if places[0].positive.guidance is not None:
+            embedded = [c.guidance for c in conditions if c.guidance is not None]
+            options["timestep_cond"] = torch.cat(embedded)
         if places[0].positive.pooled is not None:
             options["added_cond_kwargs"] = {
                 "text_embeds": torch.cat([c.pooled for c in conditions if c.pooled is not None]),
@@ -235,8 +272,8 @@ def _adopt(row: Denoising) -> None:
         return
     stream = torch.cuda.current_stream()
     conditions = [condition for condition in (row.positive, row.negative) if condition]
-    steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids)]
-    for tensor in (row.latents, row.picture, *steering):
+    steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids, c.guidance)]
+    for tensor in (row.latents, row.picture, *row.noises, *steering):
         if tensor is not None:
             tensor.record_stream(stream)
 
