@@ -108,8 +108,9 @@ def run_mix(
 
 
 @pytest.mark.parametrize("mixes", MIXES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [*itertools.product(FAMILIES, SCHEDULERS), ("sd_lcm", "lcm")]
+)
 def test_every_mix_equals_the_stock_calls_one_by_one(
     name: str,
     scheduler: str,
