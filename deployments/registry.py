@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -13,6 +13,8 @@ from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
 from deployments.origins import UNRESOLVED, SafePath, check_pinned, parse_hub, safe_path
 from deployments.settings import Strict, parse_settings, resolve
 from deployments.tasks import Task
+
+NoisePrecision: TypeAlias = Literal["float32", "model"]
 
 
 def _pinned(source: str) -> str:
@@ -132,6 +134,8 @@ class ModelSpec(ArtefactSpec):
         dtype: of the weights on the device.
         variant: file variant to load, such as fp16.
         attention: sdpa, or xformers if that is installed.
+        noise: dtype that noise is drawn in. With float32 a seed gives the same picture, up to
+            rounding, whatever the dtype; model draws in the model's dtype, as stock diffusers does.
         defaults: parameter values for fields that a request leaves out.
         buckets: working sizes (width, height) in px, multiples of 64; diffusion img2img only.
         tile_px: edge of the tiles an upscaler works in.
@@ -151,6 +155,7 @@ class ModelSpec(ArtefactSpec):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     variant: Literal["fp16"] | None = None
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    noise: NoisePrecision = "float32"
     defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
@@ -194,6 +199,8 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(f"family {self.family} repeats no blocks: use compile: full or off")
         if self.compile != "off" and self.family == "upscale_gan":
             raise ValueError("family upscale_gan is not compiled: leave `compile` out")
+        if self.noise != "float32" and "seed" not in self.parameters:
+            raise ValueError(f"family {self.family} draws no noise")
         check_defaults(self, self.defaults)
         return self
 

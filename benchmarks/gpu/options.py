@@ -14,11 +14,13 @@ from benchmarks.gpu.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from benchmarks.gpu.workloads import Workload
+    from deployments.registry import NoisePrecision
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How ours runs. The defaults are what deployments/ does with a model of the registry.
+    """How ours runs. The defaults are what deployments/ does with a model of the registry, except
+    for `noise`.
 
     Attributes:
         mode: what torch compiles.
@@ -30,6 +32,8 @@ class Options:
         group: up to this many rows share a step, whenever they are there; None lets the engine
             choose, up to the workload's own.
         exact: every row steps alone.
+        noise: dtype that noise is drawn in. By default the model's, because pictures are compared
+            with those of stock diffusers, which draws so.
     """
 
     mode: Literal["off", "blocks", "full"] = "off"
@@ -41,6 +45,7 @@ class Options:
     attention: Literal["sdpa", "cudnn", "xformers"] = "sdpa"
     group: int | None = None
     exact: bool = False
+    noise: NoisePrecision = "model"
 
 
 BASE = Options()

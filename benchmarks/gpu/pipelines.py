@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks.gpu.architectures import ARCHITECTURES
 from deployments.engine.passes import Passes
@@ -18,6 +17,7 @@ from deployments.engine.pipeline import result_of
 from deployments.engine.row import RowInput
 from deployments.pipelines.autoencoder import Autoencoder, image_tensor
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
+from deployments.pipelines.noise import Noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.workloads import Parts, Request
     from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels
+    from deployments.registry import NoisePrecision
 
     Start = tuple[torch.Tensor, Any, torch.Tensor | None]
     """Noisy latents, the schedule, and the picture beside the latents."""
@@ -35,24 +36,29 @@ class DiffusionBench:
 
     Args:
         unet, vae: with the options applied.
+        noise: dtype that noise is drawn in.
     """
 
-    def __init__(self, parts: Parts, unet: Any, vae: Any) -> None:
+    def __init__(self, parts: Parts, unet: Any, vae: Any, noise: NoisePrecision) -> None:
         self._parts = parts
+        self._noise: NoisePrecision = noise
         self._dtype = unet.dtype
         self._denoiser = Denoiser(unet, parts.scheduler())
         self._autoencoder = Autoencoder(vae, ARCHITECTURES[parts.workload.model].vae_tile_px)
         self._positive, self._negative = (_cast(c, unet.dtype) for c in parts.conditions)
 
     def cost_px(self, row: RowInput[Request]) -> int:
-        return network_px(math.prod(row.pixels.shape[:2]), row.request.guidance_scale)
+        guided = row.request.guidance_scale > 1
+        return network_px(math.prod(row.pixels.shape[:2]), guided=guided)
 
     @torch.inference_mode()
     def begin(self, row: RowInput[Request]) -> Generator[None, None, Denoising]:
         request = row.request
         upscales = self._parts.workload.family == "upscale_diffusion"
         start = self._start_upscale if upscales else self._start_img2img
-        latents, schedule, picture = start(row, torch.Generator("cpu").manual_seed(row.seed))
+        noise = Noise(row.seed, self._noise)
+        latents, schedule, picture = start(row, noise)
+        noises = yield from noise.draw_steps(schedule.draws, latents, self._dtype)
         yield
         return Denoising(
             latents,
@@ -62,22 +68,23 @@ class DiffusionBench:
             guidance_scale=request.guidance_scale,
             picture=picture,
             noise_level=request.noise_level if upscales else None,
+            noises=noises,
         )
 
-    def _start_img2img(self, row: RowInput[Request], generator: torch.Generator) -> Start:
-        clean = self._autoencoder.encode(row.pixels, generator)
-        noise = randn_tensor(clean.shape, generator, clean.device, self._dtype)
+    def _start_img2img(self, row: RowInput[Request], noise: Noise) -> Start:
+        clean = self._autoencoder.encode(row.pixels, noise)
+        drawn = noise.draw(clean.shape, self._dtype, clean.device)
         schedule = self._denoiser.schedule(row.request.steps, row.request.skipped)
-        return clean.float() * schedule.image + noise.float() * schedule.noise, schedule, None
+        return clean.float() * schedule.image + drawn.float() * schedule.noise, schedule, None
 
-    def _start_upscale(self, row: RowInput[Request], generator: torch.Generator) -> Start:
+    def _start_upscale(self, row: RowInput[Request], noise: Noise) -> Start:
         picture = image_tensor(row.pixels).to(self._parts.device, self._dtype)
-        noise = randn_tensor(picture.shape, generator, picture.device, self._dtype)
+        drawn = noise.draw(picture.shape, self._dtype, picture.device)
         kept = self._parts.noises[row.request.noise_level]
-        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * noise
+        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * drawn
         shape = (1, self._autoencoder.vae.config.latent_channels, *picture.shape[2:])
         schedule = self._denoiser.schedule(row.request.steps)
-        latents = randn_tensor(shape, generator, picture.device, self._dtype).float()
+        latents = noise.draw(shape, self._dtype, picture.device).float()
         return latents * schedule.first_noise, schedule, noisy
 
     @torch.inference_mode()

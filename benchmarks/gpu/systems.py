@@ -216,7 +216,7 @@ class Ours(System):
         else:
             unet = speed.apply(parts.unet, options)
             networks = [unet, speed.apply_vae(parts.vae, options)]
-            self.pipeline = DiffusionBench(parts, *networks)
+            self.pipeline = DiffusionBench(parts, *networks, noise=options.noise)
         self.shared_bytes = shared_bytes(parts, networks)
 
     def warm_up(self) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels
+    from deployments.pipelines.noise import Noise
 
 
 class Autoencoder:
@@ -40,13 +41,10 @@ class Autoencoder:
         self.decodes = Passes(self._call_decoder)
 
     @torch.inference_mode()
-    def encode(self, pixels: Pixels, generator: torch.Generator) -> torch.Tensor:
-        """Scaled latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `generator`."""
+    def encode(self, pixels: Pixels, noise: Noise) -> torch.Tensor:
+        """Scaled latents `(1, C, h, w)` of `H x W x 3` pixels, drawn with `noise`."""
         image = image_tensor(pixels).to(self.vae.device, self.vae.dtype)
-        latents = self.encodes({"image": image})
-        if self._draws:
-            latents = DiagonalGaussianDistribution(latents).sample(generator)
-        return latents * self.vae.config.scaling_factor
+        return self._sampled(self.encodes({"image": image}), noise) * self.vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Generator[None, None, Pixels]:
@@ -90,6 +88,13 @@ class Autoencoder:
     def _draws(self) -> bool:
         """Whether an encoder's output is a distribution; AutoencoderTiny's is the latents."""
         return hasattr(self.vae, "quant_conv")
+
+    def _sampled(self, encoded: torch.Tensor, noise: Noise) -> torch.Tensor:
+        if not self._draws:
+            return encoded
+        drawn = DiagonalGaussianDistribution(encoded)
+        shape, dtype, device = drawn.mean.shape, drawn.mean.dtype, drawn.mean.device
+        return drawn.mean + drawn.std * noise.draw(shape, dtype, device)
 
     def _call_encoder(self, tensors: Tensors) -> torch.Tensor:
         encoded = self.vae.encode(tensors["image"])

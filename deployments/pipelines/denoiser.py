@@ -2,6 +2,8 @@
 
 A diffusers UNet takes one timestep for each row, so that strength, steps, guidance, seed and time
 of arrival may differ within a pass. A row with guidance takes two places in it, others take one.
+The noise of schedulers that draw at their steps lies ready when a row begins, so that no row draws
+from the generator of another.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ import torch
 from deployments.engine.passes import Passes
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.schedules import (
-    DATA_LATENTS,
-    DATA_OUTPUT,
+    CLEAN_LATENTS,
+    CLEAN_NEW,
+    COLUMNS,
     KEEP,
+    NOISE,
+    REMEMBER_LATENTS,
+    REMEMBER_OUTPUT,
     SCALE,
-    USE_DATA,
     USE_FORMER,
+    USE_NEW,
     make_schedule,
 )
 
@@ -31,16 +37,18 @@ if TYPE_CHECKING:
 
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
-    from deployments.pipelines.schedules import Schedule
+    from deployments.pipelines.schedules import Factors, Schedule
 
 _SCHEDULES = 256
+_TIMESTEP, _NOISE_LEVEL, _GUIDANCE = range(3)
+"""Columns of `_facts`."""
 _ADDED = ("text_embeds", "time_ids")
 """Tensors that the UNet takes as `added_cond_kwargs`."""
 
 
-def network_px(pixels: int, guidance_scale: float) -> int:
+def network_px(pixels: int, *, guided: bool) -> int:
     """Pixels that a pass works on for a picture of `pixels`: twice as many with guidance."""
-    return pixels * (2 if guidance_scale > 1 else 1)
+    return pixels * (2 if guided else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +59,13 @@ class Condition:
         text: `(1, 77, D)` embeddings.
         pooled: `(1, P)`, of an SDXL model.
         time_ids: `(1, 5 or 6)`, of an SDXL model.
+        guidance: `(1, G)` embedding of the guidance scale, of a model that was distilled with it.
     """
 
     text: torch.Tensor
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -70,10 +80,12 @@ class Denoising:
         guidance_scale: above 1 with guidance.
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of the picture's noise, of the x4 upscaler.
-        index: the next step.
-        former: the clean latents that the last step predicted, if the schedule is linear.
-        scheduler: the row's own copy, if the schedule is not linear.
         source: the latents of the picture that the row started from, where there is one.
+        noises: `(1, C, h, w)` for each step that draws noise.
+        index: the next step.
+        former: what the latest steps remembered, the last one first: as many as may be needed.
+        last: what the last step left for `clean`: its index, its latents and what it remembered.
+        scheduler: the row's own copy, if the schedule is not linear.
     """
 
     latents: torch.Tensor
@@ -83,14 +95,37 @@ class Denoising:
     guidance_scale: float
     picture: torch.Tensor | None = None
     noise_level: int | None = None
-    index: int = 0
-    former: torch.Tensor | None = None
-    scheduler: Any = None
     source: torch.Tensor | None = None
+    noises: tuple[torch.Tensor, ...] = ()
+    index: int = 0
+    former: tuple[torch.Tensor, ...] = ()
+    last: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    scheduler: Any = None
 
     @property
     def guided(self) -> bool:
         return self.negative is not None
+
+    @property
+    def clean(self) -> torch.Tensor | None:
+        """The clean latents that the last step predicted; None if there are none. Thread-safe."""
+        last, factors = self.last, self.schedule.factors
+        if last is None or factors is None:
+            return None
+        index, latents, new = last
+        of_latents, of_new = factors[index, [CLEAN_LATENTS, CLEAN_NEW]].tolist()
+        return of_latents * latents + of_new * new
+
+    def beyond(self, column: int) -> torch.Tensor:
+        """What a factor of the next step in USE_FORMER or NOISE is for, `(1, C, h, w)`."""
+        return self.noises[self.index] if column == NOISE else self.former[column - USE_FORMER]
+
+    def advance(self, latents: torch.Tensor, new: torch.Tensor) -> None:
+        """Take over a step's latents and what it remembers."""
+        self.last = (self.index, latents, new)  # in one, because a preview may read it meanwhile
+        self.latents = latents
+        self.former = (new, *self.former)[: self.schedule.depth]
+        self.index += 1
 
 
 class Denoiser:
@@ -118,7 +153,7 @@ class Denoiser:
         """
         forward = how.compiled(self.unet, partial(call_unet, self.unet))
         self.passes.prepare(
-            [self._tensors([row], row.latents) for row in rows],
+            [self._tensors([row], row.latents, self._send(_facts([row]))) for row in rows],
             how.counts(most_places),
             forward=forward and self._lanes.spread(forward),
             recorder=how.recorder,
@@ -139,18 +174,21 @@ class Denoiser:
             self._step_with_schedulers(rows)
             return
         table = np.stack(steps)
-        factors = self._send(table).T.reshape(6, -1, 1, 1, 1)
+        # One upload a pass.
+        sent = self._send(np.concatenate([table, _facts(rows)], axis=1))
+        factors, facts = sent[:, :COLUMNS].T.reshape(COLUMNS, -1, 1, 1, 1), sent[:, COLUMNS:]
         latents = torch.cat([row.latents for row in rows])
-        output = self._guide(rows, self._forward(rows, latents * factors[SCALE]))
-        data = factors[DATA_LATENTS] * latents + factors[DATA_OUTPUT] * output
-        after = factors[KEEP] * latents + factors[USE_DATA] * data
-        if table[:, USE_FORMER].any():
-            former = [one if row.former is None else row.former for row, one in _each(rows, data)]
-            after = after + factors[USE_FORMER] * torch.cat(former)
+        output = self._forward(rows, latents * factors[SCALE], facts)
+        new = factors[REMEMBER_LATENTS] * latents + factors[REMEMBER_OUTPUT] * output
+        after = factors[KEEP] * latents + factors[USE_NEW] * new
+        for column in (*range(USE_FORMER, COLUMNS), NOISE):
+            if (used := table[:, column]).any():
+                # Anything finite will do where the factor is 0.
+                pairs = zip(used, _each(rows, new), strict=True)
+                values = [row.beyond(column) if factor else one for factor, (row, one) in pairs]
+                after = after + factors[column] * torch.cat(values)
         for i, row in enumerate(rows):
-            row.latents = after[i : i + 1]
-            row.former = data[i : i + 1]
-            row.index += 1
+            row.advance(after[i : i + 1], new[i : i + 1])
 
     def _step_with_schedulers(self, rows: Sequence[Denoising]) -> None:
         """A pass for rows whose schedule is not linear: each row's own scheduler steps it."""
@@ -166,7 +204,7 @@ class Denoiser:
                 for row, scheduler, t in zip(rows, own, times, strict=True)
             ]
         )
-        output = self._guide(rows, self._forward(rows, shown))
+        output = self._forward(rows, shown, self._send(_facts(rows)))
         after = [
             scheduler.step(one, t, row.latents, return_dict=False)[0]
             for (row, one), scheduler, t in zip(_each(rows, output), own, times, strict=True)
@@ -180,23 +218,33 @@ class Denoiser:
         # `unet.device` and `unet.dtype` walk through all modules, which takes milliseconds.
         return next(iter(self.unet.parameters()))
 
-    def _send(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Small host values on the device, without waiting for it."""
-        tensor = torch.as_tensor(values, dtype=dtype)
+    def _send(self, values: Factors) -> torch.Tensor:
+        """A small table on the device, float32, without waiting for it."""
+        tensor = torch.as_tensor(values, dtype=torch.float32)
         device = self._weight.device
         if device.type == "cuda":
             return tensor.pin_memory().to(device, non_blocking=True)
         return tensor.to(device)
 
-    def _forward(self, rows: Sequence[Denoising], shown: torch.Tensor) -> torch.Tensor:
-        """The UNet's output, float32: a place for each row, then one more for each guided row."""
-        output = self.passes(self._tensors(rows, shown))
+    def _forward(
+        self, rows: Sequence[Denoising], shown: torch.Tensor, facts: torch.Tensor
+    ) -> torch.Tensor:
+        """What the UNet says of each row, guided where it is, float32."""
+        output = self.passes(self._tensors(rows, shown, facts))
         # A copy, because the next pass may overwrite the output.
-        return output.to(torch.float32, copy=True)
+        return _guide(output.to(torch.float32, copy=True), facts[:, _GUIDANCE])
 
-    def _tensors(self, rows: Sequence[Denoising], shown: torch.Tensor) -> Tensors:
+    def _tensors(
+        self, rows: Sequence[Denoising], shown: torch.Tensor, facts: torch.Tensor
+    ) -> Tensors:
+        """The UNet's inputs: a place for each row, then one more for each guided row.
+
+        Args:
+            rows: those with guidance first.
+            shown: their latents, scaled.
+            facts: see `_facts`.
+        """
         guided = [row for row in rows if row.guided]
-        places = [*rows, *guided]
         conditions = [row.positive for row in rows] + [
             row.negative for row in guided if row.negative
         ]
@@ -205,29 +253,49 @@ class Denoiser:
             shown = torch.cat([shown, pictures.to(shown.dtype)], dim=1)
         if guided:
             shown = torch.cat([shown, shown[: len(guided)]])
+            facts = torch.cat([facts, facts[: len(guided)]])
         tensors = {
             "sample": shown.to(self._weight.dtype),
-            "timestep": self._send([row.schedule.timesteps[row.index] for row in places]),
+            "timestep": facts[:, _TIMESTEP],
             "encoder_hidden_states": torch.cat([condition.text for condition in conditions]),
         }
-        if places[0].noise_level is not None:
-            tensors["class_labels"] = self._send([row.noise_level for row in places], torch.long)
-        if places[0].positive.pooled is not None:
+        if rows[0].noise_level is not None:
+            tensors["class_labels"] = facts[:, _NOISE_LEVEL].long()
+        if rows[0].positive.guidance is not None:
+            embedded = [c.guidance for c in conditions if c.guidance is not None]
+            tensors["timestep_cond"] = torch.cat(embedded)
+        if rows[0].positive.pooled is not None:
             pooled = [c.pooled for c in conditions if c.pooled is not None]
             time_ids = [c.time_ids for c in conditions if c.time_ids is not None]
             tensors |= {"text_embeds": torch.cat(pooled), "time_ids": torch.cat(time_ids)}
         return tensors
 
-    def _guide(self, rows: Sequence[Denoising], output: torch.Tensor) -> torch.Tensor:
-        """Classifier-free guidance (arXiv:2207.12598) for the rows that have it."""
-        count = len(rows)
-        guided = output.shape[0] - count
-        if not guided:
-            return output
-        scales = self._send([row.guidance_scale for row in rows[:guided]]).view(-1, 1, 1, 1)
-        negative = output[count:]
-        steered = negative + scales * (output[:guided] - negative)
-        return torch.cat([steered, output[guided:count]])
+
+def _facts(rows: Sequence[Denoising]) -> Factors:
+    """What a pass has to know of each row beside its factors, `(rows, 3)`."""
+    return np.array(
+        [
+            (row.schedule.timesteps[row.index], row.noise_level or 0, row.guidance_scale)
+            for row in rows
+        ],
+        np.float64,
+    )
+
+
+def _guide(output: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) for the first rows, which have it.
+
+    Args:
+        output: a place for each row, then one more for each guided row.
+        scales: of the rows.
+    """
+    count = len(scales)
+    guided = len(output) - count
+    if not guided:
+        return output
+    negative = output[count:]
+    steered = negative + scales[:guided].view(-1, 1, 1, 1) * (output[:guided] - negative)
+    return torch.cat([steered, output[guided:count]])
 
 
 def call_unet(unet: Any, tensors: Tensors) -> torch.Tensor:
@@ -236,7 +304,8 @@ def call_unet(unet: Any, tensors: Tensors) -> torch.Tensor:
     added = {name: options.pop(name) for name in _ADDED if name in options}
     if added:
         options["added_cond_kwargs"] = added
-    return unet(**options, return_dict=False)[0]
+    sample, timestep = options.pop("sample"), options.pop("timestep")
+    return unet(sample, timestep, **options, return_dict=False)[0]
 
 
 def _adopt(row: Denoising) -> None:
@@ -245,8 +314,8 @@ def _adopt(row: Denoising) -> None:
         return
     stream = torch.cuda.current_stream()
     conditions = [condition for condition in (row.positive, row.negative) if condition]
-    steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids)]
-    for tensor in (row.latents, row.picture, *steering):
+    steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids, c.guidance)]
+    for tensor in (row.latents, row.picture, *row.noises, *steering):
         if tensor is not None:
             tensor.record_stream(stream)
 

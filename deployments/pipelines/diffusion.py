@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from deployments.engine.pipeline import Work, result_of
 from deployments.engine.row import RowInput
 from deployments.pipelines.autoencoder import Autoencoder
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
+from deployments.pipelines.noise import Noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from deployments.engine.row import Pixels
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.schedules import Schedule
+    from deployments.registry import ModelSpec, NoisePrecision
 
 RequestT = TypeVar("RequestT", bound=DiffusionRequest)
 Embeddings: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
@@ -61,12 +63,18 @@ class Diffusion(ABC, Generic[RequestT]):
 
     Args:
         stock: a stock diffusers pipeline.
+        spec: names the precision of noise.
         lanes: that share the places of a pass.
         tile_px: of the autoencoder, see `Autoencoder`.
     """
 
-    def __init__(self, stock: Any, lanes: Lanes | None, tile_px: int | None = None) -> None:
+    def __init__(
+        self, stock: Any, spec: ModelSpec, lanes: Lanes | None, tile_px: int | None = None
+    ) -> None:
         self._stock = stock
+        self._noise: NoisePrecision = spec.noise
+        # A model that was distilled with guidance is told its scale, and needs no negative place.
+        self._guidance_dim = stock.unet.config.time_cond_proj_dim
         self._texts = PromptCache(self._encode)
         self.autoencoder = Autoencoder(stock.vae, tile_px)
         self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
@@ -80,10 +88,8 @@ class Diffusion(ABC, Generic[RequestT]):
         """Steps of the schedule that run, at least 1 where the request is valid."""
 
     @abstractmethod
-    def _start(
-        self, row: RowInput[RequestT], generator: torch.Generator
-    ) -> Generator[None, None, Start]:
-        """The row's noisy latents. Draws from `generator` in the stock pipeline's order."""
+    def _start(self, row: RowInput[RequestT], noise: Noise) -> Generator[None, None, Start]:
+        """The row's noisy latents. Draws from `noise` in the stock pipeline's order."""
 
     def _encode(self, text: str) -> Embeddings:
         return self._encode_prompt(text)[0], None
@@ -119,19 +125,34 @@ class Diffusion(ABC, Generic[RequestT]):
     def work(self, width_px: int, height_px: int, request: RequestT) -> Work:
         pixels = math.prod(self._working_size(width_px, height_px))
         steps = max(self._steps(request) * self._stock.scheduler.order, 1)
-        return Work(steps, network_px(pixels, request.guidance_scale), pixels)
+        return Work(steps, network_px(pixels, guided=self._guided(request)), pixels)
 
     def cost_px(self, row: RowInput[RequestT]) -> int:
-        return network_px(math.prod(row.pixels.shape[:2]), row.request.guidance_scale)
+        return network_px(math.prod(row.pixels.shape[:2]), guided=self._guided(row.request))
+
+    def _guided(self, request: RequestT) -> bool:
+        return request.guidance_scale > 1 and self._guidance_dim is None
+
+    def _embedded(self, guidance_scale: float) -> torch.Tensor | None:
+        """`(1, G)` embedding of the guidance scale, for a model that was distilled with it."""
+        if self._guidance_dim is None:
+            return None
+        scale, unet = torch.tensor([guidance_scale - 1]), self._stock.unet
+        embedded = self._stock.get_guidance_scale_embedding(scale, self._guidance_dim)
+        return embedded.to(unet.device, unet.dtype)
 
     @torch.inference_mode()
     def begin(self, row: RowInput[RequestT]) -> Generator[None, None, Denoising]:
         request, negative = row.request, None
         positive = self._condition(request.prompt, row.pixels, is_negative=False)
-        if request.guidance_scale > 1:
+        positive = replace(positive, guidance=self._embedded(request.guidance_scale))
+        if self._guided(request):
             negative = self._condition(request.negative_prompt, row.pixels, is_negative=True)
         yield
-        start = yield from self._start(row, torch.Generator("cpu").manual_seed(row.seed))
+        noise = Noise(row.seed, self._noise)
+        start = yield from self._start(row, noise)
+        draws, dtype = start.schedule.draws, self._stock.unet.dtype
+        noises = yield from noise.draw_steps(draws, start.latents, dtype)
         return Denoising(
             start.latents,
             start.schedule,
@@ -141,6 +162,7 @@ class Diffusion(ABC, Generic[RequestT]):
             picture=start.picture,
             noise_level=start.noise_level,
             source=start.source,
+            noises=noises,
         )
 
     def steps(self, state: Denoising) -> int:
@@ -159,12 +181,13 @@ class Diffusion(ABC, Generic[RequestT]):
         The row's own picture and its latents say which colours latents stand for: a linear map
         fits them well enough for a preview, without the autoencoder.
         """
-        if state.source is None or state.former is None:
+        clean = state.clean
+        if state.source is None or clean is None:
             return None
         height, width = state.source.shape[2:]
         shown = torch.from_numpy(resize(row.pixels, width, height)).reshape(-1, 3) / 255
         colours = torch.linalg.lstsq(_columns(state.source), shown).solution
-        pixels = (_columns(state.former) @ colours).clamp(0, 1) * 255
+        pixels = (_columns(clean) @ colours).clamp(0, 1) * 255
         return pixels.round().to(torch.uint8).reshape(height, width, 3).numpy()
 
     def finish(self, state: Denoising) -> Generator[None, None, Pixels]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from deployments.buckets import choose_bucket, fit_to_bucket, restore_from_bucket
 from deployments.contract import Img2ImgRequest
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from deployments.engine.row import Pixels, RowInput
     from deployments.images import Picture
     from deployments.pipelines.lanes import Lanes
+    from deployments.pipelines.noise import Noise
     from deployments.registry import ModelSpec
 
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
@@ -46,7 +46,7 @@ class Img2Img(Diffusion[Img2ImgRequest]):
             kind, components = StableDiffusionXLImg2ImgPipeline, {"add_watermarker": False}
         else:
             kind, components = StableDiffusionImg2ImgPipeline, _NO_SAFETY_CHECKER
-        super().__init__(load_stock(kind, spec, folder, **components), lanes)
+        super().__init__(load_stock(kind, spec, folder, **components), spec, lanes)
 
     def fit(self, picture: Picture | None, request: Img2ImgRequest) -> Pixels:
         picture = require_picture(picture)
@@ -67,16 +67,14 @@ class Img2Img(Diffusion[Img2ImgRequest]):
     def _steps(self, request: Img2ImgRequest) -> int:
         return min(int(request.steps * request.strength), request.steps)
 
-    def _start(
-        self, row: RowInput[Img2ImgRequest], generator: torch.Generator
-    ) -> Generator[None, None, Start]:
+    def _start(self, row: RowInput[Img2ImgRequest], noise: Noise) -> Generator[None, None, Start]:
         request = row.request
         # The stock pipeline's order: the autoencoder draws first, then the noise.
-        clean = self.autoencoder.encode(row.pixels, generator)
+        clean = self.autoencoder.encode(row.pixels, noise)
         yield
-        noise = randn_tensor(clean.shape, generator, clean.device, self._stock.unet.dtype)
+        drawn = noise.draw(clean.shape, self._stock.unet.dtype, clean.device)
         schedule = self.denoiser.schedule(request.steps, request.steps - self._steps(request))
-        noisy = clean.float() * schedule.image + noise.float() * schedule.noise
+        noisy = clean.float() * schedule.image + drawn.float() * schedule.noise
         return Start(noisy, schedule, source=clean)
 
     def _encode(self, text: str) -> Embeddings:

@@ -61,7 +61,7 @@ def load_stock(
         ModelNotCached: a component's file is missing.
         ModelCorrupt: a file is truncated or does not fit its network.
         AttentionUnavailable: the spec names xformers, which cannot run here.
-        ConfigError: its scheduler draws noise at every step.
+        ConfigError: its scheduler draws noise that no seed controls.
     """
     _silence_libraries()
     _check_files(spec, folder, replaced=components)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from diffusers import StableDiffusionUpscalePipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from deployments.contract import UpscaleRequest
 from deployments.pipelines.autoencoder import image_tensor
@@ -18,11 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    import torch
-
     from deployments.engine.row import Pixels, RowInput
     from deployments.images import Picture
     from deployments.pipelines.lanes import Lanes
+    from deployments.pipelines.noise import Noise
     from deployments.registry import ModelSpec
 
 SCALE = 4
@@ -46,7 +44,7 @@ class UpscaleDiffusion(Diffusion[UpscaleRequest]):
             safety_checker=None,
             feature_extractor=None,
         )
-        super().__init__(stock, lanes, spec.tile_px)
+        super().__init__(stock, spec, lanes, spec.tile_px)
         self._noises = stock.low_res_scheduler.alphas_cumprod.tolist()
 
     def fit(self, picture: Picture | None, request: UpscaleRequest) -> Pixels:
@@ -66,18 +64,16 @@ class UpscaleDiffusion(Diffusion[UpscaleRequest]):
     def _steps(self, request: UpscaleRequest) -> int:
         return request.steps
 
-    def _start(
-        self, row: RowInput[UpscaleRequest], generator: torch.Generator
-    ) -> Generator[None, None, Start]:
+    def _start(self, row: RowInput[UpscaleRequest], noise: Noise) -> Generator[None, None, Start]:
         request, unet = row.request, self._stock.unet
         picture = image_tensor(row.pixels).to(unet.device, unet.dtype)
         # The stock pipeline's order: noise for the picture first, then the latents.
-        noise = randn_tensor(picture.shape, generator, unet.device, unet.dtype)
+        drawn = noise.draw(picture.shape, unet.dtype, unet.device)
         kept = self._noises[request.noise_level]
-        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * noise
+        noisy = kept**0.5 * picture + (1 - kept) ** 0.5 * drawn
         shape = (1, self._stock.vae.config.latent_channels, *picture.shape[2:])
         schedule = self.denoiser.schedule(request.steps)
-        latents = randn_tensor(shape, generator, unet.device, unet.dtype).float()
+        latents = noise.draw(shape, unet.dtype, unet.device).float()
         yield from ()
         return Start(latents * schedule.first_noise, schedule, noisy, request.noise_level)
 

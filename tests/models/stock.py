@@ -11,7 +11,9 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 from PIL import Image
@@ -32,6 +34,8 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
     "dpm": (DPMSolverMultistepScheduler, {"steps_offset": 1}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {"steps_offset": 1}),
+    "lcm": (LCMScheduler, {"steps_offset": 1}),
 }
 """Class and options of each scheduler, as the published models have them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,41 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, net: nn.Module, after: Callable
 
 
 # --- image to image ---
+
+
+@pytest.mark.parametrize("name", ["sd_ddim", "sd_pndm", "sd_lcm", "refiner"])
+def test_a_preview_shows_each_step(name: str, tiny_pipeline: Callable[..., AnyPipeline]) -> None:
+    pipeline = tiny_pipeline(name)
+    row = as_row(pipeline, ComicRequest(prompt="red", steps=6, seed=1), tiny.picture(1))
+    state = begun(pipeline, row)
+    assert pipeline.preview(row.input, state) is None
+    shown = []
+    for _ in range(pipeline.steps(state)):
+        pipeline.step([state])
+        shown.append(pipeline.preview(row.input, state))
+        assert shown[-1].shape == (8, 8, 3)
+    assert all((a != b).any() for a, b in itertools.pairwise(shown))
+
+
+def test_a_model_that_was_distilled_with_guidance_takes_one_place_in_a_pass(
+    tiny_pipeline: Callable[..., AnyPipeline], process: Callable[..., Picture]
+) -> None:
+    places: list[tuple[int, ...]] = []
+    for name in ("sd_lcm", "sd_ddim"):
+        pipeline: Any = tiny_pipeline(name)
+        unet = pipeline.denoiser.unet
+        hook = unet.register_forward_hook(lambda _, inputs, __: places.append(inputs[0].shape))
+        request = ComicRequest(prompt="red", steps=2, strength=0.5, guidance_scale=5.0, seed=1)
+        process(pipeline, tiny.picture(1), request)
+        hook.remove()
+    assert [shape[0] for shape in places] == [1, 2]
+    costs = [
+        tiny_pipeline(name).cost_px(as_row(tiny_pipeline(name), request, tiny.picture(1)).input)
+        for name in ("sd_lcm", "sd_ddim")
+    ]
+    assert costs == [64 * 64, 2 * 64 * 64]
+    works = [tiny_pipeline(name).work(64, 64, request) for name in ("sd_lcm", "sd_ddim")]
+    assert works[1].step_px == 2 * works[0].step_px
 
 
 @pytest.mark.parametrize(("height_px", "width_px"), [*PHOTOS, *EXTREMES])

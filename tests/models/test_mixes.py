@@ -53,6 +53,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dpm", {"solver_order": 3}),
     ("pndm", {"skip_prk_steps": False}),
     ("pndm", {"timestep_spacing": "trailing"}),
+    ("pndm", {"set_alpha_to_one": True, "timestep_spacing": "linspace"}),
+    ("euler_a", {"timestep_spacing": "trailing"}),
+    ("lcm", {"timestep_scaling": 1.0, "original_inference_steps": 100}),
 ]
 
 
@@ -105,8 +108,9 @@ def run_mix(
 
 
 @pytest.mark.parametrize("mixes", MIXES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [*itertools.product(FAMILIES, SCHEDULERS), ("sd_lcm", "lcm")]
+)
 def test_every_mix_equals_the_stock_calls_one_by_one(
     name: str,
     scheduler: str,
@@ -160,7 +164,7 @@ def test_every_way_a_scheduler_may_be_set_up(
     assert far <= TOLERANCE
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "dpm", "pndm"])
+@pytest.mark.parametrize("scheduler", ["euler", "dpm", "pndm", "euler_a", "lcm"])
 def test_a_models_own_files_choose_the_scheduler(
     scheduler: str,
     own_folder: Callable[[str], Path],
@@ -200,16 +204,27 @@ def company(name: str, rng: random.Random) -> tuple[Any, Picture]:
 
 @pytest.mark.parametrize("companies", COMPANIES)
 @pytest.mark.parametrize("exact", [False, True], ids=["by default", "exact"])
-@pytest.mark.parametrize("name", ["sd_ddim", "refiner", "x4", "srvgg", "isnet"])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        *((name, None) for name in ("sd_ddim", "sd_lcm", "refiner", "x4", "srvgg", "isnet")),
+        *(("sd_ddim", scheduler) for scheduler in ("pndm", "euler_a", "lcm")),
+        ("x4", "euler_a"),
+    ],
+)
 def test_the_same_request_gives_the_same_picture_in_any_company(
     name: str,
+    scheduler: str | None,
     exact: bool,
     companies: int,
     tiny_pipeline: Callable[..., AnyPipeline],
+    stock: Callable[[str], Any],
     run_together: Callable[..., Any],
 ) -> None:
     """One level of 255 apart at most, or not at all, while others come and go."""
     pipeline: Any = tiny_pipeline(name, **({"tile_px": 32} if name == "srvgg" else {}))
+    if scheduler:
+        pipeline = with_scheduler(pipeline, scheduler_like(stock(name), scheduler))
     if name in ("srvgg", "isnet"):
         request: Any = UpscaleRequest() if name == "srvgg" else BackgroundRequest()
         picture = tiny.picture(5, 64, 64)

@@ -27,14 +27,17 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, InvalidParameter
+from deployments.pipelines.denoiser import Condition, Denoising
 from deployments.pipelines.schedules import (
-    DATA_LATENTS,
-    DATA_OUTPUT,
+    COLUMNS,
     KEEP,
+    NOISE,
+    REMEMBER_LATENTS,
+    REMEMBER_OUTPUT,
     SCALE,
-    USE_DATA,
     USE_FORMER,
+    USE_NEW,
     check_scheduler,
     make_schedule,
 )
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 # diffusers calls NumPy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
-NOISE: dict[str, Any] = {
+BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -70,25 +73,39 @@ def run_stock(scheduler: Any, steps: int, skipped: int) -> tuple[list[torch.Tens
     own.set_begin_index(skipped * own.order) if hasattr(own, "set_begin_index") else None
     timesteps = own.timesteps[skipped * own.order :]
     latents = [own.add_noise(CLEAN, NOISY, timesteps[:1])]
+    draws = {"generator": torch.Generator().manual_seed(7)} if is_drawing(own) else {}
     for i, t in enumerate(timesteps):
         output = network(own.scale_model_input(latents[-1], t), i)
-        latents.append(own.step(output, t, latents[-1], return_dict=False)[0])
+        # Some multiply a float64 of no dimensions by float32, which gives float32.
+        before = latents[-1]
+        latents.append(own.step(output, t, before, return_dict=False, **draws)[0].double())
     return latents, timesteps.numpy()
+
+
+def is_drawing(scheduler: Any) -> bool:
+    return isinstance(scheduler, (EulerAncestralDiscreteScheduler, LCMScheduler))
 
 
 def run_ours(scheduler: Any, steps: int, skipped: int) -> tuple[list[torch.Tensor], Any]:
     schedule = make_schedule(scheduler, steps, skipped)
     assert schedule.factors is not None
+    assert schedule.scheduler is None
     latents = [CLEAN * schedule.image + NOISY * schedule.noise]
-    former = torch.full_like(CLEAN, 1e9)  # must not be used before there is one
-    for i, factors in enumerate(schedule.factors[: schedule.steps]):
+    generator = torch.Generator().manual_seed(7)
+    former: list[torch.Tensor] = []
+    for i, factors in enumerate(schedule.factors):
         x = latents[-1]
-        data = factors[DATA_LATENTS] * x + factors[DATA_OUTPUT] * network(factors[SCALE] * x, i)
-        after = factors[KEEP] * x + factors[USE_DATA] * data
-        if factors[USE_FORMER]:
-            assert schedule.multistep
-            after = after + factors[USE_FORMER] * former
-        former = data
+        output = network(factors[SCALE] * x, i)
+        new = factors[REMEMBER_LATENTS] * x + factors[REMEMBER_OUTPUT] * output
+        after = factors[KEEP] * x + factors[USE_NEW] * new
+        for k in np.flatnonzero(factors[USE_FORMER:]):
+            after = after + factors[USE_FORMER + k] * former[k]  # there must be one
+        if i < schedule.draws:
+            drawn = torch.randn(CLEAN.shape, generator=generator, dtype=CLEAN.dtype)
+            after = after + factors[NOISE] * drawn
+        else:
+            assert not factors[NOISE]
+        former = [new, *former][: schedule.depth]
         latents.append(after)
     return latents, schedule.timesteps
 
@@ -106,15 +123,15 @@ def assert_same_schedule(scheduler: Any, steps: int, skipped: int) -> float:
     # The schedulers keep their own factors in float32.
     assert apart <= 2e-5
     for name, value in before.items():
-        if not isinstance(value, torch.Tensor):
-            assert scheduler.__dict__[name] == value or name in ("timesteps", "_timesteps")
+        if not isinstance(value, torch.Tensor) and name not in ("timesteps", "_timesteps"):
+            assert scheduler.__dict__[name] == value
     return apart
 
 
 @st.composite
 def ddim(draw: st.DrawFn) -> Any:
     return DDIMScheduler(
-        **NOISE,
+        **BETAS,
         clip_sample=False,
         prediction_type=draw(st.sampled_from(_PREDICTIONS)),
         timestep_spacing=draw(st.sampled_from(_SPACINGS)),
@@ -127,7 +144,7 @@ def ddim(draw: st.DrawFn) -> Any:
 def euler(draw: st.DrawFn) -> Any:
     spread = draw(st.sampled_from([None, "use_karras_sigmas", "use_exponential_sigmas"]))
     return EulerDiscreteScheduler(
-        **NOISE,
+        **BETAS,
         prediction_type=draw(st.sampled_from(_PREDICTIONS)),
         timestep_spacing=draw(st.sampled_from(_SPACINGS)),
         steps_offset=draw(st.integers(0, 1)),
@@ -145,7 +162,7 @@ def dpm(draw: st.DrawFn) -> Any:
         st.sampled_from([None, "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
     )
     return DPMSolverMultistepScheduler(
-        **NOISE,
+        **BETAS,
         solver_order=draw(st.integers(1, 2)),
         prediction_type=draw(st.sampled_from(_PREDICTIONS)),
         timestep_spacing=draw(st.sampled_from(_SPACINGS)),
@@ -158,7 +175,40 @@ def dpm(draw: st.DrawFn) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", [ddim, euler, dpm])
+@st.composite
+def pndm(draw: st.DrawFn) -> Any:
+    return PNDMScheduler(
+        **BETAS,
+        skip_prk_steps=True,
+        prediction_type=draw(st.sampled_from(["epsilon", "v_prediction"])),
+        timestep_spacing=draw(st.sampled_from(_SPACINGS)),
+        set_alpha_to_one=draw(st.booleans()),
+        steps_offset=draw(st.integers(0, 1)),
+    )
+
+
+@st.composite
+def euler_ancestral(draw: st.DrawFn) -> Any:
+    return EulerAncestralDiscreteScheduler(
+        **BETAS,
+        prediction_type=draw(st.sampled_from(["epsilon", "v_prediction"])),
+        timestep_spacing=draw(st.sampled_from(_SPACINGS)),
+        steps_offset=draw(st.integers(0, 1)),
+    )
+
+
+@st.composite
+def lcm(draw: st.DrawFn) -> Any:
+    return LCMScheduler(
+        **BETAS,
+        prediction_type=draw(st.sampled_from(_PREDICTIONS)),
+        set_alpha_to_one=draw(st.booleans()),
+        original_inference_steps=draw(st.sampled_from([31, 50, 100])),
+        timestep_scaling=draw(st.sampled_from([1.0, 10.0])),
+    )
+
+
+@pytest.mark.parametrize("kind", [ddim, euler, dpm, pndm, euler_ancestral, lcm])
 def test_every_schedule_is_that_of_the_stock_scheduler(kind: Callable[..., Any]) -> None:
     worst = 0.0
 
@@ -181,8 +231,8 @@ def test_every_schedule_is_that_of_the_stock_scheduler(kind: Callable[..., Any])
 @pytest.mark.parametrize("skipped", [0, 70])
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_a_long_schedule_too(kind: Any, steps: int, skipped: int) -> None:
-    assert_same_schedule(kind(**NOISE), steps, skipped)
-    assert_same_schedule(kind(**NOISE, use_karras_sigmas=True), steps, skipped)
+    assert_same_schedule(kind(**BETAS), steps, skipped)
+    assert_same_schedule(kind(**BETAS, use_karras_sigmas=True), steps, skipped)
 
 
 @pytest.mark.parametrize(
@@ -197,16 +247,65 @@ def test_a_long_schedule_too(kind: Any, steps: int, skipped: int) -> None:
 )
 def test_zero_terminal_snr(kind: Any, options: dict[str, Any]) -> None:
     more = {"clip_sample": False} if kind is DDIMScheduler else {}
-    scheduler = kind(**NOISE, prediction_type="v_prediction", **options, **more)
+    scheduler = kind(**BETAS, prediction_type="v_prediction", **options, **more)
     for steps, skipped in ((4, 0), (4, 1), (20, 7)):
         assert_same_schedule(scheduler, steps, skipped)
+
+
+COMPUTED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpm": (DPMSolverMultistepScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "euler ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_every_step_says_what_the_clean_latents_will_be(
+    name: str, prediction: str, skipped: int
+) -> None:
+    """A network that knows them predicts them, whatever each step remembers."""
+    kind, options = COMPUTED[name]
+    schedule = make_schedule(kind(**BETAS, prediction_type=prediction, **options), 8, skipped)
+    kept = DDIMScheduler(**BETAS).alphas_cumprod.double().numpy()
+    row = Denoising(
+        CLEAN * schedule.image + NOISY * schedule.noise,
+        schedule,
+        positive=Condition(CLEAN),
+        negative=None,
+        guidance_scale=1.0,
+    )
+    assert row.clean is None
+    generator = torch.Generator().manual_seed(7)
+    row.noises = tuple(torch.randn(32, generator=generator) for _ in range(schedule.draws))
+    for t in schedule.timesteps:
+        assert schedule.factors is not None
+        factors = schedule.factors[row.index]
+        alpha = float(np.sqrt(np.interp(t, np.arange(1000), kept)))
+        sigma = (1 - alpha**2) ** 0.5
+        noise = (row.latents * factors[SCALE] - alpha * CLEAN) / sigma
+        output = noise if prediction == "epsilon" else alpha * noise - sigma * CLEAN
+        new = factors[REMEMBER_LATENTS] * row.latents + factors[REMEMBER_OUTPUT] * output
+        after = factors[KEEP] * row.latents + factors[USE_NEW] * new
+        for column in (*range(USE_FORMER, COLUMNS), NOISE):
+            if factors[column]:
+                after = after + factors[column] * row.beyond(column)
+        row.advance(after, new)
+        assert row.clean is not None
+        # PLMS averages v of several levels; after skipped steps it takes latents for a level on.
+        is_rough = name == "pndm" and (skipped or prediction == "v_prediction")
+        near = 0.25 if is_rough else 0.02
+        assert float((row.clean - CLEAN).abs().max()) < near
 
 
 STEPPED_BY_STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
     "clipped": (DDIMScheduler, {}),
     "thresholded": (DPMSolverMultistepScheduler, {"thresholding": True}),
     "third order": (DPMSolverMultistepScheduler, {"solver_order": 3}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "pndm whole": (PNDMScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
     "lms": (LMSDiscreteScheduler, {}),
@@ -220,7 +319,7 @@ STEPPED_BY_STOCK: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_what_is_not_linear_starts_as_the_stock_scheduler_does(name: str, skipped: int) -> None:
     kind, options = STEPPED_BY_STOCK[name]
-    scheduler = kind(**NOISE, **options)
+    scheduler = kind(**BETAS, **options)
     check_scheduler(scheduler)
     schedule = make_schedule(scheduler, 8, skipped)
     assert schedule.factors is None
@@ -240,22 +339,38 @@ def test_what_is_not_linear_starts_as_the_stock_scheduler_does(name: str, skippe
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (EulerAncestralDiscreteScheduler, {}),
         (KDPM2AncestralDiscreteScheduler, {}),
         (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
         (DPMSolverSinglestepScheduler, {}),
         (DDPMScheduler, {}),
-        (LCMScheduler, {}),
+        (LCMScheduler, {"clip_sample": True}),
+        (LCMScheduler, {"thresholding": True}),
     ],
 )
-def test_a_scheduler_that_draws_noise_is_refused(kind: Any, options: dict[str, Any]) -> None:
+def test_one_whose_noise_no_seed_fixes_is_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=kind.__name__) as caught:
-        check_scheduler(kind(**NOISE, **options))
+        check_scheduler(kind(**BETAS, **options))
     assert "DDIMScheduler" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
-    "kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+    "kind",
+    [
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        DPMSolverMultistepScheduler,
+        PNDMScheduler,
+        EulerAncestralDiscreteScheduler,
+        LCMScheduler,
+    ],
 )
-def test_one_that_does_not_is_taken(kind: Any) -> None:
-    check_scheduler(kind(**NOISE))
+def test_any_other_is_taken(kind: Any) -> None:
+    check_scheduler(kind(**BETAS))
+
+
+def test_more_steps_than_a_consistency_model_was_distilled_from_are_the_clients_mistake() -> None:
+    scheduler = LCMScheduler(**BETAS, original_inference_steps=20)
+    assert make_schedule(scheduler, 20).steps == 20
+    with pytest.raises(InvalidParameter, match="at most 20 steps") as caught:
+        make_schedule(scheduler, 21)
+    assert caught.value.value == "21"

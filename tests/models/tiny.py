@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionUpscalePipeline,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 TEXT_DIM = 16
 TIME_DIM = 8
+GUIDANCE_DIM = 16
 _NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -54,13 +56,17 @@ SCHEDULERS: dict[str, SchedulerMixin] = {
     "sd_ddim": DDIMScheduler(**_NOISE, clip_sample=False),
     "sd_pndm": PNDMScheduler(**_NOISE, skip_prk_steps=True),
     "sd_v": DDIMScheduler(**_NOISE, clip_sample=False, prediction_type="v_prediction"),
+    "sd_lcm": LCMScheduler(**_NOISE),
 }
-"""Stable Diffusion 1.5 by DDIM and as published, and Stable Diffusion 2.1."""
+"""Stable Diffusion 1.5 by DDIM and as published, Stable Diffusion 2.1, and one that was distilled
+with guidance.
+"""
 
 STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd_ddim": StableDiffusionImg2ImgPipeline,
     "sd_pndm": StableDiffusionImg2ImgPipeline,
     "sd_v": StableDiffusionImg2ImgPipeline,
+    "sd_lcm": StableDiffusionImg2ImgPipeline,
     "refiner": StableDiffusionXLImg2ImgPipeline,
     "x4": StableDiffusionUpscalePipeline,
 }
@@ -68,7 +74,7 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
 
 ISNET_PX = 64
 FAMILY: dict[str, str] = {
-    **dict.fromkeys(("sd_ddim", "sd_pndm", "sd_v", "refiner"), "img2img"),
+    **dict.fromkeys(("sd_ddim", "sd_pndm", "sd_v", "sd_lcm", "refiner"), "img2img"),
     "x4": "upscale_diffusion",
     "isnet": "matting",
     "srvgg": "upscale_gan",
@@ -86,7 +92,7 @@ def save(name: str, folder: Path) -> None:
     """Write the tiny model `name`, one of `FAMILY`, to `folder`."""
     torch.manual_seed(0)
     if name in SCHEDULERS:
-        _save_sd(folder, SCHEDULERS[name])
+        _save_sd(folder, SCHEDULERS[name], GUIDANCE_DIM if name == "sd_lcm" else None)
     elif name == "refiner":
         _save_refiner(folder)
     elif name == "x4":
@@ -183,12 +189,12 @@ def _unet(widths: tuple[int, ...], **options: Any) -> UNet2DConditionModel:
     )
 
 
-def _save_sd(folder: Path, scheduler: SchedulerMixin) -> None:
+def _save_sd(folder: Path, scheduler: SchedulerMixin, guidance_dim: int | None) -> None:
     StableDiffusionImg2ImgPipeline(
         vae=_vae((4, 4, 8, 8)),
         text_encoder=CLIPTextModel(_text_config()),
         tokenizer=tokenizer(),
-        unet=_unet((8, 16)),
+        unet=_unet((8, 16), time_cond_proj_dim=guidance_dim),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -75,6 +75,8 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
         ("upscale", {"family": "matting"}, "family matting cannot serve the task upscale"),
         ("comic", {"family": "upscale_gan"}, "family upscale_gan cannot serve the task comic"),
         ("upscale", {"attention": "xformers"}, "family upscale_gan has no attention"),
+        ("upscale", {"noise": "model"}, "family upscale_gan draws no noise"),
+        ("comic", {"noise": "float16"}, "noise: "),
         ("comic", {"buckets": []}, "buckets belong to family img2img"),
         ("upscale", {"buckets": [[512, 512]]}, "buckets belong to family img2img"),
         ("comic", {"buckets": [[512, 500]]}, "multiple of 64"),
