@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +11,11 @@ import torch
 from deployments.contract import complete
 from deployments.engine.device import is_fatal
 from deployments.engine.graphs import CudaGraphs
-from deployments.engine.preparation import Preparation
+from deployments.engine.preparation import Preparation, compiling
 from deployments.gpu.target import this_target
 from deployments.store import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.pipeline import AnyPipeline
     from deployments.loader import Loaded
@@ -84,18 +81,7 @@ def prepare(
         return
     request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.monotonic()
-    with _compiling():
+    with compiling():
         count = pipeline.prepare(how, request, limits)
     seconds = time.monotonic() - start_s
     logger.info("%d passes of %s prepared in %.1f s (compile: %s)", count, spec.name, seconds, mode)
-
-
-@contextmanager
-def _compiling() -> Generator[None]:
-    """Let torch compile within the context, and never afterwards."""
-    torch.compiler.reset()  # what was compiled for a former model
-    torch.compiler.set_stance("default")
-    try:
-        yield
-    finally:
-        torch.compiler.set_stance("eager_on_recompile")

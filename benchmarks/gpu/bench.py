@@ -218,6 +218,29 @@ def network_rows(bench: Bench) -> dict[str, Values]:
     return {"unet": {"seconds_by_rows": seconds}}
 
 
+def gaps(bench: Bench) -> dict[str, Values]:
+    """How much longer a step takes than its pass of the UNet, as a share of the pass."""
+    found: dict[str, dict[int, float]] = {}
+    for name, options in (("plain", speed.PLAIN), ("ours", speed.BASE)):
+        system = Ours(bench.parts, options)
+        try:
+            if bench.parts.timed:
+                system.prepare()
+            counts = dict.fromkeys((1, bench.workload.group))
+            found[name] = {count: _gap(bench, system, count) for count in counts}
+        finally:
+            system.close()
+            measure.free_memory()
+    return {"gaps": {"shares": found}}
+
+
+def _gap(bench: Bench, system: Ours, count: int) -> float:
+    rows = system.begun(count)
+    step_s = measure.device_seconds(partial(system.pipeline.step, rows), bench.device)
+    network = torch.inference_mode()(system.pipeline.pass_of(rows))
+    return step_s / measure.device_seconds(network, bench.device) - 1
+
+
 def _pass(parts: Parts, rows: int) -> Callable[[], Any]:
     side = parts.workload.size_px
     if parts.unet is None:

@@ -99,6 +99,10 @@ class DiffusionBench:
         row = RowInput(guided, self._parts.pixels, 0, math.inf)
         self._denoiser.prepare(how, [result_of(self.begin(row))], 2 * group)
 
+    def pass_of(self, rows: Sequence[Denoising]) -> Callable[[], torch.Tensor]:
+        """The UNet's pass in the next step of these rows, alone."""
+        return self._denoiser.pass_of(rows)
+
     def steps(self, state: Denoising) -> int:
         return state.schedule.steps
 

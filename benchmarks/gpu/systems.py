@@ -29,7 +29,8 @@ from benchmarks.gpu.workloads import Item, low_res_scheduler
 from deployments.engine.engine import Engine
 from deployments.engine.graphs import CudaGraphs
 from deployments.engine.grouping import GroupLimits, Pace
-from deployments.engine.preparation import Preparation
+from deployments.engine.pipeline import result_of
+from deployments.engine.preparation import Preparation, compiling
 from deployments.engine.row import Row, RowInput
 
 if TYPE_CHECKING:
@@ -240,9 +241,16 @@ class Ours(System):
         recorder = None
         if self._options.graphs:
             recorder = CudaGraphs(torch.cuda.get_device_properties(0).total_memory)
-        self.pipeline.prepare(Preparation(self._options.mode, recorder), self.batch)
+        with compiling():
+            self.pipeline.prepare(Preparation(self._options.mode, recorder), self.batch)
         torch.cuda.synchronize()
         self.prepared_s = time.perf_counter() - start_s
+
+    def begun(self, count: int) -> list[Any]:
+        """So many rows with guidance that have begun, with many steps to come."""
+        request = replace(self._parts.workload.request, steps=50, strength=1.0, guidance_scale=5.0)
+        rows = [self._input(Item(request, seed)) for seed in range(count)]
+        return [result_of(self.pipeline.begin(row)) for row in rows]
 
     def run_together(self, items: Sequence[Item]) -> list[Pixels]:
         """Run items in the same passes, without the engine."""

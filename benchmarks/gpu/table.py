@@ -62,7 +62,8 @@ most of them. All at the same time on one machine, which makes each slower.
 """
 PASSES = """\
 One pass of the network alone: milliseconds a row, and share of the matrix peak. Guidance makes two
-rows of a picture. Text and time inputs are random.
+rows of a picture. Text and time inputs are random. **gap**: how much longer a step of the engine's
+thread takes than its pass, as a share of the pass, by the number of pictures in it.
 """
 OPTIONS = f"""\
 Images a second of ours with the option over ours without it: the median of runs in turns, and the
@@ -180,9 +181,18 @@ def _passes(cells: Values, peak: float) -> str:
             seconds = cell.get("seconds_by_rows", {}).get(str(count))
             share = f" ({flops * count / seconds / peak:.0%})" if seconds and flops and peak else ""
             line.append(f"{seconds / count * 1000:.3g}{share}" if seconds else _gap(cell))
+        gaps = cells.get(f"{name}/gaps", {})
+        line += [_shares(gaps, system) for system in ("plain", "ours")]
         rows.append(line)
     heads = ["workload", "TFLOP a row", *(f"{count} rows" for count in UNET_ROWS)]
+    heads += ["gap, plain", "gap, CUDA graphs"]
     return f"### Passes\n\n{PASSES}\n{_table(heads, rows, left=1)}"
+
+
+def _shares(cell: Values, system: str) -> str:
+    if "shares" not in cell:
+        return _gap(cell)
+    return ", ".join(f"{count}: {share:.1%}" for count, share in cell["shares"][system].items())
 
 
 def _options(cells: Values) -> str:

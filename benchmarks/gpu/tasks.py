@@ -73,6 +73,8 @@ def _tasks(workload: Workload) -> list[Task]:
         Task(workload, "headline", measurements.headline, names, 40, brief),
         Task(workload, "unet", measurements.network_rows, ("unet",), 10, brief),
     ]
+    if workload.scheduler is not None:
+        made.append(Task(workload, "gaps", measurements.gaps, ("gaps",), 10, brief))
     if workload.tuned_by is None:
         for name in speed.applicable(workload):
             what = f"option:{name}"

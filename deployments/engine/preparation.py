@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ import torch
 from torch._dynamo.decorators import maybe_mark_dynamic
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from torch import nn
 
     from deployments.engine.graphs import Recorder
@@ -59,6 +62,20 @@ class Preparation:
         if self.mode == "full" and self.recorder is not None and most > 1:
             counts.remove(1)
         return sorted({*counts, most})
+
+
+@contextmanager
+def compiling() -> Generator[None]:
+    """Let torch compile within the context, and never afterwards in this process.
+
+    What was compiled before is forgotten, because it belonged to another model.
+    """
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("eager_on_recompile")
 
 
 def _use_channels_last(network: nn.Module) -> None:

@@ -33,7 +33,7 @@ from deployments.pipelines.schedules import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
@@ -158,6 +158,12 @@ class Denoiser:
             forward=forward and self._lanes.spread(forward),
             recorder=how.recorder,
         )
+
+    def pass_of(self, rows: Sequence[Denoising]) -> Callable[[], torch.Tensor]:
+        """The UNet's pass alone for rows of one size that all have guidance, for measurements."""
+        latents = torch.cat([row.latents for row in rows])
+        tensors = self._tensors(rows, latents, self._send(_facts(rows)))
+        return partial(self.passes, tensors)
 
     def _schedule(self, steps: int, skipped: int = 0) -> Schedule:
         """The schedule of a row, see `make_schedule`; cached."""
