@@ -173,7 +173,8 @@ class JobSettings(Strict):
         attempts: after which a job that loses its worker or its model again and again has failed.
         per_model: jobs of one model that one worker carries at a time.
         max_queued: jobs in the queue; more get 429.
-        max_streams: event streams of one Ingress replica at a time; more get 429.
+        max_streams: event streams of one Ingress replica at a time, and as many downloads of
+            pictures in a folder; more get 429.
         max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
         stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
             own request_timeout_s.
@@ -215,12 +216,15 @@ class KeyLimits(Strict):
         megapixels_per_minute: of the pictures that are sent, in 1,000,000 px. One minute's worth
             may come at once.
         queue_share: of `jobs.max_queued` that the jobs of the key may fill, in [0, 1].
+        wait_share: of `jobs.max_streams`, and of `jobs.max_waits`, that the key may take on each
+            Ingress replica, in [0, 1]; one of each is always allowed.
     """
 
     requests_per_s: float | None = Field(default=20, gt=0, le=1e5)
     pictures: int | None = Field(default=32, ge=1, le=100_000)
     megapixels_per_minute: float | None = Field(default=2000, gt=0, le=1e7)
     queue_share: float = Field(default=0.5, ge=0, le=1)
+    wait_share: float = Field(default=0.5, ge=0, le=1)
 
 
 # YAML reads a bare `off` as False.

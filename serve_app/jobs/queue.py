@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _SCRIPTS = Path(__file__).parent / "lua"
 _TASKS = json.dumps([str(task) for task in Task])
-_IDEMPOTENCY_S = 7 * 86_400
 logger = logging.getLogger("ray.serve.imagen.jobs")
 
 
@@ -41,10 +40,12 @@ class Submitted(NamedTuple):
         outcome: queued; same or conflict (the Idempotency-Key came before, with the same body or
             another one); full or share (of the whole queue, or of its owner).
         detail: id of the job, or of the first one; or how many are waiting.
+        status: of that job at this moment; empty if there is none.
     """
 
     outcome: Literal["queued", "same", "conflict", "full", "share"]
     detail: str
+    status: Status | Literal[""]
 
 
 class Beat(NamedTuple):
@@ -125,7 +126,7 @@ class JobQueue:
             only_check: whether to change nothing, and only tell what would become of it.
         """
         digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
-        outcome, detail = await self._run(
+        outcome, detail, status = await self._run(
             "submit",
             spec.job_id,
             json.dumps(spec.fields()),
@@ -133,10 +134,9 @@ class JobQueue:
             max_queued,
             max_of_owner,
             digest,
-            _IDEMPOTENCY_S,
             int(only_check),
         )
-        return Submitted(outcome, detail)
+        return Submitted(outcome, detail, status)
 
     async def get(self, job_id: str) -> Job | None:
         """A job, or None if it is unknown or has expired."""

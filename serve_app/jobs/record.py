@@ -46,6 +46,7 @@ class JobSpec:
         output_format: of the results.
         width_px, height_px: of the picture, upright; 0 without one.
         has_image: whether there is a picture in storage.
+        image_bytes: of its file; 0 without one.
         n: results, of seeds that follow one another.
         priority: interactive or batch.
         deadline_s: after its submission, when the job must have ended.
@@ -65,6 +66,7 @@ class JobSpec:
     width_px: int
     height_px: int
     has_image: bool
+    image_bytes: int = 0
     n: int = 1
     priority: Priority = "interactive"
     deadline_s: float = 86_400

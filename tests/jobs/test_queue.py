@@ -56,7 +56,7 @@ def spec(owner: str = "a", task: Task = Task.COMIC, **changes: object) -> JobSpe
 
 async def submit(queue: JobQueue, *specs: JobSpec) -> list[str]:
     for one in specs:
-        assert await queue.submit(one, **MOST) == ("queued", one.job_id)
+        assert await queue.submit(one, **MOST) == ("queued", one.job_id, "queued")
     return [one.job_id for one in specs]
 
 
@@ -203,14 +203,16 @@ async def test_the_same_key_finds_the_first_job(queue: JobQueue) -> None:
     first = spec()
     assert (await queue.submit(first, idempotency_key="k", **MOST)).outcome == "queued"
     again = await queue.submit(spec(), idempotency_key="k", **MOST)
-    assert again == ("same", first.job_id)
+    assert again == ("same", first.job_id, "queued")
     other = await queue.submit(spec(fingerprint="g"), idempotency_key="k", **MOST)
-    assert other == ("conflict", first.job_id)
+    assert other == ("conflict", first.job_id, "queued")
     assert (await queue.submit(spec("b"), idempotency_key="k", **MOST)).outcome == "queued"
     checked = await queue.submit(spec(), idempotency_key="k", only_check=True, **MOST)
-    assert checked == ("same", first.job_id)
+    assert checked == ("same", first.job_id, "queued")
     assert (await queue.submit(spec(), only_check=True, **MOST)).outcome == "queued"
     assert len(await claim(queue, 9)) == 2
+    again = await queue.submit(spec(), idempotency_key="k", **MOST)
+    assert again == ("same", first.job_id, "processing")
 
 
 @pytest.mark.parametrize("key", ["", "k"])
@@ -218,9 +220,11 @@ async def test_a_submission_that_is_sent_again_after_a_broken_connection_changes
     queue: JobQueue, key: str
 ) -> None:
     made = spec()
-    assert await queue.submit(made, idempotency_key=key, **MOST) == ("queued", made.job_id)
+    sent = await queue.submit(made, idempotency_key=key, **MOST)
+    assert sent == ("queued", made.job_id, "queued")
     assert await claim(queue) == [made.job_id]
-    assert await queue.submit(made, idempotency_key=key, **MOST) == ("queued", made.job_id)
+    sent = await queue.submit(made, idempotency_key=key, **MOST)
+    assert sent == ("queued", made.job_id, "processing")
     assert (await status(queue, made.job_id), await claim(queue)) == ("processing", [])
 
 
@@ -234,9 +238,9 @@ async def test_one_of_many_equal_submissions_wins(queue: JobQueue) -> None:
 async def test_a_full_queue_and_a_full_share_refuse(queue: JobQueue) -> None:
     await submit(queue, spec("a"), spec("a"), spec("b"))
     few = {"max_queued": 3, "max_of_owner": 9}
-    assert await queue.submit(spec("c"), **few) == ("full", "3")
+    assert await queue.submit(spec("c"), **few) == ("full", "3", "")
     share = {"max_queued": 9, "max_of_owner": 2}
-    assert await queue.submit(spec("a"), **share) == ("share", "2")
+    assert await queue.submit(spec("a"), **share) == ("share", "2", "")
     assert (await queue.submit(spec("b"), **share)).outcome == "queued"
 
 
@@ -257,9 +261,10 @@ async def test_pages_go_through_all_jobs_of_an_owner_newest_first(queue: JobQueu
 async def test_after_the_sweep_nothing_of_a_job_is_left(queue: JobQueue) -> None:
     forgetful = JobQueue(queue._redis, "test", keep_s=0, lease_s=30)
     for end in ("completed", "failed", "canceled"):
-        [job_id] = await submit(queue, spec())
+        made = spec()
+        await queue.submit(made, idempotency_key=end, **MOST)
         [job] = await queue.claim({Task.COMIC: 1})
-        await forgetful.finish(job_id, end, {}, "{}", claim=job.claim, dead=True)
+        await forgetful.finish(made.job_id, end, {}, "{}", claim=job.claim, dead=True)
     assert len(await queue.sweep()) == 3
     left = {key async for key in queue._redis().scan_iter()}
     assert left <= {"test:turn:comic", "test:pace"}
