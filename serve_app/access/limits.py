@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve.imagen")
-PATIENCE_S = 0.05
-"""A Redis that takes longer is away: no request waits longer for its limits."""
+PATIENCE_S = 1.0
+"""A Redis that takes longer is away: no request waits longer for its limits.
+
+Redis syncs its file before it answers. A busy disk takes 50 ms for that now and then, and a disk on
+a network hundreds; whoever took that for a Redis that is away would let keys use their limits once
+on each replica. A Redis that does hang costs one request in `AWAY_S` this second.
+"""
 AWAY_S = 5.0
 """A Redis that was away is not asked for so long."""
 _MEGAPIXEL = 1_000_000
