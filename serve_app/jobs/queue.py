@@ -95,15 +95,23 @@ class JobQueue:
         namespace: begins every key.
         keep_s: how long a job is kept after its end.
         lease_s: how long a claim holds without a heartbeat.
+        max_kept: ended jobs of an owner.
     """
 
     def __init__(
-        self, redis: Callable[[], Redis], namespace: str, *, keep_s: float, lease_s: float
+        self,
+        redis: Callable[[], Redis],
+        namespace: str,
+        *,
+        keep_s: float,
+        lease_s: float,
+        max_kept: int = 10_000,
     ) -> None:
         self._redis = redis
         self.namespace = namespace
         self._keep_s = keep_s
         self._lease_s = lease_s
+        self._max_kept = max_kept
 
     # --- for clients ---
 
@@ -211,6 +219,7 @@ class JobQueue:
             self._keep_s,
             int(dead),
             int(only_lost),
+            self._max_kept,
         )
         return now, bool(was_set)
 
@@ -261,6 +270,9 @@ class JobQueue:
 
     async def reap(self, attempts: int) -> list[tuple[str, Literal["lost", "late"]]]:
         """Put jobs of lost workers back into the queue; workers call it every second or so.
+
+        A job that a model began `attempts` times has been lost too often, and so has one that
+        workers took four times as often.
 
         After a while without a call, in which Redis was away, nothing happens for half a lease, so
         that workers can renew their claims first.
@@ -343,7 +355,13 @@ class JobQueue:
 
 def open_queue(redis: Callable[[], Redis], settings: JobSettings) -> JobQueue:
     """The queue of an application."""
-    return JobQueue(redis, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
+    return JobQueue(
+        redis,
+        settings.namespace,
+        keep_s=settings.keep_s,
+        lease_s=settings.lease_s,
+        max_kept=settings.max_kept,
+    )
 
 
 @cache

@@ -127,7 +127,7 @@ class Job:
         spec: what was asked for.
         status: see `Status`.
         claim: counts the workers that took it; only the last one may end it.
-        attempts: tries on a model.
+        attempts: how often a model began it.
         created_s, started_s, ended_s: None if not yet.
         steps_done, steps: of its passes; 0 until it runs.
         left_s: estimate of the model; None if unknown.

@@ -14,6 +14,7 @@ import uvicorn
 from PIL import Image
 
 from deployments.contract import ImageJob, ImageResult, JobProgress
+from deployments.errors import NotReady
 from deployments.settings import AccessSettings, JobSettings, Settings, UploadSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
@@ -22,6 +23,7 @@ from serve_app.jobs.connection import RedisLink
 from serve_app.jobs.queue import JobQueue, open_queue
 from serve_app.jobs.service import Jobs, open_jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import free_port
 from tests.unit.fakes import REGISTRY
@@ -81,8 +83,11 @@ class StandInModel:
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
         self.models.jobs.append(job)
-        if self.models.errors:
-            raise self.models.errors.pop(0)
+        error = self.models.errors.pop(0) if self.models.errors else None
+        if not isinstance(error, NotReady):
+            yield JobProgress(0, 0)  # as a replica that takes a job says at once
+        if error:
+            raise error
         steps = getattr(job.request, "steps", 1)
         for done in range(1, steps + 1):
             await asyncio.sleep(self.models.step_s)
@@ -209,7 +214,9 @@ async def application(
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
     base = f"http://127.0.0.1:{port}"
-    tasks = [asyncio.create_task(server.serve()), asyncio.create_task(signals.listen())]
+    sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
+    loops = [asyncio.create_task(loop) for loop in (signals.listen(), sweeping)]
+    serving = asyncio.create_task(server.serve())
     async with httpx.AsyncClient(base_url=base, timeout=30, trust_env=False) as client:
         made = Application(base, models, client, queue, jobs, settings.jobs, signals)
         while not server.started or link.current is None:
@@ -220,7 +227,8 @@ async def application(
         if made.worker is not None:
             await made.lose_worker()
     server.should_exit = True
-    tasks[1].cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(serving, *loops, return_exceptions=True)
     if link.current is not None:
         await link.current.aclose()

@@ -451,6 +451,36 @@ async def test_cancel_a_queued_job(idle: Application) -> None:
     assert idle.models.jobs == []
 
 
+async def test_jobs_that_are_over_are_forgotten_although_nobody_works(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="idle", working=False, keep_s=1) as idle:
+        job_id = await idle.submit()
+        pictures = tmp_path / "files/inputs" / job_id
+        assert list(pictures.iterdir())
+        await idle.client.delete(f"/api/v1/jobs/{job_id}")
+        while (await idle.client.get(f"/api/v1/jobs/{job_id}")).status_code == 200:
+            await asyncio.sleep(0.1)
+        assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
+        while list(pictures.iterdir()):
+            await asyncio.sleep(0.05)
+
+
+async def test_the_oldest_ended_jobs_of_a_key_make_room(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="kept", max_kept=2) as app:
+        made = [await app.submit(seed=i) for i in range(2)]
+        for job_id in made:
+            await app.ended(job_id)
+        made.append(await app.submit())
+        await app.ended(made[2])
+        listed = (await app.client.get("/api/v1/jobs")).json()["jobs"]
+        assert [job["job_id"] for job in listed] == made[:0:-1]
+        while (await app.client.get(f"/api/v1/jobs/{made[0]}")).status_code == 200:
+            await asyncio.sleep(0.1)
+
+
 async def test_cancel_stops_a_running_job_between_its_steps(app: Application) -> None:
     app.models.step_s = 0.1
     job_id = await app.submit(steps="100")

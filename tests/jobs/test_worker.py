@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.contract import ImageResult, JobProgress
-from deployments.errors import ImagenError, NotReady
+from deployments.errors import Full, ImagenError, NotReady
 from deployments.settings import JobSettings
 from deployments.tasks import Task
 from serve_app.jobs.connection import connect
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.record import Job
 
 LEASE_S = 2.0
+_PAUSES = ("REAP", "IDLE", "BEAT")
 RESULT = ImageResult(b"picture", "image/png", 8, 8, "comic@0", 7, 1, 0.0)
 LOST = NotReady("The replica was lost.", value="comic", remedy="Try again.")
 
@@ -39,6 +40,7 @@ class Model:
 
     Attributes:
         inside, most, taken: requests at this moment, at most at a time, and in all.
+        at_hand: the requests at this moment.
         errors: raised by the next requests, before or after the model has taken them.
     """
 
@@ -47,10 +49,12 @@ class Model:
         self.may.set()
         self.inside = self.most = self.taken = 0
         self.errors: list[tuple[ImagenError, bool]] = []
+        self.at_hand: list[ImageJob] = []
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
         self.taken += 1
         self.inside += 1
+        self.at_hand.append(job)
         self.most = max(self.most, self.inside)
         try:
             error, is_taken = self.errors.pop(0) if self.errors else (None, True)
@@ -62,6 +66,7 @@ class Model:
             yield (RESULT,) * job.n
         finally:
             self.inside -= 1
+            self.at_hand.remove(job)
 
 
 @pytest.fixture
@@ -84,8 +89,8 @@ def settings(tmp_path: Path) -> JobSettings:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_AGAIN_S", "_REAP_S", "_IDLE_S", "_BEAT_S"):
-        monkeypatch.setattr(f"serve_app.jobs.worker.{name}", 0.05)
+    for name in ("worker.AGAIN_S", "carrier.AGAIN_S", *(f"worker._{n}_S" for n in _PAUSES)):
+        monkeypatch.setattr(f"serve_app.jobs.{name}", 0.05)
 
 
 @asynccontextmanager
@@ -139,7 +144,7 @@ async def test_a_worker_that_gets_its_own_job_again_runs_it_once_at_a_time(
     model.may.clear()
     async with at_work(queue, settings, model) as worker:
         [job_id] = await submit(queue, spec(has_image=False))
-        await until(lambda: model.inside == 1)
+        await when(queue, job_id, lambda job: job.attempts == 1)
         # What a worker on another machine does to a claim that it takes for void.
         await queue._redis().zadd("test:running:comic", {job_id: 0})
         await queue.reap(9)
@@ -162,6 +167,56 @@ async def test_a_job_waits_for_a_model_however_long_it_is_away(
         [job_id] = await submit(queue, spec(has_image=False))
         job = await when(queue, job_id, lambda job: job.has_ended)
     assert (job.status, job.attempts, model.taken) == ("completed", 1, 5)
+
+
+async def test_a_claim_without_work_is_no_attempt(queue: JobQueue, settings: JobSettings) -> None:
+    model = Model()
+    [job_id] = await submit(queue, spec(has_image=False))
+    # Of a worker that dies before it begins, or whose claim Redis answers too late.
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    await impatient.claim({Task.COMIC: 1})
+    model.may.clear()
+    async with at_work(queue, settings, model):
+        running = await when(queue, job_id, lambda job: job.attempts > 0)
+        assert (running.status, running.attempts, running.claim) == ("processing", 1, "2")
+        model.may.set()
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 1)
+
+
+async def test_a_busy_model_has_not_begun_the_job(queue: JobQueue, settings: JobSettings) -> None:
+    model = Model()
+    busy = Full("Busy.", value="busy", remedy="Try again.", retry_after_s=0.01)
+    model.errors = [(busy, True)] * 5
+    async with at_work(queue, settings, model):
+        [job_id] = await submit(queue, spec(has_image=False))
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 6)
+
+
+async def test_a_worker_holds_no_more_pictures_than_it_may(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    model.may.clear()
+    files, size = open_job_files(settings), 400 * 2**10
+    large = spec(image_bytes=3 * 2**20)
+    jobs = [*(spec(image_bytes=size) for _ in range(5)), large]
+    for one in jobs:
+        await files.put_input(one.job_id, b"x" * one.image_bytes)
+    tight = settings.model_copy(update={"max_held_bytes": 2**20})
+    async with at_work(queue, tight, model) as worker:
+        await submit(queue, *jobs)
+        await until(lambda: worker.carried == len(jobs) and model.inside > 0)
+        await asyncio.sleep(0.3)
+        held_bytes = sum(len(job.image or b"") for job in model.at_hand)
+        assert 0 < held_bytes <= max(2**20, large.image_bytes)
+        assert held_bytes == large.image_bytes or model.inside == 2
+        model.may.set()
+        ends = [await when(queue, one.job_id, lambda job: job.has_ended) for one in jobs]
+    assert {job.status for job in ends} == {"completed"}
+    assert model.most == 2
+    files.close()
 
 
 async def test_a_job_that_loses_each_replica_that_takes_it_is_not_tried_for_ever(

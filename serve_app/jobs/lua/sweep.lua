@@ -9,7 +9,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', key('expiry'), '-inf', now()
   redis.call('DEL', key('job', id), key('events', id))
   redis.call('ZREM', key('dead'), id)
   redis.call('ZREM', key('jobs', owner), id)
-  for _, status in ipairs({'completed', 'failed', 'canceled'}) do
+  for _, status in ipairs(ENDED) do
     redis.call('ZREM', key('jobs', owner, status), id)
   end
   redis.call('ZREM', key('expiry'), member)
