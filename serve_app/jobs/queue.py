@@ -11,14 +11,13 @@ import hashlib
 import json
 import logging
 import secrets
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deployments.errors import ModelFailed
 from deployments.tasks import Task
 from serve_app.jobs.connection import answered
 from serve_app.jobs.record import STATUSES, Job, JobSpec
+from serve_app.jobs.scripts import run_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from deployments.settings import JobSettings
     from serve_app.jobs.record import Status
 
-_SCRIPTS = Path(__file__).parent / "lua"
 _TASKS = json.dumps([str(task) for task in Task])
 logger = logging.getLogger("ray.serve.imagen.jobs")
 
@@ -347,10 +345,7 @@ class JobQueue:
         return ":".join((self.namespace, *parts))
 
     async def _run(self, script: str, *args: object) -> Any:
-        async with answered():
-            return await _script(self._redis(), script)(
-                args=[self.namespace, *(str(arg) for arg in args)]
-            )
+        return await run_script(self._redis(), ("common", script), self.namespace, *args)
 
 
 def open_queue(redis: Callable[[], Redis], settings: JobSettings) -> JobQueue:
@@ -362,17 +357,6 @@ def open_queue(redis: Callable[[], Redis], settings: JobSettings) -> JobQueue:
         lease_s=settings.lease_s,
         max_kept=settings.max_kept,
     )
-
-
-@cache
-def _source(name: str) -> str:
-    common, own = (_SCRIPTS / f"{part}.lua" for part in ("common", name))
-    return common.read_text(encoding="utf-8") + own.read_text(encoding="utf-8")
-
-
-def _script(redis: Redis, name: str) -> Any:
-    """A script that Redis is sent once, and then by its digest."""
-    return redis.register_script(_source(name))
 
 
 def _loaded(flat: Sequence[str], *place: Any) -> Job | None:
