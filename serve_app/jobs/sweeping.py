@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from deployments.errors import JobsUnavailable
-from serve_app.jobs.options import MOST_DEADLINE_S
+from serve_app.jobs.options import life_s
 
 if TYPE_CHECKING:
     from serve_app.jobs.files import JobFiles
@@ -37,7 +37,7 @@ async def keep_sweeping(
         with suppress(JobsUnavailable):
             await _forget(queue, files)
             if time.monotonic() >= folder_due_s:
-                await files.sweep(keep_s + MOST_DEADLINE_S)
+                await files.sweep(life_s(keep_s))
                 folder_due_s = time.monotonic() + _FOLDER_EVERY_S
         await asyncio.sleep(every_s)
 
