@@ -212,23 +212,31 @@ async def application(
     jobs = open_jobs(link, signals, settings.jobs)
     app = create_app(models, REGISTRY, settings, jobs=jobs, redis=lambda: link.current)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
+        )
+    )
     base = f"http://127.0.0.1:{port}"
     sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
     loops = [asyncio.create_task(loop) for loop in (signals.listen(), sweeping)]
     serving = asyncio.create_task(server.serve())
-    async with httpx.AsyncClient(base_url=base, timeout=30, trust_env=False) as client:
-        made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+    client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
+    made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+    try:
         while not server.started or link.current is None:
+            assert not serving.done(), "the server does not start"
             await asyncio.sleep(0.01)
         if working:
             await made.start_worker()
         yield made
+    finally:  # also after a test that fails, which must leave no socket to the next one
         if made.worker is not None:
             await made.lose_worker()
-    server.should_exit = True
-    for loop in loops:
-        loop.cancel()
-    await asyncio.gather(serving, *loops, return_exceptions=True)
-    if link.current is not None:
-        await link.current.aclose()
+        await client.aclose()
+        server.should_exit = True
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(serving, *loops, return_exceptions=True)
+        if link.current is not None:
+            await link.current.aclose()

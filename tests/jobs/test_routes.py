@@ -9,6 +9,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import jsonschema
 import psutil
 import pytest
@@ -24,8 +25,6 @@ from tests.jobs.redis_server import RedisServer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
     from pathlib import Path
-
-    import httpx
 
 ASYNC = {"Prefer": "respond-async"}
 COMIC = Task.COMIC.route
@@ -847,6 +846,17 @@ async def test_a_share_of_the_queue_is_the_key_s_limit(server: RedisServer, tmp_
         statuses = [(await post(app, ASYNC | me)).status_code for _ in range(3)]
         assert statuses == [202, 202, 429]
         refused(await post(app, ASYNC | me), 429, "rate_limited")
+
+
+async def test_an_application_ends_with_a_test_that_fails(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with application(server.url, tmp_path, namespace="fails") as app:
+            _ = 1 / 0
+    async with httpx.AsyncClient(trust_env=False) as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(app.url)
 
 
 # What one client must not do to others, or to itself
