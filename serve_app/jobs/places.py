@@ -47,10 +47,10 @@ class Places:
 
     def check(self, owner: str = "", share: float = 1.0) -> None:
         """Whether there is a place at this moment; raises as `take`."""
-        remedy = "Try again after Retry-After seconds, or poll the job."
+        remedy = "Try again after Retry-After seconds; GET /api/v1/jobs/{id} needs no place."
         if (taken := self._taken.total()) >= self._most:
             raise Full(
-                "Too many clients wait for jobs at the moment.",
+                "Too many clients wait for jobs or results at the moment.",
                 value=f"{taken} clients",
                 remedy=remedy,
                 retry_after_s=_RETRY_S,

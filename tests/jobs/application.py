@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,8 @@ class Application:
 
     async def lose_worker(self) -> None:
         """End the worker's loops and its jobs where they stand, as its death does."""
-        assert self.worker
+        if self.worker is None:
+            return
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
@@ -212,31 +213,42 @@ async def application(
     jobs = open_jobs(link, signals, settings.jobs)
     app = create_app(models, REGISTRY, settings, jobs=jobs, redis=lambda: link.current)
     port = free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
-        )
+    config = uvicorn.Config(
+        app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
     )
-    base = f"http://127.0.0.1:{port}"
-    sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
-    loops = [asyncio.create_task(loop) for loop in (signals.listen(), sweeping)]
-    serving = asyncio.create_task(server.serve())
-    client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
-    made = Application(base, models, client, queue, jobs, settings.jobs, signals)
-    try:
+    server = uvicorn.Server(config)
+    # Each part ends, whatever the test or another part's end raises: a socket that stays open would
+    # be told to a later test.
+    async with AsyncExitStack() as ending:
+        ending.push_async_callback(_disconnect, link)
+        sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
+        for loop in (signals.listen(), sweeping):
+            ending.push_async_callback(_cancel, asyncio.create_task(loop))
+        serving = asyncio.create_task(server.serve())
+        ending.push_async_callback(_stop, server, serving)
+        base = f"http://127.0.0.1:{port}"
+        client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
+        await ending.enter_async_context(client)
+        made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+        ending.push_async_callback(made.lose_worker)
         while not server.started or link.current is None:
             assert not serving.done(), "the server does not start"
             await asyncio.sleep(0.01)
         if working:
             await made.start_worker()
         yield made
-    finally:  # also after a test that fails, which must leave no socket to the next one
-        if made.worker is not None:
-            await made.lose_worker()
-        await client.aclose()
-        server.should_exit = True
-        for loop in loops:
-            loop.cancel()
-        await asyncio.gather(serving, *loops, return_exceptions=True)
-        if link.current is not None:
-            await link.current.aclose()
+
+
+async def _disconnect(link: RedisLink) -> None:
+    if link.current is not None:
+        await link.current.aclose()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _stop(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await serving
