@@ -210,6 +210,16 @@ async def test_a_batch_job_does_not_put_off_the_next_interactive_one_of_its_owne
     assert mine in await claim(queue, 2)
 
 
+async def test_an_owner_that_waited_with_batch_jobs_has_saved_no_turns(queue: JobQueue) -> None:
+    others = await submit(queue, *(spec("b") for _ in range(30)))
+    await submit(queue, *(spec("a", priority="batch") for _ in range(3)))
+    assert set(await claim(queue, 8)) <= set(others)
+    mine = await submit(queue, *(spec("a") for _ in range(10)))
+    order = await claim(queue, 10)
+    assert len(set(mine) & set(order)) == 5
+    assert order[0] in mine or order[1] in mine
+
+
 async def test_canceled_jobs_leave_the_order_as_it_was(queue: JobQueue) -> None:
     [gone] = await submit(queue, spec("a"))
     batch = await submit(queue, *(spec("a", priority="batch") for _ in range(3)))

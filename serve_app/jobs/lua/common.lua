@@ -41,12 +41,15 @@ local function change_lane(job, command, ...)
   local after = weight_of_first(lane)
   if not after then
     redis.call('ZREM', lanes, job.owner)
-  elseif before then
-    redis.call('ZINCRBY', lanes, after - before, job.owner)
-  else
-    local turn = tonumber(redis.call('GET', key('turn', job.task)) or 0)
-    redis.call('ZADD', lanes, turn + after, job.owner)
+    return
   end
+  local tag = tonumber(redis.call('GET', key('turn', job.task)) or 0) + after
+  if before then
+    local old = tonumber(redis.call('ZSCORE', lanes, job.owner))
+    -- Whoever waited with a batch job has saved no turns for interactive ones.
+    tag = after < before and math.min(old, math.max(old + after - before, tag)) or old + after - before
+  end
+  redis.call('ZADD', lanes, tag, job.owner)
 end
 
 local function push(id, job)

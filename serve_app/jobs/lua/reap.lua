@@ -6,7 +6,8 @@ local half = tonumber(ARGV[4]) / 2
 local CLAIMS_OF_AN_ATTEMPT = 4
 
 local function is_lost_too_often(job, attempts)
-  return tonumber(job.attempts or 0) >= attempts or tonumber(job.claim) >= attempts * CLAIMS_OF_AN_ATTEMPT
+  local begun, claims = tonumber(job.attempts or 0), tonumber(job.claim)
+  return begun >= attempts or claims >= attempts * CLAIMS_OF_AN_ATTEMPT
 end
 
 -- While Redis is away, no worker can renew a claim. A long time without a call of this script, which
