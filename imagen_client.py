@@ -361,7 +361,7 @@ class JobState:
         position: 1 for the job that is next; None unless queued.
         steps_done, steps: of the model.
         eta_s: estimated seconds to the end; None if unknown.
-        attempts: how often a worker began it.
+        attempts: how often a model began it.
         timings_s: seconds by stage.
         gpu_seconds: share of a GPU's time.
         cost: of that, if the operator states a price.
@@ -680,6 +680,9 @@ class _Feed:
         _refuse_redirect(response)
         if not response.is_success:
             raise _answer_error(response)
+        if response.status_code == HTTPStatus.NO_CONTENT:  # nothing came after the last event
+            self.over = True
+            return
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
             raise UnexpectedAnswer("The service's answer is no stream of events.")
         self._is_open = True
@@ -1178,7 +1181,7 @@ class Job(JobState):
         they stopped.
 
         Args:
-            after: the id of an event, to have only what came later.
+            after: the id of an event, to have only what came later; nothing after the last one.
 
         Raises:
             ImagenError: the service does not answer.

@@ -120,11 +120,11 @@ async def _requeue(config: Path, job_id: str) -> str:
             raise NoSuchJob(
                 "There is no such job.", value=job_id, remedy="See `imagen jobs dead list`."
             )
-        new_id = await jobs.retry(
-            job.spec.owner, job_id, "imagen jobs", idempotency_key=f"requeue {job_id}", share=1.0
+        made = await jobs.retry(
+            job.spec.owner, job_id, "imagen jobs", idempotency_key=f"requeue {job_id}"
         )
         await jobs.queue.bury(job_id)
-        return new_id
+        return made.job_id
 
 
 @asynccontextmanager

@@ -39,6 +39,7 @@ def create(
     pictures: Annotated[int | None, typer.Option(help="At a time. " + _DEFAULT)] = None,
     megapixels_per_minute: Annotated[float | None, typer.Option(help=_DEFAULT)] = None,
     queue_share: Annotated[float | None, typer.Option(help="From 0 to 1. " + _DEFAULT)] = None,
+    wait_share: Annotated[float | None, typer.Option(help="From 0 to 1. " + _DEFAULT)] = None,
     keys: File = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,6 +53,7 @@ def create(
             "pictures": pictures,
             "megapixels_per_minute": megapixels_per_minute,
             "queue_share": queue_share,
+            "wait_share": wait_share,
         }
         own = {limit: value for limit, value in given.items() if value is not None}
         place = _place(keys)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.config import settings_of
 from cli.console import Output
 from cli.ending import ending
 from cli.proofs import prove
-from deployments.settings import StoreSettings
+from deployments.settings import JobSettings, StoreSettings
 from deployments.store.folder_bucket import local_folder
 from deployments.store.provider import make_bucket, open_bucket
 from deployments.store.transfer import retrying
 from serve_app.jobs.files import FOLDERS
 from serve_app.jobs.links import folder_key
+from serve_app.jobs.options import life_s
 
 storage_app = typer.Typer(
     no_args_is_help=True,
@@ -27,14 +31,23 @@ Url = Annotated[
     str, typer.Argument(help="gs://bucket/prefix, s3://bucket/prefix or file:///folder")
 ]
 _TRIES = StoreSettings(attempts=4)
+_DAY_S = 86_400
 
 
 @storage_app.command()
 def init(
     url: Url,
-    days: Annotated[int, typer.Option(min=1, max=365, help="How long pictures are kept")] = 7,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="The application's Serve config file, whose jobs.keep_s counts"
+        ),
+    ] = None,
 ) -> None:
     """Let pictures of jobs expire: write the bucket's lifecycle rule, or make the folder.
+
+    A picture goes once its job can neither run nor be looked at any more: after the longest
+    deadline and jobs.keep_s, and one day. That is 15 days unless --config names a shorter time.
 
     For s3:// it prints the command that writes the rules, because the library it uses cannot.
 
@@ -43,6 +56,8 @@ def init(
     """
     output = Output(as_json=False)
     with ending(output):
+        jobs = JobSettings() if config is None else settings_of(config).jobs
+        days = math.ceil(life_s(jobs.keep_s) / _DAY_S)
         bucket = make_bucket(url)
         if url.startswith("file://"):
             folder_key(local_folder(url))

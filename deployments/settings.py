@@ -166,14 +166,20 @@ class JobSettings(Strict):
         storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`/files.
             `imagen storage init` and `check` prepare and prove it.
         respond_async_by_default: whether a request without a preference becomes a job.
-        keep_s: how long jobs, pictures and results are kept.
+        keep_s: how long jobs, pictures and results are kept after a job's end.
+        max_kept: ended jobs of one API key that are kept; the oldest go early. One takes about 4 KB
+            of Redis.
         link_s: how long a signed link to a result works.
         run_timeout_s: of one attempt of a job on a model.
         lease_s: a worker that does not renew its claim for so long has lost the job.
-        attempts: after which a job that loses its worker or its model again and again has failed.
+        attempts: of a model at a job, after which one that loses its worker or its model again and
+            again has failed.
         per_model: jobs of one model that one worker carries at a time.
+        max_held_bytes: of pictures in one worker's memory, divided equally among the models. A job
+            waits with its picture in storage until there is room; one is always allowed.
         max_queued: jobs in the queue; more get 429.
-        max_streams: event streams of one Ingress replica at a time; more get 429.
+        max_streams: event streams of one Ingress replica at a time, and as many downloads of
+            pictures in a folder; more get 429.
         max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
         stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
             own request_timeout_s.
@@ -187,11 +193,13 @@ class JobSettings(Strict):
     storage: str | None = Field(default=None, pattern=r"^(file|gs|s3)://.+")
     respond_async_by_default: bool = False
     keep_s: int = Field(default=7 * 86_400, ge=1, le=7 * 86_400)
+    max_kept: int = Field(default=10_000, ge=1)
     link_s: int = Field(default=900, ge=1, le=7 * 86_400)
     run_timeout_s: float = Field(default=600, gt=0)
     lease_s: float = Field(default=8, gt=0)
     attempts: int = Field(default=5, ge=1)
     per_model: int = Field(default=8, ge=1, le=64)
+    max_held_bytes: int = Field(default=512 * 2**20, ge=2**20)
     max_queued: int = Field(default=10_000, ge=1)
     max_streams: int = Field(default=200, ge=1)
     max_waits: int = Field(default=100, ge=1)
@@ -215,12 +223,15 @@ class KeyLimits(Strict):
         megapixels_per_minute: of the pictures that are sent, in 1,000,000 px. One minute's worth
             may come at once.
         queue_share: of `jobs.max_queued` that the jobs of the key may fill, in [0, 1].
+        wait_share: of `jobs.max_streams`, and of `jobs.max_waits`, that the key may take on each
+            Ingress replica, in [0, 1]; one of each is always allowed.
     """
 
     requests_per_s: float | None = Field(default=20, gt=0, le=1e5)
     pictures: int | None = Field(default=32, ge=1, le=100_000)
     megapixels_per_minute: float | None = Field(default=2000, gt=0, le=1e7)
     queue_share: float = Field(default=0.5, ge=0, le=1)
+    wait_share: float = Field(default=0.5, ge=0, le=1)
 
 
 # YAML reads a bare `off` as False.

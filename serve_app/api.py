@@ -34,8 +34,8 @@ from serve_app.middleware import (
     RequestId,
 )
 from serve_app.problem import error_response
+from serve_app.protocols import files, native
 from serve_app.protocols import jobs as job_routes
-from serve_app.protocols import native
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -85,7 +85,7 @@ def create_app(
     app.state.intake = Intake(backends, registry, settings)
     app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
-    for router in (native.router(registry), job_routes.router, service.router):
+    for router in (native.router(registry), job_routes.router, files.router, service.router):
         app.include_router(router)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)

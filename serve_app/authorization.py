@@ -75,7 +75,7 @@ class Access:
     """Asks for an API key, and holds its request to the key's limits, before any body is read.
 
     Routes find the key as `key` in the scope's state. They pass the pixels of a picture to
-    `charge` there.
+    `charge` there, and call `refund` if nothing comes of it.
 
     Args:
         keys: None asks nobody.
@@ -101,7 +101,8 @@ class Access:
         else:
             key = _key_of(headers, self.keys)
         visit = self.limits.visit(key)
-        state |= {"key": key, "charge": visit.charge, "answer_headers": visit.headers}
+        state |= {"key": key, "charge": visit.charge, "refund": visit.refund}
+        state["answer_headers"] = visit.headers
         if key is not ANONYMOUS:
             state["audit"] = Audit(visit, (scope.get("client") or ("-",))[0])
         try:

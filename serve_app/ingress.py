@@ -15,6 +15,7 @@ from serve_app.backends import ServeBackends
 from serve_app.jobs.connection import open_link
 from serve_app.jobs.service import open_jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.watching import watch
 from serve_app.worker import own_url
 
@@ -88,6 +89,8 @@ class Ingress:
             metrics = JobMetrics()
             jobs = open_jobs(link, signals, settings.jobs, metrics.count_end)
             self._loops.append(partial(watch, jobs.queue, metrics))
+            keep_s = settings.jobs.keep_s
+            self._loops.append(partial(keep_sweeping, jobs.queue, jobs.files, keep_s))
         self.api = create_app(
             backends, registry, settings, self._count, jobs, redis=lambda: link.current
         )

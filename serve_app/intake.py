@@ -92,7 +92,6 @@ class Call:
         request_id: for the log.
         charge: called with the pixels of the picture once its header is read, before any work; may
             raise RateLimited. None charges nobody.
-        results: that are asked for; each is charged.
     """
 
     task: Task
@@ -101,7 +100,6 @@ class Call:
     accept: str = ""
     request_id: str = ""
     charge: Callable[[int], Awaitable[None]] | None = None
-    results: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +183,7 @@ class Intake:
         width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
-            await call.charge(width_px * height_px * call.results)
+            await call.charge(width_px * height_px)
         return Checked(request, output_format, width_px, height_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:

@@ -14,7 +14,6 @@ from deployments.telemetry import JobMetrics
 from serve_app.backends import HandleBackend
 from serve_app.jobs.connection import away, open_link
 from serve_app.jobs.files import open_job_files
-from serve_app.jobs.options import MOST_DEADLINE_S
 from serve_app.jobs.outbox import Outbox, deliver_forever
 from serve_app.jobs.queue import open_queue
 from serve_app.jobs.signals import Signals
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from serve_app.backends import Handle
 
 _ASK_S = 5.0
-_SWEEP_S = 3600.0
 
 
 class JobWorker:
@@ -50,8 +48,8 @@ class JobWorker:
         self._queue = open_queue(link, jobs)
         self._outbox = Outbox(link, jobs.namespace, jobs.webhooks, jobs.lease_s)
         models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
-        self._files, metrics = open_job_files(jobs), JobMetrics()
-        self._worker = Worker(self._queue, self._files, models, jobs, metrics.count_end)
+        files, metrics = open_job_files(jobs), JobMetrics()
+        self._worker = Worker(self._queue, files, models, jobs, metrics.count_end)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)
         self._loops: asyncio.Task[None] | None = None
 
@@ -65,7 +63,6 @@ class JobWorker:
             loops.create_task(self._signals.listen())
             loops.create_task(self._worker.run())
             loops.create_task(self._deliver())
-            loops.create_task(self._sweep())
 
     async def _deliver(self) -> None:
         """Send webhooks, once Redis has told the secret that signs them."""
@@ -75,13 +72,6 @@ class JobWorker:
                 break
             await asyncio.sleep(_ASK_S)
         await deliver_forever(self._outbox, sender)
-
-    async def _sweep(self) -> None:
-        """Delete pictures that no record leads to, such as those of a submission that broke off."""
-        while True:
-            with suppress(JobsUnavailable):
-                await self._files.sweep(self._settings.keep_s + MOST_DEADLINE_S)
-            await asyncio.sleep(_SWEEP_S)
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces this replica if it raises."""

@@ -37,6 +37,7 @@ from serve_app.jobs.record import Job, job_view
 from serve_app.jobs.redis_process import RedisProcess
 from serve_app.jobs.service import open_jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.webhooks import Sender
 from serve_app.jobs.worker import Worker
 
@@ -89,8 +90,8 @@ class Ready:
 
 
 def settings_of(folder: Path) -> Settings:
-    """As an application on loopback has them; every job of a benchmark fits the queue."""
-    jobs = JobSettings(folder=folder, max_queued=1_000_000)
+    """As an application on loopback has them; all jobs of a benchmark fit, and are kept."""
+    jobs = JobSettings(folder=folder, max_queued=1_000_000, max_kept=1_000_000)
     return Settings(jobs=jobs, access=AccessSettings(auth="off"))
 
 
@@ -128,9 +129,11 @@ def ingress(redis: Redis, folder: Folder, port: int) -> None:
         jobs = open_jobs(link, signals, settings.jobs)
         api = create_app(Ready(), registry, settings, jobs=jobs, redis=lambda: link.current)
         server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error", lifespan="off"))
-        listening = asyncio.create_task(signals.listen())
+        sweeping = keep_sweeping(jobs.queue, jobs.files, settings.jobs.keep_s)
+        loops = [asyncio.create_task(loop) for loop in (signals.listen(), sweeping)]
         await server.serve()
-        listening.cancel()
+        for loop in loops:
+            loop.cancel()
 
     asyncio.run(serve())
 

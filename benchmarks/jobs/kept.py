@@ -117,7 +117,7 @@ class _Kept:
         return time.perf_counter() - start_s, body["next_cursor"]
 
     async def _forget(self) -> dict[str, Any]:
-        """Let every job's time be over; the worker's sweep does the rest."""
+        """Let every job's time be over; the sweep of the Ingress does the rest."""
         expiry, start_s = "imagen:expiry", time.perf_counter()
         self._redis.zunionstore(expiry, {expiry: 0})
         while self._redis.zcard(expiry):

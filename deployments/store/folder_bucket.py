@@ -79,6 +79,13 @@ class FolderBucket:
                 write(data)  # outside _reading: its errors are those of another disk
                 start += len(data)
 
+    def place(self, path: str) -> tuple[Path, os.stat_result]:
+        """Where a file is on this machine, with its size and time; raises as `Bucket`."""
+        self._stat(path)
+        place = self._place(path)
+        with _reading(place):
+            return place, place.stat()
+
     def put(self, path: str, content: Path | bytes, media_type: str = ANY_BYTES) -> bool:
         final = self._place(path)
         part = self._folder / f"{PART}{uuid.uuid4().hex}"

@@ -65,7 +65,11 @@ ANONYMOUS = Key(
     sha256="0" * 64,
     created=datetime(2026, 1, 1, tzinfo=UTC),
     limits=KeyLimits(
-        requests_per_s=None, pictures=None, megapixels_per_minute=None, queue_share=1.0
+        requests_per_s=None,
+        pictures=None,
+        megapixels_per_minute=None,
+        queue_share=1.0,
+        wait_share=1.0,
     ),
 )
 """Whoever calls without a key, where none is asked for. It has no limits."""

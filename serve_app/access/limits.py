@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve.imagen")
-PATIENCE_S = 0.05
-"""A Redis that takes longer is away: no request waits longer for its limits."""
+PATIENCE_S = 1.0
+"""A Redis that takes longer is away: no request waits longer for its limits.
+
+Redis syncs its file before it answers. A busy disk takes 50 ms for that now and then, and a disk on
+a network hundreds; whoever took that for a Redis that is away would let keys use their limits once
+on each replica. A Redis that does hang costs one request in `AWAY_S` this second.
+"""
 AWAY_S = 5.0
 """A Redis that was away is not asked for so long."""
 _MEGAPIXEL = 1_000_000
@@ -121,12 +126,12 @@ class Limits:
 
 
 class Visit:
-    """One request of a key: `enter` it, `charge` its picture, and always `leave`.
+    """One request of a key: `enter` it, `charge` its picture, perhaps `refund` it, always `leave`.
 
     Attributes:
         key: whose.
         headers: RateLimit-* of its answer.
-        pixels: that were charged.
+        pixels: that were charged, and not given back.
         refused: the name of the limit that refused it; None if none did.
     """
 
@@ -186,17 +191,24 @@ class Visit:
             self._charged = where, bucket
         self.pixels += pixels
 
+    async def refund(self) -> None:
+        """Give back what was charged. A second call does nothing."""
+        charged, self._charged = self._charged, None
+        pixels, self.pixels = self.pixels, 0
+        if charged is not None:
+            where, bucket = charged
+            await self._limits.ask_again(where, lambda counters: counters.give(bucket, pixels))
+
     async def leave(self, *, refund: bool = False) -> None:
         """Give the place back, and with `refund` the pixels too. A second call does nothing."""
         if self._renewing is not None:
             self._renewing.cancel()
         held, self._held = self._held, None
-        charged, self._charged = self._charged, None
         if held is not None:
             await self._limits.ask_again(held[0], lambda counters: counters.leave(held[1]))
-        if charged is not None and refund:
-            where, bucket = charged
-            await self._limits.ask_again(where, lambda counters: counters.give(bucket, self.pixels))
+        if refund:
+            await self.refund()
+        self._charged = None
 
     async def _renew(self, where: Counters, places: Places) -> None:
         while True:

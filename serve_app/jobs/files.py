@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from deployments.errors import (
     JobsUnavailable,
@@ -35,7 +35,9 @@ from deployments.store.transfer import retrying
 from serve_app.jobs.links import FolderLinks, folder_key
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
+    from pathlib import Path
 
     from deployments.settings import JobSettings
     from deployments.store.bucket import Bucket
@@ -52,6 +54,20 @@ _PICTURE = re.compile(r"outputs/([0-9a-f]{32})/result-[0-9]{1,3}\.(png|webp|jpeg
 _LARGEST_K = 999
 _JSON = "application/json"
 logger = logging.getLogger("ray.serve.imagen.jobs")
+
+
+class LinkedFile(NamedTuple):
+    """A picture in a folder.
+
+    Attributes:
+        path: on this machine.
+        status: size and time of its change.
+        media_type: such as image/png.
+    """
+
+    path: Path
+    status: os.stat_result
+    media_type: str
 
 
 class JobFiles:
@@ -127,8 +143,8 @@ class JobFiles:
             return self._links.sign(path, expires_s)
         return await self._call(partial(self._bucket.sign, path, expires_s))
 
-    async def open_link(self, path: str, expires: str, signature: str) -> tuple[bytes, str]:
-        """The picture and media type behind a link to a folder's file.
+    async def open_link(self, path: str, expires: str, signature: str) -> LinkedFile:
+        """The file behind a link to a folder's picture.
 
         Args:
             path: what follows `/files/` in the link.
@@ -138,12 +154,16 @@ class JobFiles:
             LinkRefused: the link has expired, was altered, or is not of this service.
         """
         match = _PICTURE.fullmatch(path)
-        if self._links is None or match is None:
+        if self._links is None or match is None or not isinstance(self._bucket, FolderBucket):
             raise LinkRefused(
                 "This is no link of this service.", value=path, remedy="Ask for the job's result."
             )
         self._links.check(path, expires, signature)
-        return await self._read(path, match[1]), f"image/{match[2]}"
+        try:
+            place, status = await self._call(partial(self._bucket.place, path))
+        except Missing as error:
+            raise _no_such_job(match[1]) from error
+        return LinkedFile(place, status, f"image/{match[2]}")
 
     async def delete(self, job_id: str) -> None:
         """Delete every file of a job."""

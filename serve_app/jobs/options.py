@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_N = 8
 MOST_DEADLINE_S = 7 * 86_400
+_DAY_S = 86_400
 _HOOKED = (*STATUSES[1:],)
 
 
@@ -67,6 +68,17 @@ class JobOptions(Strict):
             for name, value in self.model_dump().items()
             if value != type(self).model_fields[name].default
         }
+
+
+def life_s(keep_s: float) -> float:
+    """How long a picture may be needed, from its making: until its job has ended and expired.
+
+    A day is added, because a job ends after its deadline if Redis or all workers are away.
+
+    Args:
+        keep_s: how long jobs are kept after their end.
+    """
+    return MOST_DEADLINE_S + keep_s + _DAY_S
 
 
 def split(fields: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:

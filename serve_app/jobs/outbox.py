@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from deployments.errors import JobsUnavailable
-from serve_app.jobs.connection import answered
+from serve_app.jobs.scripts import run_script
 from serve_app.jobs.webhooks import AT_A_TIME, Event, Outcome
 
 if TYPE_CHECKING:
@@ -54,103 +54,6 @@ _LONGEST_PAUSE_S = 5.0
 Settled = Literal["lost", "waits", "ended"]
 """lost: the claim is another's by now, and nothing changed; waits: it is tried again; ended: the
 event is out of the outbox."""
-
-# Time is Redis's own: the clocks of deliverers may differ.
-_COMMON = """
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
-local prefix = ARGV[1]
-local outbox = prefix .. 'outbox'
-
-local function read(event)
-  local parsed = cjson.decode(event)
-  return string.match(parsed.url, '^%a+://([^/?#]*)') .. '', parsed.owner .. ''
-end
-
-local function places(event)
-  local readable, host, owner = pcall(read, event)
-  -- The deliverer fails on what cannot be read; here it must not hold up other jobs.
-  if not readable then host, owner = '', '' end
-  return {prefix .. 'hooks-busy:host:' .. host, prefix .. 'hooks-busy:owner:' .. owner}
-end
-"""
-
-# Answers with a claim; with nothing if no job is due; or with an empty list if all the jobs that it
-# looked at have to wait for their host or owner, and more may be due.
-_CLAIM = (
-    _COMMON
-    + """
-local lease, limits, jitter = tonumber(ARGV[2]), {tonumber(ARGV[3]), tonumber(ARGV[4])}, ARGV[5]
-
--- Seconds after which there may be room, or nil if there is room.
-local function wait_for(place, limit)
-  redis.call('ZREMRANGEBYSCORE', place, '-inf', now)
-  if redis.call('ZCARD', place) < limit then return nil end
-  local oldest = redis.call('ZRANGE', place, 0, 0, 'WITHSCORES')
-  -- The longer they take, the less often it is asked for; at the end of a lease there is room.
-  local age, left = now + lease - oldest[2], oldest[2] - now
-  return math.max(0.1, math.min((age + 0.5) * jitter, left))
-end
-
-local function claim(job, event, taken)
-  for _, place in ipairs(taken) do
-    redis.call('ZADD', place, now + lease, job)
-    redis.call('PEXPIRE', place, math.ceil(lease * 1000))
-  end
-  local tries = prefix .. 'hooks-try:' .. job
-  redis.call('HSETNX', tries, 'first', string.format('%.6f', now))
-  redis.call('ZADD', outbox, now + lease, job)
-  return {job, event, redis.call('HINCRBY', tries, 'attempts', 1)}
-end
-
-local due = redis.call('ZRANGEBYSCORE', outbox, '-inf', now, 'LIMIT', 0, 100)
-for _, job in ipairs(due) do
-  local event = redis.call('LINDEX', prefix .. 'hooks:' .. job, 0)
-  if not event then
-    redis.call('ZREM', outbox, job)
-    redis.call('DEL', prefix .. 'hooks-try:' .. job)
-  else
-    local taken = places(event)
-    local wait = wait_for(taken[1], limits[1]) or wait_for(taken[2], limits[2])
-    if not wait then return claim(job, event, taken) end
-    redis.call('ZADD', outbox, now + wait, job)
-  end
-end
-return #due == 100 and {} or nil
-"""
-)
-
-# A claim is known by its event and the number of its attempt. An empty reason means delivered.
-_SETTLE = (
-    _COMMON
-    + """
-local job, event, attempt, reason = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local pause, give_up, dead = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-local hooks, tries = prefix .. 'hooks:' .. job, prefix .. 'hooks-try:' .. job
-if redis.call('LINDEX', hooks, 0) ~= event or redis.call('HGET', tries, 'attempts') ~= attempt then
-  return 'lost'
-end
-for _, place in ipairs(places(event)) do redis.call('ZREM', place, job) end
-if reason ~= '' then
-  local last = redis.call('HGET', tries, 'first') + give_up
-  if now < last then
-    redis.call('ZADD', outbox, math.min(now + pause, last), job)
-    return 'waits'
-  end
-  redis.call('LPUSH', prefix .. 'hooks-dead', cjson.encode({
-    job_id = job, reason = reason, attempts = tonumber(attempt), at = now, event = event}))
-  redis.call('LTRIM', prefix .. 'hooks-dead', 0, dead - 1)
-end
-redis.call('LPOP', hooks)
-redis.call('DEL', tries)
-if redis.call('EXISTS', hooks) == 1 then
-  redis.call('ZADD', outbox, now, job)
-else
-  redis.call('ZREM', outbox, job)
-end
-return 'ended'
-"""
-)
 
 
 @dataclass(frozen=True)
@@ -191,7 +94,7 @@ class Outbox:
         retry_s: Sequence[float] = RETRY_S,
     ) -> None:
         self._redis = redis
-        self._prefix = f"{namespace}:"
+        self._namespace = namespace
         self._settings = settings
         self._lease_s = max(lease_s, settings.timeout_s + _MARGIN_S)
         self._retry_s = retry_s
@@ -202,12 +105,9 @@ class Outbox:
         Jobs whose host or owner has all its deliveries in flight are put off.
         """
         jitter = random.uniform(0.5, 1.5)  # noqa: S311 (spreads load)
-        args = (self._prefix, self._lease_s, PER_HOST, PER_OWNER, jitter)
         found: list[str] | None = []
-        async with answered():
-            script: Any = self._redis().register_script(_CLAIM)
-            while found is not None and not found:
-                found = await script(args=args)
+        while found is not None and not found:
+            found = await self._run("hooks_claim", self._lease_s, PER_HOST, PER_OWNER, jitter)
         return None if found is None else Claim(found[0], found[1], int(found[2]))
 
     async def delivered(self, claim: Claim) -> Settled:
@@ -229,10 +129,12 @@ class Outbox:
     async def _end(self, claim: Claim, reason: str, *, give_up_s: float) -> Settled:
         pause_s = self._retry_s[min(claim.attempt, len(self._retry_s)) - 1]
         pause_s *= random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 (spreads load)
-        what = (self._prefix, claim.job_id, claim.text, claim.attempt, reason)
-        async with answered():
-            script: Any = self._redis().register_script(_SETTLE)
-            return await script(args=(*what, pause_s, give_up_s, DEAD))
+        what = claim.job_id, claim.text, claim.attempt, reason
+        return await self._run("hooks_settle", *what, pause_s, give_up_s, DEAD)
+
+    async def _run(self, script: str, *args: object) -> Any:
+        files = "common", "hooks", script
+        return await run_script(self._redis(), files, self._namespace, *args)
 
 
 async def deliver_forever(outbox: Outbox, sender: Sender, *, at_a_time: int = AT_A_TIME) -> None:

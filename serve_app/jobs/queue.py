@@ -11,14 +11,13 @@ import hashlib
 import json
 import logging
 import secrets
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deployments.errors import ModelFailed
 from deployments.tasks import Task
 from serve_app.jobs.connection import answered
 from serve_app.jobs.record import STATUSES, Job, JobSpec
+from serve_app.jobs.scripts import run_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
     from deployments.settings import JobSettings
     from serve_app.jobs.record import Status
 
-_SCRIPTS = Path(__file__).parent / "lua"
 _TASKS = json.dumps([str(task) for task in Task])
-_IDEMPOTENCY_S = 7 * 86_400
 logger = logging.getLogger("ray.serve.imagen.jobs")
 
 
@@ -41,10 +38,12 @@ class Submitted(NamedTuple):
         outcome: queued; same or conflict (the Idempotency-Key came before, with the same body or
             another one); full or share (of the whole queue, or of its owner).
         detail: id of the job, or of the first one; or how many are waiting.
+        status: of that job at this moment; empty if there is none.
     """
 
     outcome: Literal["queued", "same", "conflict", "full", "share"]
     detail: str
+    status: Status | Literal[""]
 
 
 class Beat(NamedTuple):
@@ -94,15 +93,23 @@ class JobQueue:
         namespace: begins every key.
         keep_s: how long a job is kept after its end.
         lease_s: how long a claim holds without a heartbeat.
+        max_kept: ended jobs of an owner.
     """
 
     def __init__(
-        self, redis: Callable[[], Redis], namespace: str, *, keep_s: float, lease_s: float
+        self,
+        redis: Callable[[], Redis],
+        namespace: str,
+        *,
+        keep_s: float,
+        lease_s: float,
+        max_kept: int = 10_000,
     ) -> None:
         self._redis = redis
         self.namespace = namespace
         self._keep_s = keep_s
         self._lease_s = lease_s
+        self._max_kept = max_kept
 
     # --- for clients ---
 
@@ -125,7 +132,7 @@ class JobQueue:
             only_check: whether to change nothing, and only tell what would become of it.
         """
         digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
-        outcome, detail = await self._run(
+        outcome, detail, status = await self._run(
             "submit",
             spec.job_id,
             json.dumps(spec.fields()),
@@ -133,10 +140,9 @@ class JobQueue:
             max_queued,
             max_of_owner,
             digest,
-            _IDEMPOTENCY_S,
             int(only_check),
         )
-        return Submitted(outcome, detail)
+        return Submitted(outcome, detail, status)
 
     async def get(self, job_id: str) -> Job | None:
         """A job, or None if it is unknown or has expired."""
@@ -211,6 +217,7 @@ class JobQueue:
             self._keep_s,
             int(dead),
             int(only_lost),
+            self._max_kept,
         )
         return now, bool(was_set)
 
@@ -261,6 +268,9 @@ class JobQueue:
 
     async def reap(self, attempts: int) -> list[tuple[str, Literal["lost", "late"]]]:
         """Put jobs of lost workers back into the queue; workers call it every second or so.
+
+        A job that a model began `attempts` times has been lost too often, and so has one that
+        workers took four times as often.
 
         After a while without a call, in which Redis was away, nothing happens for half a lease, so
         that workers can renew their claims first.
@@ -335,26 +345,18 @@ class JobQueue:
         return ":".join((self.namespace, *parts))
 
     async def _run(self, script: str, *args: object) -> Any:
-        async with answered():
-            return await _script(self._redis(), script)(
-                args=[self.namespace, *(str(arg) for arg in args)]
-            )
+        return await run_script(self._redis(), ("common", script), self.namespace, *args)
 
 
 def open_queue(redis: Callable[[], Redis], settings: JobSettings) -> JobQueue:
     """The queue of an application."""
-    return JobQueue(redis, settings.namespace, keep_s=settings.keep_s, lease_s=settings.lease_s)
-
-
-@cache
-def _source(name: str) -> str:
-    common, own = (_SCRIPTS / f"{part}.lua" for part in ("common", name))
-    return common.read_text(encoding="utf-8") + own.read_text(encoding="utf-8")
-
-
-def _script(redis: Redis, name: str) -> Any:
-    """A script that Redis is sent once, and then by its digest."""
-    return redis.register_script(_source(name))
+    return JobQueue(
+        redis,
+        settings.namespace,
+        keep_s=settings.keep_s,
+        lease_s=settings.lease_s,
+        max_kept=settings.max_kept,
+    )
 
 
 def _loaded(flat: Sequence[str], *place: Any) -> Job | None:

@@ -46,6 +46,7 @@ class JobSpec:
         output_format: of the results.
         width_px, height_px: of the picture, upright; 0 without one.
         has_image: whether there is a picture in storage.
+        image_bytes: of its file; 0 without one.
         n: results, of seeds that follow one another.
         priority: interactive or batch.
         deadline_s: after its submission, when the job must have ended.
@@ -65,6 +66,7 @@ class JobSpec:
     width_px: int
     height_px: int
     has_image: bool
+    image_bytes: int = 0
     n: int = 1
     priority: Priority = "interactive"
     deadline_s: float = 86_400
@@ -125,7 +127,7 @@ class Job:
         spec: what was asked for.
         status: see `Status`.
         claim: counts the workers that took it; only the last one may end it.
-        attempts: tries on a model.
+        attempts: how often a model began it.
         created_s, started_s, ended_s: None if not yet.
         steps_done, steps: of its passes; 0 until it runs.
         left_s: estimate of the model; None if unknown.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deployments.errors import (
     Full,
@@ -18,23 +18,42 @@ from deployments.errors import (
     RateLimited,
 )
 from serve_app.jobs.files import open_job_files
+from serve_app.jobs.places import Places
 from serve_app.jobs.queue import Event, open_queue
 from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
+    from collections.abc import AsyncGenerator
 
     from deployments.settings import JobSettings
     from deployments.tasks import Task
     from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
-    from serve_app.jobs.queue import JobQueue
+    from serve_app.jobs.queue import JobQueue, Submitted
     from serve_app.jobs.record import Job, JobSpec, Status
     from serve_app.jobs.signals import Signals
 
 _LOOK_S = 5.0
 """How often whoever waits for a job looks at it without having been told."""
 _RETRY_S = 2
+
+
+class Accepted(NamedTuple):
+    """What a submission led to.
+
+    Attributes:
+        job_id: of the new job, or of the first one with the same Idempotency-Key.
+        status: of that job at this moment.
+        is_new: whether this submission made it.
+    """
+
+    job_id: str
+    status: Status
+    is_new: bool
+
+
+Charge = Callable[[int], Awaitable[None]]
+"""Counts the pixels of a new job; may raise RateLimited."""
 
 
 class Jobs:
@@ -46,6 +65,9 @@ class Jobs:
         signals: what happens to them; somebody must run its `listen`.
         settings: of jobs.
         on_end: called with the task, outcome and seconds of each job that is canceled here.
+
+    Attributes:
+        streams, downloads: places for those who follow a job, or fetch a picture from a folder.
     """
 
     def __init__(
@@ -61,58 +83,85 @@ class Jobs:
         self.queue = queue
         self._signals = signals
         self._on_end = on_end
-        self._streams = 0
-        self._waits = 0
+        self.streams = Places(settings.max_streams)
+        self.downloads = Places(settings.max_streams)
+        self._waits = Places(settings.max_waits)
         self._ask_first = True
 
     # --- submitting ---
 
     async def submit(
-        self, spec: JobSpec, image: bytes | None, *, idempotency_key: str = "", share: float = 1.0
-    ) -> str:
-        """Accept a job: its picture is stored, and then it is queued.
+        self,
+        spec: JobSpec,
+        image: bytes | None,
+        *,
+        idempotency_key: str = "",
+        share: float = 1.0,
+        charge: Charge | None = None,
+    ) -> Accepted:
+        """Accept a job: its pixels are charged, its picture is stored, and then it is queued.
+
+        A repeated submission is known before anything is charged or stored. Only if the first one
+        arrives at the same moment both are charged; `is_new` tells the caller which one to refund.
 
         Args:
             spec: what is asked for.
             image: the picture.
             idempotency_key: of the request; empty if it has none.
             share: of the queue that its owner may take.
-
-        Returns:
-            The id of the job, or of the first one with the same key.
+            charge: called with the pixels of a new job; None charges nobody.
 
         Raises:
             IdempotencyConflict: the key came before, with another body.
             Full: the queue is full.
-            RateLimited: the owner's share of the queue is.
+            RateLimited: the owner's share of the queue is, or `charge` refuses.
         """
         limit = self.settings.max_queued
         limits = {"max_queued": limit, "max_of_owner": max(int(limit * share), 1)}
         submit = partial(self.queue.submit, spec, idempotency_key=idempotency_key, **limits)
+        # After a refusal, or with Redis away, the next ones cost no storage.
+        if idempotency_key or self._ask_first:
+            found = await submit(only_check=True)
+            if found.outcome != "queued":
+                return _other(found)
+        if charge is not None:
+            await charge(spec.width_px * spec.height_px * spec.n)
+        return await self._store_and_queue(spec, image, submit)
+
+    async def _store_and_queue(
+        self, spec: JobSpec, image: bytes | None, submit: Callable[[], Awaitable[Submitted]]
+    ) -> Accepted:
         if image is not None:
-            if self._ask_first:
-                outcome, detail = await submit(only_check=True)
-                if outcome != "queued":
-                    return _other(outcome, detail)
             await self.files.put_input(spec.job_id, image)
-        # After a refusal, or with Redis away, the next ones cost no storage; else each costs one
-        # question.
         self._ask_first = True
-        outcome, detail = await submit()
-        self._ask_first = outcome not in ("queued", "same")
-        if outcome == "queued":
-            return detail
+        found = await submit()
+        self._ask_first = found.outcome not in ("queued", "same")
+        if found.outcome == "queued":
+            return Accepted(found.detail, found.status or "queued", is_new=True)
         if image is not None:
             await self.files.delete(spec.job_id)
-        return _other(outcome, detail)
+        return _other(found)
 
     async def retry(
-        self, owner: str, job_id: str, request_id: str, *, idempotency_key: str, share: float
-    ) -> str:
-        """Queue a failed or canceled job anew; returns the id of the new one.
+        self,
+        owner: str,
+        job_id: str,
+        request_id: str,
+        *,
+        idempotency_key: str = "",
+        share: float = 1.0,
+        charge: Charge | None = None,
+    ) -> Accepted:
+        """Queue a failed or canceled job anew, as a new job.
+
+        Args:
+            owner: of the job.
+            job_id: of the job.
+            request_id: for the log.
+            idempotency_key, share, charge: see `submit`.
 
         Raises:
-            NoSuchJob, Full, RateLimited: see `get` and `submit`.
+            NoSuchJob, IdempotencyConflict, Full, RateLimited: see `get` and `submit`.
             JobConflict: it has not ended, or is completed.
         """
         job = await self.get(owner, job_id)
@@ -126,7 +175,9 @@ class Jobs:
             request_id=request_id,
             fingerprint=f"retry of {job_id}",
         )
-        return await self.submit(spec, image, idempotency_key=idempotency_key, share=share)
+        return await self.submit(
+            spec, image, idempotency_key=idempotency_key, share=share, charge=charge
+        )
 
     # --- looking ---
 
@@ -196,14 +247,21 @@ class Jobs:
 
     # --- waiting ---
 
-    async def wait(self, owner: str, job_id: str, seconds: float) -> Job:
+    async def wait(self, owner: str, job_id: str, seconds: float, share: float = 1.0) -> Job:
         """A job as it is at its end, or after so many seconds.
+
+        Args:
+            owner: of the job.
+            job_id: of the job.
+            seconds: to wait at most.
+            share: of all places to wait that the owner may take.
 
         Raises:
             Full: too many others wait.
+            RateLimited: the owner's share is taken.
         """
         until_s = time.monotonic() + seconds
-        with self._slot("_waits", self.settings.max_waits), self._signals.about(job_id) as word:
+        with self._waits.take(owner, share), self._signals.about(job_id) as word:
             while True:
                 word.clear()
                 job = await self.get(owner, job_id)
@@ -212,18 +270,22 @@ class Jobs:
                     return job
                 await _set_within(word, min(left_s, _LOOK_S))
 
-    async def follow(self, owner: str, job_id: str, after: str) -> AsyncGenerator[Event | None]:
+    async def follow(
+        self, owner: str, job_id: str, after: str, share: float = 1.0
+    ) -> AsyncGenerator[Event | None]:
         """Events of a job until it has ended; None now and then, while nothing happens.
 
         Args:
             owner: of the job.
             job_id: of the job.
             after: id of the last event that the client has; empty for all.
+            share: of all streams that the owner may take.
 
         Raises:
             Full: there are too many streams.
+            RateLimited: the owner's share is taken.
         """
-        with self._slot("_streams", self.settings.max_streams), self._signals.about(job_id) as word:
+        with self.streams.take(owner, share), self._signals.about(job_id) as word:
             shown = ""
             while True:
                 word.clear()
@@ -241,31 +303,6 @@ class Jobs:
                     return  # the client has had its last event
                 if not await _set_within(word, min(_LOOK_S, self.settings.stream_s)):
                     yield None
-
-    def check_stream_room(self) -> None:
-        """Whether one more stream may begin.
-
-        Raises:
-            Full: there are too many.
-        """
-        with self._slot("_streams", self.settings.max_streams):
-            pass  # `follow` takes the place; this tells before the answer's head is sent
-
-    @contextmanager
-    def _slot(self, kind: str, most: int) -> Generator[None]:
-        taken: int = getattr(self, kind)
-        if taken >= most:
-            raise Full(
-                "Too many clients wait for jobs at the moment.",
-                value=f"{taken} clients",
-                remedy="Try again after Retry-After seconds, or poll the job.",
-                retry_after_s=_RETRY_S,
-            )
-        setattr(self, kind, taken + 1)
-        try:
-            yield
-        finally:
-            setattr(self, kind, getattr(self, kind) - 1)
 
 
 def open_jobs(
@@ -286,10 +323,11 @@ async def _set_within(word: asyncio.Event, seconds: float) -> bool:
         return False
 
 
-def _other(outcome: str, detail: str) -> str:
+def _other(found: Submitted) -> Accepted:
     """What a submission that made no job comes to: the first one with its key, or an error."""
+    outcome, detail, status = found
     if outcome == "same":
-        return detail
+        return Accepted(detail, status or "queued", is_new=False)
     if outcome == "conflict":
         raise IdempotencyConflict(
             "This Idempotency-Key came before with another request.",

@@ -23,28 +23,25 @@ from deployments.errors import (
     InvalidParameter,
     JobsUnavailable,
     MalformedRequest,
+    NotFound,
+    RateLimited,
 )
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.results import result_of
 from serve_app.jobs.webhooks import check_webhook, webhook_secret
 from serve_app.problem import MEDIA_TYPE, Problem
-from serve_app.protocols.parameters import (
-    LinkQuery,
-    PageQuery,
-    header_parameters,
-    query_parameters,
-)
+from serve_app.protocols.parameters import PageQuery, header_parameters, query_parameters
 from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from deployments.registry import ModelSpec
-    from serve_app.intake import Call, Intake
+    from serve_app.intake import Call, Checked, Intake
     from serve_app.jobs.queue import Event
     from serve_app.jobs.record import Job
-    from serve_app.jobs.service import Jobs
+    from serve_app.jobs.service import Accepted, Jobs
 
 MOST_WAIT_S = 60.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -67,11 +64,11 @@ class Preference(NamedTuple):
     applied: str
 
 
-class Accepted(BaseModel):
-    """A job has been made."""
+class AcceptedJob(BaseModel):
+    """A job has been made, or was made by an earlier request with the same Idempotency-Key."""
 
     job_id: str
-    status: str
+    status: Status
 
 
 class Result(BaseModel):
@@ -148,6 +145,20 @@ def preference_of(request: Request, jobs: Jobs | None) -> Preference | None:
     return Preference(0, "") if by_default else None
 
 
+def check_kept(preference: Preference, jobs: Jobs | None) -> None:
+    """Whether a preference for a job can be honoured.
+
+    Raises:
+        InvalidParameter: jobs are switched off.
+    """
+    if jobs is None:
+        raise InvalidParameter(
+            "The header Prefer asks for a job, and this service keeps none.",
+            value=preference.applied,
+            remedy="Leave the header out; operators: set jobs.enabled.",
+        )
+
+
 def check_sync(request: Request, options: Mapping[str, str]) -> None:
     """Whether a request can be answered in the same call.
 
@@ -167,14 +178,14 @@ async def jobs_of(request: Request) -> Jobs:
     """The application's jobs.
 
     Raises:
-        JobsUnavailable: they are switched off.
+        NotFound: they are switched off.
     """
     jobs: Jobs | None = request.app.state.jobs
     if jobs is None:
-        raise JobsUnavailable(
+        raise NotFound(
             "This service keeps no jobs.",
             value="jobs.enabled is false",
-            remedy="Send the request without the header Prefer.",
+            remedy="Send pictures without the header Prefer; operators: set jobs.enabled.",
         )
     return jobs
 
@@ -189,27 +200,51 @@ def share_of(request: Request) -> float:
     return request.scope["state"]["key"].limits.queue_share
 
 
+def wait_share_of(request: Request) -> float:
+    """The share of the places to wait that the request's API key may take."""
+    return request.scope["state"]["key"].limits.wait_share
+
+
 async def submit(
     request: Request, call: Call, intake: Intake, spec: ModelSpec, options: Mapping[str, str]
-) -> str:
-    """Make a job of a request; returns its id.
+) -> Accepted:
+    """Make a job of a request, or find the one that a repeated request made.
 
     Raises:
         RequestError: the request is wrong, or its Idempotency-Key came with another one.
-        Full, RateLimited: there is no room in the queue.
+        Full, RateLimited: there is no room in the queue, or the key has reached its limit.
         JobsUnavailable: Redis or the storage does not answer.
     """
     jobs = await jobs_of(request)
     key = _idempotency_key(request)
     wanted = validated(JobOptions, options, "job")
     _check_n(wanted.n, spec)
-    webhook = check_webhook(wanted.webhook, jobs.settings.webhooks) if wanted.webhook else ""
-    checked = await intake.check(replace(call, results=wanted.n))
+    if wanted.webhook:
+        url = check_webhook(wanted.webhook, jobs.settings.webhooks)
+        wanted = wanted.model_copy(update={"webhook": url})
+    checked = await intake.check(replace(call, charge=None))
+    made = _job_spec(request, call, checked, wanted, draws="seed" in spec.parameters)
+    if key:
+        fingerprint = _fingerprint(call, options, checked.output_format)
+        made = replace(made, fingerprint=fingerprint)
+    state = request.scope["state"]
+    accepted = await jobs.submit(
+        made, call.image, idempotency_key=key, share=share_of(request), charge=state["charge"]
+    )
+    if not accepted.is_new:
+        await state["refund"]()
+    return accepted
+
+
+def _job_spec(
+    request: Request, call: Call, checked: Checked, wanted: JobOptions, *, draws: bool
+) -> JobSpec:
+    """What is kept of a request; `draws` says whether its model uses chance."""
     fields = checked.request.model_dump(mode="json", exclude_unset=True)
-    if "seed" in spec.parameters and fields.get("seed") is None:
+    if draws and fields.get("seed") is None:
         # Drawn now, so that each attempt makes the same picture.
         fields["seed"] = secrets.randbits(32)
-    made = JobSpec(
+    return JobSpec(
         job_id=new_job_id(),
         owner=owner_of(request),
         task=call.task,
@@ -218,16 +253,15 @@ async def submit(
         width_px=checked.width_px,
         height_px=checked.height_px,
         has_image=call.image is not None,
+        image_bytes=len(call.image or b""),
         n=wanted.n,
         priority=wanted.priority,
         deadline_s=wanted.deadline_s,
         preview=wanted.preview,
-        webhook=webhook,
-        webhook_events=tuple(wanted.webhook_events.split(",")) if webhook else (),
-        fingerprint=_fingerprint(call, options, checked.output_format) if key else "",
+        webhook=wanted.webhook,
+        webhook_events=tuple(wanted.webhook_events.split(",")) if wanted.webhook else (),
         request_id=call.request_id,
     )
-    return await jobs.submit(made, call.image, idempotency_key=key, share=share_of(request))
 
 
 def _check_n(n: int, spec: ModelSpec) -> None:
@@ -260,22 +294,22 @@ def _fingerprint(call: Call, options: Mapping[str, str], output_format: str) -> 
     return digest.hexdigest()
 
 
-async def answer(request: Request, job_id: str, preference: Preference) -> Response:
+async def answer(request: Request, accepted: Accepted, preference: Preference) -> Response:
     """202, or what the job came to if its end is worth waiting for."""
-    jobs, owner = await jobs_of(request), owner_of(request)
-    prefix = request.scope.get("root_path", "")
-    headers = {"Location": f"{prefix}/api/v1/jobs/{job_id}"}
-    if preference.applied:
-        headers["Preference-Applied"] = preference.applied
+    jobs, prefix = await jobs_of(request), request.scope.get("root_path", "")
+    headers = {"Preference-Applied": preference.applied} if preference.applied else {}
     if not preference.wait_s:
-        return JSONResponse({"job_id": job_id, "status": "queued"}, 202, headers)
+        return _accepted(request, accepted.job_id, accepted.status, headers)
     try:
-        job = await jobs.wait(owner, job_id, preference.wait_s)
-    except (Full, JobsUnavailable):
+        job = await jobs.wait(
+            owner_of(request), accepted.job_id, preference.wait_s, wait_share_of(request)
+        )
+    except (Full, RateLimited, JobsUnavailable):
         # The job is accepted, and only its id lets the client find it.
-        return JSONResponse({"job_id": job_id, "status": "queued"}, 202, headers)
+        return _accepted(request, accepted.job_id, accepted.status, headers)
     if not job.has_ended:
-        return JSONResponse({"job_id": job_id, "status": job.status}, 202, headers)
+        return _accepted(request, accepted.job_id, job.status, headers)
+    headers["Location"] = f"{prefix}/api/v1/jobs/{accepted.job_id}"
     if job.status == "failed" and job.error:
         if job.error["status"] in (429, 503):
             headers["Retry-After"] = str(request.app.state.retry_after_s)
@@ -285,6 +319,14 @@ async def answer(request: Request, job_id: str, preference: Preference) -> Respo
         response.headers.update(headers)
         return response
     return JSONResponse(jobs.view(job, prefix), 200, headers)
+
+
+def _accepted(
+    request: Request, job_id: str, status: str, headers: dict[str, str] | None = None
+) -> Response:
+    path = f"{request.scope.get('root_path', '')}/api/v1/jobs/{job_id}"
+    body = {"job_id": job_id, "status": status}
+    return JSONResponse(body, 202, {"Location": path} | (headers or {}))
 
 
 async def _picture(jobs: Jobs, job: Job) -> Response:
@@ -299,22 +341,24 @@ Owner = Annotated[str, Depends(owner_of)]
 _PROBLEM = {"content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
 
 
-def _problems(**texts: str) -> dict[int | str, dict[str, Any]]:
+def problems(**texts: str) -> dict[int | str, dict[str, Any]]:
+    """Answers of a route, for the reference: what each status means, by `s` and the status."""
     return {
         int(status.removeprefix("s")): {"description": text, **_PROBLEM}
         for status, text in texts.items()
     }
 
 
-_COMMON = _problems(s503="Redis or the storage does not answer; see Retry-After")
-_ONE = _problems(s404="There is no such job, or it is another key's") | _COMMON
+UNAVAILABLE = problems(s503="Redis or the storage does not answer; see Retry-After")
+_COMMON = problems(s404="This service keeps no jobs") | UNAVAILABLE
+_ONE = problems(s404="There is no such job, or it is another key's") | UNAVAILABLE
 router = APIRouter(tags=["jobs"])
 
 
 @router.get(
     "/api/v1/jobs",
     summary="Your jobs, newest first",
-    responses=_COMMON | _problems(s422="A parameter is out of range"),
+    responses=_COMMON | problems(s422="A parameter is out of range"),
     response_model=JobPage,
     openapi_extra={"parameters": query_parameters(PageQuery)},
 )
@@ -339,7 +383,7 @@ async def get_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) ->
 @router.delete(
     "/api/v1/jobs/{job_id}",
     summary="Cancel a job",
-    responses=_ONE | _problems(s409="It has ended"),
+    responses=_ONE | problems(s409="It has ended"),
     response_model=JobDocument,
 )
 async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
@@ -352,36 +396,35 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     summary="Run a failed or canceled job again, as a new job",
     status_code=202,
     responses=_ONE
-    | _problems(
+    | problems(
         s400="The Idempotency-Key is malformed",
         s409="It has not failed, or the Idempotency-Key came before with another request",
         s429="There is no room in the queue; see Retry-After",
     ),
-    response_model=Accepted,
+    response_model=AcceptedJob,
     openapi_extra={"parameters": header_parameters(_RETRY_HEADERS)},
 )
 async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """The same picture and parameters, with attempts of its own."""
-    spec = (await jobs.get(owner, job_id)).spec
-    await request.scope["state"]["charge"](spec.width_px * spec.height_px * spec.n)
-    request_id = request.scope["state"]["request_id"]
-    new_id = await jobs.retry(
+    state = request.scope["state"]
+    accepted = await jobs.retry(
         owner,
         job_id,
-        request_id,
+        state["request_id"],
         idempotency_key=_idempotency_key(request),
         share=share_of(request),
+        charge=state["charge"],
     )
-    prefix = request.scope.get("root_path", "")
-    headers = {"Location": f"{prefix}/api/v1/jobs/{new_id}"}
-    return JSONResponse({"job_id": new_id, "status": "queued"}, 202, headers)
+    if not accepted.is_new:
+        await state["refund"]()
+    return _accepted(request, accepted.job_id, accepted.status)
 
 
 @router.get(
     "/api/v1/jobs/{job_id}/result",
     summary="Leads to the first result",
     status_code=307,
-    responses=_ONE | _problems(s409="It is not completed"),
+    responses=_ONE | problems(s409="It is not completed"),
     response_class=RedirectResponse,
 )
 async def get_result(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
@@ -393,7 +436,7 @@ async def get_result(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     "/api/v1/jobs/{job_id}/results/{k}",
     summary="Leads to a result",
     status_code=307,
-    responses=_ONE | _problems(s409="It is not completed"),
+    responses=_ONE | problems(s409="It is not completed"),
     response_class=RedirectResponse,
 )
 async def get_one_result(
@@ -409,18 +452,25 @@ async def get_one_result(
     summary="What happens to a job, as server-sent events",
     responses={
         200: {"description": "The stream", "content": {"text/event-stream": {}}},
+        204: {"description": "The job has ended, and Last-Event-ID is its last event"},
         **_ONE,
-        **_problems(s429="There are too many streams; see Retry-After"),
+        **problems(s429="There are too many streams, or too many of your key; see Retry-After"),
     },
     response_class=StreamingResponse,
     openapi_extra={"parameters": header_parameters(_STREAM_HEADERS)},
 )
 async def follow_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
-    """Ends with the job. The header Last-Event-ID goes on where another stream has ended."""
-    await jobs.get(owner, job_id)
-    jobs.check_stream_room()
+    """Ends with the job. The header Last-Event-ID goes on where another stream has ended.
+
+    A browser comes back after each stream, until it gets 204.
+    """
+    job = await jobs.get(owner, job_id)
     last = request.headers.get("last-event-id", "")
     after = last if _EVENT_ID.fullmatch(last) else ""
+    if job.has_ended and after and not await jobs.queue.events(job_id, after):
+        return Response(status_code=204)
+    # The stream takes the place; this tells before the head of the answer is sent.
+    jobs.streams.check(owner, wait_share_of(request))
     stream = _stream(request, jobs, owner, job_id, after)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
@@ -436,22 +486,6 @@ async def get_webhook_secret(jobs: TheJobs, owner: Owner) -> Response:
     """Of the API key that asks."""
     body = {"secret": webhook_secret(await jobs.queue.webhook_master(), owner)}
     return JSONResponse(body, headers={"Cache-Control": "no-store"})
-
-
-@router.get(
-    "/files/{path:path}",
-    summary="A result, by a signed link",
-    responses=_problems(s403="The link has expired or was altered", s404="The job was forgotten")
-    | _COMMON,
-    response_class=Response,
-    openapi_extra={"parameters": query_parameters(LinkQuery)},
-)
-async def get_file(request: Request, path: str, jobs: TheJobs) -> Response:
-    """Where pictures are in a folder rather than in a bucket. Needs no key."""
-    link = LinkQuery.model_validate(dict(parse_qsl(request.url.query)))
-    image, media_type = await jobs.files.open_link(path, link.expires, link.signature)
-    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-    return Response(image, media_type=media_type, headers=headers)
 
 
 def _shown(request: Request, jobs: Jobs, job: Job) -> Response:
@@ -475,7 +509,7 @@ async def _stream(
     # The status of the answer is out: a job that was forgotten, or a Redis that went away, can only
     # end the stream. The client comes back, and then the status says why.
     with suppress(ImagenError):
-        async for event in jobs.follow(owner, job_id, after):
+        async for event in jobs.follow(owner, job_id, after, wait_share_of(request)):
             if event is None:
                 yield ": nothing new\n\n"
             elif event.name in ENDED:

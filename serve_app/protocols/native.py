@@ -14,13 +14,14 @@ from serve_app.intake import Call, Intake
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import jobs
-from serve_app.protocols.jobs import Accepted
+from serve_app.protocols.jobs import AcceptedJob
 from serve_app.protocols.multipart import read_form
 from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
     from deployments.registry import ModelSpec, Registry
+    from serve_app.jobs.service import Accepted
 
 _STATUSES = {
     400: "The body or the image cannot be read",
@@ -45,25 +46,31 @@ _HEADERS = {
     "X-Imagen-Note": "what else to know, such as: first of 12 frames",
     "Server-Timing": "milliseconds by stage",
 }
+_JOB_HEADERS = {
+    "Location": "of the job, where one was made",
+    "Preference-Applied": "the preference that was honoured",
+}
 _ONLY_WITH_ANOTHER = {"color"}
 """Fields that a form must not send by default, because they contradict another's default."""
 _BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The picture",
-        "content": {f"image/{name}": {"schema": _BINARY} for name in get_args(OutputFormat)},
+        "description": "The picture. With Prefer: wait, the job instead if it was canceled, or has"
+        " more than one result",
+        "content": {f"image/{name}": {"schema": _BINARY} for name in get_args(OutputFormat)}
+        | {"application/json": {"schema": {"$ref": "#/components/schemas/JobDocument"}}},
         "headers": {
             name: {"description": text, "schema": {"type": "string"}}
-            for name, text in _HEADERS.items()
+            for name, text in (_HEADERS | _JOB_HEADERS).items()
         },
     },
     202: {
-        "model": Accepted,
+        "model": AcceptedJob,
         "description": "A job was made: see the header Prefer",
         "headers": {
-            "Location": {"description": "of the job", "schema": {"type": "string"}},
-            "Preference-Applied": {"description": "by Prefer", "schema": {"type": "string"}},
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in _JOB_HEADERS.items()
         },
     },
     **{status: {"description": text, "content": _PROBLEM} for status, text in _STATUSES.items()},
@@ -116,13 +123,14 @@ async def process_image(
         call, options = await _read(request, task, intake, deadline_s)
         jobs.check_sync(request, options)
         return image_response(await intake.run(call, deadline_s))
-    job_id = await _submit(request, task, intake)
+    jobs.check_kept(preference, request.app.state.jobs)
+    accepted = await _submit(request, task, intake)
     # What follows may take a minute, in which the upload must not stand in anybody's way.
     request.scope["state"]["leave_upload"]()
-    return await jobs.answer(request, job_id, preference)
+    return await jobs.answer(request, accepted, preference)
 
 
-async def _submit(request: Request, task: Task, intake: Intake) -> str:
+async def _submit(request: Request, task: Task, intake: Intake) -> Accepted:
     call, options = await _read(request, task, intake, intake.deadline_s())
     return await jobs.submit(request, call, intake, request.app.state.registry[task], options)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from deployments.tasks import Task
 from tests.chaos.application import COMIC, WORKER, between, until
 from tests.chaos.clients import Order, assert_right_pictures
-from tests.chaos.ledger import assert_one_end_each, times_of
+from tests.chaos.ledger import assert_one_end_each, steps_at_end, times_of
 
 if TYPE_CHECKING:
     from serve_app.jobs.queue import JobQueue
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FULL = bool(os.environ.get("IMAGEN_CHAOS"))
 KILLS, LONG_STEPS = (6, 150) if FULL else (3, 40)
 RECOVERY_S = 20.0
+CANCEL_WAY_S = 1.0
+"""From a cancel in Redis to its row: Redis tells the worker, and Ray the replica. Half a second was
+seen on two cores with a load of 13."""
 MODEL = "comic-starter"
 SETTLED_S = 3.0
 """After so long, the metrics of a replica are out."""
@@ -83,25 +86,29 @@ async def test_a_result_that_was_stored_but_not_acknowledged_is_published_withou
     application.kill(WORKER)
     await asyncio.to_thread(redis.start)
     job = await client.ended(job_id)
-    assert (job["status"], job["attempts"]) == ("completed", 2), job
+    # A second worker took it, and no model began it again.
+    assert (job["status"], job["attempts"]) == ("completed", 1), job
     assert await client.results(job) == [stored]
     await assert_one_end_each(queue, [job_id])
     assert await asyncio.to_thread(steps_run, application) - before == 100
 
 
 async def test_a_cancel_stops_the_row_in_the_engine(
-    application: Application, client: Client
+    application: Application, client: Client, queue: JobQueue
 ) -> None:
     before = await asyncio.to_thread(steps_run, application)
     job_id = await client.submit(long(32_000, steps=150, size_px=512))
-    await at_work(client, job_id, 5)
-    told = (await client.job(job_id))["steps_done"]
+    await at_work(client, job_id, 50)
     job = await client.cancel(job_id)
     assert job["status"] == "canceled"
     ran = await asyncio.to_thread(steps_run, application) - before
-    print(f"canceled when {told} steps were told; {ran:.0f} of 150 were run")
-    # What is told is up to half a second old.
-    assert told <= ran <= told + 15
+    made, pace = await steps_at_end(queue, job_id)
+    print(
+        f"canceled after {made:.1f} steps at {pace:.1f} a second; {ran:.0f} of 150 were run:"
+        f" the way took {(ran - made) / pace:.2f} s"
+    )
+    # The step under way ends; the engine's own tests show that none begins after the cancel.
+    assert job["steps_done"] <= ran <= made + 1 + pace * CANCEL_WAY_S
     assert await asyncio.to_thread(steps_run, application) - before == ran
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NO_LIMITS = KeyLimits(
-    requests_per_s=None, pictures=None, megapixels_per_minute=None, queue_share=1
+    requests_per_s=None, pictures=None, megapixels_per_minute=None, queue_share=1, wait_share=1
 )
 _TIGHT = KeyLimits(requests_per_s=0.5, pictures=1, megapixels_per_minute=1, queue_share=0.001)
 _END_S = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import uvicorn
 from PIL import Image
 
 from deployments.contract import ImageJob, ImageResult, JobProgress
+from deployments.errors import NotReady
 from deployments.settings import AccessSettings, JobSettings, Settings, UploadSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
@@ -22,6 +23,7 @@ from serve_app.jobs.connection import RedisLink
 from serve_app.jobs.queue import JobQueue, open_queue
 from serve_app.jobs.service import Jobs, open_jobs
 from serve_app.jobs.signals import Signals
+from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import free_port
 from tests.unit.fakes import REGISTRY
@@ -81,8 +83,11 @@ class StandInModel:
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
         self.models.jobs.append(job)
-        if self.models.errors:
-            raise self.models.errors.pop(0)
+        error = self.models.errors.pop(0) if self.models.errors else None
+        if not isinstance(error, NotReady):
+            yield JobProgress(0, 0)  # as a replica that takes a job says at once
+        if error:
+            raise error
         steps = getattr(job.request, "steps", 1)
         for done in range(1, steps + 1):
             await asyncio.sleep(self.models.step_s)
@@ -158,7 +163,8 @@ class Application:
 
     async def lose_worker(self) -> None:
         """End the worker's loops and its jobs where they stand, as its death does."""
-        assert self.worker
+        if self.worker is None:
+            return
         self.worker.cancel()
         with suppress(asyncio.CancelledError):
             await self.worker
@@ -207,20 +213,42 @@ async def application(
     jobs = open_jobs(link, signals, settings.jobs)
     app = create_app(models, REGISTRY, settings, jobs=jobs, redis=lambda: link.current)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    base = f"http://127.0.0.1:{port}"
-    tasks = [asyncio.create_task(server.serve()), asyncio.create_task(signals.listen())]
-    async with httpx.AsyncClient(base_url=base, timeout=30, trust_env=False) as client:
+    config = uvicorn.Config(
+        app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    # Each part ends, whatever the test or another part's end raises: a socket that stays open would
+    # be told to a later test.
+    async with AsyncExitStack() as ending:
+        ending.push_async_callback(_disconnect, link)
+        sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
+        for loop in (signals.listen(), sweeping):
+            ending.push_async_callback(_cancel, asyncio.create_task(loop))
+        serving = asyncio.create_task(server.serve())
+        ending.push_async_callback(_stop, server, serving)
+        base = f"http://127.0.0.1:{port}"
+        client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
+        await ending.enter_async_context(client)
         made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+        ending.push_async_callback(made.lose_worker)
         while not server.started or link.current is None:
+            assert not serving.done(), "the server does not start"
             await asyncio.sleep(0.01)
         if working:
             await made.start_worker()
         yield made
-        if made.worker is not None:
-            await made.lose_worker()
-    server.should_exit = True
-    tasks[1].cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnect(link: RedisLink) -> None:
     if link.current is not None:
         await link.current.aclose()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _stop(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await serving

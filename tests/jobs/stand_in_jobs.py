@@ -376,6 +376,8 @@ class StandIn:
         job = self._found(request)
         last = request.headers.get("last-event-id", "")
         begin = int(last.partition("-")[2]) + 1 if last else 0
+        if job.status in ENDED and begin == len(job.events):
+            return Response(status_code=204)
         return StreamingResponse(self._events(job, begin), media_type="text/event-stream")
 
     async def _events(self, job: StandInJob, begin: int) -> AsyncIterator[str]:

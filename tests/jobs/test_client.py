@@ -458,6 +458,7 @@ async def test_events_after_one_that_is_known(imagen: Any) -> None:
     job = await imagen.submit(COMIC, PHOTO)
     events = [event async for event in job.events()]
     assert [e.id async for e in job.events(after=events[2].id)] == [e.id for e in events[3:]]
+    assert [e.id async for e in job.events(after=events[-1].id)] == []
 
 
 async def test_previews_are_pictures(imagen: Any) -> None:

@@ -62,7 +62,8 @@ class Site:
     async def open(self, link: str) -> tuple[bytes, str]:
         """What a browser gets; LinkRefused where it is refused."""
         if self.server is None:
-            return await self.files.open_link(*parts(link))
+            file = await self.files.open_link(*parts(link))
+            return file.path.read_bytes(), file.media_type
         async with httpx.AsyncClient() as client:
             answer = await client.get(link)
         if answer.status_code == 403:

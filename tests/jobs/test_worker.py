@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.contract import ImageResult, JobProgress
-from deployments.errors import ImagenError, NotReady
+from deployments.errors import Full, ImagenError, NotReady
 from deployments.settings import JobSettings
 from deployments.tasks import Task
 from serve_app.jobs.connection import connect
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.record import Job
 
 LEASE_S = 2.0
+_PAUSES = ("REAP", "IDLE", "BEAT")
 RESULT = ImageResult(b"picture", "image/png", 8, 8, "comic@0", 7, 1, 0.0)
 LOST = NotReady("The replica was lost.", value="comic", remedy="Try again.")
 
@@ -84,8 +85,8 @@ def settings(tmp_path: Path) -> JobSettings:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_AGAIN_S", "_REAP_S", "_IDLE_S", "_BEAT_S"):
-        monkeypatch.setattr(f"serve_app.jobs.worker.{name}", 0.05)
+    for name in ("worker.AGAIN_S", "carrier.AGAIN_S", *(f"worker._{n}_S" for n in _PAUSES)):
+        monkeypatch.setattr(f"serve_app.jobs.{name}", 0.05)
 
 
 @asynccontextmanager
@@ -139,7 +140,7 @@ async def test_a_worker_that_gets_its_own_job_again_runs_it_once_at_a_time(
     model.may.clear()
     async with at_work(queue, settings, model) as worker:
         [job_id] = await submit(queue, spec(has_image=False))
-        await until(lambda: model.inside == 1)
+        await when(queue, job_id, lambda job: job.attempts == 1)
         # What a worker on another machine does to a claim that it takes for void.
         await queue._redis().zadd("test:running:comic", {job_id: 0})
         await queue.reap(9)
@@ -162,6 +163,54 @@ async def test_a_job_waits_for_a_model_however_long_it_is_away(
         [job_id] = await submit(queue, spec(has_image=False))
         job = await when(queue, job_id, lambda job: job.has_ended)
     assert (job.status, job.attempts, model.taken) == ("completed", 1, 5)
+
+
+async def test_a_claim_without_work_is_no_attempt(queue: JobQueue, settings: JobSettings) -> None:
+    model = Model()
+    [job_id] = await submit(queue, spec(has_image=False))
+    # Of a worker that dies before it begins, or whose claim Redis answers too late.
+    impatient = JobQueue(queue._redis, "test", keep_s=60, lease_s=0)
+    await impatient.claim({Task.COMIC: 1})
+    model.may.clear()
+    async with at_work(queue, settings, model):
+        running = await when(queue, job_id, lambda job: job.attempts > 0)
+        assert (running.status, running.attempts, running.claim) == ("processing", 1, "2")
+        model.may.set()
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 1)
+
+
+async def test_a_busy_model_has_not_begun_the_job(queue: JobQueue, settings: JobSettings) -> None:
+    model = Model()
+    busy = Full("Busy.", value="busy", remedy="Try again.", retry_after_s=0.01)
+    model.errors = [(busy, True)] * 5
+    async with at_work(queue, settings, model):
+        [job_id] = await submit(queue, spec(has_image=False))
+        job = await when(queue, job_id, lambda job: job.has_ended)
+    assert (job.status, job.attempts, model.taken) == ("completed", 1, 6)
+
+
+async def test_a_worker_holds_no_more_pictures_than_it_may(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    model.may.clear()
+    files, size = open_job_files(settings), 400 * 2**10
+    small, large = [spec(image_bytes=size) for _ in range(5)], spec(image_bytes=3 * 2**20)
+    for one in (*small, large):
+        await files.put_input(one.job_id, b"x" * one.image_bytes)
+    tight = settings.model_copy(update={"max_held_bytes": 2**20})
+    async with at_work(queue, tight, model) as worker:
+        await submit(queue, *small)
+        await until(lambda: worker.carried == len(small) and model.inside == 2)
+        await asyncio.sleep(0.3)  # in which a third one would come, too
+        assert model.inside == 2
+        await submit(queue, large)  # above the bound, and so alone
+        model.may.set()
+        ends = [await when(queue, one.job_id, lambda job: job.has_ended) for one in (*small, large)]
+    assert {job.status for job in ends} == {"completed"}
+    assert model.most == 2
+    files.close()
 
 
 async def test_a_job_that_loses_each_replica_that_takes_it_is_not_tried_for_ever(

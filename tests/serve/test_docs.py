@@ -78,7 +78,7 @@ def test_try_it_out_in_a_browser(
         if url.partition("?")[0].endswith(("/api/v1/jobs", "/webhook-secret"))
     }
     # The scripted application keeps no jobs.
-    expected = {url: 503 if prefix == "scripted" and url in of_jobs else 200 for url in answered}
+    expected = {url: 404 if prefix == "scripted" and url in of_jobs else 200 for url in answered}
     assert answered == expected
 
 

@@ -733,14 +733,29 @@ async def test_the_description_lists_every_answer_of_every_route(task: Task) -> 
         "202",
         *(str(int(k.status)) for k in kinds if k not in elsewhere),
     }
-    assert set(answers["200"]["content"]) == {"image/png", "image/webp", "image/jpeg"}
-    promised = {name.lower() for name in answers["200"]["headers"]}
+    pictures = {"image/png", "image/webp", "image/jpeg"}
+    assert set(answers["200"]["content"]) == pictures | {"application/json"}
+    of_jobs = {"location", "preference-applied"}
+    promised = {name.lower() for name in answers["200"]["headers"]} - of_jobs
     backends = FakeBackends()
     await post(app_of(backends), task.route, PHOTO)
     backends.result = result_of(backends.jobs[0], task, notes=("noted",))
     response = await post(app_of(backends), task.route, PHOTO)
     assert promised <= set(response.headers)
     assert {name for name in response.headers if name.startswith("x-")} <= promised
+
+
+@pytest.mark.parametrize("prefer", ["respond-async", "wait=5"])
+async def test_a_service_without_jobs_says_so_for_good(prefer: str) -> None:
+    backends = FakeBackends()
+    asked = await post(app_of(backends), COMIC, PHOTO, headers={"prefer": prefer})
+    problem = refused(asked, 422, backends)
+    assert (problem["code"], problem["value"]) == ("invalid_parameter", prefer)
+    assert "jobs.enabled" in problem["remedy"]
+    for path in ("/api/v1/jobs", f"/api/v1/jobs/{'0' * 32}", "/api/v1/webhook-secret", "/files/x"):
+        answer = await send(app_of(backends), "GET", path)
+        assert refused(answer, 404)["fact"] == "This service keeps no jobs."
+        assert "retry-after" not in answer.headers
 
 
 async def test_a_problem_has_the_form_the_description_promises() -> None:

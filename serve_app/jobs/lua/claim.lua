@@ -11,7 +11,6 @@ for i = 3, #ARGV, 2 do
     remove(id, job)
     set_status(id, job, 'processing')
     redis.call('HINCRBY', key('job', id), 'claim', 1)
-    redis.call('HINCRBY', key('job', id), 'attempts', 1)
     redis.call('HSETNX', key('job', id), 'started', string.format('%.6f', now()))
     redis.call('ZADD', key('running', job.task), now() + ARGV[2], id)
     emit_status(id, 'processing')

@@ -1,6 +1,7 @@
 -- Begins every script. ARGV[1] is the namespace. Times are Redis's own, in seconds since 1970.
 local ns = ARGV[1]
-local WEIGHT = {interactive = 1, batch = 10}
+local ENDED = {'completed', 'failed', 'canceled'}
+local WEIGHT = {[0] = 1, [1] = 10} -- of a turn, by the score of a job in its lane
 
 local function key(...)
   return ns .. ':' .. table.concat({...}, ':')
@@ -25,42 +26,52 @@ local function emit_status(id, status)
   emit(id, status, cjson.encode({job_id = id, status = status}))
 end
 
-local function lane_of(job)
-  return job.priority .. ':' .. job.owner
+-- Weighted fair queueing (Demers, Keshav and Shenker, 1989): each owner has a lane, in which
+-- interactive jobs (score 0) come before batch jobs (1), and older ones before younger ones. A lane's
+-- tag is when it was served last, plus the weight of its first job; the lowest tag is served next.
+local function weight_of_first(lane)
+  local first = redis.call('ZRANGE', lane, 0, 0, 'WITHSCORES')
+  return first[1] and WEIGHT[tonumber(first[2])]
 end
 
--- Weighted fair queueing (Demers, Keshav and Shenker, 1989): each lane, which is one owner's jobs
--- of one priority, has a tag; the lane with the lowest tag is served next, and pays with its weight.
-local function push(id, job)
-  local lane, lanes = lane_of(job), key('lanes', job.task)
-  redis.call('ZADD', key('lane', job.task, lane), job.created, id)
-  redis.call('ZADD', key('queued', job.task), job.created, id)
-  if not redis.call('ZSCORE', lanes, lane) then
-    local turn = tonumber(redis.call('GET', key('turn', job.task)) or 0)
-    redis.call('ZADD', lanes, turn + WEIGHT[job.priority], lane)
+local function change_lane(job, command, ...)
+  local lane, lanes = key('lane', job.task, job.owner), key('lanes', job.task)
+  local before = weight_of_first(lane)
+  redis.call(command, lane, ...)
+  local after = weight_of_first(lane)
+  if not after then
+    redis.call('ZREM', lanes, job.owner)
+    return
   end
+  local tag = tonumber(redis.call('GET', key('turn', job.task)) or 0) + after
+  if before then
+    local old = tonumber(redis.call('ZSCORE', lanes, job.owner))
+    -- Whoever waited with a batch job has saved no turns for interactive ones.
+    tag = after < before and math.min(old, math.max(old + after - before, tag)) or old + after - before
+  end
+  redis.call('ZADD', lanes, tag, job.owner)
+end
+
+local function push(id, job)
+  change_lane(job, 'ZADD', job.priority == 'batch' and 1 or 0, id)
+  redis.call('ZADD', key('queued', job.task), job.created, id)
   signal('wake')
 end
 
 local function remove(id, job)
-  local lane = lane_of(job)
-  redis.call('ZREM', key('lane', job.task, lane), id)
+  change_lane(job, 'ZREM', id)
   redis.call('ZREM', key('queued', job.task), id)
-  if redis.call('EXISTS', key('lane', job.task, lane)) == 0 then
-    redis.call('ZREM', key('lanes', job.task), lane)
-  end
 end
 
 local function pop(task)
-  local next_lane = redis.call('ZRANGE', key('lanes', task), 0, 0, 'WITHSCORES')
-  local lane, tag = next_lane[1], next_lane[2]
-  if not lane then
+  local owner, tag = unpack(redis.call('ZRANGE', key('lanes', task), 0, 0, 'WITHSCORES'))
+  if not owner then
     return nil
   end
-  local id = redis.call('ZRANGE', key('lane', task, lane), 0, 0)[1]
+  local lane = key('lane', task, owner)
   redis.call('SET', key('turn', task), tag)
-  redis.call('ZINCRBY', key('lanes', task), WEIGHT[string.match(lane, '^%a+')], lane)
-  return id
+  redis.call('ZINCRBY', key('lanes', task), weight_of_first(lane), owner)
+  return redis.call('ZRANGE', lane, 0, 0)[1]
 end
 
 local function load(id)

@@ -1,7 +1,27 @@
 -- End a job, once. ARGV: namespace, id, claim that the caller holds or '' for whoever has it, final
 -- status, fields of the record as a JSON object, the job as the API shows it (for a webhook),
--- seconds to keep it, 1 to list it among the dead letters, 1 to end it only if its claim is void.
+-- seconds to keep it, 1 to list it among the dead letters, 1 to end it only if its claim is void, most
+-- ended jobs of an owner.
 -- Returns the status that the job has now, and whether this call set it.
+
+-- Of too many ended jobs the oldest go with the next sweep.
+local function trim(owner, most)
+  local count, oldest, list = 0, nil, nil
+  for _, status in ipairs(ENDED) do
+    local name = key('jobs', owner, status)
+    local first = redis.call('ZRANGE', name, 0, 0)[1]
+    count = count + redis.call('ZCARD', name)
+    if first and (not oldest or first < oldest) then
+      oldest, list = first, name
+    end
+  end
+  if count > most then
+    redis.call('ZREM', list, oldest)
+    redis.call('ZREM', key('jobs', owner), oldest)
+    redis.call('ZADD', key('expiry'), 0, oldest .. ':' .. owner)
+  end
+end
+
 local id, status, fields = ARGV[2], ARGV[4], cjson.decode(ARGV[5])
 local job = load(id)
 if not job then
@@ -40,6 +60,7 @@ if status == 'completed' and job.started then
   local mean = before and before * 0.8 + took * 0.2 or took
   redis.call('HSET', key('pace'), job.task, string.format('%.3f', mean))
 end
+trim(job.owner, tonumber(ARGV[10]))
 emit_status(id, status)
 notify(id, job, status, ARGV[6])
 return {status, 1}

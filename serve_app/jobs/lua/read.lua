@@ -1,26 +1,50 @@
 -- Jobs with their place in the queue. ARGV: namespace, then ids.
 -- Returns for each: its record (as HGETALL gives it; empty if there is none), its position (0
 -- unless queued), running jobs of its task, mean seconds of a job of its task ('' if unknown).
+
+-- The lanes of a task: when each was served last, and how many interactive and batch jobs it has.
+local seen = {}
+local function lanes_of(task)
+  if not seen[task] then
+    seen[task] = {}
+    local tags = redis.call('ZRANGE', key('lanes', task), 0, -1, 'WITHSCORES')
+    for i = 1, #tags, 2 do
+      local lane = key('lane', task, tags[i])
+      local quick = redis.call('ZCOUNT', lane, 0, 0)
+      local first = quick > 0 and WEIGHT[0] or WEIGHT[1]
+      seen[task][tags[i]] = {tags[i + 1] - first, quick, redis.call('ZCARD', lane) - quick}
+    end
+  end
+  return seen[task]
+end
+
+-- How many of so many jobs, whose tags follow `from` at equal distances, have one below `tag`.
+local function below(tag, from, distance, most)
+  return math.max(0, math.min(most, math.ceil((tag - from) / distance) - 1))
+end
+
+local function position_of(id, job)
+  local lanes = lanes_of(job.task)
+  local from, quick = unpack(lanes[job.owner])
+  local place = redis.call('ZRANK', key('lane', job.task, job.owner), id) + 1
+  local tag = from + math.min(place, quick) * WEIGHT[0] + math.max(place - quick, 0) * WEIGHT[1]
+  for owner, lane in pairs(lanes) do
+    if owner ~= job.owner then
+      local start, interactive, batch = unpack(lane)
+      place = place + below(tag, start, WEIGHT[0], interactive)
+      place = place + below(tag, start + interactive * WEIGHT[0], WEIGHT[1], batch)
+    end
+  end
+  return place
+end
+
 local found = {}
 for i = 2, #ARGV do
   local id = ARGV[i]
   local job = load(id)
   local position, running, pace = 0, 0, ''
   if job and job.status == 'queued' then
-    local own = lane_of(job)
-    local rank = redis.call('ZRANK', key('lane', job.task, own), id) or 0
-    local tags = redis.call('ZRANGE', key('lanes', job.task), 0, -1, 'WITHSCORES')
-    local mine = tonumber(redis.call('ZSCORE', key('lanes', job.task), own) or 0)
-    mine = mine + rank * WEIGHT[job.priority]
-    position = rank + 1
-    for j = 1, #tags, 2 do
-      if tags[j] ~= own then
-        local weight = WEIGHT[string.match(tags[j], '^%a+')]
-        local before = math.ceil((mine - tags[j + 1]) / weight)
-        local waiting = redis.call('ZCARD', key('lane', job.task, tags[j]))
-        position = position + math.min(math.max(before, 0), waiting)
-      end
-    end
+    position = position_of(id, job)
   end
   if job then
     running = redis.call('ZCARD', key('running', job.task))

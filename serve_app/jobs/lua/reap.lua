@@ -2,6 +2,13 @@
 -- has failed, tasks as a JSON array, lease in seconds.
 -- Returns ids of jobs to end, each followed by why: 'lost' too often, or 'late'.
 local half = tonumber(ARGV[4]) / 2
+-- A job that kills its worker before a model begins it costs no attempt, and must end all the same.
+local CLAIMS_OF_AN_ATTEMPT = 4
+
+local function is_lost_too_often(job, attempts)
+  local begun, claims = tonumber(job.attempts or 0), tonumber(job.claim)
+  return begun >= attempts or claims >= attempts * CLAIMS_OF_AN_ATTEMPT
+end
 
 -- While Redis is away, no worker can renew a claim. A long time without a call of this script, which
 -- workers make every second, means that it was away, and that they come first. The call itself may
@@ -23,7 +30,7 @@ for _, task in ipairs(is_early() and {} or cjson.decode(ARGV[3])) do
     local job = load(id)
     if not job or job.status ~= 'processing' then
       redis.call('ZREM', key('running', task), id)
-    elseif tonumber(job.attempts) >= tonumber(ARGV[2]) then
+    elseif is_lost_too_often(job, tonumber(ARGV[2])) then
       over[#over + 1] = id
       over[#over + 1] = 'lost'
     else
