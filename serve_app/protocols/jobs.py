@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from deployments.contract import validated
+from deployments.contract import draw_seed, validated
 from deployments.errors import (
     Full,
     ImagenError,
@@ -40,6 +39,8 @@ from serve_app.protocols.picture import image_response
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
+    from deployments.contract import ImageRequest
+    from deployments.notes import Note
     from deployments.registry import ModelSpec
     from serve_app.intake import Call, Intake
     from serve_app.jobs.queue import Event
@@ -205,10 +206,7 @@ async def submit(
     _check_n(wanted.n, spec)
     webhook = check_webhook(wanted.webhook, jobs.settings.webhooks) if wanted.webhook else ""
     checked = await intake.check(replace(call, results=wanted.n))
-    fields = checked.request.model_dump(mode="json", exclude_unset=True)
-    if "seed" in spec.parameters and fields.get("seed") is None:
-        # Drawn now, so that each attempt makes the same picture.
-        fields["seed"] = secrets.randbits(32)
+    fields, notes = _fields(checked.request, spec)
     made = JobSpec(
         job_id=new_job_id(),
         owner=owner_of(request),
@@ -226,8 +224,19 @@ async def submit(
         webhook_events=tuple(wanted.webhook_events.split(",")) if webhook else (),
         fingerprint=_fingerprint(call, options, checked.output_format) if key else "",
         request_id=call.request_id,
+        notes=notes,
     )
     return await jobs.submit(made, call.image, idempotency_key=key, share=share_of(request))
+
+
+def _fields(request: ImageRequest, spec: ModelSpec) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """What a job keeps of a request, and what was chosen for it."""
+    fields = request.model_dump(mode="json", exclude_unset=True)
+    if "seed" not in spec.parameters or fields.get("seed") is not None:
+        return fields, ()
+    # Drawn now, so that each attempt makes the same picture.
+    fields["seed"], drawn = draw_seed()
+    return fields, (drawn,)
 
 
 def _check_n(n: int, spec: ModelSpec) -> None:
