@@ -17,6 +17,7 @@ _TONE_MAP: Final = re.compile(rb"infe.{8}tmap", re.DOTALL)
 """An item that applies a gain map (ISO 21496-1)."""
 _PICTURES: Final = frozenset({b"meta", b"mdat", b"moov"})
 """Boxes without which a picture is not whole."""
+_MAX_BOXES: Final = 10_000
 _APPLE_GAIN_MAP: Final = "urn:com:apple:photo:2020:aux:hdrgainmap"
 
 
@@ -27,7 +28,9 @@ def end(data: bytes) -> int:
         ValueError: the file is cut off. libheif would leave the missing tiles black.
     """
     at = 0
-    while at + 8 <= len(data):
+    for _ in range(_MAX_BOXES):
+        if at + 8 > len(data):
+            break
         length, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
         if length == 1:
             length = int.from_bytes(data[at + 8 : at + 16])

@@ -13,11 +13,12 @@ _SOS: Final = 0xDA
 _SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})
 """Markers without a length."""
-_NEXT: Final = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_NEXT: Final = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 """A marker within coded data: neither a stuffed byte nor a restart."""
 _PROBES: Final = (b"\x55\xaa\x33\xcc" * 256, b"\xa5\x5b\x3c\x0e" * 256)
 """Coded data that would change the picture, were any of it read."""
 _LAST_COEFFICIENT: Final = 63
+_MAX_MARKERS: Final = 20_000
 _GAIN_MAPS: Final = (b"http://ns.adobe.com/hdr-gain-map/", b"urn:iso:std:iso:ts:21496:-1")
 _APPLE_GAIN_MAP: Final = b"HDRGainMap"
 
@@ -67,9 +68,11 @@ def markers(data: bytes) -> Markers:
     Raises:
         IndexError, KeyError, ValueError: they contradict each other.
     """
-    found, scans, at = Markers(), _Scans(), 2
+    found, scans, at, count = Markers(), _Scans(), 2, 0
     while match := _NEXT.search(data, at):
-        marker, at = match[1][0], match.end()
+        marker, at, count = match[1][0], match.end(), count + 1
+        if count > _MAX_MARKERS:
+            raise ValueError("too many markers")
         if marker == EOI[1]:
             found.end = at
             break

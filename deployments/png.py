@@ -28,7 +28,7 @@ _KEYWORDS: Final = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"imagen
 """Texts that may say which way is up; and ours."""
 _MAX_TEXT_BYTES: Final = 2**19
 _MAX_PROFILE_BYTES: Final = 2**24
-_MAX_CHUNKS: Final = 250_000
+_MAX_CHUNKS: Final = 50_000
 
 
 class _Chunk(NamedTuple):
@@ -61,8 +61,8 @@ def take_apart(data: bytes) -> Chunks:
     Raises:
         ValueError: a critical chunk is damaged, or the pixels are cut off.
     """
-    found, kept, texts = Chunks(), [memoryview(SIGNATURE)], set[bytes]()
-    pixels, end = False, 0
+    found, kept, seen = Chunks(), [memoryview(SIGNATURE)], set[bytes]()
+    pixels, end, damaged = False, 0, list[bytes]()
     for chunk in _chunks(data):
         end += len(chunk.whole)
         if chunk.name == b"IEND":
@@ -73,18 +73,21 @@ def take_apart(data: bytes) -> Chunks:
         if not chunk.is_sound and not chunk.name[0] & _ANCILLARY:
             raise ValueError(f"the check sum of {chunk.name!r} is wrong")
         if not chunk.is_sound:
-            told = f"The chunk {chunk.name.decode('latin-1')} is damaged, and was left out."
-            found.notes.append(note(Code.CHUNK_DROPPED, told))
-        elif _is_needed(chunk, texts, pixels=pixels):
+            damaged.append(chunk.name)
+        elif _is_needed(chunk, seen, pixels=pixels):
             kept.append(chunk.whole)
-        else:
+        elif not pixels and chunk.name not in seen:
+            seen.add(chunk.name)
             _read(found, chunk)
     else:
         if not pixels:
             raise ValueError("the file ends before its pixels")
         told = "The file lacks its last chunk; every row was there."
         found.notes.append(note(Code.END_MISSING, told))
-    found.notes = list(dict.fromkeys(found.notes))
+    if damaged:
+        name = damaged[0].decode("latin-1")
+        told = f"{len(damaged)} damaged chunks were left out, the first of them {name}."
+        found.notes.append(note(Code.CHUNK_DROPPED, told))
     found.depth = kept[1][16] if len(kept) > 1 and len(kept[1]) > 16 else 8  # of IHDR
     found.data = b"".join((*kept, _END))
     return found
@@ -112,8 +115,8 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
         at = end
 
 
-def _is_needed(chunk: _Chunk, texts: set[bytes], *, pixels: bool) -> bool:
-    """Whether Pillow must see a sound chunk; of each text only the first."""
+def _is_needed(chunk: _Chunk, seen: set[bytes], *, pixels: bool) -> bool:
+    """Whether Pillow must see a sound chunk; of each text only the first, which goes to `seen`."""
     if not chunk.name[0] & _ANCILLARY:
         return True
     if chunk.name not in _TEXT:
@@ -121,10 +124,10 @@ def _is_needed(chunk: _Chunk, texts: set[bytes], *, pixels: bool) -> bool:
         return chunk.name in _PIXELS and not (pixels and chunk.name == b"fcTL")
     head = bytes(chunk.body[:32])
     keyword = next((word for word in _KEYWORDS if head.startswith(word)), None)
-    if keyword is None or keyword in texts or not _is_small(chunk, len(keyword)):
+    if keyword is None or keyword in seen:
         return False
-    texts.add(keyword)
-    return True
+    seen.add(keyword)
+    return _is_small(chunk, len(keyword))
 
 
 def _is_small(chunk: _Chunk, keyword_bytes: int) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.torture import heic
 from deployments import images
 from deployments.errors import (
     DamagedImage,
@@ -612,6 +613,55 @@ def test_a_flood_of_empty_segments_is_refused_unread(kind: str, filler: bytes) -
         images.read_header(data[:head] + filler * 100_000 + data[head:], LIMITS)
     well_said(caught.value)
     assert "segments" in caught.value.message
+
+
+def flood(kind: str) -> bytes:
+    """A file that would keep a careless reader busy for minutes."""
+    png, jpeg = file_of(scene()), file_of(scene(), "JPEG")
+    bomb = zlib.compress(bytes(2**24 - 1))
+    match kind:
+        case "profiles":
+            return png[:33] + chunk(b"iCCP", b"a\0\0" + bomb) * 1000 + png[33:]
+        case "texts":
+            text = chunk(b"zTXt", b"Raw profile type exif\0\0" + bomb)
+            return png[:33] + text * 1000 + png[33:]
+        case "damaged chunks":
+            names = (
+                bytes([97 + n // 676, 97 + n // 26 % 26, 65 + n % 26, 97]) for n in range(1500)
+            )
+            return png[:33] + b"".join(bytes(4) + name + bytes(4) for name in names) + png[33:]
+        case "chunks behind the pixels":
+            return png[:-12] + chunk(b"tEXt", b"") * 60_000 + png[-12:]
+        case "fill bytes":
+            return jpeg[:-2] + b"\xff" * 5_000_000 + b"\0" + jpeg[-2:]
+        case "segments behind the pixels":
+            return jpeg[:-2] + b"\xff\xe5\0\x02" * 1_000_000 + jpeg[-2:]
+        case _:
+            return heic.COLOUR + b"\0\0\0\x08free" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "profiles",
+        "texts",
+        "damaged chunks",
+        "chunks behind the pixels",
+        "fill bytes",
+        "segments behind the pixels",
+        "boxes",
+    ],
+)
+def test_a_flood_takes_little_memory_and_few_words(kind: str) -> None:
+    data = flood(kind)
+    tracemalloc.start()
+    try:
+        assert len(images.decode(data, LIMITS).notes) < 5
+    except DamagedImage as error:
+        well_said(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 * 2**20
 
 
 def test_a_result_larger_than_any_upload_still_tells_its_metadata() -> None:
