@@ -117,7 +117,7 @@ def _verdict(case: Case, answer: httpx.Response) -> Verdict:
     try:
         with Image.open(io.BytesIO(answer.content)) as image:
             pixels = np.asarray(image.convert("RGB")).astype(int)
-    except OSError:
+    except Exception:  # Pillow's readers raise many types on what a server made of it.
         return Verdict(case, "the answer is no picture", is_told)
     return Verdict(case, fault_of(case, pixels, WITHIN_LEVELS), is_told)
 
