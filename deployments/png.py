@@ -85,8 +85,8 @@ def take_apart(data: bytes) -> Chunks:
         told = "The file lacks its last chunk; every row was there."
         found.notes.append(note(Code.END_MISSING, told))
     if damaged:
-        name = damaged[0].decode("latin-1")
-        told = f"{len(damaged)} damaged chunks were left out, the first of them {name}."
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        told = f"Damaged chunks were left out: {damaged[0].decode('latin-1')}{more}."
         found.notes.append(note(Code.CHUNK_DROPPED, told))
     found.depth = kept[1][16] if len(kept) > 1 and len(kept[1]) > 16 else 8  # of IHDR
     found.data = b"".join((*kept, _END))

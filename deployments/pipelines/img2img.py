@@ -109,10 +109,11 @@ def _size_notes(output: Pixels, picture: Picture) -> tuple[Note, ...]:
     worked = content_box(*size, (output.shape[1], output.shape[0]))
     if worked == size:
         return ()
-    share = 100 * math.prod(worked) / math.prod(size)
+    percent = 100 * math.prod(worked) / math.prod(size)
+    share = f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
     told = (
         f"The model worked at {worked[0]} x {worked[1]} px, "
-        f"{share:.2g} % of the picture's {size[0]} x {size[1]} px."
+        f"{share} % of the picture's {size[0]} x {size[1]} px."
     )
     return (note(Code.WORKING_SIZE, told),)
 

@@ -92,6 +92,8 @@ def test_a_working_size_is_said(
     assert dict(large.notes) == {
         "working_size": "The model worked at 128 x 64 px, 10 % of the picture's 400 x 200 px."
     }
+    small = process(pipeline, tiny.picture(1, 30, 30), FAST)
+    assert "455 % of the picture's 30 x 30 px" in dict(small.notes)["working_size"]
     assert process(pipeline, tiny.picture(1, 64, 128), FAST).notes == ()
 
 
