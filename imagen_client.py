@@ -290,6 +290,19 @@ def _understanding(what: str) -> Generator[None]:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What the service could not keep of the request, or chose for it.
+
+    Attributes:
+        code: for programs, such as frames_dropped.
+        text: for people, a sentence.
+    """
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """A result.
 
@@ -301,7 +314,7 @@ class Picture:
         seed: the seed used; None where the model uses no chance.
         batch_size: rows in the pass that carried this one; None if not told.
         timings_s: seconds by stage.
-        notes: what else to know, such as: first of 12 frames.
+        notes: what was lost or chosen on the way.
         request_id: names the request in the service's log.
     """
 
@@ -313,7 +326,7 @@ class Picture:
     seed: int | None
     batch_size: int | None
     timings_s: Mapping[str, float]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     request_id: str
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -556,7 +569,8 @@ def _direct_picture(response: httpx.Response) -> Picture:
     with _understanding("picture"):
         width_px, height_px = map(int, headers["x-imagen-size"].split("x"))
         seed, batch_size = headers.get("x-imagen-seed"), headers.get("x-imagen-batch-size")
-        note = headers.get("x-imagen-note")
+        # Proxies may join headers of one name by commas.
+        notes = re.split(r", (?=[a-z_]+: )", headers.get("x-imagen-note", ""))
         stages = re.findall(
             r"([^\s,;]+);dur=(\d+(?:\.\d+)?)", headers.get("server-timing", ""), re.ASCII
         )
@@ -569,7 +583,7 @@ def _direct_picture(response: httpx.Response) -> Picture:
             seed=int(seed) if seed else None,
             batch_size=int(batch_size) if batch_size else None,
             timings_s={stage: float(duration_ms) / 1000 for stage, duration_ms in stages},
-            notes=tuple(note.split("; ")) if note else (),
+            notes=tuple(Note(*note.split(": ", 1)) for note in notes if ": " in note),
             request_id=headers.get("x-request-id", ""),
         )
 
@@ -586,7 +600,7 @@ def _job_picture(response: httpx.Response, job: JobState, k: int) -> Picture:
             seed=output.seed,
             batch_size=output.metadata.get("batch_size"),
             timings_s=job.timings_s,
-            notes=tuple(output.metadata.get("notes") or ()),
+            notes=tuple(Note(**note) for note in output.metadata.get("notes") or ()),
             request_id=response.headers.get("x-request-id", ""),
         )
 

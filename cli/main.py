@@ -13,6 +13,7 @@ from cli.models import models_app
 from cli.plan import plan
 from cli.run import run
 from cli.storage import storage_app
+from cli.torture import torture
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
@@ -21,6 +22,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.command()(plan)
 app.command()(bench)
+app.command()(torture)
 app.add_typer(kuberay_app, name="kuberay")
 app.add_typer(storage_app, name="storage")
 app.command()(metadata)

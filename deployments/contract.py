@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+from PIL import ImageColor
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -16,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from deployments.errors import InvalidParameter, Problem
+from deployments.notes import Code, Note, note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 OutputFormat = Literal["png", "webp", "jpeg"]
+MOST_SEEDS = 2**63
+"""Seeds are below it."""
+_RANDOM_SEED = -1
+"""How clients of other services ask for a random seed."""
 
 
 def _printable(text: str) -> str:
@@ -39,7 +47,31 @@ def _contradiction(fact: str, **fields: object) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{fact}", {"fact": fact, "found": found})
 
 
+def _no_random_seed(seed: int | None) -> int | None:
+    return None if seed == _RANDOM_SEED else seed
+
+
+def _full_name(value: object) -> object:
+    return "jpeg" if value == "jpg" else value
+
+
+def _six_digits(color: str) -> str:
+    """A colour as #rrggbb."""
+    if color.startswith("#"):
+        return color if len(color) == 7 else "#" + "".join(digit * 2 for digit in color[1:])
+    known = ImageColor.colormap.get(color.lower())
+    if known is None:
+        raise ValueError("is no CSS colour name")
+    return "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(color.lower())[:3])
+
+
 Prompt = Annotated[str, AfterValidator(_printable)]
+Color = Annotated[
+    str,
+    Field(pattern=r"^(#[0-9a-fA-F]{3}|#[0-9a-fA-F]{6}|[A-Za-z]+)$"),
+    AfterValidator(_six_digits),
+]
+"""Any way to write an opaque sRGB colour in CSS that fits a word; becomes #rrggbb."""
 
 
 class ImageRequest(BaseModel):
@@ -47,19 +79,27 @@ class ImageRequest(BaseModel):
 
     Attributes:
         task: name of the task, see `deployments.tasks.Task`.
+        keeps_grey: whether the result of a grey picture is grey: the task is about no colours.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
     task: ClassVar[str]
+    keeps_grey: ClassVar[bool] = False
 
-    output_format: OutputFormat | None = Field(
+    output_format: Annotated[OutputFormat | None, BeforeValidator(_full_name)] = Field(
         default=None,
-        description="File format of the result. Unset: by the Accept header, else PNG.",
+        description="File format of the result; jpg is jpeg. Unset: by the Accept header, "
+        "else PNG.",
     )
     metadata: Literal["full", "none"] = Field(
         default="full",
         description="full: seed, parameters and model are written into the result. "
         "none: nothing is.",
+    )
+    strict: bool = Field(
+        default=False,
+        description="Whether a parameter that the model does not read is refused. "
+        "Else it is ignored, and a note says so.",
     )
 
     @property
@@ -97,12 +137,13 @@ class DiffusionRequest(ImageRequest):
         description="Length of the denoising schedule.",
         json_schema_extra={"unit": "steps"},
     )
-    seed: int | None = Field(
+    seed: Annotated[int | None, AfterValidator(_no_random_seed)] = Field(
         default=None,
-        ge=0,
-        le=2**32 - 1,
+        ge=_RANDOM_SEED,
+        le=MOST_SEEDS - 1,
         examples=[7],
-        description="Same request and seed, same image. Unset: chosen at random and returned.",
+        description="Same request and seed, same image. Unset or -1: chosen at random and "
+        "returned.",
     )
 
 
@@ -140,6 +181,7 @@ class UpscaleRequest(DiffusionRequest):
     """Enlarge exactly 4 times in each direction. A GAN upscaler takes no diffusion parameter."""
 
     task = "upscale"
+    keeps_grey = True
     noise_level: int = Field(
         default=20,
         ge=0,
@@ -153,6 +195,7 @@ class EnhanceRequest(Img2ImgRequest):
     """Clean and sharpen."""
 
     task = "enhance"
+    keeps_grey = True
     strength: float = Field(
         default=0.25,
         gt=0.0,
@@ -184,11 +227,10 @@ class BackgroundRequest(ImageRequest):
         description="rgba: the picture with a transparent background. mask: the alpha alone, as "
         "a grey picture. color: the foreground on `color`.",
     )
-    color: str = Field(
+    color: Color = Field(
         default="#ffffff",
         examples=["#2060a0"],
-        pattern=r"^#[0-9a-fA-F]{6}$",
-        description="Background with output=color, as #rrggbb in sRGB.",
+        description="Background with output=color, in sRGB: #rrggbb, #rgb or a CSS colour name.",
     )
 
     @property
@@ -226,6 +268,7 @@ class ImageJob:
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
         n: results, of seeds that follow one another; above 1 only for models that use chance.
         preview: whether `ModelDeployment.stream` shows small pictures of the steps.
+        notes: of what was chosen before the model got it.
     """
 
     request: ImageRequest
@@ -238,6 +281,7 @@ class ImageJob:
     sent_unix_s: float = 0.0
     n: int = 1
     preview: bool = False
+    notes: tuple[Note, ...] = ()
 
     def left_s(self, now_unix_s: float) -> float:
         """Seconds until the deadline, without the time that the request waited for a replica.
@@ -264,7 +308,7 @@ class ImageResult:
         determinism: exact if the bits depend on the request alone; bounded if rows that share its
             passes may change them, within the bounds of docs/engine.md.
         timings_s: seconds by stage: decode, queue, denoise, vae, encode.
-        notes: what the client should know, such as "first of 12 frames".
+        notes: what was lost or chosen on the way.
     """
 
     image: bytes
@@ -277,7 +321,7 @@ class ImageResult:
     gpu_seconds: float
     determinism: Literal["exact", "bounded"] = "bounded"
     timings_s: dict[str, float] = field(default_factory=dict[str, float])
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,20 +356,44 @@ def parse(kind: type[R], fields: Mapping[str, object]) -> R:
     return validated(kind, fields, kind.task)
 
 
+def unused(request: ImageRequest, parameters: frozenset[str]) -> dict[str, Any]:
+    """Fields that the client set and the model does not read.
+
+    Args:
+        request: as the client sent it.
+        parameters: the fields that the model reads.
+    """
+    given = request.model_dump(exclude_unset=True)
+    return {name: value for name, value in given.items() if name not in parameters}
+
+
 def check_used(request: ImageRequest, parameters: frozenset[str]) -> None:
-    """Refuse fields that the client set and the model does not read.
+    """Refuse fields that the client set and the model does not read, if the request is strict.
 
     Raises:
         InvalidParameter: naming them.
     """
-    given = request.model_dump(exclude_unset=True)
-    unused = [name for name in given if name not in parameters]
-    if unused:
+    fields = unused(request, parameters)
+    if fields and request.strict:
         raise InvalidParameter(
-            f"The model behind {request.task} does not read {', '.join(unused)}.",
-            value=", ".join(f"{name}={given[name]}" for name in unused),
+            f"The model behind {request.task} does not read {', '.join(fields)}.",
+            value=", ".join(f"{name}={value}" for name, value in fields.items()),
             remedy=f"Leave it out. This model reads: {', '.join(sorted(parameters))}.",
         )
+
+
+def unused_notes(request: ImageRequest, parameters: frozenset[str]) -> tuple[Note, ...]:
+    """A note for each field that the client set and the model does not read."""
+    return tuple(
+        note(Code.PARAMETER_UNUSED, f"The model behind {request.task} does not read {name}.")
+        for name in unused(request, parameters)
+    )
+
+
+def draw_seed() -> tuple[int, Note]:
+    """A seed for a request without one, and the note that says so."""
+    told = "No seed was sent; one was drawn at random, which the result states."
+    return secrets.randbits(32), note(Code.SEED_DRAWN, told)
 
 
 def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]) -> R:
@@ -337,11 +405,11 @@ def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]
         parameters: the fields this model reads.
 
     Raises:
-        InvalidParameter: the client set a field this model does not read, or the result is
+        InvalidParameter: a strict request has a field this model does not read, or the result is
             inconsistent, such as `int(steps * strength) == 0`.
     """
     check_used(request, parameters)
-    given = request.model_dump(exclude_unset=True)
+    given = request.model_dump(exclude_unset=True, include=set(parameters))
     # These are validated together, so both are given even if the client set neither.
     joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
     # A default color belongs to output=color. It must not contradict another output of the client.

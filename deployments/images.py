@@ -8,12 +8,14 @@ import re
 import warnings
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pi_heif import HeifImageFile
+from pi_heif import options as heif_options
 from PIL import AvifImagePlugin as Avif
 from PIL import BmpImagePlugin as Bmp
 from PIL import ExifTags, Image
@@ -23,7 +25,8 @@ from PIL import PngImagePlugin as Png
 from PIL import TiffImagePlugin as Tiff
 from PIL import WebPImagePlugin as WebP
 
-from deployments import colour
+from deployments import colour, heif, jpeg, png
+from deployments.colour import Declared
 from deployments.errors import (
     DamagedImage,
     InvalidParameter,
@@ -31,6 +34,8 @@ from deployments.errors import (
     TooLarge,
     UnsupportedMedia,
 )
+from deployments.icc import Chromaticities
+from deployments.notes import Code, Note, note, trailing_bytes
 from deployments.settings import LimitSettings
 
 if TYPE_CHECKING:
@@ -57,8 +62,10 @@ _READERS: Final[dict[str, tuple[bytes, Callable[[io.BytesIO], ImageFile]]]] = {
     "TIFF": (rb"II[*+]\0|MM\0[*+]", Tiff.TiffImageFile),
     "BMP": (rb"BM.{13}\0\0\0", Bmp.BmpImageFile),
     "GIF": (rb"GIF8[79]a", Gif.GifImageFile),
+    "HEIC": (rb"....ftyp(....)*?(hei[cxms]|hev[cxms]|mif1|msf1)", HeifImageFile),
 }
-_HEIC: Final = rb"....ftyp(....)*?(hei[cxms]|hev[cxms]|mif1|msf1)"
+# Nothing reads the additional pictures of a HEIC.
+heif_options.THUMBNAILS = heif_options.DEPTH_IMAGES = False
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,7 +76,15 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_SEGMENTS: Final = 2000
+_STRIP_ROWS: Final = 256
+_ADOBE_RGB: Final = Declared(
+    gamma=256 / 563,
+    chromaticities=Chromaticities((0.3127, 0.329), (0.64, 0.33), (0.21, 0.71), (0.15, 0.06)),
+)
+_ADOBE_RGB_MARK: Final = "R03"
+"""Of the interoperability index by which cameras say so (DCF 2.0)."""
 _MAX_SIDE_PX: Final[Mapping[str, int]] = {"webp": 16383, "jpeg": 65500}
+_BITS_PER_SAMPLE: Final = 258
 _ASCII: Final = b"ASCII\0\0\0"
 
 
@@ -102,12 +117,12 @@ class Picture:
     Attributes:
         rgb: `H x W x 3`, uint8, sRGB, on white where the picture is transparent; or `H x W` grey.
         alpha: `H x W`, uint8, 255 is opaque; None if all of it is opaque.
-        notes: what the client should know, such as "first of 12 frames".
+        notes: what was lost or chosen on the way from the file.
     """
 
     rgb: Array
     alpha: Array | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def width_px(self) -> int:
@@ -116,6 +131,11 @@ class Picture:
     @property
     def height_px(self) -> int:
         return self.rgb.shape[0]
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether the channels of every pixel are equal."""
+        return colour.is_grey(self.rgb)
 
 
 def read_header(data: bytes, limits: LimitSettings) -> Header:
@@ -127,7 +147,7 @@ def read_header(data: bytes, limits: LimitSettings) -> Header:
         TooLarge: it has too many bytes or pixels.
         DamagedImage: its header is cut off or contradicts itself.
     """
-    image, kind = _open(data, limits)
+    image, kind, _ = _open(data, limits)
     with _reading(kind, data):
         width, height = image.size
         # Not `image.getexif()`: a PNG would decode all its pixels to look behind them. A TIFF
@@ -144,21 +164,112 @@ def decode(data: bytes, limits: LimitSettings) -> Picture:
         MalformedRequest, UnsupportedMedia, TooLarge: as from `read_header`.
         DamagedImage: the file is cut off, or cannot be decoded.
     """
-    image, kind = _open(data, limits)
+    image, kind, chunks = _open(data, limits)
     with _reading(kind, data):
-        frames = _frames(image, kind)
-        image.load()
+        notes = [*_frame_notes(image, kind), *chunks.notes]
+        image, end_notes = _loaded(image, kind, data)
+        notes += [*end_notes, *_rest_notes(image, kind, data)]
+        if _depth(image, kind, data, chunks) > 8:
+            told = "The samples have more than 8 bits, and were reduced to 8."
+            notes.append(note(Code.DEPTH_REDUCED, told))
         turn = _UPRIGHT.get(_orientation(image.getexif))
-        rgb, alpha = colour.to_srgb(image)
+        rgb, alpha, found = colour.to_srgb(image, _declared(image, kind, data, chunks))
         if turn is not None:
             rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
-    many = "several" if kind == "TIFF" else frames
-    notes = (f"first of {many} frames",) if frames > 1 else ()
     # np.array copies. Pillow's own memory is read-only, which makes torch warn.
-    return Picture(np.array(rgb), np.array(alpha) if alpha else None, notes)
+    return Picture(np.array(rgb), np.array(alpha) if alpha else None, (*notes, *found))
 
 
-def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
+def _frame_notes(image: ImageFile, kind: str) -> list[Note]:
+    frames = _frames(image, kind)
+    if frames < 2:
+        return []
+    many = "several" if kind == "TIFF" else frames
+    which = "primary" if kind == "HEIC" else "first"
+    return [note(Code.FRAMES_DROPPED, f"The {which} of {many} frames was used.")]
+
+
+def _loaded(image: ImageFile, kind: str, data: bytes) -> tuple[ImageFile, list[Note]]:
+    """The decoded image. A JPEG that lacks only its end is one, too.
+
+    Raises:
+        Exception: whatever Pillow raises on a file that is damaged.
+    """
+    if kind != "JPEG" or jpeg.markers(data).end is not None:
+        image.load()
+        return image, []
+    whole, probes = jpeg.ended(data)
+    image = Jpeg.JpegImageFile(io.BytesIO(whole))
+    image.load()
+    if not all(_is_same(image, Jpeg.JpegImageFile(io.BytesIO(probe))) for probe in probes):
+        raise OSError("rows are missing")
+    told = "The JPEG lacks its end marker; every row was there."
+    return image, [note(Code.END_MISSING, told)]
+
+
+def _is_same(one: ImageFile, other: ImageFile) -> bool:
+    """Whether two images have the same pixels. Compared in strips, which take little memory."""
+    other.load()
+    width, height = one.size
+    tops = range(0, height, _STRIP_ROWS)
+    boxes = [(0, top, width, min(top + _STRIP_ROWS, height)) for top in tops]
+    return one.size == other.size and all(
+        one.crop(box).tobytes() == other.crop(box).tobytes() for box in boxes
+    )
+
+
+def _rest_notes(image: ImageFile, kind: str, data: bytes) -> tuple[Note, ...]:
+    """What the file holds beside the picture, and was left out."""
+    match kind:
+        case "JPEG":
+            return jpeg.notes_of(data)
+        case "HEIC" | "AVIF":
+            return heif.notes_of(image, data)
+        case "WEBP":
+            rest = len(data) - 8 - int.from_bytes(data[4:8], "little")
+            return (trailing_bytes(rest),) if rest > 0 else ()
+        case _:
+            return ()
+
+
+def _depth(image: ImageFile, kind: str, data: bytes, chunks: png.Chunks) -> int:
+    """Bits of a sample in the file."""
+    match kind:
+        case "PNG":
+            return chunks.depth
+        case "HEIC" | "AVIF":
+            return heif.depth(image, data)
+        case "TIFF":
+            found: object = cast("Any", image).tag_v2.get(_BITS_PER_SAMPLE, (1,))
+            bits = found if isinstance(found, tuple) else (found,)
+            return max((one for one in bits if isinstance(one, int)), default=1)
+        case _:
+            return 8
+
+
+def _declared(image: ImageFile, kind: str, data: bytes, chunks: png.Chunks) -> Declared:
+    """How the file describes its colours."""
+    match kind:
+        case "PNG":
+            return chunks.colours
+        case "HEIC" | "AVIF":
+            return heif.declared(image, data)
+        case _:
+            profile: bytes | None = image.info.get("icc_profile")
+            if profile is None and _is_adobe_rgb(image.getexif):
+                return _ADOBE_RGB
+            return Declared(profile=profile)
+
+
+def _is_adobe_rgb(read_exif: Callable[[], Image.Exif]) -> bool:
+    try:
+        index: object = read_exif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+    except Exception:  # As in `_orientation`.
+        return False
+    return str(index).strip("\0 ") == _ADOBE_RGB_MARK
+
+
+def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str, png.Chunks]:
     """Read the file's header and check the limits. Nothing is decoded."""
     if not data:
         raise MalformedRequest("The image is empty.", value="0 bytes", remedy="Send a file.")
@@ -175,8 +286,13 @@ def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
             value=f"more than {_MAX_SEGMENTS}",
             remedy="Save the picture again, with another program.",
         )
+    chunks = png.Chunks(data)
     with _reading(kind, data):
-        image = _READERS[kind][1](io.BytesIO(data))
+        if kind == "PNG":
+            chunks = png.take_apart(data)
+        if kind == "HEIC":
+            heif.end(data)
+        image = _READERS[kind][1](io.BytesIO(chunks.data))
     width, height = image.size
     if width * height > limits.max_input_px:
         raise TooLarge(
@@ -184,7 +300,7 @@ def _open(data: bytes, limits: LimitSettings) -> tuple[ImageFile, str]:
             value=f"{width} x {height} = {width * height / 1e6:.1f} MP",
             remedy=f"Scale it down to at most {limits.max_input_px / 1e6:.1f} MP.",
         )
-    return image, kind
+    return image, kind, chunks
 
 
 def _segments(kind: str, data: bytes) -> int:
@@ -212,12 +328,6 @@ def _kind(data: bytes) -> str:
         if re.match(magic, data[:64], re.DOTALL):
             return kind
     known = ", ".join(_READERS)
-    if re.match(_HEIC, data[:64], re.DOTALL):
-        raise UnsupportedMedia(
-            "HEIC pictures are not read.",
-            value="HEIC",
-            remedy="Save it as JPEG first. An iPhone set to Formats: Most Compatible takes JPEGs.",
-        )
     raise UnsupportedMedia(
         f"The file is not an image of a format that is read: {known}.",
         value=f"a file that starts with {data[:12]!r}",
@@ -281,6 +391,14 @@ def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) 
         )
 
 
+def fitted(picture: Picture, output_format: OutputFormat) -> Picture:
+    """What of a picture the format can hold: a JPEG has no alpha, and shows the white below."""
+    if picture.alpha is None or output_format != "jpeg":
+        return picture
+    told = "JPEG has no transparency: the result lies on white."
+    return replace(picture, alpha=None, notes=(*picture.notes, note(Code.ALPHA_DROPPED, told)))
+
+
 def thumbnail(pixels: Array) -> bytes:
     """A small JPEG of `H x W x 3`: at most 192 px wide and high, about 6 kB."""
     image = Image.fromarray(pixels)
@@ -297,7 +415,7 @@ def encode(
 
     Args:
         picture: of three channels, or of one, which is written as grey.
-        output_format: png and webp keep alpha; jpeg drops it, and shows the white below.
+        output_format: png and webp keep alpha; jpeg drops it, see `fitted`.
         metadata: written as JSON of at most 60 kB: in a PNG as the text chunk `imagen`, else as the
             EXIF UserComment. None writes nothing.
 
@@ -305,8 +423,9 @@ def encode(
         InvalidParameter: the picture is too large for the format.
     """
     check_encodable(output_format, picture.width_px, picture.height_px)
+    picture = fitted(picture, output_format)
     image = Image.fromarray(picture.rgb)
-    if picture.alpha is not None and output_format != "jpeg":
+    if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
     text = "" if metadata is None else json.dumps(metadata, default=str)
     file = io.BytesIO()
@@ -329,7 +448,7 @@ def read_metadata(data: bytes) -> dict[str, object]:
     Raises:
         RequestError: as from `read_header`.
     """
-    image, kind = _open(data, _OWN_RESULTS)
+    image, kind, _ = _open(data, _OWN_RESULTS)
     with _reading(kind, data):
         text = image.info.get("imagen", "")
         if kind != "PNG":

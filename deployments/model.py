@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,10 +16,20 @@ from ray import serve
 
 from deployments import images, tracing
 from deployments.admission import Admission
-from deployments.contract import ImageJob, ImageRequest, ImageResult, JobProgress, complete
+from deployments.contract import (
+    MOST_SEEDS,
+    ImageJob,
+    ImageRequest,
+    ImageResult,
+    JobProgress,
+    complete,
+    draw_seed,
+    unused_notes,
+)
 from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.estimate import Size, file_px
+from deployments.notes import documents
 from deployments.registry import ModelSpec, check_defaults
 from deployments.seats import Seats
 from deployments.settings import SEATS, Settings, Tuning, parse_settings, set_thread_limits
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
     from deployments.engine.row import Pixels
     from deployments.hosting import Served
     from deployments.images import Picture
+    from deployments.notes import Note
 
 _PROGRESS_S = 0.2
 """How often `stream` tells how far a request is."""
@@ -247,10 +258,7 @@ class ModelDeployment:
             picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            rows += [
-                Row(RowInput(request, pixels, seed, ticket.deadline_s, tracing.current()))
-                for seed in _seeds(request, job.n)
-            ]
+            rows += self._rows(job, request, pixels, ticket.deadline_s)
             outputs = await self._step(served.engine, rows)
             # 3) Pixels to bytes.
             stepped_s = time.monotonic()
@@ -264,6 +272,22 @@ class ModelDeployment:
             if job.n == 1:
                 served.estimator.record(request, _size(job), results[0].timings_s)
         return tuple(results)
+
+    def _rows(
+        self, job: ImageJob, request: ImageRequest, pixels: Pixels, deadline_s: float
+    ) -> list[Row]:
+        """One row for each result, with the notes that all of them share."""
+        parameters = self._spec.parameters
+        notes = [*job.notes, *unused_notes(job.request, parameters)]
+        first = getattr(request, "seed", None)
+        if first is None:
+            first, drawn = draw_seed()
+            notes += [drawn] if "seed" in parameters else []
+        trace = tracing.current()
+        return [
+            Row(RowInput(request, pixels, (first + k) % MOST_SEEDS, deadline_s, trace, [*notes]))
+            for k in range(job.n)
+        ]
 
     def _result(
         self,
@@ -314,8 +338,11 @@ class ModelDeployment:
     def _close(
         self, job: ImageJob, row: Row, output: Pixels, picture: Picture | None, served: Served
     ) -> tuple[Picture, bytes]:
-        result = served.pipeline.restore(output, picture, row.input.request)
-        metadata = self._metadata(row, served)
+        restored = served.pipeline.restore(output, picture, row.input.request)
+        # A row that began twice may have said the same twice.
+        notes = tuple(dict.fromkeys((*row.input.notes, *restored.notes)))
+        result = images.fitted(replace(restored, notes=notes), job.output_format)
+        metadata = self._metadata(row, served, result.notes)
         return result, images.encode(result, job.output_format, metadata)
 
     async def _progress(self, job: ImageJob, rows: list[Row], told: JobProgress) -> JobProgress:
@@ -335,7 +362,9 @@ class ModelDeployment:
     def _seed_used(self, row: Row) -> int | None:
         return row.input.seed if "seed" in self._spec.parameters else None
 
-    def _metadata(self, row: Row, served: Served) -> dict[str, object] | None:
+    def _metadata(
+        self, row: Row, served: Served, notes: tuple[Note, ...]
+    ) -> dict[str, object] | None:
         request = row.input.request
         if request.metadata == "none":
             return None
@@ -346,6 +375,7 @@ class ModelDeployment:
             "task": str(request.task),
             "model": self._model_name(served),
             "parameters": parameters,
+            "notes": documents(notes),
         }
 
     def _gpu_seconds(self, row: Row, served: Served) -> float:
@@ -389,9 +419,3 @@ def _size(job: ImageJob) -> Size:
 def _gpu_share() -> float:
     """What Ray gave this replica: the Serve config may differ from the registry."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
-
-
-def _seeds(request: ImageRequest, n: int) -> list[int]:
-    given = getattr(request, "seed", None)
-    first = secrets.randbits(32) if given is None else given
-    return [(first + k) % 2**32 for k in range(n)]

@@ -68,7 +68,10 @@ class Pipeline(Protocol[RequestT, StateT]):
         ...
 
     def begin(self, row: RowInput[RequestT]) -> Generator[None, None, StateT]:
-        """The state of the row before its first step."""
+        """The state of the row before its first step.
+
+        What the model will not do as the request asks goes into `row.notes`.
+        """
         ...
 
     def steps(self, state: StateT) -> int:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
+    from deployments.notes import Note
+
 Pixels = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
 
@@ -28,6 +30,7 @@ class RowInput(Generic[RequestT_co]):
         seed: of this row's own random generator.
         deadline_s: on the engine's clock; the engine drops the row once it has passed.
         trace: the request's span context, if it is traced.
+        notes: what was lost or chosen so far; the pipeline adds its own in `begin`.
     """
 
     request: RequestT_co
@@ -35,6 +38,7 @@ class RowInput(Generic[RequestT_co]):
     seed: int
     deadline_s: float
     trace: SpanContext | None = None
+    notes: list[Note] = field(default_factory=list["Note"])
 
 
 @dataclass(slots=True, eq=False)

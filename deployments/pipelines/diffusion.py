@@ -15,6 +15,7 @@ from deployments.buckets import resize
 from deployments.contract import DiffusionRequest
 from deployments.engine.pipeline import Work, result_of
 from deployments.engine.row import RowInput
+from deployments.notes import Code, Note, note
 from deployments.pipelines.autoencoder import Autoencoder
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 from deployments.pipelines.noise import Noise
@@ -33,6 +34,9 @@ RequestT = TypeVar("RequestT", bound=DiffusionRequest)
 Embeddings: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 """`(1, 77, D)`, and `(1, P)` pooled ones where the model has them."""
 _PROMPTS = 64
+_GENERATOR_SEEDS = 2**32
+"""Of torch's generator on the CPU (Mersenne Twister), as stock pipelines are seeded: it takes the
+lower 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,11 @@ class Diffusion(ABC, Generic[RequestT]):
         # A model that was distilled with guidance is told its scale, and needs no negative place.
         self._guidance_dim = stock.unet.config.time_cond_proj_dim
         self._texts = PromptCache(self._encode)
+        self._tokenizers = [
+            one
+            for name in ("tokenizer", "tokenizer_2")
+            if (one := getattr(stock, name, None)) is not None
+        ]
         self.autoencoder = Autoencoder(stock.vae, tile_px)
         self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
 
@@ -144,6 +153,7 @@ class Diffusion(ABC, Generic[RequestT]):
     @torch.inference_mode()
     def begin(self, row: RowInput[RequestT]) -> Generator[None, None, Denoising]:
         request, negative = row.request, None
+        row.notes.extend(self._prompt_notes(request, row.seed))
         positive = self._condition(request.prompt, row.pixels, is_negative=False)
         positive = replace(positive, guidance=self._embedded(request.guidance_scale))
         if self._guided(request):
@@ -193,6 +203,21 @@ class Diffusion(ABC, Generic[RequestT]):
     def finish(self, state: Denoising) -> Generator[None, None, Pixels]:
         return self.autoencoder.decode(state.latents)
 
+    def _prompt_notes(self, request: RequestT, seed: int) -> list[Note]:
+        """What the model does not read of the prompts and the seed."""
+        notes = _cut("prompt", request.prompt, self._tokenizers)
+        if request.guidance_scale > 1:
+            notes += _cut("negative_prompt", request.negative_prompt, self._tokenizers)
+        elif request.negative_prompt:
+            told = "negative_prompt had no effect, because guidance_scale is not above 1."
+            notes.append(note(Code.NEGATIVE_PROMPT_UNUSED, told))
+        if seed >= _GENERATOR_SEEDS:
+            told = (
+                f"The generator reads 32 bits of the seed: {seed % _GENERATOR_SEEDS} is the same."
+            )
+            notes.append(note(Code.SEED_SHORTENED, told))
+        return notes
+
     def _encode_prompt(self, text: str) -> Any:
         return self._stock.encode_prompt(
             text,
@@ -208,6 +233,21 @@ def most_places(limits: GroupLimits, pixels: int) -> int:
     if limits.budget_px is None:
         return 2 * rows
     return max(min(2 * rows, limits.budget_px // pixels), 1)
+
+
+def _cut(name: str, text: str, tokenizers: Sequence[Any]) -> list[Note]:
+    """A note if a text has more tokens than the model reads; about the strictest tokenizer."""
+    longest = (0, 0)
+    for tokenizer in tokenizers:
+        # Not `verbose`: it would log what the note says.
+        found = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        read = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        longest = max(longest, (found - read, found))
+    lost, found = longest
+    if lost <= 0:
+        return []
+    told = f"The model reads {found - lost} tokens of {name}: the last {lost} of {found} were cut."
+    return [note(Code.PROMPT_CUT, told)]
 
 
 def _columns(latents: torch.Tensor) -> torch.Tensor:

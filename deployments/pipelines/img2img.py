@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
-from deployments.buckets import choose_bucket, fit_to_bucket, restore_from_bucket
+from deployments.buckets import (
+    choose_bucket,
+    content_box,
+    fit_to_bucket,
+    restore_from_bucket,
+)
 from deployments.contract import Img2ImgRequest
+from deployments.notes import Code, Note, note
 from deployments.pipelines.denoiser import Condition
 from deployments.pipelines.diffusion import Diffusion, Embeddings, Start
+from deployments.pipelines.grey import without_tint
 from deployments.pipelines.pictures import require_picture, with_alpha_of
 from deployments.pipelines.stock import load_stock, read_index
 
@@ -56,7 +65,9 @@ class Img2Img(Diffusion[Img2ImgRequest]):
     def restore(self, output: Pixels, picture: Picture | None, request: Img2ImgRequest) -> Picture:
         picture, working = require_picture(picture), request.output_size == "working"
         rgb = restore_from_bucket(output, picture.width_px, picture.height_px, working=working)
-        return with_alpha_of(picture, rgb)
+        rgb, grey_notes = without_tint(rgb, picture, request)
+        notes = (*picture.notes, *_size_notes(output, picture), *grey_notes)
+        return with_alpha_of(replace(picture, notes=notes), rgb)
 
     def _usual_sizes(self) -> Sequence[tuple[int, int]]:
         return self._buckets
@@ -90,6 +101,21 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         aesthetic = _NEGATIVE_AESTHETIC if is_negative else _AESTHETIC
         ids = (height, width, 0, 0, *((aesthetic,) if scored else (height, width)))
         return Condition(embeds, pooled, torch.tensor([ids], dtype=embeds.dtype).to(embeds.device))
+
+
+def _size_notes(output: Pixels, picture: Picture) -> tuple[Note, ...]:
+    """A note if the model did not work at the picture's own size."""
+    size = picture.width_px, picture.height_px
+    worked = content_box(*size, (output.shape[1], output.shape[0]))
+    if worked == size:
+        return ()
+    percent = 100 * math.prod(worked) / math.prod(size)
+    share = f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
+    told = (
+        f"The model worked at {worked[0]} x {worked[1]} px, "
+        f"{share} % of the picture's {size[0]} x {size[1]} px."
+    )
+    return (note(Code.WORKING_SIZE, told),)
 
 
 PIPELINE = Img2Img

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.pipelines import networks
+from deployments.pipelines.grey import without_tint
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -102,7 +103,9 @@ class UpscaleGan:
         return require_picture(picture).rgb
 
     def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
-        return with_alpha_of(require_picture(picture), output)
+        picture = require_picture(picture)
+        rgb, grey_notes = without_tint(output, picture, request)
+        return with_alpha_of(replace(picture, notes=(*picture.notes, *grey_notes)), rgb)
 
     def to(self, device: str) -> None:
         self._net.to(device)

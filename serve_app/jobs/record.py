@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from deployments.contract import ImageJob, parse
+from deployments.notes import Note
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class JobSpec:
         fingerprint: of the whole request, to compare repeated ones.
         request_id: of the submission, for the log.
         retry_of: the job that this one repeats; empty if none.
+        notes: of what was chosen when it was submitted.
     """
 
     job_id: str
@@ -76,6 +78,7 @@ class JobSpec:
     fingerprint: str = ""
     request_id: str = ""
     retry_of: str = ""
+    notes: tuple[Note, ...] = ()
 
     def fields(self) -> dict[str, str]:
         """As Redis keeps it: scripts read what stands beside `spec`."""
@@ -97,6 +100,7 @@ class JobSpec:
         values = {name: v for name, v in json.loads(text).items() if name in cls.__slots__}
         values["task"] = Task(values["task"])
         values["webhook_events"] = tuple(values["webhook_events"])
+        values["notes"] = tuple(Note(*one) for one in values.get("notes", ()))
         return cls(**values)
 
     def image_job(self, image: bytes | None, timeout_s: float) -> ImageJob:
@@ -116,6 +120,7 @@ class JobSpec:
             sent_unix_s=time.time(),
             n=self.n,
             preview=self.preview,
+            notes=self.notes,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deployments.contract import ImageResult
+from deployments.notes import documents, from_documents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ def document_of(result: ImageResult) -> dict[str, Any]:
             "gpu_seconds": result.gpu_seconds,
             "determinism": result.determinism,
             "timings_s": result.timings_s,
-            "notes": list(result.notes),
+            "notes": documents(result.notes),
         },
     }
 
@@ -37,7 +38,7 @@ def result_of(document: Mapping[str, Any], image: bytes) -> ImageResult:
         width_px=document["width_px"],
         height_px=document["height_px"],
         seed=document["seed"],
-        **document["metadata"],
+        **document["metadata"] | {"notes": from_documents(document["metadata"]["notes"])},
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from deployments.contract import validated
+from deployments.contract import draw_seed, validated
 from deployments.errors import (
     Full,
     ImagenError,
@@ -37,6 +36,8 @@ from serve_app.protocols.picture import image_response
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
+    from deployments.contract import ImageRequest
+    from deployments.notes import Note
     from deployments.registry import ModelSpec
     from serve_app.intake import Call, Checked, Intake
     from serve_app.jobs.queue import Event
@@ -222,8 +223,8 @@ async def submit(
     if wanted.webhook:
         url = check_webhook(wanted.webhook, jobs.settings.webhooks)
         wanted = wanted.model_copy(update={"webhook": url})
-    checked = await intake.check(replace(call, charge=None))
-    made = _job_spec(request, call, checked, wanted, draws="seed" in spec.parameters)
+    checked = await intake.check(replace(call, results=wanted.n, charge=None))
+    made = _job_spec(request, call, checked, wanted, spec)
     if key:
         fingerprint = _fingerprint(call, options, checked.output_format)
         made = replace(made, fingerprint=fingerprint)
@@ -237,13 +238,10 @@ async def submit(
 
 
 def _job_spec(
-    request: Request, call: Call, checked: Checked, wanted: JobOptions, *, draws: bool
+    request: Request, call: Call, checked: Checked, wanted: JobOptions, spec: ModelSpec
 ) -> JobSpec:
-    """What is kept of a request; `draws` says whether its model uses chance."""
-    fields = checked.request.model_dump(mode="json", exclude_unset=True)
-    if draws and fields.get("seed") is None:
-        # Drawn now, so that each attempt makes the same picture.
-        fields["seed"] = secrets.randbits(32)
+    """What is kept of a request to this model."""
+    fields, notes = _fields(checked.request, spec)
     return JobSpec(
         job_id=new_job_id(),
         owner=owner_of(request),
@@ -261,7 +259,18 @@ def _job_spec(
         webhook=wanted.webhook,
         webhook_events=tuple(wanted.webhook_events.split(",")) if wanted.webhook else (),
         request_id=call.request_id,
+        notes=notes,
     )
+
+
+def _fields(request: ImageRequest, spec: ModelSpec) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """What a job keeps of a request, and what was chosen for it."""
+    fields = request.model_dump(mode="json", exclude_unset=True)
+    if "seed" not in spec.parameters or fields.get("seed") is not None:
+        return fields, ()
+    # Drawn now, so that each attempt makes the same picture.
+    fields["seed"], drawn = draw_seed()
+    return fields, (drawn,)
 
 
 def _check_n(n: int, spec: ModelSpec) -> None:

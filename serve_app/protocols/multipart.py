@@ -5,6 +5,7 @@ Starlette's own reader returns a body that was cut off as a complete form; this 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 MAX_PARTS = 40
 MAX_FIELD_BYTES = 64 * 1024
 _IMAGE_FIELD = "image"
+_ALSO_IMAGE = "image[]"
+"""The name that clients of other services, and forms of several files, give it."""
+_MAX_PREAMBLE_BYTES = 64 * 1024
 _FORM_REMEDY = "Send multipart/form-data, as curl -F image=@photo.jpg does."
 
 
@@ -63,9 +67,10 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
     reader = _FormReader()
     try:
         parser = MultipartParser(options[b"boundary"], reader.callbacks())
+        preamble = _Preamble(options[b"boundary"])
         async for chunk in request.stream():
             reader.seen_bytes += len(chunk)
-            parser.write(chunk)
+            parser.write(preamble.without(chunk))
         parser.finalize()
     except FormParserError as error:
         raise MalformedRequest(
@@ -76,6 +81,40 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
     return reader.form(needs_image=needs_image)
 
 
+class _Preamble:
+    """Leaves out what may stand before the first part (RFC 2046, section 5.1.1).
+
+    That is text before the first boundary, and blanks behind it, neither of which the parser takes.
+    """
+
+    def __init__(self, boundary: bytes) -> None:
+        self._line = b"--" + boundary
+        self._first = re.compile(
+            rb"(?:^|\r\n)" + re.escape(self._line) + rb"(?=--|[ \t]*\r\n)[ \t]*"
+        )
+        self._held: bytearray | None = bytearray()
+
+    def without(self, chunk: bytes) -> bytes:
+        """The bytes of the body so far from the first boundary on; empty before it is known.
+
+        Raises:
+            FormParserError: there is too much before it.
+        """
+        if self._held is None:
+            return chunk
+        # A boundary that ends in this chunk begins at the last line before it, or later.
+        start = max(self._held.rfind(b"\r\n"), 0)
+        self._held += chunk
+        match = self._first.search(self._held, start)
+        if (match.start() if match else len(self._held)) > _MAX_PREAMBLE_BYTES:
+            raise FormParserError("no boundary")
+        if match:
+            rest = self._line + bytes(self._held[match.end() :])
+            self._held = None
+            return rest
+        return b""
+
+
 class _FormReader:
     """Collects the parser's callbacks into a Form."""
 
@@ -84,6 +123,7 @@ class _FormReader:
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[str, str] = {}
         self._data = bytearray()
+        self._name = ""
         self._parts: list[tuple[str, bytes]] = []
         self._ended = False
 
@@ -149,7 +189,8 @@ class _FormReader:
     def _on_headers_finished(self) -> None:
         disposition = self._headers.get("content-disposition", "")
         _, options = parse_options_header(disposition)
-        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._name = _IMAGE_FIELD if name == _ALSO_IMAGE else name
         if not self._name:
             raise MalformedRequest(
                 "A part of the form has no name.",

@@ -43,7 +43,7 @@ _HEADERS = {
     "X-Imagen-Gpu-Seconds": "share of a GPU's time",
     "X-Imagen-Determinism": "exact: the bits depend on the request alone; bounded: nearly",
     "X-Imagen-Size": "width x height of the result, px",
-    "X-Imagen-Note": "what else to know, such as: first of 12 frames",
+    "X-Imagen-Note": "what was lost or chosen, as code: sentence; one header for each note",
     "Server-Timing": "milliseconds by stage",
 }
 _JOB_HEADERS = {

@@ -26,6 +26,7 @@ def image_response(result: ImageResult) -> Response:
     }
     if result.seed is not None:
         headers["X-Imagen-Seed"] = str(result.seed)
-    if result.notes:
-        headers["X-Imagen-Note"] = "; ".join(result.notes)
-    return Response(result.image, media_type=result.media_type, headers=headers)
+    response = Response(result.image, media_type=result.media_type, headers=headers)
+    for one in result.notes:
+        response.headers.append("X-Imagen-Note", f"{one.code}: {one.text}")
+    return response

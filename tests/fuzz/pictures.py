@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.torture import heic
+
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
@@ -68,6 +70,8 @@ WHOLE = (
     _file("PNG", size=(1, 1)),
     _file("PNG", "1", size=(20_000, 1)),
     _text_chunks(3),
+    heic.COLOUR,
+    heic.GREY_10_BIT,
 )
 ODD = (
     *(b"", b"GIF89a", b"\xff\xd8\xff", _PNG, b"BM", b"II*\0", b"RIFF\0\0\0\0WEBP"),

@@ -110,6 +110,7 @@ def _result(job: ImageJob, task: Task, seed: int | None, k: int) -> ImageResult:
         batch_size=job.n,
         gpu_seconds=0.25,
         timings_s={"decode": 0.001, "queue": 0.0, "denoise": 0.5, "vae": 0.1, "encode": 0.001},
+        notes=job.notes,
     )
 
 

@@ -62,6 +62,7 @@ FAILING = "fail"
 """The prompt of a job that fails."""
 SIZE_PX = 8
 MODEL = "comic@0123456789abcdef"
+NOTE = {"code": "seed_drawn", "text": "A note."}
 SIGNATURE = "signed"
 
 
@@ -139,7 +140,11 @@ class StandInJob:
                 "width_px": SIZE_PX,
                 "height_px": SIZE_PX,
                 "bytes": len(picture_of(seed)),
-                "metadata": {"model": MODEL, "batch_size": 2, "notes": ["a note"]},
+                "metadata": {
+                    "model": MODEL,
+                    "batch_size": 2,
+                    "notes": [NOTE],
+                },
             }
             for k, seed in enumerate(self.seeds)
         ]
@@ -460,7 +465,8 @@ def picture_response(seed: int) -> Response:
         "X-Imagen-Batch-Size": "2",
         "X-Imagen-Size": f"{SIZE_PX}x{SIZE_PX}",
         "X-Imagen-Seed": str(seed),
-        "X-Imagen-Note": "first of 12 frames; no profile",
+        "X-Imagen-Note": "frames_dropped: The first of 12 frames was used., "
+        "seed_drawn: None was sent, and so one was drawn: see the result.",
         "X-Request-Id": "request-1",
         "Server-Timing": "decode;dur=10.0, denoise;dur=1500.5",
     }

@@ -28,6 +28,7 @@ from imagen_client import (
     InvalidRequest,
     JobCanceled,
     JobFailed,
+    Note,
     NotFound,
     PreviewEvent,
     ProgressEvent,
@@ -136,7 +137,10 @@ async def test_a_call_gives_the_picture_and_what_is_known_of_it(
     assert (picture.media_type, picture.width_px, picture.height_px) == ("image/png", 8, 8)
     assert (picture.model, picture.seed, picture.batch_size) == (MODEL, 7, 2)
     assert picture.timings_s == {"decode": 0.01, "denoise": 1.5005}
-    assert picture.notes == ("first of 12 frames", "no profile")
+    assert picture.notes == (
+        Note("frames_dropped", "The first of 12 frames was used."),
+        Note("seed_drawn", "None was sent, and so one was drawn: see the result."),
+    )
     assert picture.save(tmp_path / "out.png").read_bytes() == picture.data
 
 
@@ -211,7 +215,7 @@ async def test_a_job_is_submitted_awaited_and_fetched(imagen: Any) -> None:
     assert [picture.data for picture in pictures] == [picture_of(seed) for seed in (10, 11, 12)]
     assert [picture.seed for picture in pictures] == [10, 11, 12]
     assert pictures[0].model == MODEL
-    assert pictures[0].notes == ("a note",)
+    assert pictures[0].notes == (Note("seed_drawn", "A note."),)
     assert (await job.result(2)).data == picture_of(12)
     with pytest.raises(NotFound):
         await job.result(3)

@@ -594,6 +594,28 @@ async def test_results_that_a_lost_worker_stored_are_not_made_again(
         assert job.spec.job_id == job_id
 
 
+# Notes
+
+
+@pytest.mark.parametrize("seed", ["-1", None])
+async def test_a_seed_that_was_drawn_is_said_in_the_job_and_with_its_picture(
+    server: RedisServer, tmp_path: Path, seed: str | None
+) -> None:
+    async with application(server.url, tmp_path, namespace=f"notes{seed is None}".lower()) as app:
+        fields = {"steps": "2"} | ({} if seed is None else {"seed": seed})
+        files = {"image": ("photo.png", picture(0))}
+        headers = {"Prefer": "wait=30"}
+        answer = await app.client.post(Task.COMIC.route, files=files, data=fields, headers=headers)
+        assert answer.headers["x-imagen-note"].startswith("seed_drawn: ")
+        job = (await app.client.get(answer.headers["location"])).json()
+        [told] = job["results"][0]["metadata"]["notes"]
+        assert told["code"] == "seed_drawn"
+        assert str(job["request"]["seed"]) == answer.headers["x-imagen-seed"]
+
+        told = await app.ended(await app.submit(seed=5))
+        assert told["results"][0]["metadata"]["notes"] == []
+
+
 # Events
 
 

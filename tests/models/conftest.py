@@ -15,6 +15,7 @@ enforce_offline()  # Before the first import of a hub library.
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from gathering import Gathering  # noqa: E402
+from stock import as_row  # noqa: E402
 
 from deployments.engine.grouping import GroupLimits  # noqa: E402
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Row
+    from deployments.images import Picture
 
 # An engine's two threads with a pool of threads each would wait for each other most of the time.
 torch.set_num_threads(1)
@@ -109,5 +111,17 @@ def run_together() -> Callable[..., list[list[Row]]]:
         gathering = Gathering(pipeline, GroupLimits(max_batch_size, exact=exact))
         gathering.run(rows, [0] * len(rows) if arrivals is None else arrivals)
         return gathering.groups
+
+    return run
+
+
+@pytest.fixture
+def process(run_together: Callable[..., Any]) -> Callable[..., Picture]:
+    """From a picture to the result, as a model replica does it."""
+
+    def run(pipeline: AnyPipeline, picture: Picture, request: Any) -> Picture:
+        row = as_row(pipeline, request, picture)
+        run_together(pipeline, [row])
+        return pipeline.restore(row.future.result(), picture, request)
 
     return run

@@ -20,6 +20,7 @@ from deployments.contract import (
 )
 from deployments.errors import ModelFailed
 from deployments.images import Picture
+from deployments.notes import Code, note
 from deployments.pipelines import upscale_gan
 from deployments.pipelines.upscale_diffusion import UpscaleDiffusion
 
@@ -32,18 +33,6 @@ if TYPE_CHECKING:
 FAST = ComicRequest(steps=2, strength=0.5, guidance_scale=1.0, seed=1)
 EXTREMES = [(1, 1), (1, 10_000), (10_000, 1), (1, 2), (63, 65)]
 PHOTOS = [(3000, 4000), (4000, 3000), (300, 533), (2, 3)]
-
-
-@pytest.fixture
-def process(run_together: Callable[..., Any]) -> Callable[..., Picture]:
-    """From a picture to the result, as a model replica does it."""
-
-    def run(pipeline: AnyPipeline, picture: Picture, request: Any) -> Picture:
-        row = as_row(pipeline, request, picture)
-        run_together(pipeline, [row])
-        return pipeline.restore(row.future.result(), picture, request)
-
-    return run
 
 
 def begun(pipeline: AnyPipeline, row: Row) -> Any:
@@ -138,11 +127,11 @@ def test_img2img_keeps_alpha_and_notes(
     process: Callable[..., Picture],
 ) -> None:
     seen = tiny.picture(1, height_px, width_px, with_alpha=True)
-    picture = Picture(seen.rgb, seen.alpha, ("first of 12 frames",))
+    picture = Picture(seen.rgb, seen.alpha, (note(Code.FRAMES_DROPPED, "One of 12."),))
     pipeline = tiny_pipeline("sd_ddim")
     result = process(pipeline, picture, FAST)
     assert (result.alpha == picture.alpha).all()
-    assert result.notes == picture.notes
+    assert [one.code for one in result.notes] == ["frames_dropped", "working_size"]
 
     working = process(pipeline, picture, FAST.model_copy(update={"output_size": "working"}))
     assert max(size(working)) == 64

@@ -46,7 +46,7 @@ class TextToImage:
 
     def begin(self, row: RowInput[ComicRequest]) -> Generator[None, None, Pixels]:
         yield
-        return row.pixels + np.uint8(row.seed)
+        return row.pixels + np.uint8(row.seed % 256)
 
     def steps(self, state: Pixels) -> int:
         return 2

@@ -19,6 +19,7 @@ from PIL import Image
 from deployments import errors
 from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
+from deployments.notes import Code, note
 from deployments.settings import Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
@@ -211,11 +212,11 @@ async def test_every_kind_of_picture_is_taken(kind: str) -> None:
 async def test_a_result_without_chance_has_no_seed_and_notes_are_told() -> None:
     backends = FakeBackends()
     await post(app_of(backends), COMIC, PHOTO)
-    notes = ("first of 12 frames",)
+    notes = (note(Code.FRAMES_DROPPED, "The first of 12 frames was used."),)
     backends.result = result_of(backends.jobs[0], Task.COMIC, seed=None, notes=notes)
     response = await post(app_of(backends), COMIC, PHOTO)
     assert "x-imagen-seed" not in response.headers
-    assert response.headers["x-imagen-note"] == "first of 12 frames"
+    assert response.headers["x-imagen-note"] == "frames_dropped: The first of 12 frames was used."
 
 
 async def test_a_polyglot_is_passed_on_as_the_picture_it_is() -> None:
@@ -237,7 +238,7 @@ async def test_a_polyglot_is_passed_on_as_the_picture_it_is() -> None:
         (picture_file(kind="JPEG")[:40], 400, "damaged_image"),
         (b"%PDF-1.7 and so on", 415, "unsupported_media"),
         (b"<html><script>alert(1)</script></html>" + PHOTO, 415, "unsupported_media"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", 415, "unsupported_media"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", 400, "damaged_image"),
         (b"\0" * 1000, 415, "unsupported_media"),
     ],
 )
@@ -299,7 +300,7 @@ async def test_a_side_the_wanted_format_cannot_hold_is_refused_before_any_work()
         (Task.UPSCALE, {"noise_level": "351"}, "noise_level"),
         (Task.UPSCALE, {"strength": "0.5"}, "strength"),
         (Task.BACKGROUND, {"output": "alpha"}, "output"),
-        (Task.BACKGROUND, {"color": "red"}, "color"),
+        (Task.BACKGROUND, {"color": "reddish"}, "color"),
         (Task.COMIC, {"stepps": "20"}, "stepps"),
         (Task.COMIC, {"steps": "9", "strength": "0.1"}, "request"),
     ],
@@ -503,9 +504,17 @@ async def test_an_upload_that_never_ends_is_the_clients_fault() -> None:
     assert json.loads(answer[1]["body"])["code"] == "slow_upload"
 
 
-async def test_what_the_model_does_not_read_is_refused_even_when_it_is_not_ready() -> None:
-    backends = FakeBackends(error=errors.NotReady("Starting."))
+async def test_what_the_model_does_not_read_is_passed_on_for_its_note() -> None:
+    backends = FakeBackends()
     response = await post(app_of(backends), Task.UPSCALE.route, PHOTO, data={"prompt": "a"})
+    assert response.status_code == 200
+    assert backends.jobs[0].request.model_dump(exclude_unset=True) == {"prompt": "a"}
+
+
+async def test_a_strict_request_is_refused_even_when_its_model_is_not_ready() -> None:
+    backends = FakeBackends(error=errors.NotReady("Starting."))
+    data = {"prompt": "a", "strict": "true"}
+    response = await post(app_of(backends), Task.UPSCALE.route, PHOTO, data=data)
     assert "prompt" in refused(response, 422)["fact"]
     assert backends.jobs == []
 
@@ -739,7 +748,7 @@ async def test_the_description_lists_every_answer_of_every_route(task: Task) -> 
     promised = {name.lower() for name in answers["200"]["headers"]} - of_jobs
     backends = FakeBackends()
     await post(app_of(backends), task.route, PHOTO)
-    backends.result = result_of(backends.jobs[0], task, notes=("noted",))
+    backends.result = result_of(backends.jobs[0], task, notes=(note(Code.SEED_DRAWN, "Drawn."),))
     response = await post(app_of(backends), task.route, PHOTO)
     assert promised <= set(response.headers)
     assert {name for name in response.headers if name.startswith("x-")} <= promised

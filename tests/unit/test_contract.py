@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.contract import ImageRequest, complete, describe, parse
+from deployments.contract import (
+    ImageRequest,
+    UpscaleRequest,
+    complete,
+    describe,
+    parse,
+    unused_notes,
+)
 from deployments.errors import InvalidParameter
 from deployments.tasks import Task
 
@@ -51,7 +58,8 @@ def test_a_request_without_fields_is_valid_for_every_task() -> None:
         ("guidance_scale", "1", 1.0),
         ("guidance_scale", "20", 20.0),
         ("seed", "0", 0),
-        ("seed", "4294967295", 2**32 - 1),
+        ("seed", "9223372036854775807", 2**63 - 1),
+        ("seed", "-1", None),
         ("prompt", "", ""),
         ("prompt", "x" * 2000, "x" * 2000),
         ("negative_prompt", "🐈" * 2000, "🐈" * 2000),
@@ -75,8 +83,8 @@ def test_the_edges_of_a_range_are_inside(task: Task, name: str, text: str, value
         ("guidance_scale", "0.999"),
         ("guidance_scale", "20.001"),
         ("guidance_scale", "-5"),
-        ("seed", "-1"),
-        ("seed", "4294967296"),
+        ("seed", "-2"),
+        ("seed", "9223372036854775808"),
         ("seed", "9" * 5000),
         ("seed", ""),
         ("prompt", "x" * 2001),
@@ -262,8 +270,26 @@ def test_a_background_that_fits_its_output_is_taken(fields: dict[str, str]) -> N
     assert parse(Task.BACKGROUND.request, fields).model_dump(exclude_unset=True) == fields
 
 
-@pytest.mark.parametrize("color", ["white", "#fff", "#gggggg", "ffffff", "#ffffff\n", "#ffffffff"])
-def test_a_color_is_six_hexadecimal_digits(color: str) -> None:
+@pytest.mark.parametrize(
+    ("color", "digits"),
+    [
+        ("#fa0", "#ffaa00"),
+        ("#Fa0B1c", "#Fa0B1c"),
+        ("white", "#ffffff"),
+        ("RebeccaPurple", "#663399"),
+        ("darkslategrey", "#2f4f4f"),
+    ],
+)
+def test_a_color_may_be_written_in_many_ways(color: str, digits: str) -> None:
+    request: Any = parse(Task.BACKGROUND.request, {"output": "color", "color": color})
+    assert request.color == digits
+
+
+@pytest.mark.parametrize(
+    "color",
+    ["reddish", "#ffff", "#gggggg", "ffffff", "#ffffff\n", "#ffffffff", "rgb(1,2,3)", "", "#"],
+)
+def test_what_is_no_color_is_refused(color: str) -> None:
     error = refused(Task.BACKGROUND, {"output": "color", "color": color})
     assert error.problems[0]["parameter"] == "color"
 
@@ -304,10 +330,25 @@ def test_completing_twice_changes_nothing() -> None:
     assert complete(once, {"steps": 8}, IMG2IMG) == once
 
 
+def test_jpg_is_jpeg() -> None:
+    assert parse(Task.COMIC.request, {"output_format": "jpg"}).output_format == "jpeg"
+
+
 @pytest.mark.parametrize("name", ["prompt", "steps", "seed", "noise_level"])
-def test_a_parameter_the_model_does_not_read_is_refused(name: str) -> None:
+def test_a_parameter_the_model_does_not_read_is_left_out_and_noted(name: str) -> None:
+    request = parse(Task.UPSCALE.request, {name: "5", "output_format": "webp"})
+    done = complete(request, {}, GAN)
+    assert getattr(done, name) == getattr(UpscaleRequest(), name)
+    assert done.output_format == "webp"
+    [told] = unused_notes(request, GAN)
+    assert told.code == "parameter_unused"
+    assert name in told.text
+
+
+@pytest.mark.parametrize("name", ["prompt", "steps", "seed", "noise_level"])
+def test_a_strict_request_refuses_what_the_model_does_not_read(name: str) -> None:
     with pytest.raises(InvalidParameter, match=f"does not read {name}") as caught:
-        completed(Task.UPSCALE, {name: "5"}, {})
+        completed(Task.UPSCALE, {name: "5", "strict": "true"}, {})
     assert caught.value.value == f"{name}=5"
     assert all(known in caught.value.remedy for known in GAN)
 
@@ -343,11 +384,12 @@ def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name
     for option in options:
         low = option.keys() & {"minimum", "exclusiveMinimum"}
         bounded = low and "maximum" in option
-        assert bounded or option.keys() & {"enum", "maxLength", "pattern"}
+        is_boolean = option.get("type") == "boolean"
+        assert bounded or is_boolean or option.keys() & {"enum", "maxLength", "pattern"}
 
 
 def test_every_parameter_with_a_dimension_names_its_unit() -> None:
-    without = {"output_format", "metadata", "seed", "output", "color"}
+    without = {"output_format", "metadata", "strict", "seed", "output", "color"}
     for task, name in PARAMETERS:
         schema = task.request.model_json_schema()["properties"][name]
         assert ("unit" in schema) != (name in without), (task, name)
@@ -358,10 +400,10 @@ def test_every_parameter_with_a_dimension_names_its_unit() -> None:
     [
         (Task.COMIC, "steps", "integer from 1 up to 150"),
         (Task.COMIC, "strength", "number above 0.0 up to 1.0"),
-        (Task.COMIC, "seed", "integer from 0 up to 4294967295"),
+        (Task.COMIC, "seed", "integer from -1 up to 9223372036854775807"),
         (Task.COMIC, "prompt", "string of at most 2000 characters"),
         (Task.COMIC, "output_format", "one of png, webp, jpeg"),
-        (Task.BACKGROUND, "color", "string matching ^#[0-9a-fA-F]{6}$"),
+        (Task.BACKGROUND, "strict", "boolean"),
     ],
 )
 def test_a_parameter_is_told_in_words(task: Task, name: str, words: str) -> None:

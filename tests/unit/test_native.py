@@ -22,6 +22,7 @@ from deployments.errors import (
     RequestError,
     UnsupportedMedia,
 )
+from deployments.notes import Code, note
 from deployments.tasks import Task
 from serve_app.intake import choose_format
 from serve_app.problem import error_response
@@ -254,6 +255,31 @@ async def test_a_name_that_is_no_text_becomes_a_field_nobody_knows() -> None:
         parse(Task.COMIC.request, form.fields)
 
 
+async def test_an_image_may_be_named_as_lists_are() -> None:
+    assert (await read([body_of(part("image[]", IMAGE))])).image == IMAGE
+    both = body_of(PHOTO, part("image[]", IMAGE))
+    assert "image" in (await refusal(InvalidParameter, both)).message
+
+
+@pytest.mark.parametrize("preamble", [b"\r\n", b"--other\r\n", b"--cutlet\r\n", b"a\r\nb\r\n"])
+@pytest.mark.parametrize("padding", [b"", b" ", b"\t \t"])
+@pytest.mark.parametrize("piece", [1, 7, 10_000])
+async def test_what_rfc_2046_allows_around_the_boundaries_is_left_out(
+    preamble: bytes, padding: bytes, piece: int
+) -> None:
+    body = WHOLE.replace(b"--cut\r\n", b"--cut" + padding + b"\r\n")
+    body = preamble + body.replace(b"--cut--", b"--cut--" + padding) + b"an epilogue"
+    pieces = [body[at : at + piece] for at in range(0, len(body), piece)]
+    assert await read(pieces) == await read([WHOLE])
+
+
+async def test_a_preamble_has_an_end() -> None:
+    long = b"x" * 70_000
+    error = await refusal(MalformedRequest, long + b"\r\n" + WHOLE)
+    assert "curl -F image=" in error.remedy
+    assert (await read([long[:60_000] + b"\r\n" + WHOLE])).image == IMAGE
+
+
 fragments = st.sampled_from(
     [
         b"--cut",
@@ -381,7 +407,11 @@ JOB = ImageJob(parse(Task.COMIC.request, {}), IMAGE, "webp", 60.0)
 
 
 def test_a_picture_says_what_happened() -> None:
-    response = native.image_response(result_of(JOB, Task.COMIC, notes=("first of 3 frames", "so")))
+    notes = (
+        note(Code.FRAMES_DROPPED, "The first of 3 frames was used."),
+        note(Code.PROFILE_CONVERTED, "Converted from Gr\u00fcn\r\nX: 1."),
+    )
+    response = native.image_response(result_of(JOB, Task.COMIC, notes=notes))
     assert response.body == IMAGE
     assert response.headers["content-type"] == "image/webp"
     assert response.headers["x-imagen-model"] == "comic-starter@0123abcd"
@@ -389,7 +419,10 @@ def test_a_picture_says_what_happened() -> None:
     assert response.headers["x-imagen-batch-size"] == "3"
     assert response.headers["x-imagen-gpu-seconds"] == "0.2500"
     assert response.headers["x-imagen-size"] == "24x16"
-    assert response.headers["x-imagen-note"] == "first of 3 frames; so"
+    assert response.headers.getlist("x-imagen-note") == [
+        "frames_dropped: The first of 3 frames was used.",
+        "profile_converted: Converted from Gr\\xfcn  X: 1.",
+    ]
     assert response.headers["server-timing"] == "decode;dur=1.0, denoise;dur=1500.0"
     assert response.headers["vary"] == "Accept"
     assert response.headers["cache-control"] == "no-store"
