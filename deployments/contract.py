@@ -232,6 +232,16 @@ class BackgroundRequest(ImageRequest):
         examples=["#2060a0"],
         description="Background with output=color, in sRGB: #rrggbb, #rgb or a CSS colour name.",
     )
+    edges: Literal["estimated", "original"] = Field(
+        default="estimated",
+        description="Colours of pixels that show foreground and background at once. estimated: "
+        "those of the foreground alone. original: those of the picture, old background included.",
+    )
+    crop: Literal["none", "subject"] = Field(
+        default="none",
+        description="none: the result has the picture's size. subject: it is cut to the smallest "
+        "rectangle that holds all of the foreground.",
+    )
 
     @property
     def needs_alpha(self) -> bool:

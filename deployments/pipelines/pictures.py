@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployments.buckets import resize
 from deployments.images import Picture
+from deployments.transparency import scaled
 
 if TYPE_CHECKING:
     from deployments.engine.row import Pixels
@@ -25,9 +25,9 @@ def require_picture(picture: Picture | None) -> Picture:
 def with_alpha_of(picture: Picture, rgb: Pixels) -> Picture:
     """The result `rgb`, `H x W x 3`, with the alpha and the notes of the client's picture.
 
-    The alpha is scaled to the result's size.
+    `rgb` holds straight colours, as the model saw them. The alpha is scaled to the result's size.
     """
     alpha = picture.alpha
     if alpha is not None and alpha.shape != rgb.shape[:2]:
-        alpha = resize(alpha, rgb.shape[1], rgb.shape[0])
+        alpha = scaled(alpha, rgb.shape[1], rgb.shape[0])
     return Picture(rgb, alpha, picture.notes)
