@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cutouts import MAGENTA, scene
 
+from benchmarks.torture.scenes import MAGENTA, scene
 from deployments.contract import BackgroundRequest
 from deployments.cutout import cut_out
 from deployments.images import Picture

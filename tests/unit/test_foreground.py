@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cutouts import BLACK, MAGENTA, scene
 
+from benchmarks.torture.scenes import BLACK, MAGENTA, scene
 from deployments import foreground
 from deployments.foreground import estimate_foreground
 

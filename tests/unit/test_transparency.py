@@ -5,14 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.torture.scenes import disc
 from deployments.transparency import WHITE, extended, laid_over, scaled
-
-
-def disc(side_px: int = 64) -> np.ndarray:
-    """Alpha of a disc with an edge of four pixels."""
-    y, x = np.mgrid[:side_px, :side_px]
-    edge = (side_px * 3 / 8 - np.hypot(y - side_px / 2, x - side_px / 2)) / 4
-    return (np.clip(edge, 0, 1) * 255).astype(np.uint8)
 
 
 def halves(height_px: int, width_px: int) -> np.ndarray:

@@ -1,19 +1,21 @@
-"""A subject of known colours and alpha before a background of one colour."""
+"""Pictures with a known truth, by plain arithmetic."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Colour = tuple[int, int, int]
+Pixels = NDArray[np.uint8]
+Alpha = NDArray[np.uint8]
 
-    Colour = tuple[int, int, int]
-    Pixels = NDArray[np.uint8]
-
-MAGENTA, BLACK = (255, 0, 255), (0, 0, 0)
+GREEN: Colour = (0, 160, 0)
+MAGENTA: Colour = (255, 0, 255)
+BLACK: Colour = (0, 0, 0)
+WHITE: Colour = (255, 255, 255)
 
 
 class Scene(NamedTuple):
@@ -26,17 +28,29 @@ class Scene(NamedTuple):
     """
 
     seen: Pixels
-    alpha: Pixels
+    alpha: Alpha
     subject: Pixels
 
-    def edge_error(self, rgb: Pixels) -> float:
-        """Mean error of a cut-out's colours, in levels, where alpha is between 0.1 and 0.9."""
+    def edge_error(self, rgb: Pixels, alpha: Alpha | None = None) -> float:
+        """Mean error of a cut-out's colours, in levels, where alpha is between 0.1 and 0.9.
+
+        Args:
+            rgb: the cut-out's colours.
+            alpha: its own alpha, if that differs from the truth; the edge is where both are soft.
+
+        Raises:
+            ValueError: its alpha is nowhere soft.
+        """
         edge = (self.alpha > 25) & (self.alpha < 230)
+        if alpha is not None:
+            edge &= (alpha > 25) & (alpha < 230)
+        if not edge.any():
+            raise ValueError("the cut-out has no soft edge")
         return float(np.abs(rgb[edge].astype(int) - self.subject[edge]).mean())
 
 
 def scene(background: Colour, height_px: int = 96, width_px: int = 128) -> Scene:
-    """A soft blob with hairs, of warm and cold colours, before a background."""
+    """A soft blob with hairs, of warm colours, before a background."""
     scale, rng = 4, np.random.default_rng(15)
     size = width_px * scale, height_px * scale
     mask = Image.new("L", size)
@@ -54,3 +68,17 @@ def scene(background: Colour, height_px: int = 96, width_px: int = 128) -> Scene
     share = alpha[..., None] / 255
     seen = subject * share + np.array(background) * (1 - share)
     return Scene(seen.round().astype(np.uint8), alpha, subject)
+
+
+def disc(side_px: int = 64) -> Alpha:
+    """Alpha of a disc with an edge of four pixels."""
+    y, x = np.mgrid[:side_px, :side_px]
+    edge = (side_px * 3 / 8 - np.hypot(y - side_px / 2, x - side_px / 2)) / 4
+    return (np.clip(edge, 0, 1) * 255).astype(np.uint8)
+
+
+def square(side_px: int = 64) -> Alpha:
+    """Alpha of a hard-edged square in the middle."""
+    alpha = np.zeros((side_px, side_px), np.uint8)
+    alpha[side_px // 4 : -(side_px // 4), side_px // 4 : -(side_px // 4)] = 255
+    return alpha
