@@ -52,7 +52,8 @@ def estimate_foreground(rgb: Array, alpha: Array) -> Array:
     the other, as in the paper's version for GPUs; they need more rounds for the same result. And
     the last level, three quarters of all pixels, only fits F and B to the picture.
 
-    Tiles without an edge cost nothing, and levels are kept in 8 bits: 12 MP take about 50 MB.
+    Tiles without an edge cost nothing, and levels are kept in 8 bits: 12 MP take 80 MB with the
+    result.
 
     Args:
         rgb: what the camera saw, `H x W x 3`.

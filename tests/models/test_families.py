@@ -255,6 +255,30 @@ def test_a_gan_upscales_exactly_four_times(
     assert result.alpha.shape == result.rgb.shape[:2]
 
 
+@pytest.mark.parametrize("name", ["srvgg", "x4"])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"scale": 2}, (62, 80)), ({"scale": 3}, (93, 120)), ({"width": 100}, (78, 100))],
+)
+def test_less_than_four_times_is_the_models_result_shrunk(
+    name: str,
+    fields: dict[str, int],
+    expected: tuple[int, int],
+    tiny_pipeline: Callable[..., AnyPipeline],
+    process: Callable[..., Picture],
+) -> None:
+    picture = tiny.picture(1, 31, 40, with_alpha=True)
+    whole, less = (
+        process(
+            tiny_pipeline(name), picture, UpscaleRequest(steps=1, guidance_scale=1.0, seed=0, **f)
+        )
+        for f in ({}, fields)
+    )
+    assert size(less) == expected
+    assert less.alpha.shape == expected
+    assert np.abs(less.rgb.mean((0, 1)) - whole.rgb.mean((0, 1))).max() < 1
+
+
 @pytest.mark.parametrize(("tile_px", "overlap_px"), [(32, 5), (64, 32), (256, 10), (512, 34)])
 def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px: int) -> None:
     for side_px in (*range(1, 3 * tile_px), 5000):
