@@ -56,16 +56,14 @@ def to_srgb(
         declared: how the file describes its colours.
 
     Returns:
-        An `RGB` image in sRGB, laid over white where transparent, as models expect a cut-out; an
-        `L` image of its alpha, or None where all of it is opaque; and what was lost or converted.
+        An `RGB` image in sRGB, of straight colours: alpha is not in them, and clear pixels keep
+        whatever the file has there; an `L` image of its alpha, or None where all of it is opaque;
+        and what was lost or converted.
     """
     colours, alpha = _split(_eight_bits(image))
     rgb, notes = _converted(colours, declared)
-    if alpha is None or alpha.getextrema() == (255, 255):
-        return rgb, None, notes
-    white = Image.new("RGB", rgb.size, "white")
-    white.paste(rgb, mask=alpha)
-    return white, alpha, notes
+    opaque = alpha is None or alpha.getextrema() == (255, 255)
+    return rgb, None if opaque else alpha, notes
 
 
 def is_grey(rgb: NDArray[np.uint8]) -> bool:

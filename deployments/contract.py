@@ -107,6 +107,18 @@ class ImageRequest(BaseModel):
         """Whether the request asks for a transparent result, which JPEG cannot hold."""
         return False
 
+    def result_size(self, width_px: int, height_px: int, scale: int) -> tuple[int, int]:
+        """Width and height of the result, before a crop.
+
+        Args:
+            width_px, height_px: of the picture; 0 without one.
+            scale: side of the model's result over side of the picture.
+
+        Raises:
+            InvalidParameter: the request asks for more than the model's result has.
+        """
+        return width_px * scale, height_px * scale
+
 
 class DiffusionRequest(ImageRequest):
     """What every diffusion model accepts."""
@@ -177,8 +189,63 @@ class Img2ImgRequest(DiffusionRequest):
         return self
 
 
-class UpscaleRequest(DiffusionRequest):
-    """Enlarge exactly 4 times in each direction. A GAN upscaler takes no diffusion parameter."""
+class SizedRequest(ImageRequest):
+    """What every upscaler accepts: the size of the result, up to that of the model's own."""
+
+    scale: int = Field(
+        default=4,
+        ge=2,
+        le=4,
+        description="Side of the result over side of the picture. The model always enlarges 4 "
+        "times; less comes from an exact area filter behind it.",
+        json_schema_extra={"unit": "times"},
+    )
+    width: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="The result is at most so wide, in place of scale, with the picture's aspect "
+        "ratio. 0: by height or scale.",
+        json_schema_extra={"unit": "px"},
+    )
+    height: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="The result is at most so high, in place of scale, with the picture's aspect "
+        "ratio. 0: by width or scale.",
+        json_schema_extra={"unit": "px"},
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.scale != 4 and (self.width or self.height):
+            raise _contradiction(
+                "send scale, or width and height",
+                scale=self.scale,
+                width=self.width,
+                height=self.height,
+            )
+        return self
+
+    def result_size(self, width_px: int, height_px: int, scale: int) -> tuple[int, int]:
+        factors = [
+            asked / side
+            for asked, side in ((self.width, width_px), (self.height, height_px))
+            if asked
+        ]
+        factor = min(factors, default=float(min(self.scale, scale)))
+        if factor > scale:
+            raise InvalidParameter(
+                f"The model enlarges {scale} times at most.",
+                value=f"width={self.width}, height={self.height} for {width_px} x {height_px} px",
+                remedy=f"Ask for at most {width_px * scale} x {height_px * scale} px.",
+            )
+        return max(round(width_px * factor), 1), max(round(height_px * factor), 1)
+
+
+class UpscaleRequest(DiffusionRequest, SizedRequest):
+    """Enlarge 4 times in each direction, or less. A GAN upscaler takes no diffusion parameter."""
 
     task = "upscale"
     keeps_grey = True
@@ -231,6 +298,16 @@ class BackgroundRequest(ImageRequest):
         default="#ffffff",
         examples=["#2060a0"],
         description="Background with output=color, in sRGB: #rrggbb, #rgb or a CSS colour name.",
+    )
+    edges: Literal["estimated", "original"] = Field(
+        default="estimated",
+        description="Colours of pixels that show foreground and background at once. estimated: "
+        "those of the foreground alone. original: those of the picture, old background included.",
+    )
+    crop: Literal["none", "subject"] = Field(
+        default="none",
+        description="none: the result has the picture's size. subject: it is cut to the smallest "
+        "rectangle that holds all of the foreground.",
     )
 
     @property

@@ -8,7 +8,7 @@ import re
 import warnings
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -25,7 +25,7 @@ from PIL import PngImagePlugin as Png
 from PIL import TiffImagePlugin as Tiff
 from PIL import WebPImagePlugin as WebP
 
-from deployments import colour, heif, jpeg, png
+from deployments import colour, heif, jpeg, png, transparency
 from deployments.colour import Declared
 from deployments.errors import (
     DamagedImage,
@@ -115,7 +115,8 @@ class Picture:
     """A decoded picture.
 
     Attributes:
-        rgb: `H x W x 3`, uint8, sRGB, on white where the picture is transparent; or `H x W` grey.
+        rgb: `H x W x 3`, uint8, sRGB; or `H x W` grey. Colours are straight: alpha is not in them.
+            Where a decoded picture is clear, the colours around go on.
         alpha: `H x W`, uint8, 255 is opaque; None if all of it is opaque.
         notes: what was lost or chosen on the way from the file.
     """
@@ -177,7 +178,11 @@ def decode(data: bytes, limits: LimitSettings) -> Picture:
         if turn is not None:
             rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
     # np.array copies. Pillow's own memory is read-only, which makes torch warn.
-    return Picture(np.array(rgb), np.array(alpha) if alpha else None, (*notes, *found))
+    notes += found
+    if alpha is None:
+        return Picture(np.array(rgb), None, tuple(notes))
+    cover = np.array(alpha)
+    return Picture(transparency.extended(np.asarray(rgb), cover), cover, tuple(notes))
 
 
 def _frame_notes(image: ImageFile, kind: str) -> list[Note]:
@@ -392,11 +397,12 @@ def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) 
 
 
 def fitted(picture: Picture, output_format: OutputFormat) -> Picture:
-    """What of a picture the format can hold: a JPEG has no alpha, and shows the white below."""
+    """What of a picture the format can hold: a JPEG has no alpha, and shows it on white."""
     if picture.alpha is None or output_format != "jpeg":
         return picture
     told = "JPEG has no transparency: the result lies on white."
-    return replace(picture, alpha=None, notes=(*picture.notes, note(Code.ALPHA_DROPPED, told)))
+    rgb = transparency.laid_over(picture.rgb, picture.alpha, transparency.WHITE)
+    return Picture(rgb, None, (*picture.notes, note(Code.ALPHA_DROPPED, told)))
 
 
 def thumbnail(pixels: Array) -> bytes:

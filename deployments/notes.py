@@ -29,6 +29,7 @@ class Code(StrEnum):
     HDR_TONE_MAPPED = "hdr_tone_mapped"
     GREY_KEPT = "grey_kept"
     ALPHA_DROPPED = "alpha_dropped"
+    NO_FOREGROUND = "no_foreground"
     WORKING_SIZE = "working_size"
     PROMPT_CUT = "prompt_cut"
     NEGATIVE_PROMPT_UNUSED = "negative_prompt_unused"

@@ -12,6 +12,7 @@ from deployments.contract import (
     ComicRequest,
     EnhanceRequest,
     ImageRequest,
+    SizedRequest,
     UpscaleRequest,
 )
 
@@ -39,7 +40,7 @@ class Task(StrEnum):
         deployment: name of its Serve deployment.
         route: path of its HTTP route.
         families: modules of `deployments/pipelines` that can serve it.
-        scale: width of the result over width of the picture.
+        scale: width of the model's result over width of the picture.
         needs_picture: whether a request must bring a picture.
     """
 
@@ -99,5 +100,5 @@ class Task(StrEnum):
         return frozenset(_READS.get(family, self.request).model_fields)
 
 
-_READS: dict[str, type[ImageRequest]] = {"upscale_gan": ImageRequest}
+_READS: dict[str, type[ImageRequest]] = {"upscale_gan": SizedRequest}
 """Families that read fewer fields than their task's request has, and the class they read."""

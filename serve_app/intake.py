@@ -214,7 +214,7 @@ class Intake:
         if spec.scale > 1:
             self._check_output(*result_px, spec.scale)
         chosen = choose_format(request.output_format, accept, transparent=request.needs_alpha)
-        images.check_encodable(chosen, *result_px)
+        images.check_encodable(chosen, *request.result_size(width_px, height_px, spec.scale))
         return chosen
 
     def _check_output(self, width_px: int, height_px: int, scale: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.torture import arithmetic, heic
+from benchmarks.torture import arithmetic, cutouts, heic, transparency
+from benchmarks.torture.case import Case, Patch
 from benchmarks.torture.files import (
     END,
     GREY,
@@ -37,53 +37,7 @@ from benchmarks.torture.files import (
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from benchmarks.torture.arithmetic import Colour
-
-Form = Literal["plain", "image[]", "preamble", "padded"]
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """A place in the result, and its colour.
-
-    Attributes:
-        x, y: of its centre, 0 to 1 of the width and the height.
-        colour: in sRGB.
-    """
-
-    x: float
-    y: float
-    colour: Colour
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One request.
-
-    Attributes:
-        name: of it.
-        file: the picture.
-        patches: of the result; empty where only the answer counts.
-        note: a code that the result must carry; empty for any.
-        refused: whether the right answer is a refusal with the status 400 or 422.
-        task, fields: what is asked for.
-        form: how the form is written.
-        media_type: of the result; empty for any.
-        is_grey: whether all channels of the result are equal.
-    """
-
-    name: str
-    file: bytes
-    patches: tuple[Patch, ...] = ()
-    note: str = ""
-    refused: bool = False
-    task: Task = Task.UPSCALE
-    fields: Mapping[str, str] = field(default_factory=dict[str, str])
-    form: Form = "plain"
-    media_type: str = ""
-    is_grey: bool = False
 
 
 def _all(colour: Colour) -> tuple[Patch, ...]:
@@ -380,4 +334,6 @@ CASES: tuple[Case, ...] = (
     *_colours(),
     *_formats(),
     *_habits(),
+    *transparency.CASES,
+    *cutouts.CASES,
 )

@@ -17,7 +17,8 @@ from deployments.errors import Unreachable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from benchmarks.torture.cases import Case, Form
+    from benchmarks.torture.case import Case, Form
+    from benchmarks.torture.scenes import Pixels
 
 WITHIN_LEVELS = 12
 """What a model may change in the colour of a patch, of 255."""
@@ -116,10 +117,19 @@ def _verdict(case: Case, answer: httpx.Response) -> Verdict:
         return Verdict(case, f"{kind} instead of {case.media_type}", is_told)
     try:
         with Image.open(io.BytesIO(answer.content)) as image:
-            pixels = np.asarray(image.convert("RGB")).astype(int)
+            pixels = np.asarray(image.convert("RGBA"))
     except Exception:  # Pillow's readers raise many types on what a server made of it.
         return Verdict(case, "the answer is no picture", is_told)
-    return Verdict(case, fault_of(case, pixels, WITHIN_LEVELS), is_told)
+    fault = fault_of(case, pixels[..., :3].astype(int), WITHIN_LEVELS)
+    return Verdict(case, fault or judged(case, pixels), is_told)
+
+
+def judged(case: Case, pixels: Pixels) -> str:
+    """What a case's own judge finds wrong with a result of any size."""
+    try:
+        return case.judge(pixels) if case.judge else ""
+    except (ValueError, IndexError) as error:  # as numpy raises them on another size
+        return f"the result cannot be judged: {error}"
 
 
 def fault_of(case: Case, pixels: np.ndarray, within: int) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from deployments.buckets import resize
+from deployments.cutout import cut_out
 from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
-from deployments.images import Picture
 from deployments.pipelines import networks
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.pictures import require_picture
+from deployments.transparency import WHITE, laid_over
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels, RowInput
+    from deployments.images import Picture
     from deployments.registry import ModelSpec
 
 
@@ -65,7 +66,10 @@ class Matting:
         self.passes = Passes(self._lanes.spread(self._call))
 
     def fit(self, picture: Picture | None, request: BackgroundRequest) -> Pixels:
-        return resize(require_picture(picture).rgb, self._input_px, self._input_px)
+        picture = require_picture(picture)
+        # On white, because a foreground whose colours go on behind its edges has none to be found.
+        rgb = picture.rgb if picture.alpha is None else laid_over(picture.rgb, picture.alpha, WHITE)
+        return resize(rgb, self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -135,18 +139,7 @@ class Matting:
     def restore(
         self, output: Pixels, picture: Picture | None, request: BackgroundRequest
     ) -> Picture:
-        picture = require_picture(picture)
-        alpha = resize(output, picture.width_px, picture.height_px)
-        if picture.alpha is not None:
-            alpha = (alpha.astype(np.uint16) * picture.alpha // 255).astype(np.uint8)
-        if request.output == "mask":
-            return Picture(alpha, None, picture.notes)
-        if request.output == "rgba":
-            return Picture(picture.rgb, alpha, picture.notes)
-        colour = np.array(list(bytes.fromhex(request.color[1:])), np.float32)
-        share = alpha[..., None].astype(np.float32) / 255
-        mixed = picture.rgb * share + colour * (1 - share)
-        return Picture(mixed.round().astype(np.uint8), None, picture.notes)
+        return cut_out(require_picture(picture), output, request)
 
 
 PIPELINE = Matting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +10,7 @@ from diffusers import StableDiffusionUpscalePipeline
 from deployments.contract import UpscaleRequest
 from deployments.pipelines.autoencoder import image_tensor
 from deployments.pipelines.diffusion import Diffusion, Start
-from deployments.pipelines.grey import without_tint
-from deployments.pipelines.pictures import require_picture, with_alpha_of
+from deployments.pipelines.pictures import as_asked, require_picture
 from deployments.pipelines.stock import load_stock
 
 if TYPE_CHECKING:
@@ -58,9 +56,8 @@ class UpscaleDiffusion(Diffusion[UpscaleRequest]):
     def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
         picture = require_picture(picture)
         width, height = picture.width_px * SCALE, picture.height_px * SCALE
-        rgb = np.ascontiguousarray(output[:height, :width])
-        rgb, grey_notes = without_tint(rgb, picture, request)
-        return with_alpha_of(replace(picture, notes=(*picture.notes, *grey_notes)), rgb)
+        content = np.ascontiguousarray(output[:height, :width])
+        return as_asked(picture, content, request, SCALE)
 
     def _working_size(self, width_px: int, height_px: int) -> tuple[int, int]:
         return width_px + -width_px % MULTIPLE_PX, height_px + -height_px % MULTIPLE_PX

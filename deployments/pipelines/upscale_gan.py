@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,11 +12,10 @@ import torch
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.pipelines import networks
-from deployments.pipelines.grey import without_tint
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
-from deployments.pipelines.pictures import require_picture, with_alpha_of
+from deployments.pipelines.pictures import as_asked, require_picture
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
@@ -103,9 +102,7 @@ class UpscaleGan:
         return require_picture(picture).rgb
 
     def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
-        picture = require_picture(picture)
-        rgb, grey_notes = without_tint(output, picture, request)
-        return with_alpha_of(replace(picture, notes=(*picture.notes, *grey_notes)), rgb)
+        return as_asked(require_picture(picture), output, request, SCALE)
 
     def to(self, device: str) -> None:
         self._net.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from stock import as_row
 from torch import nn
 
+from deployments import images
 from deployments.contract import (
     BackgroundRequest,
     ComicRequest,
@@ -23,6 +26,7 @@ from deployments.images import Picture
 from deployments.notes import Code, note
 from deployments.pipelines import upscale_gan
 from deployments.pipelines.upscale_diffusion import UpscaleDiffusion
+from deployments.settings import LimitSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,6 +255,30 @@ def test_a_gan_upscales_exactly_four_times(
     assert result.alpha.shape == result.rgb.shape[:2]
 
 
+@pytest.mark.parametrize("name", ["srvgg", "x4"])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"scale": 2}, (62, 80)), ({"scale": 3}, (93, 120)), ({"width": 100}, (78, 100))],
+)
+def test_less_than_four_times_is_the_models_result_shrunk(
+    name: str,
+    fields: dict[str, int],
+    expected: tuple[int, int],
+    tiny_pipeline: Callable[..., AnyPipeline],
+    process: Callable[..., Picture],
+) -> None:
+    picture = tiny.picture(1, 31, 40, with_alpha=True)
+    whole, less = (
+        process(
+            tiny_pipeline(name), picture, UpscaleRequest(steps=1, guidance_scale=1.0, seed=0, **f)
+        )
+        for f in ({}, fields)
+    )
+    assert size(less) == expected
+    assert less.alpha.shape == expected
+    assert np.abs(less.rgb.mean((0, 1)) - whole.rgb.mean((0, 1))).max() < 1
+
+
 @pytest.mark.parametrize(("tile_px", "overlap_px"), [(32, 5), (64, 32), (256, 10), (512, 34)])
 def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px: int) -> None:
     for side_px in (*range(1, 3 * tile_px), 5000):
@@ -344,7 +372,7 @@ def test_matting_gives_the_pictures_size_in_every_form(
     process: Callable[..., Picture],
 ) -> None:
     pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, height_px, width_px)
-    rgba = process(pipeline, picture, BackgroundRequest())
+    rgba = process(pipeline, picture, BackgroundRequest(edges="original"))
     assert (rgba.rgb == picture.rgb).all()
     assert rgba.alpha.shape == (height_px, width_px)
 
@@ -352,7 +380,7 @@ def test_matting_gives_the_pictures_size_in_every_form(
     assert mask.alpha is None
     assert (mask.rgb == rgba.alpha).all()
 
-    request = BackgroundRequest(output="color", color="#ff8000")
+    request = BackgroundRequest(output="color", color="#ff8000", edges="original")
     colour = process(pipeline, picture, request)
     assert colour.alpha is None
     share = rgba.alpha[..., None] / 255
@@ -360,16 +388,33 @@ def test_matting_gives_the_pictures_size_in_every_form(
     assert np.abs(colour.rgb - expected).max() <= 0.51
 
 
-@pytest.mark.parametrize("output", ["rgba", "mask"])
-def test_matting_multiplies_with_the_pictures_own_alpha(
-    output: str, tiny_pipeline: Callable[..., AnyPipeline], process: Callable[..., Picture]
+@pytest.mark.parametrize("name", ["sd_ddim", "srvgg", "x4"])
+def test_models_never_see_what_lies_below_clear_pixels(
+    name: str, tiny_pipeline: Callable[..., AnyPipeline]
 ) -> None:
-    pipeline, picture = tiny_pipeline("isnet"), tiny.picture(1, 40, 50, with_alpha=True)
-    request = BackgroundRequest(output=output)
-    plain = process(pipeline, Picture(picture.rgb, None), request)
-    result = process(pipeline, picture, request)
-    own, found = (p.alpha if output == "rgba" else p.rgb for p in (plain, result))
-    assert (found == own.astype(int) * picture.alpha // 255).all()
+    pipeline, seen = tiny_pipeline(name), tiny.picture(1, 64, 64)
+    request: Any = FAST if name == "sd_ddim" else UpscaleRequest(steps=1)
+    alpha = np.zeros((64, 64), np.uint8)
+    alpha[20:44, 20:44] = 255
+    shown = []
+    for hidden in (0, 255):
+        rgb = np.where(alpha[..., None] == 0, np.uint8(hidden), seen.rgb)
+        file = io.BytesIO()
+        Image.fromarray(np.dstack([rgb, alpha])).save(file, "PNG")
+        picture = images.decode(file.getvalue(), LimitSettings())
+        shown.append(pipeline.fit(picture, request))
+    assert (shown[0] == shown[1]).all()
+
+
+def test_matting_sees_a_transparent_picture_on_white(
+    tiny_pipeline: Callable[..., AnyPipeline],
+) -> None:
+    rgb = np.full((90, 90, 3), (0, 160, 0), np.uint8)
+    alpha = np.zeros((90, 90), np.uint8)
+    alpha[30:60, 30:60] = 255
+    shown = tiny_pipeline("isnet").fit(Picture(rgb, alpha), BackgroundRequest())
+    assert shown[0, 0].tolist() == [255, 255, 255]
+    assert shown[len(shown) // 2, len(shown) // 2].tolist() == [0, 160, 0]
 
 
 @pytest.mark.parametrize("share", [0, 255])
@@ -378,7 +423,7 @@ def test_the_colour_shows_where_the_foreground_does_not(
 ) -> None:
     picture = tiny.picture(1, 9, 7)
     mask = np.full((tiny.ISNET_PX, tiny.ISNET_PX), share, np.uint8)
-    request = BackgroundRequest(output="color", color="#010203")
+    request = BackgroundRequest(output="color", color="#010203", edges="original")
     result = tiny_pipeline("isnet").restore(mask, picture, request)
     assert (result.rgb == (picture.rgb if share else np.array([1, 2, 3]))).all()
 

@@ -294,6 +294,42 @@ def test_what_is_no_color_is_refused(color: str) -> None:
     assert error.problems[0]["parameter"] == "color"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (400, 300)),
+        ({"scale": "2"}, (200, 150)),
+        ({"scale": "3"}, (300, 225)),
+        ({"width": "250"}, (250, 188)),
+        ({"height": "90"}, (120, 90)),
+        ({"width": "250", "height": "90"}, (120, 90)),
+        ({"scale": "4", "width": "400", "height": "300"}, (400, 300)),
+        ({"width": "1"}, (1, 1)),
+    ],
+)
+def test_an_upscaled_picture_has_the_size_that_was_asked_for(
+    fields: dict[str, str], expected: tuple[int, int]
+) -> None:
+    assert parse(Task.UPSCALE.request, fields).result_size(100, 75, 4) == expected
+
+
+def test_more_than_the_model_enlarges_is_refused_with_what_would_do() -> None:
+    request = parse(Task.UPSCALE.request, {"width": "401"})
+    with pytest.raises(InvalidParameter, match="4 times at most") as caught:
+        request.result_size(100, 75, 4)
+    assert "400 x 300" in caught.value.remedy
+
+
+def test_two_ways_to_say_a_size_contradict_each_other() -> None:
+    found = refused(Task.UPSCALE, {"scale": "2", "width": "100"})
+    assert found.problems[0]["parameter"] == "request"
+
+
+@pytest.mark.parametrize("fields", [{"scale": "1"}, {"scale": "5"}, {"scale": "2.5"}])
+def test_other_scales_are_refused(fields: dict[str, str]) -> None:
+    assert refused(Task.UPSCALE, fields).problems[0]["parameter"] == "scale"
+
+
 # A model's own defaults
 
 
@@ -389,7 +425,7 @@ def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name
 
 
 def test_every_parameter_with_a_dimension_names_its_unit() -> None:
-    without = {"output_format", "metadata", "strict", "seed", "output", "color"}
+    without = {"output_format", "metadata", "strict", "seed", "output", "color", "edges", "crop"}
     for task, name in PARAMETERS:
         schema = task.request.model_json_schema()["properties"][name]
         assert ("unit" in schema) != (name in without), (task, name)

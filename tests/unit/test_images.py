@@ -298,12 +298,12 @@ def test_one_bit_pictures_are_black_and_white() -> None:
 # Transparency
 
 
-def test_transparent_parts_are_white_and_the_alpha_is_kept() -> None:
-    pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 128], [255, 0, 0, 0]]], np.uint8)
+def test_colours_are_straight_and_those_hidden_are_replaced() -> None:
+    pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 128], [0, 99, 255, 0]]], np.uint8)
     picture = images.decode(file_of(pixels), LIMITS)
     assert picture.alpha is not None
     assert picture.alpha.tolist() == [[255, 128, 0]]
-    assert picture.rgb[0].tolist() == [[255, 0, 0], [255, 127, 127], [255, 255, 255]]
+    assert picture.rgb[0].tolist() == [[255, 0, 0]] * 3
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -319,7 +319,7 @@ def test_palette_transparency_becomes_alpha(transparency: int | bytes) -> None:
     picture = images.decode(file_of(image, transparency=transparency), LIMITS)
     assert picture.alpha is not None
     assert picture.alpha.tolist() == [[255, 0]]
-    assert picture.rgb[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert picture.rgb[0].tolist() == [[10, 20, 30]] * 2
 
 
 def test_a_colour_declared_transparent_becomes_alpha() -> None:
@@ -501,6 +501,14 @@ def test_alpha_is_kept_where_the_format_has_it(output_format: OutputFormat, kept
     assert (result.alpha is not None) == kept
     if result.alpha is not None:
         assert distance(result.alpha, alpha) == 0
+
+
+def test_a_format_without_alpha_shows_the_picture_on_white() -> None:
+    green = np.full((16, 16, 3), (0, 160, 0), np.uint8)
+    alpha = np.repeat(np.array([[0], [51], [255], [255]], np.uint8), 16, axis=1).repeat(4, axis=0)
+    shown = rgb_of(images.encode(Picture(green, alpha), "jpeg", None))
+    expected = np.array([[255, 255, 255], [204, 236, 204], [0, 160, 0]])
+    assert np.abs(shown[[1, 6, 12], 8].astype(int) - expected).max() <= 6
 
 
 @pytest.mark.parametrize("output_format", OUTPUTS)

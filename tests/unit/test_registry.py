@@ -56,7 +56,10 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
     for task in Task:
         for family in task.families:
             assert task.parameters(family) <= task.request.model_fields.keys()
-    assert Task.UPSCALE.parameters("upscale_gan") == {"output_format", "metadata", "strict"}
+    assert Task.UPSCALE.parameters("upscale_gan") == {
+        *("output_format", "metadata", "strict"),
+        *("scale", "width", "height"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 LIMITS = LimitSettings()
 FILES = [case for case in CASES if not case.fields and case.form == "plain"]
-BY_THE_MODEL = {"grey_kept", "working_size"}
+BY_THE_MODEL = {"grey_kept", "working_size", "no_foreground"}
 """Notes that come later than the decoder."""
 ALSO = {
     "grey JPEG with a colour profile": "profile_converted",

@@ -1,0 +1,83 @@
+"""What background removal makes of a picture and its mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from deployments.foreground import estimate_foreground
+from deployments.images import Picture
+from deployments.notes import Code, note
+from deployments.transparency import WHITE, laid_over, scaled
+
+if TYPE_CHECKING:
+    from deployments.contract import BackgroundRequest
+    from deployments.images import Array
+
+_VISIBLE: Final = 13
+"""Alpha, of 255, from which a pixel counts as part of the subject: 5 %."""
+_FOREGROUND: Final = 128
+"""Alpha, of 255, that some pixel reaches if there is a foreground at all."""
+
+
+_PLAIN: Final = 8
+"""Levels, of 255, by which a picture must vary to show anything."""
+_WHOLE: Final = (slice(None), slice(None))
+
+
+def cut_out(picture: Picture, mask: Array, request: BackgroundRequest) -> Picture:
+    """The result that `request` asks for.
+
+    Args:
+        picture: as the client sent it. Where it is transparent, it stays at least as transparent.
+        mask: the foreground, 255, as the model saw it; of any size.
+        request: complete.
+    """
+    alpha, notes = _alpha(picture, mask), picture.notes
+    if alpha.max() < _FOREGROUND:
+        told = "No foreground was found: nothing in the result is more than half opaque."
+        notes += (note(Code.NO_FOREGROUND, told),)
+    box = _subject(alpha) if request.crop == "subject" else _WHOLE
+    if request.output == "mask":
+        return Picture(alpha[box], None, notes)
+    rgb = picture.rgb
+    if request.edges == "estimated":
+        rgb = estimate_foreground(rgb, alpha)
+    rgb, alpha = np.ascontiguousarray(rgb[box]), np.ascontiguousarray(alpha[box])
+    if request.output == "rgba":
+        return Picture(rgb, alpha, notes)
+    red, green, blue = bytes.fromhex(request.color[1:])
+    return Picture(laid_over(rgb, alpha, (red, green, blue)), None, notes)
+
+
+def _alpha(picture: Picture, mask: Array) -> Array:
+    """The mask at the picture's size, no more opaque than the picture, and 0 where it is plain."""
+    if _is_plain(picture):
+        # Models trained on pictures of something find something in the middle of nothing.
+        return np.zeros((picture.height_px, picture.width_px), np.uint8)
+    alpha = scaled(mask, picture.width_px, picture.height_px)
+    # Not their product: the model has seen the picture's alpha, which would count twice.
+    return alpha if picture.alpha is None else np.minimum(alpha, picture.alpha)
+
+
+def _is_plain(picture: Picture) -> bool:
+    """Whether a picture is of one colour, as the model sees it."""
+    step = max(picture.height_px // 64, picture.width_px // 64, 1)
+    for every in (step, 1):  # Few pixels tell of nearly all pictures that they are not plain.
+        seen = picture.rgb[::every, ::every]
+        if picture.alpha is not None:
+            seen = laid_over(seen, picture.alpha[::every, ::every], WHITE)
+        if np.ptp(seen, axis=(0, 1)).max() > _PLAIN:
+            return False
+    return True
+
+
+def _subject(alpha: Array) -> tuple[slice, slice]:
+    """Rows and columns of the smallest rectangle around all that is visible; all, if nothing is."""
+    visible = alpha >= _VISIBLE
+    sides = [np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0)]
+    if not sides[0].size:
+        return _WHOLE
+    rows, columns = (slice(int(side[0]), int(side[-1]) + 1) for side in sides)
+    return rows, columns

@@ -1,0 +1,96 @@
+"""What a client gets of a picture and the mask that a model found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.torture.scenes import MAGENTA, scene
+from deployments.contract import BackgroundRequest
+from deployments.cutout import cut_out
+from deployments.images import Picture
+
+
+def cut(picture: Picture, mask: np.ndarray, **fields: Any) -> Picture:
+    return cut_out(picture, mask, BackgroundRequest(**fields))
+
+
+def box(height_px: int, width_px: int, rows: slice, columns: slice) -> np.ndarray:
+    mask = np.zeros((height_px, width_px), np.uint8)
+    mask[rows, columns] = 255
+    return mask
+
+
+def noise(height_px: int, width_px: int) -> Picture:
+    rng = np.random.default_rng(0)
+    return Picture(rng.integers(0, 256, (height_px, width_px, 3), np.uint8), None)
+
+
+def test_by_default_the_old_background_is_gone_from_the_edge() -> None:
+    truth = scene(MAGENTA)
+    found = cut(Picture(truth.seen, None), truth.alpha)
+    original = cut(Picture(truth.seen, None), truth.alpha, edges="original")
+    assert (original.rgb == truth.seen).all()
+    assert truth.edge_error(found.rgb) < truth.edge_error(original.rgb) / 2
+    assert found.alpha is not None
+    assert (found.alpha == truth.alpha).all()
+
+
+def test_a_colour_lies_below_the_estimated_foreground() -> None:
+    truth = scene(MAGENTA)
+    found = cut(Picture(truth.seen, None), truth.alpha, output="color", color="#00ff00").rgb
+    share = truth.alpha[..., None] / 255
+    ideal = truth.subject * share + np.array([0, 255, 0]) * (1 - share)
+    edge = (truth.alpha > 25) & (truth.alpha < 230)
+    assert np.abs(found[edge] - ideal[edge]).mean() < 4
+
+
+def test_a_picture_that_was_cut_out_before_is_not_cut_twice() -> None:
+    """The model sees its soft edge on white, and finds the same edge again."""
+    truth = scene((255, 255, 255))
+    found = cut(Picture(truth.subject, truth.alpha), truth.alpha)
+    assert found.alpha is not None
+    assert (found.alpha == truth.alpha).all()
+
+
+@pytest.mark.parametrize("output", ["rgba", "mask"])
+def test_no_pixel_becomes_more_opaque_than_it_was(output: str) -> None:
+    picture = Picture(noise(40, 50).rgb, np.full((40, 50), 77, np.uint8))
+    found = cut(picture, np.full((8, 8), 255, np.uint8), output=output)
+    alpha = found.rgb if output == "mask" else found.alpha
+    assert (alpha == 77).all()
+
+
+@pytest.mark.parametrize("output", ["rgba", "mask", "color"])
+def test_a_crop_holds_the_subject_and_no_more(output: str) -> None:
+    mask = box(60, 80, slice(10, 31), slice(25, 70))
+    mask[9, 40] = 3  # too faint to count
+    found = cut(noise(60, 80), mask, output=output, crop="subject")
+    assert found.rgb.shape[:2] == (21, 45)
+    assert found.alpha is None or found.alpha.shape == (21, 45)
+    assert not found.notes
+
+
+@pytest.mark.parametrize("level", [0, 255, 128])
+def test_in_a_plain_picture_there_is_nothing_to_find(level: int) -> None:
+    """Whatever the model imagines there."""
+    picture = Picture(np.full((50, 60, 3), level, np.uint8), None)
+    imagined = box(50, 60, slice(10, 40), slice(10, 40))
+    found = cut(picture, imagined, output="mask", crop="subject")
+    assert found.rgb.shape == (50, 60)
+    assert not found.rgb.any()
+    assert [note.code for note in found.notes] == ["no_foreground"]
+
+
+def test_one_odd_pixel_makes_a_picture_that_is_not_plain() -> None:
+    rgb = np.full((500, 500, 3), 255, np.uint8)
+    rgb[251, 333] = 0
+    mask = box(500, 500, slice(250, 253), slice(332, 335))
+    assert cut(Picture(rgb, None), mask, output="mask").rgb.max() == 255
+
+
+def test_a_model_that_finds_nothing_is_reported() -> None:
+    found = cut(noise(20, 20), np.full((4, 4), 40, np.uint8))
+    assert [note.code for note in found.notes] == ["no_foreground"]
