@@ -90,7 +90,7 @@ def _choose(catalogue: Catalogue, names: Sequence[str] | None) -> list[ModelSpec
 def _show(made: Plan, catalogue: Catalogue, output: Output) -> None:
     table = make_table(
         *("Model", "GPU", "num_gpus", "Rows", "budget_px", "Weights", "Activations"),
-        *("Autoencoder", "Context", "Total", "Source"),
+        *("Graphs", "Autoencoder", "Context", "Total", "Source"),
         title=f"{made.gpus} x {made.gpu.label}, {_gib(made.gpu.total_bytes)} each",
     )
     for placed in made.placed:
@@ -105,6 +105,7 @@ def _show(made: Plan, catalogue: Catalogue, output: Output) -> None:
             str(placed.budget_px),
             f"{about}{_gib(demand.profile.weights_bytes)}",
             f"{about}{_gib(demand.peak_bytes(placed.rows))}",
+            f"{about}{_gib(demand.graph_bytes(placed.rows))}",
             f"{about}{_gib(demand.vae_peak_bytes)}",
             f"{context}{_gib(made.context_bytes)}",
             f"{about or context}{_gib(demand.need_bytes(placed.rows))}",

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from deployments.settings import Settings
     from deployments.store.provider import Provider
 
-SHAPES = "any"
-"""Fingerprint of the shapes in an artefact: networks are compiled for all sizes at once."""
 logger = logging.getLogger("ray.serve.imagen.preparing")
 
 
@@ -37,7 +35,7 @@ def prepare_replica(
     """
     if spec.compile != "off":
         target = this_target(settings.device)
-        key = compiled.CompiledKey(spec.name, loaded.digest, target, spec.compile, SHAPES)
+        key = compiled.CompiledKey(spec.name, loaded.digest, target, spec.compile, shapes_of(spec))
         into = torch.compiler.load_cache_artifacts
         compiled.load(provider.store, provider.lock, key, into)
     try:
@@ -52,6 +50,12 @@ def prepare_replica(
         if is_fatal(error):
             raise
         logger.exception("Passes of %s could not be prepared, and run plain.", spec.name)
+
+
+def shapes_of(spec: ModelSpec) -> str:
+    """Fingerprint of what is compiled of a model, for the key of its artefact."""
+    sizes = spec.buckets[: spec.compiled_buckets] or ((spec.tile_px, spec.tile_px),)
+    return ",".join(f"{width}x{height}" for width, height in sizes)
 
 
 def prepare(
@@ -76,7 +80,8 @@ def prepare(
     Raises:
         Exception: whatever torch raises where it cannot compile or record.
     """
-    how = Preparation(mode, None if graph_bytes is None else CudaGraphs(graph_bytes), backend)
+    recorder = None if graph_bytes is None else CudaGraphs(graph_bytes)
+    how = Preparation(mode, spec.compiled_buckets, recorder, backend)
     if mode == "off" and how.recorder is None:
         return
     request = complete(spec.task.request(), spec.defaults, spec.parameters)

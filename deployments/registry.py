@@ -37,6 +37,9 @@ CompileMode = Annotated[
 ]
 
 
+_OF_FEW_SIZES = ("img2img", "matting")
+
+
 class Origin(Strict):
     """A place some files of a model come from.
 
@@ -143,6 +146,8 @@ class ModelSpec(ArtefactSpec):
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
         compile: what torch compiles before the model is ready: full, its networks; blocks, the
             blocks that a UNet repeats; off, nothing. See docs/gpu.md.
+        compiled_buckets: how many of the buckets, from the first on, `compile: full` compiles. Each
+            takes a minute or two, and less with a compiled artefact; the others run uncompiled.
         graphs: whether passes are recorded as CUDA graphs, which hold as much memory as the largest
             of them; without a GPU there are none.
     """
@@ -162,6 +167,7 @@ class ModelSpec(ArtefactSpec):
     max_batch_size: int = Field(default=4, ge=1, le=256)
     num_gpus: float = Field(default=0.0, ge=0, le=8)
     compile: CompileMode = "off"
+    compiled_buckets: int = Field(default=1, ge=1)
     graphs: bool = True
 
     @property
@@ -172,6 +178,11 @@ class ModelSpec(ArtefactSpec):
     @property
     def family_name(self) -> str | None:
         return self.family
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether a GPU records passes: of a family whose passes have a few usual sizes."""
+        return self.graphs and self.family in _OF_FEW_SIZES
 
     @property
     def file_variant(self) -> str | None:

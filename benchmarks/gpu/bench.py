@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu import measure
 from benchmarks.gpu import options as speed
+from benchmarks.gpu.compiling import COMPILED
 from benchmarks.gpu.options import OPTIONS, Options
 from benchmarks.gpu.systems import Ours, Stock, items
 from benchmarks.gpu.workloads import Item, build, random_inputs
@@ -94,27 +95,47 @@ class Bench:
 def headline_cells(workload: Workload) -> list[str]:
     """The systems that are compared on a workload; with `-mixed`, under its mixed load."""
     if not workload.mixed:
-        return ["stock", "stock-best", "plain", "ours", "full"]
-    mixed = [] if workload.brief else ["old-mixed", "full-mixed"]
-    return ["old", "stock", "stock-best", "plain", "ours", "full", *mixed]
+        return ["stock", "stock-best", "plain", "ours"]
+    mixed = [] if workload.brief else ["old-mixed", "ours-mixed"]
+    return ["old", "stock", "stock-best", "plain", "ours", *mixed]
+
+
+def compiled_cells(workload: Workload) -> list[str]:
+    """The systems whose networks are compiled."""
+    if workload.name not in COMPILED:
+        return []
+    return ["full", "full-mixed"] if workload.mixed else ["full"]
 
 
 def headline(bench: Bench) -> dict[str, Values]:
     """The old worker loop, stock diffusers and ours, in turns."""
-    workload = bench.workload
-    makes: dict[str, Make] = {
+    makes = _makes(bench.workload) | {"stock-best": partial(Stock, batch=best_batch(bench))}
+    names = headline_cells(bench.workload)
+    found = compare(bench, {name: makes[name.removesuffix("-mixed")] for name in names})
+    return found | {"flops": measure.image_flops(bench.workload, tiny=bench.tiny)}
+
+
+def compiled(bench: Bench) -> dict[str, Values]:
+    """Ours with compiled networks, in turns with the old worker loop and with stock."""
+    if bench.device != "cuda":
+        raise NotMeasured("needs a GPU")
+    workload, makes = bench.workload, _makes(bench.workload)
+    names = compiled_cells(workload)
+    beside = ["old", "old-mixed", "stock", "ours"] if workload.mixed else ["stock", "ours"]
+    cells = compare(
+        bench, {name: makes[name.removesuffix("-mixed")] for name in (*names, *beside)}, *names[:1]
+    )
+    return {name: cells[name] for name in names}
+
+
+def _makes(workload: Workload) -> dict[str, Make]:
+    return {
         "old": partial(Stock, sliced=True, upcast=workload.upcast),
         "stock": Stock,
-        "stock-best": partial(Stock, batch=best_batch(bench)),
         "plain": partial(Ours, options=speed.PLAIN),
         "ours": Ours,
         "full": partial(Ours, options=speed.FULL),
     }
-    names = headline_cells(workload)
-    if bench.device != "cuda":
-        names = [name for name in names if not name.startswith("full")]
-    found = compare(bench, {name: makes[name.removesuffix("-mixed")] for name in names})
-    return found | {"flops": measure.image_flops(workload, tiny=bench.tiny)}
 
 
 def best_batch(bench: Bench) -> int:

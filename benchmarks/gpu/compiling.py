@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,10 @@ def compile_all(names: Sequence[str], timeout_s: float) -> dict[str, Values]:
     with tempfile.TemporaryDirectory() as folder:
         started = {name: _start(name, Path(folder) / name) for name in names}
         cells: dict[str, Values] = {}
+        until_s = time.monotonic() + timeout_s
         for name, process in started.items():
             try:
-                failed = process.wait(timeout_s)
+                failed = process.wait(max(until_s - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()
                 cells[f"{name}/compiling"] = {"why": "time", "again": True}

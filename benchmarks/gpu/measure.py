@@ -80,7 +80,7 @@ def _images(parts: Parts, system: System, load: Load) -> int:
         return unit
     seconds = timed(lambda: system.run(items(parts, load, unit)))
     # Groups fill up only while further requests wait.
-    units = max(_SAMPLE_S / seconds, 4 * system.batch / unit)
+    units = max(_SAMPLE_S / seconds, 3 * system.batch / unit)
     return unit * min(math.ceil(units), max(_MOST_IMAGES // unit, 1))
 
 

@@ -233,7 +233,7 @@ class Ours(System):
         self._engine = Engine(self.pipeline, limits, pace=pace)
         if self._parts.timed:
             # Enough steps for the engine to learn which groups gain.
-            self.run(items(self._parts, "uniform", 4 * self.batch))
+            self.run(items(self._parts, "uniform", 3 * self.batch))
 
     def prepare(self) -> None:
         """Compile and record passes, as a replica does before it is ready."""
@@ -242,7 +242,7 @@ class Ours(System):
         if self._options.graphs:
             recorder = CudaGraphs(torch.cuda.get_device_properties(0).total_memory)
         with compiling():
-            self.pipeline.prepare(Preparation(self._options.mode, recorder), self.batch)
+            self.pipeline.prepare(Preparation(self._options.mode, recorder=recorder), self.batch)
         torch.cuda.synchronize()
         self.prepared_s = time.perf_counter() - start_s
 

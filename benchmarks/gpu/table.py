@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import options as speed
-from benchmarks.gpu.bench import LEAST_GAIN, UNET_ROWS, headline_cells
+from benchmarks.gpu.bench import LEAST_GAIN, UNET_ROWS, compiled_cells, headline_cells
 from benchmarks.gpu.compiling import COMPILED
 from benchmarks.gpu.workloads import WORKLOADS
 
@@ -29,6 +29,7 @@ SYSTEMS = {
     "ours": "ours, CUDA graphs",
     "full": "ours, compiled",
     "old-mixed": "old worker loop, mixed",
+    "ours-mixed": "ours, CUDA graphs, mixed",
     "full-mixed": "ours, compiled, mixed",
 }
 INTRODUCTION = """\
@@ -111,7 +112,7 @@ def _heading(result: Values, peak: float) -> str:
     for key in ("driver", "cuda", "torch", "diffusers", "transformers", "xformers"):
         said.append(f"{key} {machine.get(key) or NOT_MEASURED}")
     if peak:
-        said += sorted({f"{each['date']} at commit {each['commit']}" for each in sessions})
+        said += sorted({each["date"] for each in sessions})
     note = "Dry run with tiny networks on a processor: only that the harness works.\n\n"
     shown = note if result.get("dry_run") else ""
     return f"## {machine.get('gpu') or 'No GPU'}\n\n{shown}{'; '.join(said)}.\n"
@@ -119,11 +120,21 @@ def _heading(result: Values, peak: float) -> str:
 
 def _systems(cells: Values, peak: float) -> str:
     rows: list[list[str]] = []
+    missing: list[str] = []
     for workload in WORKLOADS.values():
-        rows += [_system(cells, workload, name, peak) for name in headline_cells(workload)]
+        for name in (*headline_cells(workload), *compiled_cells(workload)):
+            if f"{workload.name}/{name}" in cells:
+                rows.append(_system(cells, workload, name, peak))
+            else:
+                missing.append(f"{workload.name} {SYSTEMS[name]}")
     heads = ["workload", "system", "images/s", "rows/s", "spread", "alone, s", "most in a pass"]
     heads += ["GiB", "GiB reserved", "prepare, s", "peak", "x old", "x stock", "PSNR to stock, dB"]
-    return f"### Systems\n\n{_table(heads, rows, left=2)}"
+    table = f"{_table(heads, rows, left=2)}\n" if rows else ""
+    return f"### Systems\n\n{table}{_not_measured(missing)}"
+
+
+def _not_measured(names: Sequence[str]) -> str:
+    return f"Not measured: {'; '.join(names)}.\n" if names else ""
 
 
 def _system(cells: Values, workload: Workload, name: str, peak: float) -> list[str]:
@@ -163,18 +174,26 @@ def _times(cells: Values, key: str, other: str) -> str:
 
 def _compiling(cells: Values) -> str:
     rows: list[list[str]] = []
+    missing: list[str] = []
     for name in COMPILED:
-        cell = cells.get(f"{name}/compiling", {})
+        cell = cells.get(f"{name}/compiling")
+        if cell is None:
+            missing.append(name)
+            continue
         amounts = (_number(cell.get("seconds")), _number(cell.get("bytes"), 2**20))
         rows.append([name, *(amounts if "seconds" in cell else [_gap(cell)] * 2)])
     heads = ["workload", "compile, s", "artefacts, MiB"]
-    return f"### Compiling\n\n{COMPILING}\n{_table(heads, rows, left=1)}"
+    table = f"{_table(heads, rows, left=1)}\n" if rows else ""
+    return f"### Compiling\n\n{COMPILING}\n{table}{_not_measured(missing)}"
 
 
 def _passes(cells: Values, peak: float) -> str:
     rows: list[list[str]] = []
+    missing: list[str] = []
     for name in WORKLOADS:
-        cell = cells.get(f"{name}/unet", {})
+        if not (cell := cells.get(f"{name}/unet", {})):
+            missing.append(name)
+            continue
         flops = cells.get(f"{name}/flops", {}).get("row")
         line = [name, f"{flops / 1e12:.2f}" if flops else NOT_MEASURED]
         for count in UNET_ROWS:
@@ -186,7 +205,8 @@ def _passes(cells: Values, peak: float) -> str:
         rows.append(line)
     heads = ["workload", "TFLOP a row", *(f"{count} rows" for count in UNET_ROWS)]
     heads += ["gap, plain", "gap, CUDA graphs"]
-    return f"### Passes\n\n{PASSES}\n{_table(heads, rows, left=1)}"
+    table = f"{_table(heads, rows, left=1)}\n" if rows else ""
+    return f"### Passes\n\n{PASSES}\n{table}{_not_measured(missing)}"
 
 
 def _shares(cell: Values, system: str) -> str:
@@ -198,6 +218,8 @@ def _shares(cell: Values, system: str) -> str:
 def _options(cells: Values) -> str:
     tried = [workload for workload in WORKLOADS.values() if workload.tuned_by is None]
     rows = [[name, *(_option(cells, each, name) for each in tried)] for name in speed.OPTIONS]
+    if not any("/option:" in key or key.endswith("/company") for key in cells):
+        return f"### Options\n\n{_not_measured(list(speed.OPTIONS))}"
     company = [cells.get(f"{each.name}/company", {}) for each in tried]
     rows.append(["**levels in company**", *(str(c.get("levels", _gap(c))) for c in company)])
     heads = ["option", *(each.name for each in tried)]

@@ -59,7 +59,9 @@ class Task:
 
 
 def tasks() -> list[Task]:
-    """All measurements: the systems on every workload first, then the options, then the rest."""
+    """All measurements: the systems on every workload first, then compiled ones, then the options,
+    then the rest.
+    """
     return sorted(
         (task for workload in WORKLOADS.values() for task in _tasks(workload)),
         key=lambda task: task.phase,
@@ -67,19 +69,21 @@ def tasks() -> list[Task]:
 
 
 def _tasks(workload: Workload) -> list[Task]:
-    brief = 2 if workload.brief else 0
+    brief = int(workload.brief)
     names = ("flops", *headline_cells(workload))
     made = [
-        Task(workload, "headline", measurements.headline, names, 40, brief),
-        Task(workload, "unet", measurements.network_rows, ("unet",), 10, brief),
+        Task(workload, "headline", measurements.headline, names, 40, 3 * brief),
+        Task(workload, "unet", measurements.network_rows, ("unet",), 10, 3 * brief),
     ]
     if workload.scheduler is not None:
-        made.append(Task(workload, "gaps", measurements.gaps, ("gaps",), 10, brief))
+        made.append(Task(workload, "gaps", measurements.gaps, ("gaps",), 10, 3 * brief))
+    if cells := measurements.compiled_cells(workload):
+        made.append(Task(workload, "compiled", measurements.compiled, tuple(cells), 40, 1))
     if workload.tuned_by is None:
         for name in speed.applicable(workload):
             what = f"option:{name}"
-            made.append(Task(workload, what, partial(measurements.option, name), (what,), 20, 1))
-        made.append(Task(workload, "company", measurements.company, ("company",), 20, 1))
+            made.append(Task(workload, what, partial(measurements.option, name), (what,), 20, 2))
+        made.append(Task(workload, "company", measurements.company, ("company",), 20, 2))
     return made
 
 

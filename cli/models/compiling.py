@@ -100,7 +100,7 @@ def _compile(spec: ModelSpec, loaded: Loaded, mode: Mode) -> tuple[bytes, str]:
     import torch
 
     from deployments.engine.grouping import GroupLimits
-    from deployments.preparing import SHAPES, prepare
+    from deployments.preparing import prepare, shapes_of
 
     limits = GroupLimits(spec.max_batch_size)
     try:
@@ -110,7 +110,7 @@ def _compile(spec: ModelSpec, loaded: Loaded, mode: Mode) -> tuple[bytes, str]:
     saved = torch.compiler.save_cache_artifacts()
     if saved is None:
         raise _uncompiled(spec, f"torch compiled nothing of family {spec.family}")
-    return saved[0], SHAPES
+    return saved[0], shapes_of(spec)
 
 
 def _uncompiled(spec: ModelSpec, reason: str) -> ConfigError:

@@ -24,13 +24,16 @@ class Preparation:
     """What is done to each network.
 
     Attributes:
-        mode: full compiles a network for every size and number of rows at once; blocks compiles the
-            blocks that a UNet repeats, which is quicker to compile and slower to run.
+        mode: full compiles whole networks, each for one size and any number of rows; blocks
+            compiles the blocks that a UNet repeats, for every size, which is quicker to compile and
+            slower to run.
+        sizes: how many of a model's usual sizes, from the first on, `full` compiles.
         recorder: records passes; None where they are called, as on a CPU.
         backend: of torch.compile.
     """
 
     mode: CompileMode = "off"
+    sizes: int = 1
     recorder: Recorder | None = None
     backend: str = "inductor"
 
@@ -85,13 +88,11 @@ def _use_channels_last(network: nn.Module) -> None:
 def _normal(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the one layout that is compiled, whatever made it.
 
-    One compiled network serves every number of rows above one, and every size.
+    What is compiled serves every number of rows above one. It serves one size only: networks that
+    were compiled for every size at once took over five minutes on an H100.
     """
-    if tensor.ndim != 4:
-        tensor = tensor.clone()
-        maybe_mark_dynamic(tensor, 0)
-        return tensor
     # A copy: strides of dimensions of length one may differ although the layout is the same.
-    tensor = tensor.clone(memory_format=torch.channels_last)
-    maybe_mark_dynamic(tensor, (0, 2, 3))
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    tensor = tensor.clone(memory_format=layout)
+    maybe_mark_dynamic(tensor, 0)
     return tensor

@@ -82,10 +82,14 @@ class Demand:
         factor = max(self.vae_px / self.profile.vae_px, 1.0)
         return self._with_margin(math.ceil(self.profile.vae_peak_bytes * factor))
 
+    def graph_bytes(self, rows: int) -> int:
+        """What CUDA graphs of passes of up to `rows` pictures hold: one pool for the largest."""
+        return self.peak_bytes(rows) if self.spec.records_graphs else 0
+
     def need_bytes(self, rows: int) -> int:
         """All that a replica takes of the GPU."""
         weights = math.ceil(self.profile.weights_bytes * (1 + WEIGHTS_SLACK))
-        peaks = self.peak_bytes(rows) + self.vae_peak_bytes
+        peaks = self.peak_bytes(rows) + self.graph_bytes(rows) + self.vae_peak_bytes
         return self.context_bytes + weights + math.ceil(peaks * (1 + PEAK_SLACK))
 
     def percent(self, rows: int) -> int:

@@ -146,18 +146,23 @@ class Denoiser:
 
     @torch.inference_mode()
     def prepare(self, how: Preparation, rows: Sequence[Denoising], most_places: int) -> None:
-        """Prepare passes of the sizes of these rows, which have begun; the largest first.
+        """Prepare passes of the sizes of these rows, which have begun; the first are compiled.
 
         Args:
+            how: what is done.
+            rows: one of each size.
             most_places: of a pass; a row with guidance takes two.
         """
+        examples = [self._tensors([row], row.latents, self._send(_facts([row]))) for row in rows]
+        counts = how.counts(most_places)
         forward = how.compiled(self.unet, partial(call_unet, self.unet))
-        self.passes.prepare(
-            [self._tensors([row], row.latents, self._send(_facts([row]))) for row in rows],
-            how.counts(most_places),
-            forward=forward and self._lanes.spread(forward),
-            recorder=how.recorder,
-        )
+        if forward is not None:
+            spread = self._lanes.spread(forward)
+            first, examples = examples[: how.sizes], examples[how.sizes :]
+            self.passes.prepare(first, counts, forward=spread, recorder=how.recorder)
+        if how.mode == "blocks" or how.recorder is not None:
+            examples.sort(key=lambda tensors: tensors["sample"].numel(), reverse=True)
+            self.passes.prepare(examples, counts, recorder=how.recorder)
 
     def pass_of(self, rows: Sequence[Denoising]) -> Callable[[], torch.Tensor]:
         """The UNet's pass alone for rows of one size that all have guidance, for measurements."""

@@ -115,16 +115,19 @@ class Diffusion(ABC, Generic[RequestT]):
 
     @torch.inference_mode()
     def prepare(self, how: Preparation, request: RequestT, limits: GroupLimits) -> int:
-        sizes = sorted(self._usual_sizes(), key=math.prod, reverse=True)
+        sizes = self._usual_sizes()
         self.autoencoder.prepare(how, sizes)
         if sizes:
             rows = [self._begun(request, size) for size in sizes]
-            self.denoiser.prepare(how, rows, most_places(limits, math.prod(sizes[0])))
+            largest_px = max(math.prod(size) for size in sizes)
+            self.denoiser.prepare(how, rows, most_places(limits, largest_px))
         passes = (self.autoencoder.encodes, self.autoencoder.decodes, self.denoiser.passes)
         return sum(one.prepared for one in passes)
 
     def _usual_sizes(self) -> Sequence[tuple[int, int]]:
-        """Widths and heights in px that passes are prepared for; none where any size may come."""
+        """Widths and heights in px that passes are prepared for, the most usual first; none where
+        any size may come.
+        """
         return ()
 
     def _begun(self, request: RequestT, size: tuple[int, int]) -> Denoising:
