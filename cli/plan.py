@@ -162,6 +162,7 @@ def _as_values(made: Plan) -> dict[str, Any]:
                 "budget_px": placed.budget_px,
                 "weights_bytes": placed.demand.profile.weights_bytes,
                 "peak_bytes": placed.demand.peak_bytes(placed.rows),
+                "graph_bytes": placed.demand.graph_bytes(placed.rows),
                 "vae_peak_bytes": placed.demand.vae_peak_bytes,
                 "need_bytes": placed.demand.need_bytes(placed.rows),
                 "reduced": placed.reduced,
