@@ -223,7 +223,7 @@ async def submit(
     if wanted.webhook:
         url = check_webhook(wanted.webhook, jobs.settings.webhooks)
         wanted = wanted.model_copy(update={"webhook": url})
-    checked = await intake.check(replace(call, results=wanted.n, charge=None))
+    checked = await intake.check(replace(call, charge=None))
     made = _job_spec(request, call, checked, wanted, spec)
     if key:
         fingerprint = _fingerprint(call, options, checked.output_format)
