@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,7 +87,7 @@ def prepare(
         return
     request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.monotonic()
-    with compiling():
+    with compiling() if mode != "off" else nullcontext():
         count = pipeline.prepare(how, request, limits)
     seconds = time.monotonic() - start_s
     logger.info("%d passes of %s prepared in %.1f s (compile: %s)", count, spec.name, seconds, mode)

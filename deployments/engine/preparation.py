@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.decorators import maybe_mark_dynamic
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -91,6 +90,9 @@ def _normal(tensor: torch.Tensor) -> torch.Tensor:
     What is compiled serves every number of rows above one. It serves one size only: networks that
     were compiled for every size at once took over five minutes on an H100.
     """
+    # Imported here, because it takes a second and 70 MB even where nothing is compiled.
+    from torch._dynamo.decorators import maybe_mark_dynamic
+
     # A copy: strides of dimensions of length one may differ although the layout is the same.
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     tensor = tensor.clone(memory_format=layout)
