@@ -17,7 +17,7 @@ _NONE = 3
 
 
 def metadata(file: Annotated[Path, typer.Argument(help="A picture made by Imagen")]) -> None:
-    """Print the model, seed, parameters and notes that a picture carries, as JSON.
+    """Print the model, seed, parameters, notes and source type that a picture carries, as JSON.
 
     Exit codes: 2 the file cannot be read; 3 it carries no metadata of Imagen.
     """

@@ -94,23 +94,7 @@ def _show(made: Plan, catalogue: Catalogue, output: Output) -> None:
         title=f"{made.gpus} x {made.gpu.label}, {_gib(made.gpu.total_bytes)} each",
     )
     for placed in made.placed:
-        demand = placed.demand
-        about = "" if demand.measured else "~"
-        context = "" if made.context_measured else "~"
-        table.add_row(
-            placed.name,
-            str(placed.gpu_index),
-            f"{about or context}{placed.num_gpus:g}",
-            f"{placed.rows}{' (reduced)' if placed.reduced else ''}",
-            str(placed.budget_px),
-            f"{about}{_gib(demand.profile.weights_bytes)}",
-            f"{about}{_gib(demand.peak_bytes(placed.rows))}",
-            f"{about}{_gib(demand.graph_bytes(placed.rows))}",
-            f"{about}{_gib(demand.vae_peak_bytes)}",
-            f"{context}{_gib(made.context_bytes)}",
-            f"{about or context}{_gib(demand.need_bytes(placed.rows))}",
-            _source(placed),
-        )
+        table.add_row(*_row(made, placed))
     output.show(table)
     for i in range(made.gpus):
         here = [placed for placed in made.placed if placed.gpu_index == i]
@@ -128,6 +112,26 @@ def _show(made: Plan, catalogue: Catalogue, output: Output) -> None:
                 f" ({spec.licence}).",
                 "yellow",
             )
+
+
+def _row(made: Plan, placed: Placed) -> list[str]:
+    demand, rows = placed.demand, placed.rows
+    about = "" if demand.measured else "~"
+    context = "" if made.context_measured else "~"
+    return [
+        placed.name,
+        str(placed.gpu_index),
+        f"{about or context}{placed.num_gpus:g}",
+        f"{rows}{' (reduced)' if placed.reduced else ''}",
+        str(placed.budget_px),
+        f"{about}{_gib(demand.profile.weights_bytes)}",
+        f"{about}{_gib(demand.peak_bytes(rows))}",
+        f"{about}{_gib(demand.graph_bytes(rows))}",
+        f"{about}{_gib(demand.vae_peak_bytes)}",
+        f"{context}{_gib(made.context_bytes)}",
+        f"{about or context}{_gib(demand.need_bytes(rows))}",
+        _source(placed),
+    ]
 
 
 def _source(placed: Placed) -> str:

@@ -94,7 +94,7 @@ class ImageRequest(BaseModel):
     metadata: Literal["full", "none"] = Field(
         default="full",
         description="full: seed, parameters and model are written into the result. "
-        "none: nothing is.",
+        "none: only that a model made it (IPTC's digital source type).",
     )
     strict: bool = Field(
         default=False,

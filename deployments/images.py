@@ -25,7 +25,7 @@ from PIL import PngImagePlugin as Png
 from PIL import TiffImagePlugin as Tiff
 from PIL import WebPImagePlugin as WebP
 
-from deployments import colour, heif, jpeg, png, transparency
+from deployments import colour, heif, jpeg, png, provenance, transparency
 from deployments.colour import Declared
 from deployments.errors import (
     DamagedImage,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
     from deployments.contract import OutputFormat
+    from deployments.provenance import SourceType
 
 Array = NDArray[np.uint8]
 """`H x W x 3` sRGB, or `H x W` grey; uint8."""
@@ -415,7 +416,10 @@ def thumbnail(pixels: Array) -> bytes:
 
 
 def encode(
-    picture: Picture, output_format: OutputFormat, metadata: Mapping[str, object] | None
+    picture: Picture,
+    output_format: OutputFormat,
+    metadata: Mapping[str, object] | None,
+    source_type: SourceType | None = None,
 ) -> bytes:
     """The picture as a file. Nothing of the uploaded file but pixels gets into it.
 
@@ -424,6 +428,7 @@ def encode(
         output_format: png and webp keep alpha; jpeg drops it, see `fitted`.
         metadata: written as JSON of at most 60 kB: in a PNG as the text chunk `imagen`, else as the
             EXIF UserComment. None writes nothing.
+        source_type: written as XMP; None writes nothing.
 
     Raises:
         InvalidParameter: the picture is too large for the format.
@@ -434,22 +439,27 @@ def encode(
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
     text = "" if metadata is None else json.dumps(metadata, default=str)
+    xmp = "" if source_type is None else provenance.packet(source_type)
     file = io.BytesIO()
     match output_format:
         case "png":
             # As small as level 6 of the default strategy on photographs, in a third of the time.
             options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
-            image.save(file, "PNG", pnginfo=_text_chunk(text), **options)
+            image.save(file, "PNG", pnginfo=_text_chunks(text, xmp), **options)
         case "webp":
             # Method 3 and above take twice as long for 2 % fewer bytes.
-            image.save(file, "WEBP", quality=90, method=2, exif=_user_comment(text))
+            options = {"quality": 90, "method": 2, "xmp": xmp.encode()}
+            image.save(file, "WEBP", exif=_user_comment(text), **options)
         case "jpeg":
-            image.save(file, "JPEG", quality=92, subsampling="4:4:4", exif=_user_comment(text))
+            options = {"quality": 92, "subsampling": "4:4:4", "xmp": xmp.encode()}
+            image.save(file, "JPEG", exif=_user_comment(text), **options)
     return file.getvalue()
 
 
 def read_metadata(data: bytes) -> dict[str, object]:
     """The metadata that `encode` wrote into a file; empty if there is none.
+
+    The source type is in it as `digital_source_type`, whoever wrote it.
 
     Raises:
         RequestError: as from `read_header`.
@@ -461,17 +471,24 @@ def read_metadata(data: bytes) -> dict[str, object]:
             exif = Image.Image.getexif(image).get_ifd(ExifTags.IFD.Exif)
             comment: object = exif.get(ExifTags.Base.UserComment)
             text = comment.removeprefix(_ASCII) if isinstance(comment, bytes) else ""
+        xmp: object = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    packet = xmp.decode(errors="replace") if isinstance(xmp, bytes) else str(xmp)
+    source_type = provenance.source_type_of(packet)
+    said: dict[str, object] = {"digital_source_type": source_type} if source_type else {}
     try:
         found: object = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return cast("dict[str, object]", found) if isinstance(found, dict) else {}
+        return said
+    return cast("dict[str, object]", found) | said if isinstance(found, dict) else said
 
 
-def _text_chunk(text: str) -> Png.PngInfo | None:
+def _text_chunks(text: str, xmp: str) -> Png.PngInfo:
     chunks = Png.PngInfo()
-    chunks.add_text("imagen", text)
-    return chunks if text else None
+    if text:
+        chunks.add_text("imagen", text)
+    if xmp:
+        chunks.add_itxt("XML:com.adobe.xmp", xmp)
+    return chunks
 
 
 def _user_comment(text: str) -> bytes:

@@ -343,7 +343,9 @@ class ModelDeployment:
         notes = tuple(dict.fromkeys((*row.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)
         metadata = self._metadata(row, served, result.notes)
-        return result, images.encode(result, job.output_format, metadata)
+        return result, images.encode(
+            result, job.output_format, metadata, self._spec.task.source_type
+        )
 
     async def _progress(self, job: ImageJob, rows: list[Row], told: JobProgress) -> JobProgress:
         """How far rows are; with a picture of the first one, if that has moved since `told`."""

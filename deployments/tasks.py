@@ -19,6 +19,8 @@ from deployments.contract import (
 if TYPE_CHECKING:
     from typing import Self
 
+    from deployments.provenance import SourceType
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -30,6 +32,7 @@ class _Row:
     families: tuple[str, ...]
     scale: int = 1
     needs_picture: bool = True
+    source_type: SourceType = "algorithmicallyEnhanced"
 
 
 class Task(StrEnum):
@@ -42,6 +45,7 @@ class Task(StrEnum):
         families: modules of `deployments/pipelines` that can serve it.
         scale: width of the model's result over width of the picture.
         needs_picture: whether a request must bring a picture.
+        source_type: what a result says of its origin.
     """
 
     UPSCALE = _Row(
@@ -56,18 +60,21 @@ class Task(StrEnum):
         deployment="Enhance",
         route="/api/v1/images/enhance",
         families=("img2img",),
+        source_type="compositeWithTrainedAlgorithmicMedia",
     )
     COMIC = _Row(
         ComicRequest,
         deployment="Comic",
         route="/api/v1/images/style/comic",
         families=("img2img",),
+        source_type="compositeWithTrainedAlgorithmicMedia",
     )
     AGED = _Row(
         AgedRequest,
         deployment="Aged",
         route="/api/v1/images/style/aged",
         families=("img2img",),
+        source_type="compositeWithTrainedAlgorithmicMedia",
     )
     BACKGROUND = _Row(
         BackgroundRequest,
@@ -82,6 +89,7 @@ class Task(StrEnum):
     families: tuple[str, ...]
     scale: int
     needs_picture: bool
+    source_type: SourceType
 
     def __new__(cls, row: _Row) -> Self:
         name = row.request.task
@@ -93,6 +101,7 @@ class Task(StrEnum):
         member.families = row.families
         member.scale = row.scale
         member.needs_picture = row.needs_picture
+        member.source_type = row.source_type
         return member
 
     def parameters(self, family: str) -> frozenset[str]:

@@ -112,6 +112,7 @@ class Deployment(ModelDeployment):
     def __init__(self, pipeline: Any) -> None:
         self._spec: Any = SimpleNamespace(
             name="text-to-image",
+            task=SimpleNamespace(source_type="compositeWithTrainedAlgorithmicMedia"),
             parameters=frozenset({"prompt", "seed", "steps", "strength"}),
             scale=1,
             num_gpus=0,

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 LIMITS = LimitSettings()
+RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 OUTPUTS: tuple[OutputFormat, ...] = ("png", "webp", "jpeg")
 
 
@@ -545,6 +548,24 @@ def test_without_metadata_nothing_is_written(output_format: OutputFormat) -> Non
     assert images.read_metadata(data) == {}
     traces = (b"imagen", b"Exif", b"EXIF", b"ASCII", b"tEXt", b"iTXt", b"eXIf", b"XMP", b"ICC")
     assert not any(trace in data for trace in traces)
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_a_result_says_of_its_origin_what_other_programs_read(output_format: OutputFormat) -> None:
+    """IPTC's term, in a well-formed XMP packet, with and without metadata of our own."""
+    kind = "compositeWithTrainedAlgorithmicMedia"
+    for metadata in (None, {"seed": 1}):
+        data = images.encode(Picture(scene(), None), output_format, metadata, kind)
+        assert images.read_metadata(data) == (metadata or {}) | {"digital_source_type": kind}
+        info = Image.open(io.BytesIO(data)).info
+        packet = info.get("xmp") or info["XML:com.adobe.xmp"]
+        text = packet.decode() if isinstance(packet, bytes) else packet
+        (description,) = ElementTree.fromstring(text).iter(f"{{{RDF}}}Description")
+        assert description.attrib[f"{{{IPTC}}}DigitalSourceType"] == (
+            f"http://cv.iptc.org/newscodes/digitalsourcetype/{kind}"
+        )
+        same = images.decode(data, LIMITS)
+        assert same.rgb.shape == scene().shape
 
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0hello", b"ASCII\0\0\0[1]", b"\xff\xfe\xfd"])
