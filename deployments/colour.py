@@ -176,7 +176,7 @@ def _by_profile(image: Image.Image, data: bytes) -> tuple[Image.Image, list[Note
     try:
         if mode != source.mode:
             raise ValueError("the profile is made for other colours")
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc.without_elements(data)))
         name = ImageCms.getProfileDescription(profile).strip()
         if name in _SRGB_NAMES:
             return source.convert("RGB"), []

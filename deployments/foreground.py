@@ -116,9 +116,12 @@ def _nearest(values: Array, size: tuple[int, int], part: tuple[slice, slice] = _
 
 
 def _tiles(height: int, width: int, margin: int) -> Iterator[_Tile]:
-    for top, left in product(range(0, height, _TILE_PX), range(0, width, _TILE_PX)):
-        rows = slice(top, min(top + _TILE_PX, height))
-        columns = slice(left, min(left + _TILE_PX, width))
+    # Of a thin picture the tiles are long, so that their number follows from its area.
+    high = max(_TILE_PX, _TILE_PX**2 // min(width, _TILE_PX))
+    wide = max(_TILE_PX, _TILE_PX**2 // min(height, _TILE_PX))
+    for top, left in product(range(0, height, high), range(0, width, wide)):
+        rows = slice(top, min(top + high, height))
+        columns = slice(left, min(left + wide, width))
         around = (
             slice(max(top - margin, 0), min(rows.stop + margin, height)),
             slice(max(left - margin, 0), min(columns.stop + margin, width)),

@@ -47,10 +47,12 @@ def end(data: bytes) -> int:
 def declared(image: ImageFile, data: bytes) -> Declared:
     """How the file describes its colours. HDR goes before a profile, and a profile before SDR."""
     found = Declared(profile=image.info.get("icc_profile"))
-    if match := _NCLX.search(data):
-        points = int.from_bytes(match[1][:2]), int.from_bytes(match[1][2:])
-        if Declared(points).is_hdr or not found.profile:
-            found.code_points = points
+    stated = [(int.from_bytes(each[:2]), int.from_bytes(each[2:])) for each in _NCLX.findall(data)]
+    if _TONE_MAP.search(data):
+        # HDR is what the gain map would make of the picture, not the picture itself.
+        stated = [points for points in stated if not Declared(points).is_hdr]
+    if stated and (Declared(stated[0]).is_hdr or not found.profile):
+        found.code_points = stated[0]
     return found
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     Curve = NDArray[np.float64]
 
 _SAMPLES: Final = 4096
+_MAX_BYTES: Final = 2**22
+_MAX_TAGS: Final = 100
 _D50: Final = (0.9642, 1.0, 0.8249)
 _BRADFORD: Final = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
@@ -54,6 +56,26 @@ SRGB, PQ, HLG = 13, 16, 18
 """Code points of H.273, `TransferCharacteristics`."""
 UNLIKE_SRGB: Final = frozenset({4, 5, 8, PQ, HLG})
 """Those whose curve `transfer` knows to be another one."""
+
+
+def without_elements(data: bytes) -> bytes:
+    """A profile without its multi-process elements (type mpet), which pictures do not need.
+
+    A table of elements may name one element a million times, and Little CMS would read it as often.
+
+    Raises:
+        ValueError: the profile is too large, or has too many tags.
+    """
+    count = int.from_bytes(data[128:132])
+    if len(data) > _MAX_BYTES or count > _MAX_TAGS:
+        raise ValueError("the profile is too large")
+    kept = bytearray(data)
+    for i in range(count):
+        tag = 132 + 12 * i
+        offset = int.from_bytes(data[tag + 4 : tag + 8])
+        if data[offset : offset + 4] == b"mpet":
+            kept[tag : tag + 4] = b"x%03d" % i  # names of tags must differ
+    return bytes(kept)
 
 
 def transfer(code: int) -> Curve:

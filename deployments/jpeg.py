@@ -19,6 +19,8 @@ _PROBES: Final = (b"\x55\xaa\x33\xcc" * 256, b"\xa5\x5b\x3c\x0e" * 256)
 """Coded data that would change the picture, were any of it read."""
 _LAST_COEFFICIENT: Final = 63
 _MAX_MARKERS: Final = 20_000
+_MAX_SCANS: Final = 200
+"""Encoders write ten or so; each takes the decoder a walk over the whole picture."""
 _GAIN_MAPS: Final = (b"http://ns.adobe.com/hdr-gain-map/", b"urn:iso:std:iso:ts:21496:-1")
 _APPLE_GAIN_MAP: Final = b"HDRGainMap"
 
@@ -44,6 +46,7 @@ class _Scans:
 
     components: list[int] = field(default_factory=list[int])
     done: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    count: int = 0
 
     def frame(self, body: bytes) -> None:
         self.components = list(body[6 : 6 + 3 * body[5] : 3])
@@ -84,6 +87,9 @@ def markers(data: bytes) -> Markers:
             scans.frame(body)
         elif marker == _SOS:
             scans.scan(body)
+            scans.count += 1
+            if scans.count > _MAX_SCANS:
+                raise ValueError("too many scans")
         elif marker == 0xE2 and body.startswith(b"MPF\0"):
             found.has_more = True
         at += max(length, 2)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -232,11 +232,14 @@ class ModelDeployment:
         seconds = self._estimate_s(job, request)
         with self._admission.admit(seconds, timeout_s, give_up) as ticket:
             try:
-                async with deadline, self._seats.taken(file_px(_size(job), self._spec.scale)):
+                async with deadline, self._taken(job):
                     ticket.rows = rows
                     return await self._process(job, request, ticket, rows, arrived_s)
             except TimeoutError as error:
                 raise ticket.refusal or too_late() from error
+
+    def _taken(self, job: ImageJob) -> AbstractAsyncContextManager[None]:
+        return self._seats.taken(file_px(_size(job), self._spec.scale), job.n)
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:
         served = self._host.served

@@ -75,7 +75,9 @@ def take_apart(data: bytes) -> Chunks:
         if not chunk.is_sound:
             damaged.append(chunk.name)
         elif _is_needed(chunk, seen, pixels=pixels):
-            kept.append(chunk.whole)
+            # An orientation behind the pixels counts too: readers of the header look before them.
+            behind = pixels and (chunk.name in _TEXT or chunk.name == b"eXIf")
+            kept.insert(2 if behind else len(kept), chunk.whole)
         elif not pixels and chunk.name not in seen:
             seen.add(chunk.name)
             _read(found, chunk)

@@ -21,17 +21,21 @@ class Seats:
     """
 
     def __init__(self, count: int, largest_px: int) -> None:
+        self._count = count
         self._free = asyncio.Semaphore(count)
         self._first_in_line = asyncio.Lock()
         self._most = max(count // 4, 1)
         self._seat_px = max(largest_px // self._most, 1)
 
     @asynccontextmanager
-    async def taken(self, px: int) -> AsyncGenerator[None]:
-        """Hold the places of a picture of so many pixels; first come, first served."""
+    async def taken(self, px: int, results: int = 1) -> AsyncGenerator[None]:
+        """Hold the places of results of so many pixels each; first come, first served."""
         async with AsyncExitStack() as stack:
             # One picture takes all its places at once: two that had half each would wait for ever.
             async with self._first_in_line:
-                for _ in range(min(max(-(-px // self._seat_px), 1), self._most)):
+                for _ in range(min(results * self._of(px), self._count)):
                     await stack.enter_async_context(self._free)
             yield
+
+    def _of(self, px: int) -> int:
+        return min(max(-(-px // self._seat_px), 1), self._most)

@@ -52,7 +52,7 @@ def build(args: dict[str, Any]) -> Application:
     ingress = ingress.options(
         name="Ingress",
         # High enough that our middleware refuses first: Serve's own refusals are plain text.
-        max_ongoing_requests=settings.max_uploads + settings.uploads.max_arriving + 50,
+        max_ongoing_requests=_most_ongoing(settings),
         max_queued_requests=settings.uploads.max_arriving,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         backpressure_config=_backpressure(settings),
@@ -60,6 +60,18 @@ def build(args: dict[str, Any]) -> Application:
         user_config={},
     )
     return ingress.bind(models, registry, settings, _beside(models, settings))
+
+
+def _most_ongoing(settings: Settings) -> int:
+    """Uploads, streams, downloads and waits at a time, and some more for what is short."""
+    jobs = settings.jobs
+    return (
+        settings.max_uploads
+        + settings.uploads.max_arriving
+        + 2 * jobs.max_streams
+        + jobs.max_waits
+        + 50
+    )
 
 
 def __getattr__(name: str) -> Application:

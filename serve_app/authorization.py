@@ -107,7 +107,7 @@ class Access:
             state["audit"] = Audit(visit, (scope.get("client") or ("-",))[0])
         try:
             await visit.enter(picture=scope["method"] == "POST" and path in self.image_routes)
-            await self.app(scope, receive, _leaving(visit, send))
+            await self.app(scope, receive, _leaving(visit, state, send))
         except Exception:
             await visit.leave(refund=True)  # the client pays nothing for a fault of ours
             raise
@@ -115,11 +115,11 @@ class Access:
             await visit.leave()
 
 
-def _leaving(visit: Visit, send: Send) -> Send:
+def _leaving(visit: Visit, state: dict[str, Any], send: Send) -> Send:
     """Give a request's place back just before the end of its answer.
 
     A client that sends its next request at once finds it free. What the service itself refused or
-    failed is not charged.
+    failed is not charged, unless a job has taken the request over.
     """
     status = 0
 
@@ -128,7 +128,8 @@ def _leaving(visit: Visit, send: Send) -> Send:
         if message["type"] == "http.response.start":
             status = message["status"]
         elif not message.get("more_body", False):
-            await visit.leave(refund=status == 429 or status >= 500)
+            refused = status == 429 or status >= 500
+            await visit.leave(refund=refused and not state.get("settled"))
         await send(message)
 
     return send_and_leave

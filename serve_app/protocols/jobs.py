@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -232,6 +232,8 @@ async def submit(
     accepted = await jobs.submit(
         made, call.image, idempotency_key=key, share=share_of(request), charge=state["charge"]
     )
+    # What the job comes to costs what it costs, also where the client waits for it.
+    state["settled"] = accepted.is_new
     if not accepted.is_new:
         await state["refund"]()
     return accepted
@@ -313,6 +315,11 @@ async def answer(request: Request, accepted: Accepted, preference: Preference) -
         job = await jobs.wait(
             owner_of(request), accepted.job_id, preference.wait_s, wait_share_of(request)
         )
+        if job.status == "completed" and len(job.results) == 1:
+            response = await _picture(jobs, job)
+            headers["Location"] = f"{prefix}/api/v1/jobs/{accepted.job_id}"
+            response.headers.update(headers)
+            return response
     except (Full, RateLimited, JobsUnavailable):
         # The job is accepted, and only its id lets the client find it.
         return _accepted(request, accepted.job_id, accepted.status, headers)
@@ -323,10 +330,6 @@ async def answer(request: Request, accepted: Accepted, preference: Preference) -
         if job.error["status"] in (429, 503):
             headers["Retry-After"] = str(request.app.state.retry_after_s)
         return JSONResponse(job.error, job.error["status"], headers, media_type=MEDIA_TYPE)
-    if job.status == "completed" and len(job.results) == 1:
-        response = await _picture(jobs, job)
-        response.headers.update(headers)
-        return response
     return JSONResponse(jobs.view(job, prefix), 200, headers)
 
 
@@ -518,16 +521,18 @@ async def _stream(
     # The status of the answer is out: a job that was forgotten, or a Redis that went away, can only
     # end the stream. The client comes back, and then the status says why.
     with suppress(ImagenError):
-        async for event in jobs.follow(owner, job_id, after, wait_share_of(request)):
-            if event is None:
-                yield ": nothing new\n\n"
-            elif event.name in ENDED:
-                view = jobs.view(await jobs.get(owner, job_id), prefix)
-                yield _event(event, json.dumps(view))
-            else:
-                yield _event(event, event.data)
-            if time.monotonic() > until_s:
-                return
+        # Closed at once when the client leaves, so that its place is free.
+        async with aclosing(jobs.follow(owner, job_id, after, wait_share_of(request))) as events:
+            async for event in events:
+                if event is None:
+                    yield ": nothing new\n\n"
+                elif event.name in ENDED:
+                    view = jobs.view(await jobs.get(owner, job_id), prefix)
+                    yield _event(event, json.dumps(view))
+                else:
+                    yield _event(event, event.data)
+                if time.monotonic() > until_s:
+                    return
 
 
 def _event(event: Event, data: str) -> str:

@@ -23,6 +23,8 @@ _IMAGE_FIELD = "image"
 _ALSO_IMAGE = "image[]"
 """The name that clients of other services, and forms of several files, give it."""
 _MAX_PREAMBLE_BYTES = 64 * 1024
+_MAX_PADDING_BYTES = 80
+"""Behind the first boundary, where nothing precedes it."""
 _FORM_REMEDY = "Send multipart/form-data, as curl -F image=@photo.jpg does."
 
 
@@ -103,7 +105,9 @@ class _Preamble:
         if self._held is None:
             return chunk
         # A boundary that ends in this chunk begins at the last line before it, or later.
-        start = max(self._held.rfind(b"\r\n"), 0)
+        start = self._held.rfind(b"\r\n")
+        if start < 0:
+            start = max(len(self._held) - len(self._line) - _MAX_PADDING_BYTES, 0)
         self._held += chunk
         match = self._first.search(self._held, start)
         if (match.start() if match else len(self._held)) > _MAX_PREAMBLE_BYTES:

@@ -81,3 +81,13 @@ def test_pictures_of_any_size_and_opacity(height_px: int, width_px: int, share: 
     assert found.shape == rgb.shape
     if share == 255:
         assert (found == rgb).all()
+
+
+def test_a_thin_picture_has_no_more_tiles_than_a_square_one_of_its_area() -> None:
+    for size in ((1, 1_000_000), (1_000_000, 1), (1000, 1000), (3, 300_000)):
+        tiles = list(foreground._tiles(*size, margin=2))
+        assert len(tiles) <= 150
+        covered = sum(
+            (t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in tiles
+        )
+        assert covered == size[0] * size[1]

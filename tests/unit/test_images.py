@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.torture import heic
-from deployments import images
+from deployments import icc, images
 from deployments.errors import (
     DamagedImage,
     ImagenError,
@@ -698,3 +698,38 @@ def test_a_result_larger_than_any_upload_still_tells_its_metadata() -> None:
     data = images.encode(Picture(noise, None), "png", {"seed": 1})
     assert len(data) > LIMITS.max_body_bytes
     assert images.read_metadata(data) == {"seed": 1}
+
+
+# Small files that would take long
+
+
+def test_a_profile_of_elements_is_read_without_them() -> None:
+    """A table may name one element a million times, and Little CMS would read each."""
+    data = icc.profile(icc.BT709, icc.power(2.0))
+    at = int.from_bytes(data[136:140])
+    hostile = bytearray(data)
+    hostile[132:136], hostile[at : at + 4] = b"D2B0", b"mpet"
+    kept = icc.without_elements(bytes(hostile))
+    assert b"D2B0" not in kept
+    assert len(kept) == len(data)
+    assert icc.without_elements(data) == data
+    tags = (101).to_bytes(4)
+    for crafted in (data[:128] + tags + data[132:], data + bytes(2**22)):
+        picture = images.decode(file_of(scene(), "PNG", icc_profile=crafted), LIMITS)
+        assert [one.code for one in picture.notes] == ["profile_ignored"]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    data = file_of(scene(), "JPEG", progressive=True)
+    scan = b"\xff\xda" + (8).to_bytes(2) + bytes([1, 1, 0, 1, 63, 0x10]) + b"\0\0"
+    with pytest.raises(DamagedImage):
+        images.decode(data[:-2] + 201 * scan + data[-2:], LIMITS)
+
+
+def test_an_orientation_behind_the_pixels_counts_for_the_size_too() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = file_of(np.zeros((50, 100, 3), np.uint8), "PNG")
+    turned = data[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + data[-12:]
+    header, picture = images.read_header(turned, LIMITS), images.decode(turned, LIMITS)
+    assert (header.width_px, header.height_px) == (picture.width_px, picture.height_px) == (50, 100)

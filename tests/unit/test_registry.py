@@ -91,6 +91,8 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
         ("comic", {"defaults": {"steps": 1}}, r"int(1 * 0.5) is 0"),
         ("comic", {"defaults": {"noise_level": 20}}, "noise_level"),
         ("upscale", {"defaults": {"steps": 20}}, "steps"),
+        ("upscale", {"defaults": {"scale": 2}}, "chooses for itself"),
+        ("upscale", {"defaults": {"width": 2000}}, "chooses for itself"),
         ("background", {"defaults": {"color": "#000000"}}, "color needs output=color"),
         ("background", {"defaults": {"colour": "#000000"}}, "colour"),
     ],

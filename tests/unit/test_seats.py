@@ -36,6 +36,15 @@ async def test_large_pictures_take_several_places() -> None:
     assert await places_left(seats) == 16
 
 
+async def test_several_results_take_the_places_of_as_many_pictures() -> None:
+    seats = Seats(16, LARGEST_PX)
+    async with seats.taken(1, results=8):
+        assert await places_left(seats) == 8
+    async with seats.taken(LARGEST_PX, results=8):
+        assert await places_left(seats) == 0
+    assert await places_left(seats) == 16
+
+
 async def test_a_replica_of_few_places_takes_the_largest_picture() -> None:
     async with Seats(1, LARGEST_PX).taken(10 * LARGEST_PX):
         pass
