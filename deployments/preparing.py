@@ -49,6 +49,12 @@ def prepare_replica(
         )
     except Exception as error:
         if is_fatal(error):
+            logger.error(
+                "The device failed while passes of %s were prepared: %r. If that repeats, set"
+                " `graphs: false` in its registry entry.",
+                spec.name,
+                error,
+            )
             raise
         logger.exception("Passes of %s could not be prepared, and run plain.", spec.name)
 
@@ -87,7 +93,12 @@ def prepare(
         return
     request = complete(spec.task.request(), spec.defaults, spec.parameters)
     start_s = time.monotonic()
-    with compiling() if mode != "off" else nullcontext():
-        count = pipeline.prepare(how, request, limits)
+    try:
+        with compiling() if mode != "off" else nullcontext():
+            count = pipeline.prepare(how, request, limits)
+    except Exception as error:
+        if not is_fatal(error):
+            how.undo()
+        raise
     seconds = time.monotonic() - start_s
     logger.info("%d passes of %s prepared in %.1f s (compile: %s)", count, spec.name, seconds, mode)

@@ -119,6 +119,8 @@ def compiled(bench: Bench) -> dict[str, Values]:
     """Ours with compiled networks, in turns with the old worker loop and with stock."""
     if bench.device != "cuda":
         raise NotMeasured("needs a GPU")
+    if "seconds" not in bench.cells.get(f"{bench.workload.name}/compiling", {}):
+        raise NotMeasured("not compiled in time")
     workload, makes = bench.workload, _makes(bench.workload)
     names = compiled_cells(workload)
     beside = ["old", "old-mixed", "stock", "ours"] if workload.mixed else ["stock", "ours"]

@@ -59,8 +59,8 @@ class Task:
 
 
 def tasks() -> list[Task]:
-    """All measurements: the systems on every workload first, then compiled ones, then the options,
-    then the rest.
+    """All measurements: the systems on the workloads that are compiled, the compiled systems, the
+    other workloads, the options, the rest.
     """
     return sorted(
         (task for workload in WORKLOADS.values() for task in _tasks(workload)),
@@ -69,21 +69,22 @@ def tasks() -> list[Task]:
 
 
 def _tasks(workload: Workload) -> list[Task]:
-    brief = int(workload.brief)
+    compiled = measurements.compiled_cells(workload)
+    phase = 4 if workload.brief else 0 if compiled else 2
     names = ("flops", *headline_cells(workload))
     made = [
-        Task(workload, "headline", measurements.headline, names, 40, 3 * brief),
-        Task(workload, "unet", measurements.network_rows, ("unet",), 10, 3 * brief),
+        Task(workload, "headline", measurements.headline, names, 40, phase),
+        Task(workload, "unet", measurements.network_rows, ("unet",), 10, phase),
     ]
     if workload.scheduler is not None:
-        made.append(Task(workload, "gaps", measurements.gaps, ("gaps",), 10, 3 * brief))
-    if cells := measurements.compiled_cells(workload):
-        made.append(Task(workload, "compiled", measurements.compiled, tuple(cells), 40, 1))
+        made.append(Task(workload, "gaps", measurements.gaps, ("gaps",), 10, phase))
+    if compiled:
+        made.append(Task(workload, "compiled", measurements.compiled, tuple(compiled), 120, 1))
     if workload.tuned_by is None:
         for name in speed.applicable(workload):
             what = f"option:{name}"
-            made.append(Task(workload, what, partial(measurements.option, name), (what,), 20, 2))
-        made.append(Task(workload, "company", measurements.company, ("company",), 20, 2))
+            made.append(Task(workload, what, partial(measurements.option, name), (what,), 20, 3))
+        made.append(Task(workload, "company", measurements.company, ("company",), 20, 3))
     return made
 
 

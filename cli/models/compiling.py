@@ -104,7 +104,8 @@ def _compile(spec: ModelSpec, loaded: Loaded, mode: Mode) -> tuple[bytes, str]:
 
     limits = GroupLimits(spec.max_batch_size)
     try:
-        prepare(spec, loaded.pipeline, limits, mode=mode, graph_bytes=loaded.cap_bytes)
+        graph_bytes = loaded.cap_bytes if spec.graphs else None
+        prepare(spec, loaded.pipeline, limits, mode=mode, graph_bytes=graph_bytes)
     except RuntimeError as error:  # the base of what torch raises: no compiler, say
         raise _uncompiled(spec, str(error).splitlines()[0].rstrip(".")) from error
     saved = torch.compiler.save_cache_artifacts()

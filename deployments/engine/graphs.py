@@ -39,7 +39,7 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records CUDA graphs into one memory pool, so that they share what their passes need.
 
-    Passes that are not recorded must go on to fit beside the pool. So a graph is kept only if the
+    Passes that are not recorded must go on to fit beside the pool. So one is recorded only if the
     limit also leaves room for the largest plain pass that was seen, and for what is reserved.
     Record the largest pass first, because the smaller ones then need nothing more.
 
@@ -51,49 +51,73 @@ class CudaGraphs:
         self._limit_bytes = limit_bytes
         self._plain_bytes = 0
         self._reserved_bytes = 0
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._pool_bytes = 0
+        self._kept = 0
+        # One stream for all warm-ups and recordings: cuBLAS keeps a workspace for each stream.
+        self._stream: Any = torch.cuda.Stream()
+        self._pool: Any = None
 
     @torch.inference_mode()
     def record(self, work: Work) -> tuple[Replay, torch.Tensor] | None:
-        self._plain_bytes = max(self._plain_bytes, _peak_bytes(work))
+        peak_bytes = self._peak_bytes(work)
+        if peak_bytes is None or not self._has_room(peak_bytes):
+            return None
+        if not self._kept:
+            self._pool = torch.cuda.graph_pool_handle()  # one that lost all its graphs is of no use
+        before_bytes = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may go on to use the device meanwhile.
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
                 output = work()
         except torch.OutOfMemoryError:
             logger.warning("Out of memory while a CUDA graph was recorded; its passes run plain.")
             return None
         free_cached_memory()
-        room_bytes = self._limit_bytes - torch.cuda.memory_reserved()
-        needed_bytes = int(_SLACK * (self._plain_bytes + self._reserved_bytes))
-        if room_bytes < needed_bytes:
-            logger.warning(
-                "A CUDA graph would leave %d MiB of this replica's share, and plain passes need %d"
-                " MiB: passes of this size run plain. `imagen plan` counts room for graphs.",
-                room_bytes // _MIB,
-                needed_bytes // _MIB,
-            )
-            return None
+        self._pool_bytes += max(torch.cuda.memory_reserved() - before_bytes, 0)
+        self._kept += 1
         return graph.replay, output
 
     @torch.inference_mode()
     def reserve(self, work: Work) -> None:
-        self._reserved_bytes = max(self._reserved_bytes, _peak_bytes(work))
+        self._reserved_bytes = max(self._reserved_bytes, self._peak_bytes(work) or 0)
 
+    def _has_room(self, peak_bytes: int) -> bool:
+        self._plain_bytes = max(self._plain_bytes, peak_bytes)
+        free_cached_memory()
+        free_bytes, _ = torch.cuda.mem_get_info()
+        room_bytes = min(self._limit_bytes - torch.cuda.memory_reserved(), free_bytes)
+        growth_bytes = max(int(_SLACK * peak_bytes) - self._pool_bytes, 0)
+        needed_bytes = growth_bytes + int(_SLACK * (self._plain_bytes + self._reserved_bytes))
+        if room_bytes >= needed_bytes:
+            return True
+        logger.warning(
+            "A CUDA graph and the plain passes beside it need %d MiB, and this replica's share has"
+            " %d MiB left: passes of this size run plain. `imagen plan` counts room for graphs.",
+            needed_bytes // _MIB,
+            room_bytes // _MIB,
+        )
+        return False
 
-def _peak_bytes(work: Work) -> int:
-    """What work needs beside what is allocated already. It also warms up: libraries choose and load
-    their kernels, which they cannot while a graph is recorded.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-        torch.cuda.synchronize()
-        before_bytes = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-    torch.cuda.current_stream().wait_stream(stream)
-    return torch.cuda.max_memory_allocated() - before_bytes
+    def _peak_bytes(self, work: Work) -> int | None:
+        """What work needs beside what is allocated already; None if it runs out of memory.
+
+        It also warms up: libraries choose and load their kernels, which they cannot while a graph
+        is recorded.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+                torch.cuda.synchronize()
+                before_bytes = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                work()
+                torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            logger.warning("Out of memory in a pass that was to be recorded.")
+            return None
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return torch.cuda.max_memory_allocated() - before_bytes

@@ -97,17 +97,18 @@ class Passes:
             forward: the compiled network; None for the plain one.
             recorder: records each pass; None where passes are called.
         """
-        work, sizes = forward or self._plain, None
+        work, sizes, wanted = forward or self._plain, dict[int, int](), list(counts)
         for example in examples:
             largest = _repeat(example, counts[-1])
             passes: dict[int, Forward] = {}
-            for count in reversed(counts):
+            for count in reversed(wanted):
                 if one := self._prepared(_first(largest, count), work, recorder):
                     passes[count] = one
             # What pays for the first shape pays for the others: they differ little.
-            sizes = sizes or self._choose_sizes(largest, passes)
-            shape = _shape(largest)
-            self._chosen |= {(shape, n): passes[m] for n, m in sizes.items() if m in passes}
+            if not sizes or not set(sizes.values()) <= set(passes):
+                sizes = self._choose_sizes(largest, passes)
+                wanted = sorted(set(sizes.values())) or wanted
+            self._chosen |= {(_shape(largest), n): passes[m] for n, m in sizes.items()}
 
     def _prepared(
         self, inputs: Tensors, work: Forward, recorder: Recorder | None

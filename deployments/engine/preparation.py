@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from deployments.registry import CompileMode
 
 
+_MOST_VARIANTS = 64
+"""Sizes and numbers of rows that torch compiles one function for."""
+
+
 @dataclass(slots=True)
 class Preparation:
     """What is done to each network.
@@ -29,12 +33,20 @@ class Preparation:
         sizes: how many of a model's usual sizes, from the first on, `full` compiles.
         recorder: records passes; None where they are called, as on a CPU.
         backend: of torch.compile.
+        changed: networks whose layout was changed.
     """
 
     mode: CompileMode = "off"
     sizes: int = 1
     recorder: Recorder | None = None
     backend: str = "inductor"
+    changed: list[Any] = field(default_factory=list[Any])
+
+    def undo(self) -> None:
+        """Give networks back the layout in which they run best without being compiled."""
+        for network in self.changed:
+            if next(network.parameters()).is_cuda:
+                network.to(memory_format=torch.contiguous_format)
 
     def compiled(self, network: Any, plain: Forward) -> Forward | None:
         """The compiled network; None where calls go to the network itself.
@@ -48,6 +60,7 @@ class Preparation:
         if self.mode != "full":
             return None
         _use_channels_last(network)
+        self.changed.append(network)
         compiled = torch.compile(plain, backend=self.backend)
 
         def forward(tensors: Tensors) -> torch.Tensor:
@@ -72,10 +85,15 @@ def compiling() -> Generator[None]:
 
     What was compiled before is forgotten, because it belonged to another model.
     """
+    import torch._dynamo as dynamo
+
     torch.compiler.reset()
     torch.compiler.set_stance("default")
+    # Else the second size would be compiled for every size, which takes minutes.
+    each_size = dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=_MOST_VARIANTS)
     try:
-        yield
+        with each_size:
+            yield
     finally:
         torch.compiler.set_stance("eager_on_recompile")
 
