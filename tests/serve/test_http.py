@@ -137,11 +137,12 @@ def test_one_damaged_picture_of_four_fails_alone(address: str) -> None:
 
 
 def test_fifty_mixed_requests_are_never_mixed_up(address: str) -> None:
+    # Beneath soft edges a cut-out has colours of its own, unless it is asked for the picture's.
     jobs = [
         (
             list(ROUTES)[i % 5],
             jpeg(64 + 2 * i, 64, seed=i),
-            {"seed": str(i)} if i % 5 in (1, 2, 3) else {},
+            {"seed": str(i)} if 0 < i % 5 < 4 else {"edges": "original"} if i % 5 else {},
         )
         for i in range(50)
     ]
@@ -200,7 +201,7 @@ def test_refusals_are_problems(address: str, fields: dict[str, str], status: int
 
 
 def test_refusals_of_the_model_cross_the_process_boundary(address: str) -> None:
-    response = post(address, "upscale", jpeg(), prompt="a cat")
+    response = post(address, "upscale", jpeg(), prompt="a cat", strict="true")
     assert is_problem(response, 422)
     assert "prompt" in response.json()["fact"]
 
