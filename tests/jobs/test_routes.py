@@ -279,6 +279,19 @@ async def test_a_repeated_submission_is_not_charged(server: RedisServer, tmp_pat
         await app.client.delete(answers[0].headers["location"], headers=me)
 
 
+async def test_a_job_that_ends_badly_keeps_its_charge_also_where_its_client_waits(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    _, token = create_key(keys, "mine", KeyLimits(megapixels_per_minute=600 / 1e6))
+    me = {"Authorization": f"Bearer {token}"}
+    async with application(server.url, tmp_path / "f", namespace="late", keys=keys) as app:
+        app.models.step_s = 10
+        late = await post(app, {"Prefer": "wait=20"} | me, deadline_s="1")
+        assert late.status_code == 504
+        refused(await post(app, ASYNC | me), 429, "rate_limited")
+
+
 async def test_equal_submissions_at_once_are_charged_once(
     server: RedisServer, tmp_path: Path
 ) -> None:
