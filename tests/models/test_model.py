@@ -188,3 +188,43 @@ async def test_a_job_that_comes_again_ends_the_run_whose_caller_died() -> None:
     finally:
         pipeline.may.set()
         deployment._host.close()
+
+
+class Gathered(TextToImage):
+    """Takes no step before three rows are there, and keeps how many rows each step had."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+        self._all_begun = threading.Barrier(2)
+        self._count = 0
+
+    def begin(self, row: RowInput[ComicRequest]) -> Generator[None, None, Pixels]:
+        yield
+        self._count += 1
+        if self._count == 3:
+            self._all_begun.wait(30)
+        return row.pixels + np.uint8(row.seed)
+
+    def steps(self, state: Pixels) -> int:
+        return 8
+
+    def step(self, states: Sequence[Pixels]) -> None:
+        if not self.groups:
+            self._all_begun.wait(30)
+        self.groups.append(len(states))
+        super().step(states)
+
+
+async def test_the_results_of_a_job_are_rows_that_may_share_passes() -> None:
+    pipeline = Gathered()
+    deployment = Deployment(pipeline)
+    request = ComicRequest(prompt="a fox", seed=40, steps=8, strength=1.0)
+    try:
+        job = ImageJob(request, None, "png", timeout_s=60, n=3)
+        *_, results = [told async for told in deployment.stream(job)]
+        assert isinstance(results, tuple)
+        assert [one.seed for one in results] == [40, 41, 42]
+        assert sum(pipeline.groups) == 3 * 8
+        assert max(pipeline.groups) > 1  # once the engine has timed rows alone
+    finally:
+        deployment._host.close()
