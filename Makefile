@@ -22,11 +22,13 @@ run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 .PHONY: test
 test: setup ## Every test but the slow proofs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit tests/store tests/jobs tests/fuzz tests/manifests
-	$(BIN)/python -m pytest -m "not slow" tests/models tests/serve tests/test_readme.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models
+	$(BIN)/python -m pytest -m "not slow" tests/serve tests/test_readme.py
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers, long mixes
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/models tests/store tests/jobs
+	$(BIN)/python -m pytest -m slow tests/chaos tests/scale tests/serve tests/test_readme.py
 
 .PHONY: test-chaos
 test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)
