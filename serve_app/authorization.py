@@ -109,7 +109,8 @@ class Access:
             await visit.enter(picture=scope["method"] == "POST" and path in self.image_routes)
             await self.app(scope, receive, _leaving(visit, state, send))
         except Exception:
-            await visit.leave(refund=True)  # the client pays nothing for a fault of ours
+            # The client pays nothing for a fault of ours, but for a job that goes on all the same.
+            await visit.leave(refund=not state.get("settled"))
             raise
         finally:
             await visit.leave()
