@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="of task names; see --list")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="a file to complete")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {RESULTS}")
+    parser.add_argument("--artefacts", type=Path, metavar="DIR", help="keeps what is compiled")
     parser.add_argument("--table", action="store_true", help="only write gpu.md from the files")
     parser.add_argument("--list", action="store_true", help="only print the names of the tasks")
     args = parser.parse_args(argv)
@@ -100,7 +101,8 @@ def measure(args: argparse.Namespace, work: Sequence[Any]) -> None:
         wanted = [task for task in work if task.what == "compiled"]
         todo = [task.workload.name for task in wanted if not is_done(task, result["cells"])]
         if not tiny and todo and left_s > COMPILE_S:
-            result["cells"].update(compile_all(todo, left_s - COMPILE_S / 2))
+            compiled = compile_all(todo, left_s - COMPILE_S / 2, args.artefacts)
+            result["cells"].update(compiled)
         go([task for task in work if task.phase > 0])
     finally:
         if folder is None:
