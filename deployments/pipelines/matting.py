@@ -1,9 +1,9 @@
-"""Background removal with IS-Net: RMBG-1.4 and smaller networks of its kind."""
+"""Background removal with IS-Net (RMBG-1.4 is one) and with the starter model's own network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
 from deployments.pipelines import networks
 from deployments.pipelines.lanes import Lanes
+from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.pictures import require_picture
 from deployments.transparency import WHITE, laid_over
@@ -49,7 +50,8 @@ class Mask:
 class Matting:
     """One forward pass a row, at the network's own square size.
 
-    `config.json` may set `input_px` (default 1024), `widths` (RMBG-1.4's) and `stretch` (true).
+    `config.json` may set `architecture` ("cutout"; everything else is an IS-Net), `input_px`
+    (default 1024), `widths` (of IS-Net: RMBG-1.4's) and `stretch` (true).
     RMBG-1.4 stretches each mask to the full range; a calibrated network does without.
     """
 
@@ -61,7 +63,7 @@ class Matting:
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._input_px = int(config.get("input_px", 1024))
-            self._net = ISNet(ISNetWidths(**config.get("widths", {})))
+            self._net = _network(config, self._input_px)
         networks.load_weights(self._net, spec, folder, self._device)
         self.passes = Passes(self._lanes.spread(self._call))
 
@@ -140,6 +142,16 @@ class Matting:
         self, output: Pixels, picture: Picture | None, request: BackgroundRequest
     ) -> Picture:
         return cut_out(require_picture(picture), output, request)
+
+
+def _network(config: dict[str, Any], input_px: int) -> ISNet | CutoutNet:
+    """Raises TypeError or ValueError if there is no such network."""
+    widths = config.get("widths", {})
+    if config.get("architecture") != "cutout":
+        return ISNet(ISNetWidths(**widths))
+    if input_px % CutoutNet.STRIDE:
+        raise ValueError(f"input_px must be a multiple of {CutoutNet.STRIDE}")
+    return CutoutNet(CutoutWidths(**widths))
 
 
 PIPELINE = Matting

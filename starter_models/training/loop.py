@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import math
 import random
 import time
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def seed_everything(seed: int, threads: int) -> None:
@@ -75,3 +81,20 @@ def psnr(a: torch.Tensor, b: torch.Tensor, *, span: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB; `span` is the distance from black to white."""
     mse = float((a - b).double().square().mean())
     return 10 * math.log10(span**2 / max(mse, 1e-12))
+
+
+def options(main: Callable[..., None]) -> dict[str, Any]:
+    """`main`'s arguments from the command line, `--name value`, read as its defaults' types.
+
+    The trainers for a GPU use this rather than typer, so that they run wherever torch does.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for name, parameter in inspect.signature(main).parameters.items():
+        kind = type(parameter.default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=parameter.default)
+    return vars(parser.parse_args())
+
+
+def minutes_left(minutes: float, until: float) -> float:
+    """`minutes`, or what is left until a Unix time, if one is given."""
+    return max((until - time.time()) / 60, 0.01) if until else minutes

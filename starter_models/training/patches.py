@@ -1,0 +1,73 @@
+"""Clean patches of photographs and of composed scenes, on the device and by the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starter_models.training.bank import cut_outs, squares
+from starter_models.training.damage import adjusted
+from starter_models.training.scenes import Odds, Scenes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SCENES = Odds(empty=0, textured=0.05, drawn=0.3, plain=0.05, shadow=0.3)
+
+
+class CleanPatches:
+    """An endless source of sharp pictures, three quarters of them photographs.
+
+    Args:
+        collections: as `starter_models.training.collections` writes it.
+        device: where the pictures lie.
+    """
+
+    def __init__(self, collections: Path, device: str) -> None:
+        self.photos = squares(collections, "photos", device, size=1024)
+        self.scenes = Scenes(
+            cut_outs(collections, "stamps", device),
+            cut_outs(collections, "drawings", device),
+            self.photos,
+            _SCENES,
+        )
+        self.device = device
+
+    @torch.no_grad()
+    def batch(self, count: int, size: int) -> Tensor:
+        """`(count, 3, size, size)` in [0, 1]."""
+        composed = count // 4
+        parts = [self._scenes(composed, size)]
+        rest = count - composed
+        shares = (rest - 2 * (rest // 3), rest // 3, rest // 3)
+        parts += [self._photos(n, size, k + 1) for k, n in enumerate(shares) if n]
+        return torch.cat(parts)
+
+    def _scenes(self, count: int, size: int) -> Tensor:
+        """Composed at twice the size: enlarged cut-outs and photographs are sharp only then."""
+        picture, _ = self.scenes.batch(count, 2 * size, damaged=False)
+        return F.avg_pool2d(picture, 2)
+
+    def _photos(self, count: int, size: int, shrink: int) -> Tensor:
+        """Windows at full size, or shrunk: a smaller picture holds finer texture."""
+        side = size * shrink
+        index = torch.randint(len(self.photos), (count,)).tolist()
+        free = self.photos.shape[-1] - side + 1
+        corner = torch.randint(free, (count, 2)).tolist()
+        turn = int(torch.randint(4, (1,)))
+        windows = torch.stack([
+            self.photos[i, :, y : y + side, x : x + side]
+            for i, (y, x) in zip(index, corner, strict=True)
+        ]).float() / 255  # fmt: skip
+        windows = torch.rot90(windows, turn, (2, 3))
+        if shrink > 1:
+            windows = F.interpolate(
+                windows, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        if torch.rand(()).item() < 0.5:
+            windows = windows.flip(3)
+        changed = (torch.rand(count, 1, 1, 1, device=self.device) < 0.4).float()
+        return torch.lerp(windows, adjusted(windows, 0.8), changed)
