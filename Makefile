@@ -158,21 +158,25 @@ contact-sheet: setup ## Redraw docs/contact-sheet.jpg from the starter models
 train-vae: setup ## Retrain the shared autoencoder (20 minutes on one core)
 	$(BIN)/python -m starter_models.training.autoencoder
 
-.PHONY: train-enhance train-comic train-aged
-train-enhance: setup ## Retrain enhance; needs train-vae
-	$(BIN)/python -m starter_models.training.diffusion enhance
-train-comic: setup ## Retrain comic; needs train-vae and enhance
-	$(BIN)/python -m starter_models.training.diffusion comic --seed 4 --start-from starter_models/enhance
-train-aged: setup ## Retrain aged; needs train-vae and enhance
-	$(BIN)/python -m starter_models.training.diffusion aged --seed 5 --start-from starter_models/enhance
+.PHONY: train-comic train-aged
+train-comic: setup ## Retrain comic; needs train-vae
+	$(BIN)/python -m starter_models.training.diffusion comic --seed 4
+train-aged: setup ## Retrain aged; needs train-vae
+	$(BIN)/python -m starter_models.training.diffusion aged --seed 5
 
-.PHONY: train-background
-train-background: setup ## Retrain background removal (55 minutes on one core)
-	$(BIN)/python -m starter_models.training.matting
+.PHONY: collections
+collections: setup ## Fetch the training pictures that Debian packages (on Debian alone)
+	$(BIN)/python -m starter_models.training.collections
+	$(BIN)/python -m starter_models.training.conditions
 
-.PHONY: train-upscale
-train-upscale: setup ## Retrain upscale
-	$(BIN)/python -m starter_models.training.upscaler
+.PHONY: train-on-gpu
+train-on-gpu: setup ## Retrain background, enhance and upscale (minutes on a large GPU); needs collections
+	$(BIN)/python -m starter_models.training.train_all --out starter_models/build/trained --minutes $(or $(MINUTES),4.3)
+
+.PHONY: starter-models-install
+starter-models-install: setup ## Put trained weights into place, from the tar files in DIR, and lock them
+	$(BIN)/python -m starter_models.training.install $(or $(DIR),starter_models/build/trained)
+	$(BIN)/imagen models resolve --all --renew --registry configs/models/starter.yaml
 
 # What only the GPU image has, which this environment need not: xformers of the extra `gpu`, and those
 # packages beside the CUDA build of torch whose versions it leaves open.

@@ -5,6 +5,7 @@ Pictures are `H x W x 3`, float32, sRGB in [0, 1].
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,24 @@ def shrunk(picture: Picture) -> tuple[Picture, Picture]:
     image = to_image(picture[:height, :width])
     small = image.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC)
     return picture[:height, :width], from_image(small)
+
+
+def enlarged(small: Picture, shape: tuple[int, ...]) -> list[Picture]:
+    """A small picture at the height and width of `shape`, by Pillow's bicubic and Lanczos."""
+    kinds = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+    return [from_image(to_image(small).resize((shape[1], shape[0]), kind)) for kind in kinds]
+
+
+def resaved(picture: Picture, quality: int) -> Picture:
+    """The picture after JPEG."""
+    buffer = io.BytesIO()
+    to_image(picture).save(buffer, "JPEG", quality=quality)
+    return from_image(Image.open(buffer))
+
+
+def sharpness(picture: Picture) -> float:
+    """Variance of the Laplacian of the luminance."""
+    return float(ndimage.laplace(picture @ LUMA).var())
 
 
 def spoiled(picture: Picture) -> Picture:

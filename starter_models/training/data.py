@@ -1,7 +1,7 @@
 """Training and kept-out pictures: what scikit-image and scikit-learn ship, and generated ones.
 
-Every picture is `H x W x 3`, float32, sRGB in [0, 1]. `KEPT_OUT` photos are never seen in
-training; `make quality` measures on them alone.
+Every picture is `H x W x 3`, float32, sRGB in [0, 1]. `KEPT_OUT` photos are never seen in training,
+nor is anything that `kept_out.txt` names; `make quality` measures on those alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ TRAINING = (
 )
 KEPT_OUT = ("skimage:chelsea.png", "skimage:coffee.png", "sklearn:china.jpg")
 
-_FOLDERS = {"skimage": ("skimage", "data"), "sklearn": ("sklearn.datasets", "images")}
+_FOLDERS = {
+    "skimage": ("skimage", "data"),
+    "sklearn": ("sklearn.datasets", "images"),
+    "judging": ("starter_models", "judging/photos"),
+}
 
 
 def photo_bytes(name: str) -> bytes:
@@ -48,7 +52,7 @@ def photo_bytes(name: str) -> bytes:
 
 
 def photo(name: str) -> Picture:
-    """A shipped photo, `H x W x 3` float32 in [0, 1]."""
+    """A shipped photo, or one kept out, as `judging:Path.jpg`: `H x W x 3` float32 in [0, 1]."""
     module, folder = _FOLDERS[name.split(":")[0]]
     with resources.as_file(resources.files(module) / folder / name.split(":")[1]) as path:
         image = Image.open(path).convert("RGB")

@@ -5,9 +5,9 @@ latents twice (DDIM, Song et al., 2021) and decodes. Both predictions are traine
 and the autoencoder with them. The schedule keeps a share of its noise until the last step, or the
 second prediction could change nothing: a prediction x0 = a x - s v moves by s times the output.
 
-Damage is noise and JPEG, blur, or none at all: a clean picture is to stay as it is, a touch sharper.
-The text encoder is the shipped one, unchanged. `python -m starter_models.training.enhancer` needs
-`starter_models.training.collections` first, and is meant for a GPU.
+Damage is noise and JPEG, blur, or none at all: a clean picture is to stay as it is, a touch
+sharper. The text encoder is the shipped one, unchanged. This program
+needs `starter_models.training.collections` first, and is meant for a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from starter_models.training.average import Average, all_finite
 from starter_models.training.bank import COLLECTIONS
@@ -55,7 +54,9 @@ class Enhancer(nn.Module):
         self.register_buffer("signal", kept.sqrt())
         self.register_buffer("noise", (1 - kept).sqrt())
 
-    def forward(self, source: Tensor, first: Tensor, second: Tensor, prompt: Tensor) -> list[Tensor]:
+    def forward(
+        self, source: Tensor, first: Tensor, second: Tensor, prompt: Tensor
+    ) -> list[Tensor]:
         """Pictures after each prediction, `(B, 3, S, S)` in [-1, 1].
 
         Args:
@@ -114,9 +115,10 @@ def main(
     patches = CleanPatches(collections, device)
     net = Enhancer(start, load_file(conditions)).to(device, memory_format=torch.channels_last)
     average = Average(net, decay=0.997)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=1e-4, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        net.parameters(), lr=PEAK_LR, weight_decay=1e-4, betas=(0.9, 0.98)
+    )
     clock = Clock(minutes_left(minutes, until), peak_lr=PEAK_LR, every_s=20)
-    totals = torch.zeros(3, device=device)
     while clock.running(optimiser):
         clean = patches.batch(batch, patch_px)
         bad, target, kind = damaged(clean)

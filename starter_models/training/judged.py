@@ -13,6 +13,14 @@ from torch import Tensor
 
 JUDGING = Path("starter_models/judging")
 EMPTY = ("nature-Dune", "BytheWater", "Path")
+JUDGED_PHOTOS = (
+    "skimage:chelsea.png", "skimage:coffee.png", "sklearn:china.jpg",
+    *(f"judging:{name}.jpg" for name in (
+        *EMPTY, "Kite",
+        "nature-Garden", "nature-LadyBird", "nature-TwoWings", "nature-YellowFlower",
+    )),
+)  # fmt: skip
+"""Names for `starter_models.training.data.photo`."""
 
 
 def judged_scenes(folder: Path = JUDGING, size: int = 512) -> tuple[Tensor, Tensor]:
@@ -41,7 +49,7 @@ def judged_scenes(folder: Path = JUDGING, size: int = 512) -> tuple[Tensor, Tens
 def _laid(
     rng: np.random.Generator, stamp: Image.Image, scene: Image.Image, size: int
 ) -> tuple[Image.Image, Image.Image]:
-    """A cut-out of half to four fifths of the scene's side, at its middle or near, with a shadow."""
+    """A cut-out of half to four fifths of the scene's side, near its middle, with a shadow."""
     side = min(scene.size)
     left = int(rng.integers(scene.width - side + 1))
     top = int(rng.integers(scene.height - side + 1))

@@ -37,7 +37,7 @@ def main(
     batch: int = 128,
     seed: int = 2,
 ) -> None:
-    """Train for `minutes`; save `model.safetensors` and `config.json` in `out`, now and then too."""
+    """Train for `minutes`; save `model.safetensors` and `config.json` in `out`, on the way too."""
     seed_everything(seed, threads=2)
     scenes = Scenes(
         cut_outs(collections, "stamps", device),
@@ -92,9 +92,7 @@ def matting_loss(fine: Tensor, coarse: Tensor, alpha: Tensor) -> Tensor:
     union = p.sum((1, 2, 3)) + area - overlap
     some = (area > 0.002 * alpha[0].numel()).float()
     iou = ((1 - overlap / union.clamp(min=1)) * some).sum() / some.sum().clamp(min=1)
-    slopes = sum(
-        F.l1_loss(p.diff(dim=axis), alpha.diff(dim=axis)) for axis in (2, 3)
-    )
+    slopes = sum(F.l1_loss(p.diff(dim=axis), alpha.diff(dim=axis)) for axis in (2, 3))
     return (
         (entropy * (1 + 2 * edge)).mean()
         + 0.5 * F.binary_cross_entropy_with_logits(coarse, small)

@@ -43,7 +43,7 @@ class CleanPatches:
         parts = [self._scenes(composed, size)]
         rest = count - composed
         shares = (rest - 2 * (rest // 3), rest // 3, rest // 3)
-        parts += [self._photos(n, size, k + 1) for k, n in enumerate(shares) if n]
+        parts += [self._photos(n, size, k + 2) for k, n in enumerate(shares) if n]
         return torch.cat(parts)
 
     def _scenes(self, count: int, size: int) -> Tensor:
@@ -52,7 +52,7 @@ class CleanPatches:
         return F.avg_pool2d(picture, 2)
 
     def _photos(self, count: int, size: int, shrink: int) -> Tensor:
-        """Windows at full size, or shrunk: a smaller picture holds finer texture."""
+        """Windows shrunk, because at full size few photographs are sharp."""
         side = size * shrink
         index = torch.randint(len(self.photos), (count,)).tolist()
         free = self.photos.shape[-1] - side + 1
@@ -63,10 +63,9 @@ class CleanPatches:
             for i, (y, x) in zip(index, corner, strict=True)
         ]).float() / 255  # fmt: skip
         windows = torch.rot90(windows, turn, (2, 3))
-        if shrink > 1:
-            windows = F.interpolate(
-                windows, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
+        windows = F.interpolate(
+            windows, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
         if torch.rand(()).item() < 0.5:
             windows = windows.flip(3)
         changed = (torch.rand(count, 1, 1, 1, device=self.device) < 0.4).float()

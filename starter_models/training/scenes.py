@@ -1,8 +1,8 @@
 """Scenes with a known foreground, composed on the device by the batch.
 
-Real cut-outs, drawings and textured shapes lie on photographs, art, gradients and generated
-textures, in matching light, with soft shadows, before a background that is often out of focus. Then
-the whole picture is blurred, made noisy and compressed as a camera would. Every colour is in [0, 1].
+Real cut-outs, drawings and textured shapes lie on photographs, art and gradients, in matching
+light, with soft shadows, before a background that is often out of focus. Then the whole picture is
+blurred, made noisy and compressed as a camera would. Every colour is in [0, 1].
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Scenes:
         return blurred(picture, odds=0.6, strongest=size / 28)
 
     def objects(self, count: int, size: int, *, small: bool) -> tuple[Tensor, Tensor]:
-        """Colours `(count, 3, size, size)` and covers `(count, 1, size, size)` of one object each."""
+        """One object each: colours `(count, 3, size, size)`, covers `(count, 1, size, size)`."""
         kind = torch.rand(count, device=self.device)
         drawn = kind < self.odds.drawn
         colour, cover = self._zeros(count, size, 3), self._zeros(count, size)
@@ -186,7 +186,7 @@ class Scenes:
         return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
 
     def _gradient(self, count: int, size: int) -> Tensor:
-        """Studio backdrops: a colour that changes along a line or from the middle, lightly cloudy."""
+        """Studio backdrops: a colour that changes along a line or outwards, lightly cloudy."""
         y, x = self._grid(size)
         turn = self._uniform(count, 0, math.tau)
         along = (x - 0.5) * turn.cos() + (y - 0.5) * turn.sin()

@@ -1,8 +1,8 @@
 """Train background, enhance and upscale at once on one GPU, for a set time.
 
-`python starter_models/training/train_all.py --out DIR --minutes 4.3`. Each model is a process of its
-own. Every few seconds, what a model has saved is packed into `DIR/NAME.tar`, so that a run that is
-cut off keeps its last weights; logs are `DIR/NAME.log`.
+`python -m starter_models.training.train_all --out DIR --minutes 4.3`. Each model is a process of
+its own. Every few seconds, what a model has saved is packed into `DIR/NAME.tar`, so that a run that
+is cut off keeps its last weights; logs are `DIR/NAME.log`.
 """
 
 from __future__ import annotations

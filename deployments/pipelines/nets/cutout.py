@@ -2,9 +2,9 @@
 
 Residual blocks after He et al., 2015; skip connections after Ronneberger et al., 2015; attention
 over all places of the deepest level after Vaswani et al., 2017, its places marked by a depthwise
-convolution (Chu et al., 2021), so that any input size will do. The last layers see the picture's own
-pixels beside the features, which places the edge more finely than the features alone could; they
-work at half its size, on four pixels a place (Shi et al., 2016), for speed.
+convolution (Chu et al., 2021), so that any input size will do. The last layers see the picture's
+own pixels beside the features, which places the edge more finely than the features alone could;
+they work at half its size, on four pixels a place (Shi et al., 2016), for speed.
 """
 
 from __future__ import annotations
