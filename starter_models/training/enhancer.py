@@ -44,8 +44,9 @@ class Enhancer(nn.Module):
 
     def __init__(self, folder: Path, conditions: dict[str, Tensor]) -> None:
         super().__init__()
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-        self.vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        how = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **how)
+        self.vae = AutoencoderTiny.from_pretrained(folder / "vae", **how)
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
         self.register_buffer("embeds", conditions["embeds"].float())

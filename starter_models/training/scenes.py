@@ -54,6 +54,12 @@ class Scenes:
         self, stamps: CutOuts, drawings: CutOuts, backgrounds: Tensor, odds: Odds | None = None
     ) -> None:
         self.stamps, self.drawings, self.backgrounds = stamps, drawings, backgrounds
+        self.halves = torch.cat(
+            [
+                F.avg_pool2d(part.float(), 2).round().to(torch.uint8)
+                for part in backgrounds.split(16)
+            ]
+        )
         self.odds = odds or Odds()
         self.device = backgrounds.device
 
@@ -182,8 +188,17 @@ class Scenes:
         matrix = torch.stack([flip * cos, -flip * sin, sin, cos], -1).view(count, 2, 2)
         theta = torch.cat([matrix, shift[..., None]], -1)
         grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-        source = self.backgrounds[index].float() / 255
-        return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+        out = self._zeros(count, size, 3)
+        # Far shrunk, the full size would be jagged, which cut-outs are not.
+        far = scale * self.backgrounds.shape[-1] / size > 1.5
+        for chosen, stack in ((~far, self.backgrounds), (far, self.halves)):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                source = stack[index[rows]].float() / 255
+                out[rows] = F.grid_sample(
+                    source, grid[rows], padding_mode="reflection", align_corners=False
+                )
+        return out
 
     def _gradient(self, count: int, size: int) -> Tensor:
         """Studio backdrops: a colour that changes along a line or outwards, lightly cloudy."""

@@ -46,7 +46,8 @@ def main() -> None:
     for name, process in running.items():
         if process.poll() is None:
             process.kill()
-        _pack(scratch / name, given.out / f"{name}.tar", packed)
+        whole = process.wait() == 0
+        _pack(scratch / name, given.out / f"{name}.tar", packed, whole=whole)
         last = (given.out / f"{name}.log").read_text(encoding="utf-8").splitlines()[-3:]
         print(f"== {name}: exit code {process.wait()}", *last, sep="\n", flush=True)
 
@@ -64,11 +65,11 @@ def _start(
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
 
 
-def _pack(folder: Path, target: Path, packed: dict[str, float]) -> None:
-    """Pack a folder again if a file in it is new and none is being written right now."""
+def _pack(folder: Path, target: Path, packed: dict[str, float], *, whole: bool = False) -> None:
+    """Pack a folder again if a file in it is new, and `whole` or so old that it must be whole."""
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     newest = max((p.stat().st_mtime for p in files), default=0.0)
-    if newest <= packed.get(folder.name, 0.0) or time.time() - newest < 1:
+    if newest <= packed.get(folder.name, 0.0) or (not whole and time.time() - newest < 1):
         return
     partial = target.with_name(f".{target.name}")
     with tarfile.open(partial, "w") as archive:
