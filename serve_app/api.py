@@ -19,6 +19,7 @@ from deployments.errors import (
     NotFound,
     ServiceError,
 )
+from deployments.tasks import Task
 from serve_app import authorization, service
 from serve_app.access.keys import KeyFile
 from serve_app.access.limits import Limits
@@ -40,7 +41,7 @@ from serve_app.protocols import jobs as job_routes
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from deployments.registry import Registry
+    from deployments.catalogue import Registry
     from deployments.settings import Settings
     from serve_app.intake import Backends
     from serve_app.jobs.service import Jobs
@@ -64,7 +65,7 @@ def create_app(
 
     Args:
         backends: the models.
-        registry: what each task's model is.
+        registry: what each model is.
         settings: limits and deadlines.
         on_answer: called after each answer.
         jobs: of the application; None if it keeps none.
@@ -153,13 +154,9 @@ def _allowed(request: Request) -> str:
 
 def _ours(error: HTTPException, request: Request) -> ImagenError:
     """Starlette's error in our own tree."""
-    prefix, served = request.scope.get("root_path", ""), request.app.state.registry
+    prefix = request.scope.get("root_path", "")
     known: dict[int, Callable[[], ImagenError]] = {
-        404: lambda: NotFound(
-            "There is no such route.",
-            value=request.scope["path"],
-            remedy=f"Image routes: {', '.join(prefix + task.route for task in served)}.",
-        ),
+        404: lambda: _not_found(request, prefix),
         405: lambda: MethodNotAllowed(
             "This route does not take that method.",
             value=request.method,
@@ -173,3 +170,18 @@ def _ours(error: HTTPException, request: Request) -> ImagenError:
         value=f"HTTP {error.status_code}",
         remedy=f"See {prefix}/docs for what this route takes.",
     )
+
+
+def _not_found(request: Request, prefix: str) -> NotFound:
+    """The error for a path that is no route, or the route of a task that no model serves."""
+    path = request.scope["path"]
+    routes = ", ".join(prefix + task.route for task in request.app.state.registry)
+    for task in Task:
+        if path == prefix + task.route:
+            return NotFound(
+                f"No model serves the task {task} here.",
+                value=path,
+                remedy=f"Served: {routes}. The operator can add a model for it with `imagen run"
+                f" --serve {task}=NAME`; `imagen models list` has the names.",
+            )
+    return NotFound("There is no such route.", value=path, remedy=f"Image routes: {routes}.")

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from typing import Literal
 
+    from deployments.catalogue import Registry
     from deployments.contract import ImageRequest, ImageResult
-    from deployments.registry import ModelSpec, Registry
+    from deployments.registry import ModelSpec
     from deployments.settings import Settings
     from deployments.tasks import Task
 
@@ -53,25 +54,25 @@ class Details(NamedTuple):
     """What lies behind the states.
 
     Attributes:
-        replicas: what each running replica of a task serves: digest serving, digest wanted, and why
-            they differ.
+        replicas: what each running replica of a model serves, by the model's name: digest serving,
+            digest wanted, and why they differ.
         pulling: percent of each model that some node is fetching, by model name.
     """
 
-    replicas: Mapping[Task, list[Any]]
+    replicas: Mapping[str, list[Any]]
     pulling: Mapping[str, float]
 
 
 class Backends(Protocol):
-    """The models, and how they are."""
+    """The models by name, and how they are."""
 
-    def __getitem__(self, task: Task) -> Backend: ...
+    def __getitem__(self, name: str) -> Backend: ...
 
-    def recovery_s(self, task: Task) -> float:
+    def recovery_s(self, name: str) -> float:
         """Seconds after which a model that is not ready will probably answer."""
         ...
 
-    async def states(self) -> Mapping[Task, State]:
+    async def states(self) -> Mapping[str, State]:
         """ready, idle (no replica, wakes on demand), starting or failed."""
         ...
 
@@ -86,7 +87,7 @@ class Call:
 
     Attributes:
         task: what is asked for.
-        fields: parameters as text, by name.
+        fields: parameters as text, by name; and `model`, the name of a model.
         image: the uploaded file; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
@@ -107,11 +108,13 @@ class Checked:
     """A request that its model would take.
 
     Attributes:
+        spec: its model.
         request: the fields that the client set.
         output_format: of the result.
         width_px, height_px: of the picture, upright; 0 without one.
     """
 
+    spec: ModelSpec
     request: ImageRequest
     output_format: OutputFormat
     width_px: int
@@ -123,7 +126,7 @@ class Intake:
 
     Args:
         backends: the models.
-        registry: what each task's model is.
+        registry: what each model is.
         settings: limits and deadlines.
     """
 
@@ -162,13 +165,21 @@ class Intake:
             RequestError: the request is wrong.
             ServiceError: the model is not ready, busy, failed, or too late.
         """
+        name = self.spec_of(call).name
         try:
             async with asyncio.timeout_at(deadline_s):
                 checked = await self.check(call)
-                job = self._job(call, checked, deadline_s)
-                return await self._backends[call.task](job)
+                return await self._backends[name](self._job(call, checked, deadline_s))
         except TimeoutError as error:
-            raise await self._why_late(call.task) from error
+            raise await self._why_late(name) from error
+
+    def spec_of(self, call: Call) -> ModelSpec:
+        """The model that a request names, or its task's default.
+
+        Raises:
+            InvalidParameter: it names none that serves the task.
+        """
+        return self._registry.choose(call.task, call.fields.get("model"))
 
     async def check(self, call: Call) -> Checked:
         """Whether a request can be sent to its model.
@@ -176,15 +187,16 @@ class Intake:
         Raises:
             RequestError: it is wrong.
         """
-        spec = self._registry[call.task]
+        spec = self.spec_of(call)
         check_picture(call)
-        request = parse(call.task.request, call.fields)
+        fields = {name: text for name, text in call.fields.items() if name != "model"}
+        request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
         width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
             await call.charge(width_px * height_px)
-        return Checked(request, output_format, width_px, height_px)
+        return Checked(spec, request, output_format, width_px, height_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
         return ImageJob(
@@ -226,11 +238,11 @@ class Intake:
                 remedy=f"Send a picture of at most {limit // scale**2} px.",
             )
 
-    async def _why_late(self, task: Task) -> ImagenError:
-        state = (await self._backends.states()).get(task, "starting")
+    async def _why_late(self, name: str) -> ImagenError:
+        state = (await self._backends.states()).get(name, "starting")
         if state == "ready":
             return too_late()
-        return not_ready(task, state, self._backends.recovery_s(task))
+        return not_ready(name, state, self._backends.recovery_s(name))
 
 
 def check_picture(call: Call) -> None:
@@ -252,11 +264,11 @@ def check_picture(call: Call) -> None:
         )
 
 
-def not_ready(task: Task, state: State, recovery_s: float) -> NotReady:
+def not_ready(name: str, state: State, recovery_s: float) -> NotReady:
     """The error for a model that cannot answer now."""
     failed = state == "failed"
     return NotReady(
-        f"The model {task} is {state}.",
+        f"The model {name} is {state}.",
         value=state,
         remedy="Ask the operator; /readyz says more."
         if failed

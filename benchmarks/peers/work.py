@@ -18,10 +18,11 @@ import numpy as np
 from benchmarks.driving import drive
 from deployments import images
 from deployments.buckets import choose_bucket, fit_to_bucket, restore_from_bucket
+from deployments.catalogue import load_registry
 from deployments.contract import Img2ImgRequest, complete, parse
 from deployments.engine.row import Pixels, RowInput
 from deployments.images import Picture
-from deployments.registry import ModelSpec, load_registry
+from deployments.registry import ModelSpec
 from deployments.settings import ROOT, LimitSettings, enforce_offline
 from deployments.tasks import Task
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from cli.console import Output, Row, make_table
 from cli.ending import ending
 from cli.models.session import (
-    STARTER,
+    EVERY,
     AsJson,
     Name,
-    RegistryFile,
+    RegistryFiles,
     Root,
     Session,
     session,
@@ -37,7 +37,7 @@ from deployments.store.manifest import SHORT
 
 
 def list_models(
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,13 +60,13 @@ def list_models(
                 decimal(row["compiled_bytes"]) if row["compiled_bytes"] else "-",
             )
         opened.output.show(table)
-        places = {"registry": str(opened.registry), "store": str(opened.store.root)}
+        places = {"registries": [*map(str, opened.registries)], "store": str(opened.store.root)}
         opened.output.emit(places | {"models": rows})
 
 
 def info(
     name: Name,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:

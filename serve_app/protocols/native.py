@@ -20,7 +20,10 @@ from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response
 
 if TYPE_CHECKING:
-    from deployments.registry import ModelSpec, Registry
+    from collections.abc import Sequence, Set
+
+    from deployments.catalogue import Registry
+    from deployments.registry import ModelSpec
     from serve_app.jobs.service import Accepted
 
 _STATUSES = {
@@ -83,9 +86,9 @@ _REQUEST_HEADERS = {
 
 
 def router(registry: Registry) -> APIRouter:
-    """One image route for each task of the table."""
+    """One image route for each task that is served."""
     routes = APIRouter(tags=["images"])
-    for task, spec in registry.items():
+    for task in registry:
         routes.add_api_route(
             task.route,
             process_image,
@@ -93,10 +96,10 @@ def router(registry: Registry) -> APIRouter:
             name=task,
             operation_id=task,
             summary=task.request.__doc__,
-            description=f"The model {spec.name}: {spec.summary}.",
+            description="\n".join(f"- {m.name}: {m.summary}." for m in registry.of(task)),
             response_class=Response,
             responses=_RESPONSES,
-            openapi_extra=request_body(spec),
+            openapi_extra=request_body(registry.of(task)),
         )
     return routes
 
@@ -132,7 +135,7 @@ async def process_image(
 
 async def _submit(request: Request, task: Task, intake: Intake) -> Accepted:
     call, options = await _read(request, task, intake, intake.deadline_s())
-    return await jobs.submit(request, call, intake, request.app.state.registry[task], options)
+    return await jobs.submit(request, call, intake, options)
 
 
 async def _read(
@@ -162,15 +165,20 @@ def _check_query(request: Request) -> None:
         )
 
 
-def request_body(spec: ModelSpec) -> dict[str, Any]:
-    """The form of a route, for `/docs`: the fields its model reads, with the model's defaults."""
+def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
+    """The form of a route, for `/docs`: the fields its models read, with the first one's defaults.
+
+    A field that the first one does not read has none, so that the form does not send it.
+    """
+    spec = models[0]
     schema = spec.task.request.model_json_schema()["properties"]
-    fields = {name: dict(schema[name]) for name in schema if name in spec.parameters}
+    read = frozenset[str]().union(*(model.parameters for model in models))
+    fields = {name: dict(schema[name]) for name in schema if name in read}
     for name, value in spec.defaults.items():
         fields[name]["default"] = value
-    for name in _ONLY_WITH_ANOTHER & fields.keys():
-        del fields[name]["default"]
-    fields |= _job_fields(spec)
+    for name in (_ONLY_WITH_ANOTHER & fields.keys()) | (read - spec.parameters):
+        fields[name].pop("default", None)
+    fields |= _model_field(models) | _job_fields(read)
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -187,9 +195,15 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _job_fields(spec: ModelSpec) -> dict[str, Any]:
+def _model_field(models: Sequence[ModelSpec]) -> dict[str, Any]:
+    names = [model.name for model in models]
+    text = "Which model makes the picture. Unset: the first one."
+    return {"model": {"type": "string", "enum": names, "default": names[0], "description": text}}
+
+
+def _job_fields(read: Set[str]) -> dict[str, Any]:
     """Fields that belong to a job. /docs sends their defaults, which a sync call may have too."""
     fields: dict[str, Any] = JobOptions.model_json_schema()["properties"]
-    if "seed" not in spec.parameters:
+    if "seed" not in read:
         del fields["n"]
     return fields

@@ -17,6 +17,7 @@ from fastapi.openapi.models import OpenAPI
 from PIL import Image
 
 from deployments import errors
+from deployments.catalogue import Registry
 from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
 from deployments.notes import Code, note
@@ -25,6 +26,7 @@ from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.options import JobOptions
+from serve_app.protocols import native
 from tests.unit.fakes import (
     OPEN_TO_ALL,
     REGISTRY,
@@ -213,7 +215,7 @@ async def test_a_result_without_chance_has_no_seed_and_notes_are_told() -> None:
     backends = FakeBackends()
     await post(app_of(backends), COMIC, PHOTO)
     notes = (note(Code.FRAMES_DROPPED, "The first of 12 frames was used."),)
-    backends.result = result_of(backends.jobs[0], Task.COMIC, seed=None, notes=notes)
+    backends.result = result_of(backends.jobs[0], "comic-starter", seed=None, notes=notes)
     response = await post(app_of(backends), COMIC, PHOTO)
     assert "x-imagen-seed" not in response.headers
     assert response.headers["x-imagen-note"] == "frames_dropped: The first of 12 frames was used."
@@ -458,7 +460,7 @@ async def test_an_unforeseen_error_is_told_without_its_insides(
 async def test_a_missed_deadline_is_explained_by_the_models_state(
     state: State, status: int, code: str
 ) -> None:
-    backends = FakeBackends(delay_s=30, state="ready", other_states={Task.COMIC: state})
+    backends = FakeBackends(delay_s=30, state="ready", other_states={"comic-starter": state})
     response = await post(app_of(backends, timeout_s=0.05), COMIC, PHOTO)
     problem = refused(response, status)
     assert problem["code"] == code
@@ -471,7 +473,7 @@ async def test_a_missed_deadline_stops_the_work() -> None:
     stopped = asyncio.Event()
 
     class Watched(FakeBackends):
-        def __getitem__(self, task: Task) -> Any:
+        def __getitem__(self, name: str) -> Any:
             async def backend(job: Any) -> None:
                 try:
                     await asyncio.sleep(30)
@@ -601,7 +603,7 @@ async def test_the_process_lives() -> None:
     ("state", "ready"), [("ready", True), ("idle", True), ("starting", False), ("failed", False)]
 )
 async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
-    backends = FakeBackends(other_states={Task.AGED: state})
+    backends = FakeBackends(other_states={"aged-starter": state})
     response = await send(app_of(backends), "GET", "/readyz")
     assert response.status_code == (200 if ready else 503)
     body = response.json()
@@ -612,8 +614,8 @@ async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
 
 async def test_a_model_nobody_knows_of_is_starting() -> None:
     class Forgetful(FakeBackends):
-        async def states(self) -> dict[Task, State]:
-            return {Task.COMIC: "ready"}
+        async def states(self) -> dict[str, State]:
+            return {"comic-starter": "ready"}
 
     response = await send(app_of(Forgetful()), "GET", "/readyz")
     assert response.status_code == 503
@@ -628,7 +630,7 @@ async def test_readiness_that_cannot_be_asked_for_is_a_problem() -> None:
 
 
 async def test_the_models_are_listed_with_route_licence_and_state() -> None:
-    backends = FakeBackends(other_states={Task.AGED: "failed"})
+    backends = FakeBackends(other_states={"aged-starter": "failed"})
     response = await send(app_of(backends), "GET", "/api/v1/models")
     models = {model["task"]: model for model in response.json()["models"]}
     assert set(models) == set(map(str, Task))
@@ -646,7 +648,7 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
 
 async def test_readiness_tells_what_is_served_and_what_is_pulled() -> None:
     served = {"serving": "0123456789abcdef", "wanted": "fedcba9876543210", "error": "damaged"}
-    details = Details({Task.COMIC: [served]}, {"comic-starter": 43.21})
+    details = Details({"comic-starter": [served]}, {"comic-starter": 43.21})
     response = await send(app_of(FakeBackends(known_details=details)), "GET", "/readyz")
     assert response.status_code == 200, "the former model goes on serving"
     assert response.json()["replicas"] == {"comic": [served]}
@@ -712,7 +714,7 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
     assert form["additionalProperties"] is False
     spec = REGISTRY[task]
     of_job = JobOptions.model_fields.keys() - ({"n"} if "seed" not in spec.parameters else set())
-    assert form["properties"].keys() == {"image", *spec.parameters, *of_job}
+    assert form["properties"].keys() == {"image", "model", *spec.parameters, *of_job}
     assert all(field["description"] for field in form["properties"].values())
     for name, value in spec.defaults.items():
         assert form["properties"][name]["default"] == value
@@ -748,7 +750,9 @@ async def test_the_description_lists_every_answer_of_every_route(task: Task) -> 
     promised = {name.lower() for name in answers["200"]["headers"]} - of_jobs
     backends = FakeBackends()
     await post(app_of(backends), task.route, PHOTO)
-    backends.result = result_of(backends.jobs[0], task, notes=(note(Code.SEED_DRAWN, "Drawn."),))
+    backends.result = result_of(
+        backends.jobs[0], f"{task}-starter", notes=(note(Code.SEED_DRAWN, "Drawn."),)
+    )
     response = await post(app_of(backends), task.route, PHOTO)
     assert promised <= set(response.headers)
     assert {name for name in response.headers if name.startswith("x-")} <= promised
@@ -785,12 +789,77 @@ def test_the_bomb_of_these_tests_is_a_real_png() -> None:
 # A registry of fewer tasks
 
 
-async def test_a_task_without_a_model_has_no_route() -> None:
-    registry = {task: spec for task, spec in REGISTRY.items() if task != Task.AGED}
+async def test_a_task_without_a_model_answers_404_with_the_remedy() -> None:
+    registry = Registry([spec for spec in REGISTRY.models if spec.task != Task.AGED], {})
     app = create_app(FakeBackends(), registry, Settings(access=OPEN_TO_ALL))
     problem = refused(await post(app, Task.AGED.route, PHOTO), 404)
+    assert problem["fact"] == "No model serves the task aged here."
+    assert "imagen run --serve aged=" in problem["remedy"]
     assert Task.AGED.route not in problem["remedy"]
     assert Task.COMIC.route in problem["remedy"]
     assert set((await send(app, "GET", "/readyz")).json()["models"]) == set(registry)
     models = (await send(app, "GET", "/api/v1/models")).json()["models"]
     assert {model["task"] for model in models} == set(registry)
+
+
+# A registry of two models of one task
+
+
+SECOND = REGISTRY[Task.UPSCALE].model_copy(update={"name": "upscale-second", "summary": "Another"})
+KNOWN = {model.name: model.task for model in REGISTRY.models} | {"upscale-third": Task.UPSCALE}
+TWO = Registry([*REGISTRY.models, SECOND], KNOWN)
+
+
+def app_of_two(**options: Any) -> Any:
+    return create_app(FakeBackends(**options), TWO, Settings(access=OPEN_TO_ALL))
+
+
+@pytest.mark.parametrize("model", [None, "upscale-starter", "upscale-second"])
+async def test_a_request_picks_one_of_the_models_of_a_task(model: str | None) -> None:
+    fields = {"model": model} if model else {}
+    answer = await post(app_of_two(), Task.UPSCALE.route, PHOTO, data=fields)
+    assert answer.status_code == 200
+    assert answer.headers["x-imagen-model"].startswith(f"{model or 'upscale-starter'}@")
+
+
+@pytest.mark.parametrize(
+    ("model", "fact"),
+    [
+        ("upscale-fourth", "There is no such model for upscale."),
+        ("", "There is no such model for upscale."),
+        ("comic-starter", "comic-starter serves comic, not upscale."),
+        ("upscale-third", "upscale-third is known here, but it is not served."),
+    ],
+)
+async def test_a_model_that_is_not_served_is_refused(model: str, fact: str) -> None:
+    answer = await post(app_of_two(), Task.UPSCALE.route, PHOTO, data={"model": model})
+    problem = refused(answer, 422)
+    assert (problem["fact"], problem["value"]) == (fact, f"model={model}")
+    assert "Send one of: upscale-starter, upscale-second." in problem["remedy"]
+    hint = "imagen run --serve upscale=upscale-starter,upscale-second,upscale-third"
+    assert (hint in problem["remedy"]) == (model == "upscale-third")
+
+
+async def test_every_model_of_a_task_is_listed_with_its_own_state() -> None:
+    app = app_of_two(other_states={"upscale-second": "starting"})
+    models = (await send(app, "GET", "/api/v1/models")).json()["models"]
+    found = [(m["name"], m["default"], m["state"]) for m in models if m["task"] == "upscale"]
+    assert found == [("upscale-starter", True, "ready"), ("upscale-second", False, "starting")]
+    ready = await send(app, "GET", "/readyz")
+    assert (ready.status_code, ready.json()["models"]["upscale-second"]) == (503, "starting")
+
+
+async def test_the_reference_offers_every_model_of_a_route() -> None:
+    description = (await send(app_of_two(), "GET", "/openapi.json")).json()
+    route = description["paths"][Task.UPSCALE.route]["post"]
+    form = route["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert form["model"]["enum"] == ["upscale-starter", "upscale-second"]
+    assert "upscale-second: Another." in route["description"]
+
+
+def test_a_form_of_several_models_sends_no_field_that_its_default_model_does_not_read() -> None:
+    diffusion = SECOND.model_copy(update={"family": "upscale_diffusion"})
+    body = native.request_body([REGISTRY[Task.UPSCALE], diffusion])["requestBody"]
+    form = body["content"]["multipart/form-data"]["schema"]["properties"]
+    assert "default" not in form["prompt"]
+    assert form["n"]
