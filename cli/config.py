@@ -11,6 +11,7 @@ import yaml
 from deployments.catalogue import load_registry
 from deployments.errors import ConfigError
 from deployments.settings import AccessSettings, Settings, parse_settings, resolve
+from deployments.store.lockfile import load_lock, locked_digest
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -84,7 +85,7 @@ def config_serving(config: Path, serve: Mapping[str, Sequence[str]]) -> dict[str
         serve: names of models by task, laid upon those of the file.
 
     Raises:
-        ConfigError: no application is ours, or see `Catalogue.served`.
+        ConfigError: no application is ours; a model has no digest yet; or see `Catalogue.served`.
         LicenceRefused: a model's licence is not accepted.
     """
     if serve:
@@ -101,7 +102,9 @@ def config_serving(config: Path, serve: Mapping[str, Sequence[str]]) -> dict[str
 def _serving(application: dict[str, Any], serve: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     settings = _settings(application)
     chosen = settings.serve | {task: tuple(names) for task, names in serve.items()}
-    registry = load_registry(*settings.models, serve=chosen)
+    registry, lock = load_registry(*settings.models, serve=chosen), load_lock(*settings.models)
+    for spec in registry.models:
+        locked_digest(lock, spec)
     given: list[dict[str, Any]] = list(application.get("deployments") or ())
     options = {one.get("name"): one for one in given}
     further = [

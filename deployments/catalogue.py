@@ -162,6 +162,10 @@ class Catalogue(Strict):
         names = ", ".join(entry.name for entry in self.entries)
         raise ConfigError("No such model in the registry.", value=name, remedy=f"Names: {names}.")
 
+    def is_default(self, entry: ArtefactSpec) -> bool:
+        """Whether an entry is the default of its task, unless `serve` names others."""
+        return isinstance(entry, ModelSpec) and self._candidates(entry.task) == [entry]
+
     def file_of(self, entry: ArtefactSpec) -> Path:
         """The registry file that an entry stands in; its lock file is beside it."""
         return self._files[entry.name]

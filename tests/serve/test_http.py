@@ -88,20 +88,6 @@ def test_two_models_of_one_task_run_at_once_and_a_request_picks_one(address: str
     assert str(written["model"]).startswith(f"{FURTHER}@")
 
 
-def test_a_job_runs_on_the_model_that_it_names(address: str) -> None:
-    answer = httpx.post(
-        f"{address}/api/v1/images/upscale",
-        files={"image": jpeg()},
-        data={"model": FURTHER},
-        headers={"Prefer": "wait=60"},
-        timeout=120,
-    )
-    assert (answer.status_code, answer.headers["preference-applied"]) == (200, "wait=60")
-    assert answer.headers["x-imagen-model"].startswith(f"{FURTHER}@")
-    job = httpx.get(f"{address}{answer.headers['location']}", timeout=30).json()
-    assert (job["task"], job["model"]) == ("upscale", FURTHER)
-
-
 def test_a_model_that_is_not_served_is_refused_with_the_names_of_those_that_are(
     address: str,
 ) -> None:

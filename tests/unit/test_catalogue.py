@@ -36,6 +36,8 @@ def test_the_first_file_with_a_model_for_a_task_decides_its_default(both: Catalo
     assert named(both.served()) == starters
     assert both.find("upscale").name == "upscale-starter"
     assert both.find(X4PLUS) in both.models
+    defaults = [entry.name for entry in both.entries if both.is_default(entry)]
+    assert defaults == [f"{task}-starter" for task in Task]
     production = load_catalogue(PRODUCTION, STARTER).accepting().served()
     assert production[Task.UPSCALE].name == "upscale-sd-x4"  # by `serving` in that file
     assert production[Task.COMIC].name == "comic-ghibli"
