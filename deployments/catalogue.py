@@ -9,7 +9,7 @@ from typing import Self, TypeAlias
 import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
-from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
+from deployments.errors import ConfigError, InvalidParameter, LicenceRefused, Problem
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import Strict, parse_settings, resolve
 from deployments.tasks import Task
@@ -82,7 +82,9 @@ class Registry(Mapping[Task, ModelSpec]):
             fact = f"{name} serves {self._known[name]}, not {task}."
         else:
             fact = f"There is no such model for {task}."
-        raise InvalidParameter(fact, value=f"model={name}", remedy=remedy)
+        value = (name or "nothing")[:200]
+        problem = Problem(parameter="model", fact=fact, value=value, remedy=remedy)
+        raise InvalidParameter(fact, value=value, remedy=remedy, problems=(problem,))
 
     def on_cpu(self) -> Registry:
         """The same models without a share of a GPU, in float32, which every CPU computes fast."""

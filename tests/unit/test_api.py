@@ -834,7 +834,8 @@ async def test_a_request_picks_one_of_the_models_of_a_task(model: str | None) ->
 async def test_a_model_that_is_not_served_is_refused(model: str, fact: str) -> None:
     answer = await post(app_of_two(), Task.UPSCALE.route, PHOTO, data={"model": model})
     problem = refused(answer, 422)
-    assert (problem["fact"], problem["value"]) == (fact, f"model={model}")
+    assert (problem["fact"], problem["value"]) == (fact, model or "nothing")
+    assert [one["parameter"] for one in problem["errors"]] == ["model"]
     assert "Send one of: upscale-starter, upscale-second." in problem["remedy"]
     hint = "imagen run --serve upscale=upscale-starter,upscale-second,upscale-third"
     assert (hint in problem["remedy"]) == (model == "upscale-third")

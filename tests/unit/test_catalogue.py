@@ -134,7 +134,7 @@ def test_a_model_that_is_not_served_is_refused_with_the_way_to_it(
 ) -> None:
     with pytest.raises(InvalidParameter) as caught:
         both.served().choose(Task.UPSCALE, name)
-    assert (caught.value.message, caught.value.value) == (fact, f"model={name}")
+    assert (caught.value.message, caught.value.value) == (fact, name)
     assert caught.value.remedy.startswith("Send one of: upscale-starter.")
     assert remedy in caught.value.remedy
 
