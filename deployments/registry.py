@@ -36,7 +36,8 @@ CompileMode = Annotated[
 ]
 
 
-_OF_FEW_SIZES = ("img2img", "matting")
+_WITH_BUCKETS = ("img2img", "text2img")
+_OF_FEW_SIZES = (*_WITH_BUCKETS, "matting")
 
 
 class Origin(Strict):
@@ -139,7 +140,8 @@ class ModelSpec(ArtefactSpec):
         noise: dtype that noise is drawn in. With float32 a seed gives the same picture, up to
             rounding, whatever the dtype; model draws in the model's dtype, as stock diffusers does.
         defaults: parameter values for fields that a request leaves out.
-        buckets: working sizes (width, height) in px, multiples of 64; diffusion img2img only.
+        buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
+            text2img only. The first is that of a request which names no size.
         tile_px: edge of the tiles an upscaler works in.
         max_batch_size: most rows in one forward pass.
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
@@ -199,8 +201,9 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(
                 f"family {self.family} cannot serve the task {self.task}; known: {known}"
             )
-        if (self.family == "img2img") != bool(self.buckets):
-            raise ValueError("buckets belong to family img2img, which needs at least one")
+        if (self.family in _WITH_BUCKETS) != bool(self.buckets):
+            known = " and ".join(_WITH_BUCKETS)
+            raise ValueError(f"buckets belong to families {known}, which need at least one")
         if any(side % 64 or side <= 0 for bucket in self.buckets for side in bucket):
             raise ValueError("every bucket side must be a positive multiple of 64")
         if self.attention != "sdpa" and "steps" not in self.parameters:

@@ -111,7 +111,7 @@ class Checked:
         spec: its model.
         request: the fields that the client set.
         output_format: of the result.
-        width_px, height_px: of the picture, upright; 0 without one.
+        width_px, height_px: of the picture, upright; without one, of what is made.
     """
 
     spec: ModelSpec
@@ -192,7 +192,10 @@ class Intake:
         fields = {name: text for name, text in call.fields.items() if name != "model"}
         request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
-        width_px, height_px = await self._size_px(call.image)
+        if call.image is None:
+            width_px, height_px = self._canvas(request, spec)
+        else:
+            width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
             await call.charge(width_px * height_px)
@@ -210,9 +213,19 @@ class Intake:
             sent_unix_s=time.time(),
         )
 
-    async def _size_px(self, image: bytes | None) -> tuple[int, int]:
-        if image is None:
-            return 0, 0
+    def _canvas(self, request: ImageRequest, spec: ModelSpec) -> tuple[int, int]:
+        """Width and height, px, of what a task without a picture makes."""
+        width_px, height_px = request.canvas(spec.buckets[0] if spec.buckets else (0, 0))
+        limit = self._limits.max_output_px
+        if width_px * height_px > limit:
+            raise TooLarge(
+                f"The result may have at most {limit} px.",
+                value=f"{width_px} x {height_px} = {width_px * height_px} px",
+                remedy="Ask for a smaller width or height.",
+            )
+        return width_px, height_px
+
+    async def _size_px(self, image: bytes) -> tuple[int, int]:
         header = await asyncio.get_running_loop().run_in_executor(
             self._header_threads, images.read_header, image, self._limits
         )
