@@ -35,7 +35,7 @@ from serve_app.middleware import (
     RequestId,
 )
 from serve_app.problem import error_response
-from serve_app.protocols import files, native
+from serve_app.protocols import files, native, openai
 from serve_app.protocols import jobs as job_routes
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.service import Jobs
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_ROUTERS = (openai.router, job_routes.router, files.router, service.router)
 DESCRIPTION = (
     "Image models behind one API. Send a picture as the form field `image`; the answer is a "
     "picture. Every error is problem+json (RFC 9457) with fact, value, remedy and request id."
@@ -86,8 +87,8 @@ def create_app(
     app.state.intake = Intake(backends, registry, settings)
     app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
-    for router in (native.router(registry), job_routes.router, files.router, service.router):
-        app.include_router(router)
+    for one in (native.router(registry), *_ROUTERS):
+        app.include_router(one)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
     if settings.access.auth == "keys":
@@ -98,7 +99,7 @@ def create_app(
 def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:
     access = settings.access
     keys = KeyFile(access.keys_file, access.limits) if access.auth == "keys" else None
-    routes = frozenset(task.route for task in registry)
+    routes = frozenset((*(task.route for task in registry), *openai.IMAGE_ROUTES))
     return Middleware(Access, keys=keys, limits=limits, image_routes=routes)
 
 

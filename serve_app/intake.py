@@ -11,7 +11,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 from deployments import images
 from deployments.contract import ImageJob, OutputFormat, check_used, parse
@@ -27,11 +27,12 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from typing import Literal
 
     from deployments.catalogue import Registry
-    from deployments.contract import ImageRequest, ImageResult
+    from deployments.contract import ImageRequest, ImageResult, JobProgress
+    from deployments.notes import Note
     from deployments.registry import ModelSpec
     from deployments.settings import Settings
     from deployments.tasks import Task
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     State = Literal["ready", "idle", "starting", "failed"]
 
 T = TypeVar("T")
+Answers: TypeAlias = "AsyncGenerator[JobProgress | tuple[ImageResult, ...]]"
 _OPERATOR_S = 60
 """`Retry-After` of a model that failed to start: it waits for an operator."""
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
@@ -48,6 +50,10 @@ class Backend(Protocol):
     """Whatever runs one model. Raises only errors of our own tree."""
 
     async def __call__(self, job: ImageJob) -> ImageResult: ...
+
+    def stream(self, job: ImageJob) -> Answers:
+        """Tells how far a request is; its results come last."""
+        ...
 
 
 class Details(NamedTuple):
@@ -93,6 +99,9 @@ class Call:
         request_id: for the log.
         charge: called with the pixels of the picture once its header is read, before any work; may
             raise RateLimited. None charges nobody.
+        n: results, of seeds that follow one another; above 1 only for models that use chance.
+        preview: whether `Intake.follow` shows small pictures of the steps.
+        notes: of what the protocol lost or chose.
     """
 
     task: Task
@@ -101,6 +110,9 @@ class Call:
     accept: str = ""
     request_id: str = ""
     charge: Callable[[int], Awaitable[None]] | None = None
+    n: int = 1
+    preview: bool = False
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +193,37 @@ class Intake:
         """
         return self._registry.choose(call.task, call.fields.get("model"))
 
+    async def follow(self, call: Call, deadline_s: float) -> Answers:
+        """How far a request is, and then its results.
+
+        Raises as `run`: what is wrong with the request before the first answer, the rest with it
+        or later.
+        """
+        name = self.spec_of(call).name
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                checked = await self.check(call)
+                answers = self._backends[name].stream(self._job(call, checked, deadline_s))
+                first = await anext(answers)
+        except TimeoutError as error:
+            raise await self._why_late(name) from error
+        return self._followed(name, first, answers, deadline_s)
+
+    async def _followed(
+        self, name: str, answer: Any, answers: Answers, deadline_s: float
+    ) -> Answers:
+        try:
+            while True:
+                yield answer
+                async with asyncio.timeout_at(deadline_s):
+                    answer = await anext(answers)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise await self._why_late(name) from error
+        finally:
+            await answers.aclose()
+
     async def check(self, call: Call) -> Checked:
         """Whether a request can be sent to its model.
 
@@ -192,13 +235,14 @@ class Intake:
         fields = {name: text for name, text in call.fields.items() if name != "model"}
         request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
+        check_n(call.n, spec)
         if call.image is None:
             width_px, height_px = self._canvas(request, spec)
         else:
             width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
-            await call.charge(width_px * height_px)
+            await call.charge(width_px * height_px * call.n)
         return Checked(spec, request, output_format, width_px, height_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
@@ -211,6 +255,9 @@ class Intake:
             width_px=checked.width_px,
             height_px=checked.height_px,
             sent_unix_s=time.time(),
+            n=call.n,
+            preview=call.preview,
+            notes=call.notes,
         )
 
     def _canvas(self, request: ImageRequest, spec: ModelSpec) -> tuple[int, int]:
@@ -274,6 +321,20 @@ def check_picture(call: Call) -> None:
             f"The task {call.task} takes no picture.",
             value=f"{len(call.image)} bytes",
             remedy="Leave it out.",
+        )
+
+
+def check_n(n: int, spec: ModelSpec) -> None:
+    """Whether a model's results differ if there are several.
+
+    Raises:
+        InvalidParameter: it uses no chance.
+    """
+    if n > 1 and "seed" not in spec.parameters:
+        raise InvalidParameter(
+            f"The model {spec.name} uses no chance, so that all results would be the same.",
+            value=f"n={n}",
+            remedy="Leave n out.",
         )
 
 

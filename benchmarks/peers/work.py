@@ -37,7 +37,7 @@ MODELS: Final = ROOT / "configs/models/starter.yaml"
 # As in configs/local.yaml; each model is one process.
 TORCH_THREADS: Final = 1
 PIXEL_THREADS: Final = 2
-MAX_BATCH: Final = {**dict.fromkeys(Task, 4), Task.BACKGROUND: 8}
+MAX_BATCH: Final = {task: 4 for task in Task if task.needs_picture} | {Task.BACKGROUND: 8}
 # As in configs/local.yaml, for servers that have a timeout.
 TIMEOUT_S: Final = 60
 _LIMITS: Final = LimitSettings()

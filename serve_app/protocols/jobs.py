@@ -25,6 +25,7 @@ from deployments.errors import (
     NotFound,
     RateLimited,
 )
+from serve_app.intake import check_n
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.results import result_of
@@ -220,7 +221,7 @@ async def submit(
     jobs = await jobs_of(request)
     key = _idempotency_key(request)
     wanted = validated(JobOptions, options, "job")
-    _check_n(wanted.n, intake.spec_of(call))
+    check_n(wanted.n, intake.spec_of(call))
     if wanted.webhook:
         url = check_webhook(wanted.webhook, jobs.settings.webhooks)
         wanted = wanted.model_copy(update={"webhook": url})
@@ -273,15 +274,6 @@ def _fields(request: ImageRequest, spec: ModelSpec) -> tuple[dict[str, Any], tup
     # Drawn now, so that each attempt makes the same picture.
     fields["seed"], drawn = draw_seed()
     return fields, (drawn,)
-
-
-def _check_n(n: int, spec: ModelSpec) -> None:
-    if n > 1 and "seed" not in spec.parameters:
-        raise InvalidParameter(
-            f"The model {spec.name} uses no chance, so that all results would be the same.",
-            value=f"n={n}",
-            remedy="Leave n out.",
-        )
 
 
 def _idempotency_key(request: Request) -> str:

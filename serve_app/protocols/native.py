@@ -1,4 +1,4 @@
-"""Our own protocol: a multipart form in, a picture and headers that describe it out."""
+"""Our own protocol: a form or JSON in, a picture and headers that describe it out; or JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from deployments.tasks import Task
 from serve_app.intake import Call, Intake
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
-from serve_app.protocols import jobs
+from serve_app.protocols import inline, jobs, multipart
 from serve_app.protocols.jobs import AcceptedJob
-from serve_app.protocols.multipart import read_form
 from serve_app.protocols.parameters import header_parameters
-from serve_app.protocols.picture import image_response
+from serve_app.protocols.picture import image_response, json_response
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Set
@@ -125,7 +124,8 @@ async def process_image(
         deadline_s = intake.deadline_s()
         call, options = await _read(request, task, intake, deadline_s)
         jobs.check_sync(request, options)
-        return image_response(await intake.run(call, deadline_s))
+        result = await intake.run(call, deadline_s)
+        return json_response(result) if _wants_json(request) else image_response(result)
     jobs.check_kept(preference, request.app.state.jobs)
     accepted = await _submit(request, task, intake)
     # What follows may take a minute, in which the upload must not stand in anybody's way.
@@ -142,18 +142,29 @@ async def _read(
     request: Request, task: Task, intake: Intake, deadline_s: float
 ) -> tuple[Call, dict[str, str]]:
     """The request, and those of its fields that belong to a job."""
-    form = await intake.read(read_form(request, needs_image=task.needs_picture), deadline_s)
+    read = inline.read_form if inline.is_json(request) else multipart.read_form
+    form = await intake.read(read(request, needs_image=task.needs_picture), deadline_s)
     _check_query(request)
     fields, options = split(form.fields)
     call = Call(
         task=task,
         fields=fields,
         image=form.image,
-        accept=", ".join(request.headers.getlist("accept")),
+        accept="" if _wants_json(request) else _accept(request),
         request_id=request.scope["state"]["request_id"],
         charge=request.scope["state"]["charge"],
     )
     return call, options
+
+
+def _accept(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))
+
+
+def _wants_json(request: Request) -> bool:
+    """Whether the client names JSON, and no picture, as what it accepts."""
+    accept = _accept(request).lower()
+    return inline.MEDIA_TYPE in accept and "image/" not in accept
 
 
 def _check_query(request: Request) -> None:
@@ -189,9 +200,13 @@ def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": fields,
     }
+    content = {
+        "multipart/form-data": {"schema": body},
+        inline.MEDIA_TYPE: {"schema": _in_json(body)},
+    }
     return {
         "parameters": header_parameters(_REQUEST_HEADERS),
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}},
+        "requestBody": {"required": True, "content": content},
     }
 
 
@@ -199,6 +214,15 @@ def _model_field(models: Sequence[ModelSpec]) -> dict[str, Any]:
     names = [model.name for model in models]
     text = "Which model makes the picture. Unset: the first one."
     return {"model": {"type": "string", "enum": names, "default": names[0], "description": text}}
+
+
+def _in_json(form: dict[str, Any]) -> dict[str, Any]:
+    """The same fields in JSON, where the picture is a text."""
+    fields = form["properties"]
+    if "image" not in fields:
+        return form
+    image = {"type": "string", "description": "The picture, as base64 or as a data URL."}
+    return {**form, "properties": {**fields, "image": image}}
 
 
 def _job_fields(read: Set[str]) -> dict[str, Any]:

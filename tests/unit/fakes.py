@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import httpx
 from PIL import Image
 
 from deployments.catalogue import Registry, load_registry
-from deployments.contract import ImageJob, ImageResult
+from deployments.contract import ImageJob, ImageResult, JobProgress
 from deployments.settings import AccessSettings, LimitSettings, Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
 NAMES = [spec.name for spec in REGISTRY.models]
 COMIC_ALONE = Registry([REGISTRY[Task.COMIC]], {})
+SERVED = tuple(REGISTRY)
+"""The tasks that have a starter model."""
 OPEN_TO_ALL = AccessSettings(auth="off")
 
 
@@ -86,6 +88,14 @@ class FakeBackend:
         if self.backends.error is not None:
             raise self.backends.error
         return self.backends.result or result_of(job, self.name)
+
+    async def stream(self, job: ImageJob) -> AsyncIterator[JobProgress | tuple[ImageResult, ...]]:
+        """Four steps, each with a preview, and then the results."""
+        yield JobProgress(0, 4)
+        for done in range(1, 5):
+            yield JobProgress(done, 4, preview=b"preview" if job.preview else None)
+        first = await self(job)
+        yield tuple(replace(first, seed=7 + k) for k in range(job.n))
 
 
 def result_of(job: ImageJob, name: str, **changes: Any) -> ImageResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import logging
@@ -26,10 +27,11 @@ from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.options import JobOptions
-from serve_app.protocols import native
+from serve_app.protocols import native, openai
 from tests.unit.fakes import (
     OPEN_TO_ALL,
     REGISTRY,
+    SERVED,
     FakeBackends,
     app_of,
     chunks,
@@ -59,7 +61,9 @@ JOB_ROUTES = {
         *(f"/{{job_id}}{end}" for end in ("", "/retry", "/result", "/results/{k}", "/events")),
     )
 } | {"/files/{path}", "/api/v1/webhook-secret"}
-ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"} | JOB_ROUTES
+OPENAI_ROUTES = {*openai.IMAGE_ROUTES, "/v1/models", "/v1/models/{name}"}
+ROUTES = {*(task.route for task in SERVED), "/api/v1/models", "/healthz", "/readyz"}
+ROUTES |= JOB_ROUTES | OPENAI_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
@@ -102,7 +106,7 @@ def png_of(width: int, height: int) -> bytes:
 # Pictures
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) -> None:
     response = await post(app_of(), task.route, PHOTO, headers={"X-Request-Id": "mine-1"})
     assert response.status_code == 200
@@ -118,7 +122,24 @@ async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) 
     assert response.headers["vary"] == "Accept"
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
+async def test_a_picture_may_come_and_go_as_base64_in_json(task: Task) -> None:
+    backends = FakeBackends()
+    body = {"image": base64.b64encode(PHOTO).decode(), "metadata": "none"}
+    headers = {"Accept": "application/json"}
+    answer = await send(app_of(backends), "POST", task.route, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert backends.jobs[0].image == PHOTO
+    assert backends.jobs[0].request.metadata == "none"
+    found = answer.json()
+    assert base64.b64decode(found["image"]) == PHOTO
+    assert (found["seed"], found["model"]) == (7, f"{task}-starter@0123abcd")
+    # Without that header the picture itself comes back.
+    answer = await send(app_of(backends), "POST", task.route, json=body)
+    assert answer.headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_model_gets_the_very_bytes_that_were_sent(task: Task) -> None:
     backends = FakeBackends()
     await post(app_of(backends, timeout_s=60), task.route, PHOTO)
@@ -144,7 +165,7 @@ async def test_the_model_gets_the_parameters_that_were_sent() -> None:
 async def test_pictures_sent_at_once_are_not_mixed_up() -> None:
     app = app_of(FakeBackends(delay_s=0.01))
     sent = [picture_file(width=width) for width in range(8, 28)]
-    tasks = [list(Task)[n % 5] for n in range(len(sent))]
+    tasks = [SERVED[n % 5] for n in range(len(sent))]
     answers = await asyncio.gather(
         *(post(app, task.route, image) for task, image in zip(tasks, sent, strict=True))
     )
@@ -244,7 +265,7 @@ async def test_a_polyglot_is_passed_on_as_the_picture_it_is() -> None:
         (b"\0" * 1000, 415, "unsupported_media"),
     ],
 )
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_what_is_no_sound_picture_is_refused(
     task: Task, image: bytes, status: int, code: str
 ) -> None:
@@ -253,7 +274,7 @@ async def test_what_is_no_sound_picture_is_refused(
     assert problem["code"] == code
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_a_decompression_bomb_is_refused(task: Task) -> None:
     bomb = png_of(30_000, 30_000)
     assert len(bomb) < 130_000
@@ -273,13 +294,13 @@ async def test_an_upscale_beyond_the_largest_result_is_refused() -> None:
 
 async def test_the_largest_result_concerns_upscaling_only() -> None:
     app = app_of(max_output_px=64 * 64)
-    for task in set(Task) - {Task.UPSCALE}:
+    for task in set(SERVED) - {Task.UPSCALE}:
         assert (await post(app, task.route, png_of(100, 100))).status_code == 200
 
 
 async def test_a_phone_photo_is_welcome_everywhere_but_upscale() -> None:
     app, photo = app_of(), png_of(4000, 3000)
-    for task in set(Task) - {Task.UPSCALE}:
+    for task in set(SERVED) - {Task.UPSCALE}:
         assert (await post(app, task.route, photo)).status_code == 200
     refused(await post(app, Task.UPSCALE.route, photo), 413)
 
@@ -326,7 +347,9 @@ async def test_lone_surrogates_in_a_prompt_are_refused() -> None:
 @pytest.mark.parametrize(
     ("headers", "content", "status"),
     [
-        ({"content-type": "application/json"}, b'{"image": "..."}', 415),
+        ({"content-type": "application/json"}, b'{"image": "..."}', 422),
+        ({"content-type": "application/json"}, b'{"image": "', 400),
+        ({"content-type": "text/plain"}, b'{"image": "..."}', 415),
         ({"content-type": "image/png"}, PHOTO, 415),
         ({}, PHOTO, 415),
         ({}, b"", 415),
@@ -547,10 +570,10 @@ async def test_an_unknown_route_is_refused_with_the_known_ones(method: str, path
     if method != "GET" and path.startswith("/docs"):
         return
     problem = refused(await send(app_of(), method, path), 404)
-    assert all(route in problem["remedy"] for route in (task.route for task in Task))
+    assert all(route in problem["remedy"] for route in (task.route for task in SERVED))
 
 
-@pytest.mark.parametrize("path", [*(task.route for task in Task), "/healthz"])
+@pytest.mark.parametrize("path", [*(task.route for task in SERVED), "/healthz"])
 async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
     refused(await send(app_of(), "POST", path + "/"), 404)
 
@@ -608,7 +631,7 @@ async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
     assert response.status_code == (200 if ready else 503)
     body = response.json()
     assert body["status"] == ("ready" if ready else "not ready")
-    assert body["models"] == dict.fromkeys(map(str, Task), "ready") | {"aged": state}
+    assert body["models"] == dict.fromkeys(map(str, SERVED), "ready") | {"aged": state}
     assert response.headers.get("retry-after") == (None if ready else "13")
 
 
@@ -633,7 +656,7 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
     backends = FakeBackends(other_states={"aged-starter": "failed"})
     response = await send(app_of(backends), "GET", "/api/v1/models")
     models = {model["task"]: model for model in response.json()["models"]}
-    assert set(models) == set(map(str, Task))
+    assert set(models) == set(map(str, SERVED))
     for task, model in models.items():
         spec = REGISTRY[Task(task)]
         assert model["name"] == spec.name
@@ -705,7 +728,7 @@ async def test_the_description_is_valid_openapi() -> None:
     assert set(references) <= set(description["components"]["schemas"])
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_description_lists_the_form_fields_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
     operation = description["paths"][task.route]["post"]
@@ -729,7 +752,7 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
         assert form["properties"]["strength"]["exclusiveMinimum"] == 0.0
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_description_lists_every_answer_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
     answers = description["paths"][task.route]["post"]["responses"]

@@ -42,7 +42,7 @@ IMAGE = bytes(range(256)) * 3
 
 def scope() -> Scope:
     """Of a request with an id."""
-    return {"type": "http", "state": {"request_id": "id"}}
+    return {"type": "http", "path": "/", "state": {"request_id": "id"}}
 
 
 async def read(parts: Sequence[bytes], content_type: str | None = MULTIPART) -> multipart.Form:
