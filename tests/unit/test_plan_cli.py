@@ -120,7 +120,8 @@ def test_the_fragment_to_paste_is_the_plan(gpus: list[str]) -> None:
 def test_a_further_model_of_a_task_is_planned_under_its_own_name(arguments: list[str]) -> None:
     values = json.loads(run("--gpu", "h200", *arguments, "--json").stdout)
     entries = {entry["name"]: entry for entry in values["deployments"]}
-    assert set(entries) == {*(task.deployment for task in Task), "upscale-realesrgan-x4plus"}
+    planned = {Task(model["task"]).deployment for model in values["models"]}
+    assert set(entries) == {*planned, "upscale-realesrgan-x4plus"}
     assert entries["upscale-realesrgan-x4plus"]["ray_actor_options"]["num_gpus"] > 0
 
 
