@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -32,6 +34,9 @@ LOCAL_CONFIG: Final = ROOT / "configs/local.yaml"
 _START_S: Final = 300
 _STOP_S: Final = 30
 _POLL_S: Final = 0.5
+_PORTS: Final = range(20_000, 32_000)
+_draws: Final = count(random.randrange(len(_PORTS)))
+"""One after the other, from a start by chance: of two processes hardly ever the same."""
 
 
 class NotStarted(Exception):
@@ -156,10 +161,16 @@ def running(system: System) -> Generator[Server]:
 
 
 def free_port() -> int:
-    """A TCP port on which nothing listens at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port on which nothing listens at this moment.
+
+    It is none of those that Linux gives to connections and to listeners on port 0, which another
+    process could get before a server that takes seconds to start.
+    """
+    while True:
+        port = _PORTS[next(_draws) % len(_PORTS)]
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def process_title(process: psutil.Process) -> str:

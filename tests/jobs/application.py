@@ -13,6 +13,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
+from benchmarks.server import free_port
 from deployments.contract import ImageJob, ImageResult, JobProgress
 from deployments.errors import NotReady
 from deployments.settings import AccessSettings, JobSettings, Settings, UploadSettings
@@ -25,7 +26,6 @@ from serve_app.jobs.service import Jobs, open_jobs
 from serve_app.jobs.signals import Signals
 from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.worker import Worker
-from tests.jobs.redis_server import free_port
 from tests.unit.fakes import NAMES, REGISTRY
 
 if TYPE_CHECKING:

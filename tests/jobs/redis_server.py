@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Self
 
 from redis import Redis
 from redis.exceptions import RedisError
+
+from benchmarks.server import free_port
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,12 +36,6 @@ def program() -> Path:
     assert spec
     assert spec.origin
     return Path(spec.origin).parent / "bin" / "redis-server"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RedisServer:

