@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.catalogue import Registry, load_registry
 from deployments.contract import ImageResult
+from deployments.errors import JobsUnavailable
 from deployments.settings import JOBS_VARIABLE, ROOT, JobSettings, Settings
 from deployments.tasks import Task
 from serve_app.app import job_worker
@@ -109,11 +111,14 @@ async def run_one(queue: JobQueue, seen: list[int]) -> Job:
     """A job at its end; `seen` gets the running workers while it runs."""
     job = spec(has_image=False)
     await queue.submit(job, max_queued=9, max_of_owner=9)
-    while not (now := await queue.get(job.job_id)).has_ended:
-        if now.status == "processing":
-            seen.append(workers())
+    while True:
+        with suppress(JobsUnavailable):  # while Redis hangs
+            now = await queue.get(job.job_id)
+            if now.has_ended:
+                return now
+            if now.status == "processing":
+                seen.append(workers())
         await asyncio.sleep(0.2)
-    return now
 
 
 async def frozen(server: RedisServer) -> tuple[int, float]:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from deployments.catalogue import Registry
 
+PATIENCE_S = 60.0
+"""For whatever a busy machine may take."""
+
 
 def picture(seed: int, kind: str = "PNG") -> bytes:
     """A small file that differs by seed."""
@@ -154,8 +157,9 @@ class Application:
 
     async def ended(self, job_id: str) -> Any:
         """The job, once it has ended."""
-        while (job := await self.job(job_id))["status"] in ("queued", "processing"):
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(PATIENCE_S):
+            while (job := await self.job(job_id))["status"] in ("queued", "processing"):
+                await asyncio.sleep(0.02)
         return job
 
     async def start_worker(self) -> None:

@@ -20,7 +20,7 @@ from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
 from deployments.settings import KeyLimits
 from deployments.tasks import Task
 from serve_app.access.editing import create_key, revoke_key
-from tests.jobs.application import Application, application, picture
+from tests.jobs.application import PATIENCE_S, Application, application, picture
 from tests.jobs.redis_server import RedisServer
 from tests.unit.fakes import REGISTRY
 
@@ -134,8 +134,9 @@ async def test_wait_for_a_job_that_is_canceled_gets_the_job_as_the_document_says
 ) -> None:
     app.models.step_s = 5
     waiting = asyncio.create_task(post(app, {"Prefer": "wait=20"}))
-    while not (jobs := (await app.client.get("/api/v1/jobs")).json()["jobs"]):
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_S):
+        while not (jobs := (await app.client.get("/api/v1/jobs")).json()["jobs"]):
+            await asyncio.sleep(0.05)
     await app.client.delete(jobs[0]["links"]["self"])
     answer = await waiting
     assert (answer.status_code, answer.json()["status"]) == (200, "canceled")
@@ -242,8 +243,9 @@ async def test_a_repeated_submission_tells_the_present_status_of_the_first(
     app.models.step_s = 0.2
     key = ASYNC | {"Idempotency-Key": "k-3"}
     first = (await post(app, key, steps="8")).json()
-    while (await app.job(first["job_id"]))["status"] == "queued":
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await app.job(first["job_id"]))["status"] == "queued":
+            await asyncio.sleep(0.02)
     assert (await post(app, key, steps="8")).json() == first | {"status": "processing"}
     await app.ended(first["job_id"])
     assert (await post(app, key, steps="8")).json() == first | {"status": "completed"}
@@ -256,8 +258,9 @@ async def test_an_idempotency_key_ends_with_its_job(server: RedisServer, tmp_pat
         key = ASYNC | {"Idempotency-Key": "k"}
         first = (await post(app, key)).json()["job_id"]
         await app.ended(first)
-        while (await app.client.get(f"/api/v1/jobs/{first}")).status_code == 200:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await app.client.get(f"/api/v1/jobs/{first}")).status_code == 200:
+                await asyncio.sleep(0.1)
         again = await post(app, key)
         assert again.json()["status"] == "queued"
         assert again.json()["job_id"] != first
@@ -448,8 +451,9 @@ async def test_downloads_are_sent_in_pieces_and_have_bounded_places(
             assert psutil.Process().memory_info().rss - before < size / 2
             # A place for a stream is another one.
             assert (await app.client.get("/api/v1/jobs")).status_code == 200
-        while (await app.client.get(link, headers={"Range": "bytes=0-9"})).status_code != 206:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await app.client.get(link, headers={"Range": "bytes=0-9"})).status_code != 206:
+                await asyncio.sleep(0.05)
 
 
 # Ending
@@ -473,8 +477,9 @@ async def test_jobs_that_are_over_are_forgotten_although_nobody_works(
         pictures = tmp_path / "files/inputs" / job_id
         assert list(pictures.iterdir())
         await idle.client.delete(f"/api/v1/jobs/{job_id}")
-        while (await idle.client.get(f"/api/v1/jobs/{job_id}")).status_code == 200:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await idle.client.get(f"/api/v1/jobs/{job_id}")).status_code == 200:
+                await asyncio.sleep(0.1)
         assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
         while list(pictures.iterdir()):
             await asyncio.sleep(0.05)
@@ -491,15 +496,17 @@ async def test_the_oldest_ended_jobs_of_a_key_make_room(
         await app.ended(made[2])
         listed = (await app.client.get("/api/v1/jobs")).json()["jobs"]
         assert [job["job_id"] for job in listed] == made[:0:-1]
-        while (await app.client.get(f"/api/v1/jobs/{made[0]}")).status_code == 200:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await app.client.get(f"/api/v1/jobs/{made[0]}")).status_code == 200:
+                await asyncio.sleep(0.1)
 
 
 async def test_cancel_stops_a_running_job_between_its_steps(app: Application) -> None:
     app.models.step_s = 0.1
     job_id = await app.submit(steps="100")
-    while (await app.job(job_id))["steps_done"] < 3:
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await app.job(job_id))["steps_done"] < 3:
+            await asyncio.sleep(0.05)
     assert (await app.client.delete(f"/api/v1/jobs/{job_id}")).json()["status"] == "canceled"
     await asyncio.sleep(0.3)
     stopped_at = app.models.stepped[job_id]
@@ -599,8 +606,9 @@ async def test_a_lost_worker_s_job_is_run_again(server: RedisServer, tmp_path: P
     async with application(server.url, tmp_path, namespace="lost", lease_s=1) as app:
         app.models.step_s = 0.2
         job_id = await app.submit(steps="10", seed=6)
-        while (await app.job(job_id))["steps_done"] < 2:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await app.job(job_id))["steps_done"] < 2:
+                await asyncio.sleep(0.05)
         await app.lose_worker()
         app.models.step_s = 0
         await app.start_worker()
@@ -897,10 +905,12 @@ async def test_a_key_revoked_in_mid_job_loses_sight_of_it_but_not_the_job(
         job_id = (await post(app, ASYNC | me, steps="6")).json()["job_id"]
         revoke_key(keys, key.id)
         path = f"/api/v1/jobs/{job_id}"
-        while (await app.client.get(path, headers=me)).status_code != 401:
-            await asyncio.sleep(0.1)
-        while (job := await app.queue.get(job_id)) and not job.has_ended:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await app.client.get(path, headers=me)).status_code != 401:
+                await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE_S):
+            while (job := await app.queue.get(job_id)) and not job.has_ended:
+                await asyncio.sleep(0.1)
         assert job
         assert job.status == "completed"
 

@@ -62,6 +62,7 @@ def test_events_show_the_steps_and_what_they_make(imagen: Imagen) -> None:
 def test_cancel_reaches_the_engine(imagen: Imagen, address: str) -> None:
     job = imagen.submit("style/comic", jpeg(), seed=1, steps=150, strength=1.0)
     while not job.refresh().steps_done:
+        assert job.status in ("queued", "processing"), job
         time.sleep(0.1)
     done = job.cancel().steps_done
     assert done < 150
