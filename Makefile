@@ -140,7 +140,7 @@ demo-scale: setup ## GPU nodes from zero and back on this machine, with the time
 
 .PHONY: soak-scale
 soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and lost heads (an hour)
-	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale tests/serve/test_run.py -s
+	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale tests/serve/run/test_run.py -s
 
 .PHONY: fuzz
 fuzz: setup ## Schemathesis and ten minutes of hostile requests (IMAGEN_FUZZ_SEED=7 repeats them)

@@ -126,8 +126,14 @@ class Watch:
         for thread in self._threads:
             thread.join()
 
-    def settle(self, kind: str, killed: psutil.Process, limit_s: float = _LIMIT_S) -> None:
-        """Wait until another process has taken its place and every answer is good for 8 s.
+    def settle(
+        self,
+        kind: str,
+        killed: psutil.Process,
+        limit_s: float = _LIMIT_S,
+        quiet_s: float = _QUIET_S,
+    ) -> None:
+        """Wait until another process has taken its place and every answer is good for `quiet_s`.
 
         Raises:
             TimeoutError: after `limit_s`.
@@ -141,7 +147,7 @@ class Watch:
                 replaced_s = None
                 continue
             replaced_s = replaced_s or now_s
-            if now_s > replaced_s + _QUIET_S and self._well_since(_QUIET_S):
+            if now_s > replaced_s + quiet_s and self._well_since(quiet_s):
                 return
         raise TimeoutError(f"The {kind} has not recovered within {limit_s:g} s.")
 

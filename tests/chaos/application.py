@@ -24,7 +24,7 @@ from deployments.settings import ROOT
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from types import TracebackType
 
     Config = dict[str, Any]
@@ -70,13 +70,11 @@ class Application:
         """configs/local.yaml with three models, so that it starts soon on two cores."""
         config = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
         config["http_options"]["port"] = self._port
-        application = config["applications"][0]
-        names = {"Ingress", *(task.deployment for task in TASKS)}
-        few = [one for one in application["deployments"] if one["name"] in names]
+        application = with_models(config["applications"][0], TASKS, self.folder)
+        config["applications"] = [application]
         worker = {"name": "JobWorker", "autoscaling_config": between(workers, workers)}
-        application["deployments"] = [*few, worker]
+        application["deployments"].append(worker)
         application["args"] |= {
-            "models": str(self._models()),
             "model_num_cpus": 0.1,
             "jobs": {
                 "folder": str(self.folder / "jobs"),
@@ -86,15 +84,6 @@ class Application:
             },
         }
         return config
-
-    def _models(self) -> Path:
-        registry = ROOT / "configs/models/starter.yaml"
-        values = yaml.safe_load(registry.read_text(encoding="utf-8"))
-        values["models"] = [one for one in values["models"] if one["task"] in TASKS]
-        ours = self.folder / "starter.yaml"
-        ours.write_text(yaml.safe_dump(values), encoding="utf-8")
-        shutil.copy(registry.with_suffix(".lock.json"), ours.with_suffix(".lock.json"))
-        return ours
 
     def _own_environment(self) -> dict[str, str]:
         """A user's whose home is empty."""
@@ -235,6 +224,21 @@ class Application:
                         total += sample.value
         assert answers, f"none answers of {places['targets']}"
         return total
+
+
+def with_models(application: Config, tasks: Collection[Task], folder: Path) -> Config:
+    """An application of a config with the models of these tasks alone, listed in a folder."""
+    registry = ROOT / "configs/models/starter.yaml"
+    values = yaml.safe_load(registry.read_text(encoding="utf-8"))
+    values["models"] = [one for one in values["models"] if one["task"] in tasks]
+    ours = folder / registry.name
+    ours.write_text(yaml.safe_dump(values), encoding="utf-8")
+    shutil.copy(registry.with_suffix(".lock.json"), ours.with_suffix(".lock.json"))
+    names = {"Ingress", *(task.deployment for task in tasks)}
+    return application | {
+        "args": application["args"] | {"models": str(ours)},
+        "deployments": [one for one in application["deployments"] if one["name"] in names],
+    }
 
 
 def between(least: int, most: int) -> dict[str, int]:

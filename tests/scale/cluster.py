@@ -312,4 +312,4 @@ def wait_until(reached: Callable[[], object], seconds: float, what: str) -> None
     deadline_s = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline_s, f"not within {seconds} s: {what}"
-        time.sleep(0.25)
+        time.sleep(0.5)  # each look costs the dashboard CPU time

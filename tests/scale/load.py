@@ -81,7 +81,7 @@ def ask(client: httpx.Client, task: Task, seed: int = 0, width_px: int = 128) ->
 
 
 class Load:
-    """A context in which clients ask, each again as soon as it is answered.
+    """A context in which clients ask, each again soon after it is answered.
 
     Args:
         url: of the service.
@@ -90,6 +90,7 @@ class Load:
         timeout_s: after which a client gives up; longer than any deadline of the service.
         seed: of the choice.
         width_px: of the pictures.
+        pause_s: of a client after each answer, which leaves two cores time for what is awaited.
     """
 
     def __init__(
@@ -101,12 +102,14 @@ class Load:
         timeout_s: float,
         seed: int,
         width_px: int = 128,
+        pause_s: float = 0.2,
     ) -> None:
         self.answers: list[Answer] = []
         self._url = url
         self._tasks = tasks
         self._timeout_s = timeout_s
         self._width_px = width_px
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep_asking, args=(random.Random(f"{seed} {i}"),))
@@ -137,6 +140,6 @@ class Load:
 
     def _keep_asking(self, rng: random.Random) -> None:
         with httpx.Client(base_url=self._url, timeout=self._timeout_s, trust_env=False) as client:
-            while not self._stop.is_set():
+            while not self._stop.wait(self._pause_s):
                 task = rng.choice(self._tasks)
                 self.answers.append(ask(client, task, rng.randrange(1000), self._width_px))

@@ -211,8 +211,10 @@ def _small(config: Values, port: int) -> Values:
     local: Values = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     config["http_options"] = local["http_options"]
     config["http_options"] |= {"port": port, "request_timeout_s": DEADLINE_S + 30}
-    config["applications"][0]["args"] = local["applications"][0]["args"]
-    config["applications"][0]["args"]["request_timeout_s"] = DEADLINE_S
+    # Two threads each of many replicas would mostly wait for each other on two cores.
+    few = {"torch_threads": 1, "pixel_threads": 1}
+    args = local["applications"][0]["args"] | few | {"request_timeout_s": DEADLINE_S}
+    config["applications"][0]["args"] = args
     for name, deployment in by_name(config).items():
         if name == "Ingress":
             # One node for it, rather than two to four.
@@ -265,7 +267,7 @@ class Moment:
 
 
 class Watch:
-    """A context that keeps looking at nodes and replicas, twice a second.
+    """A context that keeps looking at nodes and replicas, once a second.
 
     Attributes:
         moments: what it saw.
@@ -297,7 +299,7 @@ class Watch:
         return found()[0]
 
     def _look(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(1):
             nodes, replicas = self._service.gpu_nodes(), self._service.model_replicas()
             self.moments.append(Moment(time.monotonic(), len(nodes), replicas))
             held = self._service.cluster.plasma_bytes()

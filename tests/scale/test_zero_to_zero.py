@@ -149,7 +149,15 @@ def grow(service: Service, watch: Watch, stages: Stages, seed: int) -> None:
     start_s = time.monotonic()
     # Pictures so large that most of a request's time is the model's: what the proxy and the ingress
     # hold does not count as load of the model.
-    load = Load(service.url, 16, tasks=[Task.UPSCALE], timeout_s=CLIENT_S, seed=seed, width_px=320)
+    load = Load(
+        service.url,
+        16,
+        tasks=[Task.UPSCALE],
+        timeout_s=CLIENT_S,
+        seed=seed,
+        width_px=320,
+        pause_s=0,
+    )
     with load:
         wait_until(lambda: len(service.gpu_nodes()) > nodes, LONG_S, "a further node")
         wait_until(lambda: len(service.replicas()["Upscale"]) >= 3, LONG_S, "three replicas")

@@ -62,6 +62,7 @@ def cluster(
     """
     port = free_port()
     ray.init(
+        _system_config={"metrics_report_interval_ms": 500},
         num_cpus=2,
         num_gpus=1,
         include_dashboard=False,
@@ -73,6 +74,8 @@ def cluster(
                 "NETWORK_REPORTS": str(network_reports),
                 "IMAGEN_MODELS": str(models_root),
                 "IMAGEN_JOBS": str(tmp_path_factory.mktemp("jobs")),
+                # A lost proxy is noticed after three of them, by default of 10 s each.
+                "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             }
         },
     )
@@ -155,7 +158,7 @@ def broken(cluster: str) -> str:
 
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    settings = Settings(request_timeout_s=10, retry_after_s=7, access=AccessSettings(auth="off"))
+    settings = Settings(request_timeout_s=6, retry_after_s=7, access=AccessSettings(auth="off"))
     registry = load_registry(*settings.models)
     models: dict[str, Any] = {}
     for task, kind in kinds.items():

@@ -33,7 +33,7 @@ def test_a_full_queue_says_when_to_come_back(scripted: str) -> None:
         async with httpx.AsyncClient(timeout=60) as client:
             url = f"{scripted}/api/v1/images/style/comic"
             calls = (
-                client.post(url, files={"image": jpeg()}, data={"prompt": "sleep 2"})
+                client.post(url, files={"image": jpeg()}, data={"prompt": "sleep 1"})
                 for _ in range(16)
             )
             return await asyncio.gather(*calls)

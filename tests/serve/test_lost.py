@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 300
+QUIET_S = 4
+"""After so long without a failure it has recovered."""
 
 
 def kill_now(kind: str) -> psutil.Process:
@@ -34,7 +36,7 @@ def kill(kind: str, address: str) -> tuple[list[Answer], list[Answer]]:
         time.sleep(2)
         killed_s = time.monotonic()
         victim = kill_now(kind)
-        watch.settle(kind, victim, LIMIT_S)
+        watch.settle(kind, victim, LIMIT_S, QUIET_S)
     both = watch.pictures, watch.readiness
     pictures, readiness = ([one for one in answers if one.came_s >= killed_s] for answers in both)
     return pictures, readiness

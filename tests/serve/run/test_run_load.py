@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,25 +16,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serve.imagen_run import imagen_run
 from tests.serve.test_http import ROUTES, is_problem, jpeg, opened, post
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.serve.run.conftest import Server
 
 pytestmark = pytest.mark.slow
 MB = 10**6
 ONE_SIZE = [task for task in ROUTES if task != "upscale"]
 
 
-def with_short_deadlines(config: dict[str, Any]) -> None:
-    config["applications"][0]["args"]["request_timeout_s"] = 20
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with imagen_run(with_short_deadlines) as address:
-        yield address
+def server(pair: list[Server]) -> str:
+    """The one whose requests have a short deadline."""
+    return pair[0].address
 
 
 @cache

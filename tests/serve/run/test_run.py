@@ -5,14 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -20,16 +14,15 @@ import yaml
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.server import free_port
 from deployments.settings import ROOT, KeyLimits
 from serve_app.access.editing import create_key
-from tests.serve.conftest import free_port
+from tests.serve.run.conftest import COLUMNS, Server, serving, wait_until
 from tests.serve.test_http import jpeg, post
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
-BIN = Path(sys.executable).parent
-COLUMNS = 80
 CORES = 2
 # As `serve run`, but for the port, which it takes from a config file only, and the cores.
 SERVE_RUN = f"""
@@ -50,96 +43,11 @@ LONG_VERSION = pytest.mark.skipif(
 )
 
 
-class Server:
-    """A command that serves until it is interrupted."""
-
-    def __init__(self, address: str, log: Path, environment: dict[str, str]) -> None:
-        self.address = address
-        self.log = log
-        self.environment = environment
-
-    @property
-    def dashboard(self) -> str:
-        [found] = re.findall(r"^Dashboard +(\S+)", self.log.read_text(), re.MULTILINE)
-        return found
-
-    def shell(self, command: str, folder: Path = ROOT) -> str:
-        """What a command prints, in the environment that the server was started in."""
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            env=self.environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def environment(models_root: Path) -> Iterator[dict[str, str]]:
-    """A user's whose home is empty; sockets of Ray want short paths."""
-    with tempfile.TemporaryDirectory(prefix="run-") as home:
-        ours = ("RAY_ADDRESS", "RAY_AUTH", "RAY_DASHBOARD")
-        yield {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
-            "HOME": home,
-            "RAY_TMPDIR": home,
-            "IMAGEN_MODELS": str(models_root),
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "COLUMNS": str(COLUMNS),
-        }
-
-
-@contextmanager
-def serving(
-    command: list[str], port: int, log: Path, environment: dict[str, str]
-) -> Iterator[Server]:
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    try:
-        yield Server(f"http://127.0.0.1:{port}", log, environment)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-
-
-def wait_until(ready: Any, server: Server) -> None:
-    deadline_s = time.monotonic() + 300
-    while not ready():
-        assert time.monotonic() < deadline_s, server.log.read_text()
-        time.sleep(0.5)
-
-
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=30).is_success
     except httpx.TransportError:
         return False
-
-
-@pytest.fixture(scope="module")
-def pair(environment: dict[str, str], tmp_path_factory: Any) -> Iterator[list[Server]]:
-    """Two `imagen run` beside each other; the second one's application has a prefix."""
-    folder = tmp_path_factory.mktemp("pair")
-    local_config: dict[str, Any] = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
-    servers: list[Server] = []
-    with ExitStack() as stack:
-        for name, prefix in (("first", "/"), ("second", "/second")):
-            port, config = free_port(), folder / f"{name}.yaml"
-            application = local_config["applications"][0] | {"route_prefix": prefix}
-            options = local_config["http_options"] | {"port": port}
-            values = {"http_options": options, "applications": [application]}
-            config.write_text(yaml.safe_dump(local_config | values))
-            command = [str(BIN / "imagen"), "run", str(config)]
-            log = folder / f"{name}.log"
-            servers.append(stack.enter_context(serving(command, port, log, environment)))
-        for server in servers:
-            wait_until(lambda log=server.log: "Stop with Ctrl-C" in log.read_text(), server)
-        servers[1].address += "/second"
-        yield servers
 
 
 def test_each_serves_its_own_models(pair: list[Server]) -> None:
