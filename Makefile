@@ -26,7 +26,7 @@ test: setup ## Every test but the slow proofs
 	$(BIN)/python -m pytest -m "not slow" tests/serve tests/test_readme.py
 
 .PHONY: test-slow
-test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers, long mixes
+test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/models tests/store tests/jobs
 	$(BIN)/python -m pytest -m slow tests/chaos tests/scale tests/serve tests/test_readme.py
 
@@ -131,8 +131,12 @@ soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck 
 	$(BIN)/python -m benchmarks.soak_clients $(ARGS)
 
 .PHONY: soak-store
-soak-store: setup ## Kill a pull 100 times, and look what it left
-	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py -s
+soak-store: setup ## Kill a pull 100 times and look what it left; silent servers, commands alone
+	IMAGEN_SOAK_KILLS=100 $(BIN)/python -m pytest tests/store/test_crash.py tests/store/test_silence.py -s
+
+.PHONY: soak-mixes
+soak-mixes: setup ## Five times the mixes of requests that make test compares with stock pipelines
+	IMAGEN_SOAK_MIXES=1 $(BIN)/python -m pytest tests/models/test_mixes.py -s
 
 .PHONY: demo-scale
 demo-scale: setup ## GPU nodes from zero and back on this machine, with the time of each stage

@@ -29,12 +29,16 @@ KEYS = "imagen-keys:keys.yaml"
 SECRETS = f"{KEYS} imagen-oauth:key imagen-ray-token:auth_token imagen-redis:password"
 SITE = {"IMAGEN_PROJECT": "my-project", "IMAGEN_REGION": "europe-west4"}
 GKE = "gke_my-project_europe-west4_imagen"
-# Runs the command, but validates the same manifests only once: importing Ray takes seconds.
+# Runs the command, but looks at the same manifests only once: importing Ray takes seconds.
 IMAGEN = """\
 #!/usr/bin/env bash
 run() { "$REAL_PYTHON" -m cli.main "$@"; }
-[ "$1 $2" = "kuberay validate" ] || { run "$@"; exit; }
-saved=$CACHE/$( (cat "$3"; echo "${@:4}") | sha256sum | cut -d ' ' -f 1)
+case "$1 $2 $3" in
+  "kuberay validate "*) key=$(cat "$3"; echo "${@:4}") ;;
+  "kuberay render --check") key=$(find "${5%/*}" "$7" -type f -print0 | sort -z | xargs -0 cat) ;;
+  *) run "$@"; exit ;;
+esac
+saved=$CACHE/$(sha256sum <<<"$2 $key" | cut -d ' ' -f 1)
 [ -e "$saved" ] || { run "$@" >"$saved.out" 2>"$saved.err"; echo $? >"$saved"; }
 cat "$saved.out"
 cat "$saved.err" >&2

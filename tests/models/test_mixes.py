@@ -1,10 +1,14 @@
-"""Rows that differ in everything share steps without a trace: parity, seeds, passes saved."""
+"""Rows that differ in everything share steps without a trace: parity, seeds, passes saved.
+
+`make soak-mixes` draws more of them: the first ones are those of the short version.
+"""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import json
+import os
 import random
 import statistics
 import time
@@ -36,8 +40,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 TOLERANCE = 1e-4
-MIXES = [4, pytest.param(20, marks=pytest.mark.slow)]
-COMPANIES = [8, pytest.param(20, marks=pytest.mark.slow)]
+LONG = "IMAGEN_SOAK_MIXES" in os.environ
+MIXES, COMPANIES, COURSES = (20, 20, 3) if LONG else (4, 8, 1)
 FAMILIES = ["sd_ddim", "sd_v", "refiner", "x4"]
 TEXT_TO_IMAGE = ("txt_sd", "txt_lcm", "txt_xl")
 WORDS = ["", "red", "comic book drawing", "old photograph of a cat", "blurry", "a b c d e f g"]
@@ -109,7 +113,6 @@ def run_mix(
 # --- parity ---
 
 
-@pytest.mark.parametrize("mixes", MIXES)
 @pytest.mark.parametrize(
     ("name", "scheduler"),
     [
@@ -123,7 +126,6 @@ def run_mix(
 def test_every_mix_equals_the_stock_calls_one_by_one(
     name: str,
     scheduler: str,
-    mixes: int,
     tiny_pipeline: Callable[..., AnyPipeline],
     stock: Callable[[str], Any],
     run_together: Callable[..., Any],
@@ -135,7 +137,7 @@ def test_every_mix_equals_the_stock_calls_one_by_one(
     most = 2 if name == "x4" else 4
     pool = [draw_case(name, theirs, rng, 1 + i % most) for i in range(8)]
     found, shared, late = [], 0, 0
-    for _ in range(mixes):
+    for _ in range(MIXES):
         cases = rng.sample(pool, rng.randint(2, 6))
         arrivals = [0, *(rng.choice([0, 0, 1, 2, 3]) for _ in cases[1:])]
         far, groups = run_mix(ours, cases, arrivals, run_together)
@@ -144,11 +146,11 @@ def test_every_mix_equals_the_stock_calls_one_by_one(
         late += any(set(now) - set(before) for before, now in itertools.pairwise(groups))
     print(
         f"parity of {name}, {scheduler}: {max(found):.1e} at most, {statistics.median(found):.1e}"
-        f" as a rule, over {mixes} mixes; {shared} shared steps, {late} mixes with late rows"
+        f" as a rule, over {MIXES} mixes; {shared} shared steps, {late} mixes with late rows"
     )
     assert max(found) <= TOLERANCE
-    assert shared >= mixes
-    assert late >= mixes // 4
+    assert shared >= MIXES
+    assert late >= MIXES // 4
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,6 @@ def company(name: str, rng: random.Random) -> tuple[Any, Picture]:
     return request, tiny.picture(rng.randrange(99), side_px, side_px)
 
 
-@pytest.mark.parametrize("companies", COMPANIES)
 @pytest.mark.parametrize("exact", [False, True], ids=["by default", "exact"])
 @pytest.mark.parametrize(
     ("name", "scheduler"),
@@ -225,7 +226,6 @@ def test_the_same_request_gives_the_same_picture_in_any_company(
     name: str,
     scheduler: str | None,
     exact: bool,
-    companies: int,
     tiny_pipeline: Callable[..., AnyPipeline],
     stock: Callable[[str], Any],
     run_together: Callable[..., Any],
@@ -254,14 +254,14 @@ def test_the_same_request_gives_the_same_picture_in_any_company(
     alone, size = ask([], [0])
     assert size == 1
     rng, worst, sizes = random.Random(name), 0, set()
-    for _ in range(companies):
+    for _ in range(COMPANIES):
         others = [as_row(pipeline, *company(name, rng)) for _ in range(rng.randint(1, 5))]
         latest = 1 if name == "isnet" else 3
         arrivals = [rng.randint(0, 1), *(rng.randint(0, latest) for _ in others)]
         pixels, size = ask(others, [a - min(arrivals) for a in arrivals])
         sizes.add(size)
         worst = max(worst, int(np.abs(pixels - alone).max()))
-    print(f"{name}: {worst} of 255 apart in {companies} companies, in groups of {sorted(sizes)}")
+    print(f"{name}: {worst} of 255 apart in {COMPANIES} companies, in groups of {sorted(sizes)}")
     if exact:
         assert sizes == {1}
         assert worst == 0
@@ -273,7 +273,7 @@ def test_the_same_request_gives_the_same_picture_in_any_company(
 # --- passes saved ---
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+@pytest.mark.parametrize("seed", range(COURSES))
 def test_eight_mixed_rows_take_little_more_than_half_the_passes(
     seed: int,
     tiny_pipeline: Callable[..., AnyPipeline],

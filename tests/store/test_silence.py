@@ -1,8 +1,12 @@
-"""Silent servers: every command that asks one gives up and says what to do."""
+"""Silent servers: every command that asks one gives up and says what to do.
+
+`make soak-store` also runs every command in a process of its own.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import subprocess
 import sys
@@ -111,12 +115,17 @@ class Bench:
         return self._run(["models", command, NAME, *arguments, *options])
 
 
-@pytest.fixture(params=[run_here, pytest.param(run_alone, marks=pytest.mark.slow)])
+@pytest.fixture(params=[run_here, run_alone] if "IMAGEN_SOAK_KILLS" in os.environ else [run_here])
 def bench(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(web, "TIMEOUT_S", (TIMEOUT_S, TIMEOUT_S))
     monkeypatch.setattr(gcs, "_CHUNK_TIMEOUT_S", TIMEOUT_S)
     monkeypatch.setattr(random, "uniform", lambda least, most: least)
     return Bench(tmp_path, request.param, monkeypatch)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, run_alone, monkeypatch)
 
 
 @contextmanager
@@ -160,6 +169,19 @@ def assert_gave_up(outcome: Outcome) -> None:
     assert "Traceback" not in outcome.said
     assert "times in a row" in outcome.said
     assert "Try again" in outcome.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [at_hub, at_bucket, at_s3, at_web])
+def test_no_thread_of_a_client_keeps_the_command_from_ending(alone: Bench, source: Any) -> None:
+    with source(alone) as server:
+        if source is at_web:
+            server.faults.add("silent", times=math.inf, seconds=3600)
+            assert_gave_up(alone("resolve"))
+        else:
+            assert alone("resolve").code == 0
+            server.faults.add("stall", times=math.inf, seconds=3600)
+            assert_gave_up(alone("pull"))
 
 
 @pytest.mark.parametrize("source", [at_hub, at_bucket, at_s3])
