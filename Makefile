@@ -19,16 +19,21 @@ setup: $(VENV)/.done ## Make .venv with everything, pinned by constraints.txt
 run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 	$(BIN)/imagen run configs/local.yaml
 
+# Three processes keep two cores busy, because tests with Ray or Redis often wait. tests/conftest.py says
+# which tests one process has.
+PYTEST := $(BIN)/python -m pytest -n 3
+
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/unit tests/store tests/jobs tests/fuzz tests/manifests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/models
-	$(BIN)/python -m pytest -m "not slow" tests/serve tests/test_readme.py
+	$(PYTEST) -m "not slow and not chaos"
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/models tests/store tests/jobs
-	$(BIN)/python -m pytest -m slow tests/chaos tests/scale tests/serve tests/test_readme.py
+	$(PYTEST) -m slow
+
+.PHONY: test-all
+test-all: setup ## Both at once, which is quicker: one Ray serves them all
+	$(PYTEST) -m "slow or not chaos"
 
 .PHONY: test-chaos
 test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)
