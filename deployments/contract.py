@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.errors import InvalidParameter, Problem
 from deployments.notes import Code, Note, note
+from deployments.prompts import check_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,7 +135,8 @@ class DiffusionRequest(ImageRequest):
     prompt: Prompt = Field(
         default="",
         max_length=2000,
-        description="What the picture should become. Models read about 75 tokens.",
+        description="What the picture should become. Models read 75 tokens, unless long_prompt "
+        "says otherwise.",
         json_schema_extra={"unit": "characters"},
     )
     negative_prompt: Prompt = Field(
@@ -142,6 +144,16 @@ class DiffusionRequest(ImageRequest):
         max_length=2000,
         description="What to avoid. Has an effect when guidance_scale is above 1.",
         json_schema_extra={"unit": "characters"},
+    )
+    long_prompt: Literal["cut", "chunk"] = Field(
+        default="cut",
+        description="Prompts beyond 75 tokens. cut: the rest is left out. chunk: up to 600 tokens "
+        "are read in chunks of 75.",
+    )
+    prompt_weights: bool = Field(
+        default=False,
+        description="Whether brackets in prompts are weights: (word:1.3), (word) for 1.1, [word] "
+        "for 1/1.1; \\( is a plain bracket.",
     )
     guidance_scale: float = Field(
         default=5.0,
@@ -165,6 +177,16 @@ class DiffusionRequest(ImageRequest):
         description="Same request and seed, same image. Unset or -1: chosen at random and "
         "returned.",
     )
+
+    @model_validator(mode="after")
+    def _weights_in_range(self) -> Self:
+        prompts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        for name, prompt in prompts.items() if self.prompt_weights else ():
+            try:
+                check_weights(prompt)
+            except ValueError as error:
+                raise _contradiction(f"{name}: {error}", prompt_weights=True) from error
+        return self
 
 
 class Img2ImgRequest(DiffusionRequest):

@@ -56,7 +56,7 @@ class Condition:
     """What steers a place in the pass.
 
     Attributes:
-        text: `(1, 77, D)` embeddings.
+        text: `(1, 77, D)` embeddings, or a multiple of 77; rows of one pass have the same.
         pooled: `(1, P)`, of an SDXL model.
         time_ids: `(1, 5 or 6)`, of an SDXL model.
         guidance: `(1, G)` embedding of the guidance scale, of a model that was distilled with it.

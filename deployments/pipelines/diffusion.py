@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +18,19 @@ from deployments.notes import Code, Note, note
 from deployments.pipelines.autoencoder import Autoencoder
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
 from deployments.pipelines.noise import Noise
+from deployments.pipelines.prompts import (
+    Embeddings,
+    PromptCache,
+    Wording,
+    cut_note,
+    encode_in_chunks,
+    match_lengths,
+    tokenizers_of,
+    wordings,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Sequence
+    from collections.abc import Generator, Hashable, Sequence
 
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.preparation import Preparation
@@ -31,9 +40,6 @@ if TYPE_CHECKING:
     from deployments.registry import ModelSpec, NoisePrecision
 
 RequestT = TypeVar("RequestT", bound=DiffusionRequest)
-Embeddings: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-"""`(1, 77, D)`, and `(1, P)` pooled ones where the model has them."""
-_PROMPTS = 64
 _GENERATOR_SEEDS = 2**32
 """Of torch's generator on the CPU (Mersenne Twister), as stock pipelines are seeded: it takes the
 lower 32 bits."""
@@ -79,12 +85,8 @@ class Diffusion(ABC, Generic[RequestT]):
         self._noise: NoisePrecision = spec.noise
         # A model that was distilled with guidance is told its scale, and needs no negative place.
         self._guidance_dim = stock.unet.config.time_cond_proj_dim
-        self._texts = PromptCache(self._encode)
-        self._tokenizers = [
-            one
-            for name in ("tokenizer", "tokenizer_2")
-            if (one := getattr(stock, name, None)) is not None
-        ]
+        self._texts = PromptCache(self._embed)
+        self._tokenizers = tokenizers_of(stock)
         self.autoencoder = Autoencoder(stock.vae, tile_px)
         self.denoiser = Denoiser(stock.unet, stock.scheduler, lanes)
 
@@ -100,12 +102,29 @@ class Diffusion(ABC, Generic[RequestT]):
     def _start(self, row: RowInput[RequestT], noise: Noise) -> Generator[None, None, Start]:
         """The row's noisy latents. Draws from `noise` in the stock pipeline's order."""
 
+    def _embed(self, wording: Wording) -> Embeddings:
+        if wording.is_plain:
+            return self._encode(wording.text)
+        return encode_in_chunks(self._stock, wording)
+
     def _encode(self, text: str) -> Embeddings:
         return self._encode_prompt(text)[0], None
 
-    def _condition(self, text: str, pixels: Pixels, *, is_negative: bool) -> Condition:
+    def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
         """What steers a place of the pass that works on `pixels`."""
-        return Condition(self._texts(text)[0])
+        return Condition(self._texts(wording)[0])
+
+    def _conditions(self, request: RequestT, pixels: Pixels) -> tuple[Condition, Condition | None]:
+        """What the picture should become, and what not; None without guidance."""
+        wanted, unwanted = wordings(request)
+        positive = self._condition(wanted, pixels, is_negative=False)
+        positive = replace(positive, guidance=self._embedded(request.guidance_scale))
+        if not self._guided(request):
+            return positive, None
+        negative = self._condition(unwanted, pixels, is_negative=True)
+        if positive.text.shape == negative.text.shape:
+            return positive, negative
+        return match_lengths(positive, negative, self._texts(Wording(""))[0])
 
     def to(self, device: str) -> None:
         self._stock.to(device)
@@ -155,12 +174,9 @@ class Diffusion(ABC, Generic[RequestT]):
 
     @torch.inference_mode()
     def begin(self, row: RowInput[RequestT]) -> Generator[None, None, Denoising]:
-        request, negative = row.request, None
+        request = row.request
         row.notes.extend(self._prompt_notes(request, row.seed))
-        positive = self._condition(request.prompt, row.pixels, is_negative=False)
-        positive = replace(positive, guidance=self._embedded(request.guidance_scale))
-        if self._guided(request):
-            negative = self._condition(request.negative_prompt, row.pixels, is_negative=True)
+        positive, negative = self._conditions(request, row.pixels)
         yield
         noise = Noise(row.seed, self._noise)
         start = yield from self._start(row, noise)
@@ -182,7 +198,7 @@ class Diffusion(ABC, Generic[RequestT]):
         return state.schedule.steps
 
     def key(self, state: Denoising) -> Hashable:
-        return state.latents.shape[2:]
+        return state.latents.shape[2:], state.positive.text.shape[1]
 
     def step(self, states: Sequence[Denoising]) -> None:
         self.denoiser.step(states)
@@ -208,9 +224,10 @@ class Diffusion(ABC, Generic[RequestT]):
 
     def _prompt_notes(self, request: RequestT, seed: int) -> list[Note]:
         """What the model does not read of the prompts and the seed."""
-        notes = _cut("prompt", request.prompt, self._tokenizers)
+        wanted, unwanted = wordings(request)
+        notes = cut_note("prompt", wanted, self._tokenizers)
         if request.guidance_scale > 1:
-            notes += _cut("negative_prompt", request.negative_prompt, self._tokenizers)
+            notes += cut_note("negative_prompt", unwanted, self._tokenizers)
         elif request.negative_prompt:
             told = "negative_prompt had no effect, because guidance_scale is not above 1."
             notes.append(note(Code.NEGATIVE_PROMPT_UNUSED, told))
@@ -238,46 +255,7 @@ def most_places(limits: GroupLimits, pixels: int) -> int:
     return max(min(2 * rows, limits.budget_px // pixels), 1)
 
 
-def _cut(name: str, text: str, tokenizers: Sequence[Any]) -> list[Note]:
-    """A note if a text has more tokens than the model reads; about the strictest tokenizer."""
-    longest = (0, 0)
-    for tokenizer in tokenizers:
-        # Not `verbose`: it would log what the note says.
-        found = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        read = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-        longest = max(longest, (found - read, found))
-    lost, found = longest
-    if lost <= 0:
-        return []
-    told = f"The model reads {found - lost} tokens of {name}: the last {lost} of {found} were cut."
-    return [note(Code.PROMPT_CUT, told)]
-
-
 def _columns(latents: torch.Tensor) -> torch.Tensor:
     """`(1, C, h, w)` as `(h * w, C + 1)` on the CPU: a row for each place, and a constant."""
     flat = latents[0].flatten(1).T.float().cpu()
     return torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
-
-
-class PromptCache:
-    """Embeddings of the latest texts. Every text is encoded alone, so that its bits never change.
-
-    Args:
-        encode: embeddings of one text.
-    """
-
-    def __init__(self, encode: Callable[[str], Embeddings]) -> None:
-        self._encode = encode
-        self._known: OrderedDict[str, Embeddings] = OrderedDict()
-
-    def __call__(self, text: str) -> Embeddings:
-        """The embeddings of a text, from the cache if it was among the last 64."""
-        embeddings = self._known.pop(text, None) or self._encode(text)
-        self._known[text] = embeddings
-        if len(self._known) > _PROMPTS:
-            self._known.popitem(last=False)
-        return embeddings
-
-    def clear(self) -> None:
-        """Forget all, because the weights move."""
-        self._known.clear()

@@ -18,7 +18,7 @@ from deployments.buckets import (
 from deployments.contract import Img2ImgRequest
 from deployments.notes import Code, Note, note
 from deployments.pipelines.denoiser import Condition
-from deployments.pipelines.diffusion import Diffusion, Embeddings, Start
+from deployments.pipelines.diffusion import Diffusion, Start
 from deployments.pipelines.grey import without_tint
 from deployments.pipelines.pictures import require_picture, with_alpha_of
 from deployments.pipelines.stock import load_stock, read_index
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deployments.images import Picture
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.noise import Noise
+    from deployments.pipelines.prompts import Embeddings, Wording
     from deployments.registry import ModelSpec
 
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
@@ -92,8 +93,8 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         values = self._encode_prompt(text)
         return values[0], values[2] if self._is_xl else None
 
-    def _condition(self, text: str, pixels: Pixels, *, is_negative: bool) -> Condition:
-        embeds, pooled = self._texts(text)
+    def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
+        embeds, pooled = self._texts(wording)
         if pooled is None:
             return Condition(embeds)
         height, width = pixels.shape[:2]

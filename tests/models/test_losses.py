@@ -54,8 +54,25 @@ def test_a_prompt_that_is_cut_says_by_how_much(
     told = lost(pipeline, FAST.model_copy(update={"prompt": "cat " * (words + 9)}))
     assert told == {
         "prompt_cut": f"The model reads 75 tokens of prompt: the last {tokens - 75} of {tokens} "
+        "were cut. long_prompt=chunk reads up to 600."
+    }
+    chunked = FAST.model_copy(update={"prompt": "cat " * (words + 9), "long_prompt": "chunk"})
+    assert lost(pipeline, chunked) == {}
+    endless = chunked.model_copy(update={"prompt": "cat " * 8 * (words + 9)})
+    tokens = len(tokenizer(endless.prompt, add_special_tokens=False).input_ids)
+    assert lost(pipeline, endless) == {
+        "prompt_cut": f"The model reads 600 tokens of prompt: the last {tokens - 600} of {tokens} "
         "were cut."
     }
+
+
+def test_brackets_that_are_weights_are_no_tokens(
+    tiny_pipeline: Callable[..., AnyPipeline],
+) -> None:
+    weighted = FAST.model_copy(update={"prompt": "((cat)) " * 30, "prompt_weights": True})
+    assert lost(tiny_pipeline("sd_ddim"), weighted) == {}
+    plain = weighted.model_copy(update={"prompt_weights": False})
+    assert "prompt_cut" in lost(tiny_pipeline("sd_ddim"), plain)
 
 
 def test_a_negative_prompt_is_said_to_have_no_effect_without_guidance(
