@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,9 +69,7 @@ def estimate_foreground(rgb: Array, alpha: Array) -> Array:
         size = round(height ** (i / levels)), round(width ** (i / levels))
         former, colours = colours, np.empty((6, *size), np.uint8)
         _level(former, rgb, alpha, colours)
-    foreground = np.empty_like(rgb)
-    _level(colours, rgb, alpha, foreground.transpose(2, 0, 1))
-    return foreground
+    return _last_level(colours, rgb, alpha)
 
 
 def _mean_colours(rgb: Array, alpha: Array) -> Array:
@@ -88,28 +86,57 @@ def _mean_colours(rgb: Array, alpha: Array) -> Array:
 def _level(former: Array, rgb: Array, alpha: Array, colours: Array) -> None:
     """F and B of one size from those of the level before it, both `6 x h x w`.
 
-    They are written into `colours`. At full size it has room for F alone.
+    They are written into `colours`.
     """
-    channels, height, width = colours.shape
+    _, height, width = colours.shape
     size = height, width
-    rounds = _rounds(size) if channels == 6 else 0
-    picture, cover = _nearest(rgb.transpose(2, 0, 1), size), _nearest(alpha, size)
+    rounds = _SMALL_ROUNDS if max(size) <= _SMALL_PX else _LARGE_ROUNDS
+    picture = _nearest(rgb, size, first_axis=0).transpose(2, 0, 1)
+    cover = _nearest(alpha, size)
     for tile in _tiles(height, width, rounds):
         around = (slice(None), *tile.around)
         start = _nearest(former, size, tile.around)
-        found = _solved(start, picture[around], cover[tile.around], rounds)
-        colours[:, tile.rows, tile.columns] = found[:channels][tile.inner]
+        seen, share = picture[around], cover[tile.around]
+        match _sure(share):
+            case "foreground":  # F or B is what the picture shows; the other is free.
+                start[:3] = seen
+            case "background":
+                start[3:] = seen
+            case None:
+                start = _relaxed(start, seen, share, rounds)
+        colours[:, tile.rows, tile.columns] = start[tile.inner]
 
 
-def _rounds(size: tuple[int, int]) -> int:
-    return _SMALL_ROUNDS if max(size) <= _SMALL_PX else _LARGE_ROUNDS
+def _last_level(former: Array, rgb: Array, alpha: Array) -> Array:
+    """F at full size, `H x W x 3`, from F and B of the level before it."""
+    foreground = np.empty_like(rgb)
+    for tile in _tiles(*alpha.shape, margin=0):
+        seen, share, found = (values[tile.around] for values in (rgb, alpha, foreground))
+        sure = _sure(share)
+        if sure == "foreground":
+            found[:] = seen
+            continue
+        wanted = former[:3] if sure == "background" else former
+        start = _nearest(wanted, alpha.shape, tile.around)
+        planes = start if sure else _fitted(start, seen.transpose(2, 0, 1), share)
+        found[:] = planes.transpose(1, 2, 0)
+    return foreground
 
 
-def _nearest(values: Array, size: tuple[int, int], part: tuple[slice, slice] = _WHOLE) -> Array:
-    """A part of `values`, `... x H x W`, brought to `size` by the nearest value."""
-    if values.shape[-2:] == size:
-        return values[(..., *part)]
-    for axis, length, piece in zip((-2, -1), size, part, strict=True):
+def _nearest(
+    values: Array,
+    size: tuple[int, int],
+    part: tuple[slice, slice] = _WHOLE,
+    first_axis: int = -2,
+) -> Array:
+    """A part of `values` brought to `size` by the nearest value.
+
+    Height and width are the axis `first_axis` and the next one.
+    """
+    axes = first_axis, first_axis + 1
+    if tuple(values.shape[axis] for axis in axes) == size:
+        return values[(..., *part)] if part != _WHOLE else values
+    for axis, length, piece in zip(axes, size, part, strict=True):
         at = np.arange(length)[piece] * values.shape[axis] // length
         values = values.take(at, axis=axis)
     return values
@@ -129,69 +156,82 @@ def _tiles(height: int, width: int, margin: int) -> Iterator[_Tile]:
         yield _Tile(rows, columns, around)
 
 
-def _solved(start: Array, picture: Array, alpha: Array, rounds: int) -> Array:
-    """F and B of a tile, `6 x h x w`. An error at its cuts moves inwards by a pixel each round.
-
-    Without a round, F alone, as the last level wants it.
-    """
-    opaque, clear = alpha.min() >= 255 - _UNSEEN, alpha.max() <= _UNSEEN
-    if opaque or clear:  # F or B is what the picture shows; the other is free.
-        start[slice(0, 3) if opaque else slice(3, 6)] = picture
-        return start
-    share = (alpha / 255).astype(np.float32)
-    colours = start.astype(np.float32)
-    return _relaxed(colours, picture, share, rounds) if rounds else _fitted(colours, picture, share)
+def _sure(alpha: Array) -> Literal["foreground", "background"] | None:
+    """What a whole tile shows, if it is only one."""
+    if alpha.min() >= 255 - _UNSEEN:
+        return "foreground"
+    return "background" if alpha.max() <= _UNSEEN else None
 
 
-def _relaxed(start: Floats, picture: Array, alpha: Floats, rounds: int) -> Array:
-    """Jacobi rounds of the paper's equation 4.
+def _relaxed(start: Array, picture: Array, cover: Array, rounds: int) -> Array:
+    """F and B of a tile, `6 x h x w`: Jacobi rounds of the paper's equation 4.
 
     A pixel's F and B are the means F', B' of its neighbours', weighted by the change of alpha,
     plus their shares of what `alpha * F' + (1 - alpha) * B'` lacks of the picture's colour. That
-    solves the 2 x 2 system of the paper (Sherman and Morrison).
+    solves the 2 x 2 system of the paper (Sherman and Morrison). An error at the tile's cuts moves
+    inwards by a pixel each round.
     """
-    height, width = alpha.shape
-    padded = np.empty((6, height + 2, width + 2), np.float32)
-    padded[:, 1:-1, 1:-1] = start
-    edge = np.pad(alpha, 1, mode="edge")
-    weights = [_REGULARISATION + np.abs(alpha - near) for near in _neighbours(edge)]
+    stride = cover.shape[1] + 2
+    padded, edge, seen = _padded(start), _padded(cover[None]), _padded(picture)
+    edge /= 255
+    _repeat_edges(edge)
+    near, inner = _neighbours(padded, stride), _rows_inside(padded, stride)
+    alpha, seen = _rows_inside(edge, stride), _rows_inside(seen, stride)
+    weights = [_REGULARISATION + np.abs(alpha - one) for one in _neighbours(edge, stride)]
     total = sum(weights[1:], weights[0])
     weights = [weight / total for weight in weights]
-    covers = np.stack([alpha, 1 - alpha])[:, None]
+    covers = np.stack([alpha, 1 - alpha])
     shares = covers / (total + alpha**2 + (1 - alpha) ** 2)
-    picture = np.ascontiguousarray(picture)
-    near, mean, terms = _neighbours(padded), *np.empty((2, 6, height, width), np.float32)
-    mean_of_each, terms_of_each = (a.reshape(2, 3, height, width) for a in (mean, terms))
+    mean, terms = np.empty_like(inner), np.empty_like(inner)
+    mean_of_each, terms_of_each = (values.reshape(2, 3, -1) for values in (mean, terms))
     for _ in range(rounds):
         _repeat_edges(padded)
         np.multiply(near[0], weights[0], out=mean)
         for one, weight in zip(near[1:], weights[1:], strict=True):
             mean += np.multiply(one, weight, out=terms)
         np.multiply(mean_of_each, covers, out=terms_of_each)
-        lacking = picture - terms[:3] - terms[3:]
+        lacking = seen - terms[:3]
+        lacking -= terms[3:]
         mean_of_each += np.multiply(lacking, shares, out=terms_of_each)
-        np.clip(mean, 0, 255, out=padded[:, 1:-1, 1:-1])
+        np.clip(mean, 0, 255, out=inner)
     return padded[:, 1:-1, 1:-1].round().astype(np.uint8)
 
 
-def _fitted(start: Floats, picture: Array, alpha: Floats) -> Array:
+def _fitted(colours: Array, picture: Array, cover: Array) -> Array:
     """F of a tile, `3 x h x w`: with its B, it gives just what the picture shows.
 
     It is the limit of a round whose neighbours have no weight, and costs a tenth of four rounds.
     """
-    lacking = picture - alpha * start[:3] - (1 - alpha) * start[3:]
-    foreground = start[:3] + lacking * (alpha / (alpha**2 + (1 - alpha) ** 2))
-    return foreground.clip(0, 255).round().astype(np.uint8)
+    alpha, start = cover.astype(np.float32) / 255, colours.astype(np.float32)
+    lacking = np.ascontiguousarray(picture, np.float32)
+    lacking -= alpha * start[:3]
+    lacking -= (1 - alpha) * start[3:]
+    lacking *= alpha / (alpha**2 + (1 - alpha) ** 2)
+    lacking += start[:3]
+    return np.clip(lacking, 0, 255, out=lacking).round(out=lacking).astype(np.uint8)
 
 
-def _neighbours(padded: Floats) -> list[Floats]:
-    """Views of the values to the left, right, above and below."""
-    return [
-        padded[..., 1:-1, :-2],
-        padded[..., 1:-1, 2:],
-        padded[..., :-2, 1:-1],
-        padded[..., 2:, 1:-1],
-    ]
+def _padded(values: Array) -> Floats:
+    """`C x h x w` with a pixel more on each side, which is 0."""
+    channels, height, width = values.shape
+    padded = np.zeros((channels, height + 2, width + 2), np.float32)
+    padded[:, 1:-1, 1:-1] = values
+    return padded
+
+
+def _rows_inside(padded: Floats, stride: int, shift: int = 0) -> Floats:
+    """A view of the rows but the first and the last, as `C x (h * stride)`.
+
+    Their two padded columns come along: a line without gaps is worked on twice as fast as many
+    short ones. What is computed for them is not used.
+    """
+    flat = padded.reshape(len(padded), -1)
+    return flat[:, stride + shift : flat.shape[1] - stride + shift]
+
+
+def _neighbours(padded: Floats, stride: int) -> list[Floats]:
+    """Views of the values to the left, right, above and below of `_rows_inside`."""
+    return [_rows_inside(padded, stride, shift) for shift in (-1, 1, -stride, stride)]
 
 
 def _repeat_edges(padded: Floats) -> None:
