@@ -43,7 +43,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt torch xformers
 # Its packages, and the command `imagen`: pyproject.toml finds no source here, and wants a README.
 COPY pyproject.toml ./
 RUN touch README.md \
-    && pip install --no-cache-dir --constraint constraints.txt '.[gpu]' \
+    && pip install --no-cache-dir --constraint constraints.txt '.[gpu,c2pa]' \
     && rm -rf README.md build imagen.egg-info
 COPY --from=application / ./
 USER 1000:1000
@@ -71,7 +71,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
     --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY pyproject.toml ./
 RUN touch README.md \
-    && pip install --no-cache-dir --constraint constraints.txt . \
+    && pip install --no-cache-dir --constraint constraints.txt '.[c2pa]' \
     && rm -rf README.md build imagen.egg-info
 COPY --from=application / ./
 USER 1000:1000

@@ -382,6 +382,15 @@ def media_type(output_format: OutputFormat) -> str:
     return f"image/{output_format}"
 
 
+def media_type_of(data: bytes) -> str:
+    """The media type of a file that can be read.
+
+    Raises:
+        UnsupportedMedia: its format is none that is read.
+    """
+    return f"image/{_kind(data).lower()}"
+
+
 def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) -> None:
     """Refuse a size that the format cannot hold, before any work.
 

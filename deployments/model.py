@@ -26,6 +26,7 @@ from deployments.contract import (
     draw_seed,
     unused_notes,
 )
+from deployments.credentials import Origin, Signing
 from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.estimate import Size, file_px
@@ -101,6 +102,7 @@ class ModelDeployment:
         self._streams: dict[str, asyncio.Future[tuple[ImageResult, ...]]] = {}
         self._host = Host(spec, settings)
         self._admission = Admission(settings.request_timeout_s)
+        self._signing = None if settings.c2pa is None else Signing(settings.c2pa)
 
     # --- what Serve calls ---
 
@@ -346,9 +348,22 @@ class ModelDeployment:
         notes = tuple(dict.fromkeys((*row.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)
         metadata = self._metadata(row, served, result.notes)
-        return result, images.encode(
-            result, job.output_format, metadata, self._spec.task.source_type
+        body = images.encode(result, job.output_format, metadata, self._spec.task.source_type)
+        return result, self._signed(job, row.input.request, body, served)
+
+    def _signed(self, job: ImageJob, request: ImageRequest, body: bytes, served: Served) -> bytes:
+        """The file with Content Credentials, where the operator has a certificate."""
+        if self._signing is None:
+            return body
+        origin = Origin(
+            task=request.task,
+            model=self._model_name(served),
+            source_type=self._spec.task.source_type,
+            picture=job.image,
+            media_type="" if job.image is None else images.media_type_of(job.image),
+            carried=request.metadata != "none",
         )
+        return self._signing.sign(body, images.media_type(job.output_format), origin)
 
     async def _progress(self, job: ImageJob, rows: list[Row], told: JobProgress) -> JobProgress:
         """How far rows are; with a picture of the first one, if that has moved since `told`."""

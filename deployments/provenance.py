@@ -29,7 +29,12 @@ _TERM = re.compile(rf'DigitalSourceType(?:="|>\s*){re.escape(_VOCABULARY)}(\w+)'
 
 def packet(source_type: SourceType) -> str:
     """An XMP packet that states the source type."""
-    return _PACKET.format(term=_VOCABULARY + source_type)
+    return _PACKET.format(term=term(source_type))
+
+
+def term(source_type: SourceType) -> str:
+    """The address that stands for a source type."""
+    return _VOCABULARY + source_type
 
 
 def source_type_of(xmp: str) -> str:

@@ -300,6 +300,24 @@ def _names(value: Any) -> Any:
 _Names = Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)]
 
 
+class C2paSettings(Strict):
+    """Whose Content Credentials results carry (docs/provenance.md).
+
+    Attributes:
+        certificates: PEM file: the signing certificate first, then those above it, without the
+            root.
+        key: PEM file of its private key (PKCS #8), without a password.
+        algorithm: that suits the key, as C2PA names it.
+        timestamp_url: of a time-stamping authority (RFC 3161), which is asked for each result;
+            None asks none, and signatures then end with the certificate.
+    """
+
+    certificates: Path
+    key: Path
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    timestamp_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+
+
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
@@ -322,6 +340,7 @@ class Settings(Strict):
         store: the model store of a node.
         jobs: requests that outlive their client.
         access: who may call, and how much.
+        c2pa: whose Content Credentials results carry; None signs nothing.
     """
 
     models: Annotated[tuple[Path, ...], BeforeValidator(_files), Field(min_length=1)] = (
@@ -342,6 +361,7 @@ class Settings(Strict):
     store: StoreSettings = StoreSettings()
     jobs: JobSettings = JobSettings()
     access: AccessSettings = AccessSettings()
+    c2pa: C2paSettings | None = None
 
     @model_validator(mode="after")
     def _holds_the_largest_body(self) -> Self:

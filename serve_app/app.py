@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.config import AutoscalingPolicy, BackpressureConfig
 
 from deployments.catalogue import load_registry
+from deployments.credentials import Signing
 from deployments.model import ModelDeployment
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
@@ -38,12 +39,15 @@ def build(args: dict[str, Any]) -> Application:
             below by deployment name.
 
     Raises:
-        ConfigError: `args` or a model registry is wrong, or its lock file lacks a digest.
+        ConfigError: `args` or a model registry is wrong, or its lock file lacks a digest; or
+            `args.c2pa` names what cannot sign.
         LicenceRefused: a model's licence forbids commercial use and was not accepted.
     """
     settings = parse_settings(Settings, args, "The application's args")
     registry = load_registry(*settings.models, serve=settings.serve)
     lock = load_lock(*settings.models)
+    if settings.c2pa is not None:
+        Signing(settings.c2pa)  # Here, because a replica that fails to start is started again.
     for spec in registry.models:
         locked_digest(lock, spec)
     if absent := [str(task) for task in Task if task not in registry]:

@@ -18,12 +18,16 @@ from deployments.contract import (
     ImageJob,
     UpscaleRequest,
 )
+from deployments.credentials import Signing, check
 from deployments.engine.row import RowInput
 from deployments.images import Picture
 from deployments.notes import Code, note
+from deployments.settings import C2paSettings
+from tests.certificates import make_certificates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Pixels
@@ -185,3 +189,20 @@ def test_a_cut_out_says_what_the_decoder_lost(
     for output in ("rgba", "mask", "color"):
         result = process(tiny_pipeline("isnet"), picture, BackgroundRequest(output=output))
         assert picture.notes[0] in result.notes
+
+
+async def test_a_result_is_signed_where_the_operator_has_a_certificate(tmp_path: Path) -> None:
+    made = make_certificates(tmp_path)
+    deployment = Deployment(TextToImage())
+    deployment._signing = Signing(C2paSettings(certificates=made.chain, key=made.key))
+    request = ComicRequest(steps=2, strength=1.0, seed=1)
+    try:
+        result = await deployment(ImageJob(request, None, "webp", 60))
+    finally:
+        deployment._host.close()
+    verdict = check(result.image, made.root.read_bytes())
+    assert verdict is not None
+    assert verdict.state == "valid"
+    model = {"name": "text-to-image", "version": "d" * 16}
+    assert verdict.actions[0]["softwareAgent"] == model
+    assert images.read_metadata(result.image)["model"] == result.model

@@ -125,6 +125,7 @@ class Deployment(ModelDeployment):
         self._streams: dict[str, Any] = {}
         self._host: Any = FakeHost(pipeline)
         self._admission = Admission(60)
+        self._signing = None
 
     async def _admission_window(self, row: Any) -> None:  # Serve's batching needs a replica
         engine, one = row
