@@ -67,12 +67,18 @@ def _six_digits(color: str) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(_printable)]
-Color = Annotated[
-    str,
-    Field(pattern=r"^(#[0-9a-fA-F]{3}|#[0-9a-fA-F]{6}|[A-Za-z]+)$"),
-    AfterValidator(_six_digits),
-]
+_COLOR = Field(pattern=r"^(#[0-9a-fA-F]{3}|#[0-9a-fA-F]{6}|[A-Za-z]+)$")
+Color = Annotated[str, _COLOR, AfterValidator(_six_digits)]
 """Any way to write an opaque sRGB colour in CSS that fits a word; becomes #rrggbb."""
+
+
+PICTURE = "picture"
+"""A background that comes as a file of its own."""
+Background = Annotated[
+    str,
+    _COLOR,
+    AfterValidator(lambda text: text if text == PICTURE else _six_digits(text)),
+]
 
 
 class ImageRequest(BaseModel):
@@ -360,6 +366,11 @@ class BackgroundRequest(ImageRequest):
         examples=["#2060a0"],
         description="Background with output=color, in sRGB: #rrggbb, #rgb or a CSS colour name.",
     )
+    background: Background | None = Field(
+        default=None,
+        description="What lies below the foreground: a colour, as in `color`, or a picture that "
+        "is sent as a file in this field and scaled to cover the result.",
+    )
     edges: Literal["estimated", "original"] = Field(
         default="estimated",
         description="Colours of pixels that show foreground and background at once. estimated: "
@@ -373,15 +384,22 @@ class BackgroundRequest(ImageRequest):
 
     @property
     def needs_alpha(self) -> bool:
-        return self.output == "rgba"
+        return self.output == "rgba" and self.background is None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.background is not None and self.model_fields_set & {"output", "color"}:
+            raise _contradiction(
+                "send background, or output and color",
+                background=self.background,
+                output=self.output,
+                color=self.color,
+            )
         if "color" in self.model_fields_set and self.output != "color":
             raise _contradiction("color needs output=color", output=self.output, color=self.color)
-        if self.output == "rgba" and self.output_format == "jpeg":
+        if self.needs_alpha and self.output_format == "jpeg":
             raise _contradiction(
-                "jpeg has no transparency; use png or webp, or output=color",
+                "jpeg has no transparency; use png or webp, output=color or background",
                 output=self.output,
                 output_format=self.output_format,
             )
@@ -407,6 +425,8 @@ class ImageJob:
         n: results, of seeds that follow one another; above 1 only for models that use chance.
         preview: whether `ModelDeployment.stream` shows small pictures of the steps.
         notes: of what was chosen before the model got it.
+        background: the file to lay below the result, where the request says `background=picture`.
+        background_px: width x height of its picture; 0 without one.
     """
 
     request: ImageRequest
@@ -420,6 +440,8 @@ class ImageJob:
     n: int = 1
     preview: bool = False
     notes: tuple[Note, ...] = ()
+    background: bytes | None = None
+    background_px: int = 0
 
     def left_s(self, now_unix_s: float) -> float:
         """Seconds until the deadline, without the time that the request waited for a replica.
@@ -552,6 +574,9 @@ def complete(request: R, defaults: Mapping[str, Any], parameters: frozenset[str]
     joint = {name: getattr(request, name) for name in _JOINT if name in parameters}
     # A default color belongs to output=color. It must not contradict another output of the client.
     dropped = {"color"} if given.get("output", "color") != "color" else set[str]()
+    # And neither may contradict a background of the client.
+    dropped |= {"output", "color"} if given.get("background") is not None else set()
+    dropped |= {"background"} if given.keys() & {"output", "color"} else set()
     kept = {name: value for name, value in defaults.items() if name not in dropped}
     return validated(type(request), {**joint, **kept, **given}, request.task)
 

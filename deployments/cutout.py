@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from PIL import Image
 
+from deployments.contract import PICTURE
 from deployments.foreground import estimate_foreground
 from deployments.images import Picture
 from deployments.notes import Code, note
@@ -45,10 +47,38 @@ def cut_out(picture: Picture, mask: Array, request: BackgroundRequest) -> Pictur
     if request.edges == "estimated":
         rgb = estimate_foreground(rgb, alpha)
     rgb, alpha = np.ascontiguousarray(rgb[box]), np.ascontiguousarray(alpha[box])
-    if request.output == "rgba":
+    color = request.color if request.output == "color" else request.background
+    if color is None or color == PICTURE:
         return Picture(rgb, alpha, notes)
-    red, green, blue = bytes.fromhex(request.color[1:])
+    red, green, blue = bytes.fromhex(color[1:])
     return Picture(laid_over(rgb, alpha, (red, green, blue)), None, notes)
+
+
+def laid_on(cutout: Picture, background: Picture) -> Picture:
+    """A cut-out on a picture, which is scaled to cover it and cut at its middle.
+
+    Args:
+        cutout: with alpha.
+        background: of any size; where it is transparent, white shows.
+    """
+    below = background.rgb
+    if background.alpha is not None:
+        below = laid_over(below, background.alpha, WHITE)
+    width, height = cutout.width_px, cutout.height_px
+    share = min(background.width_px / width, background.height_px / height)
+    left = (background.width_px - width * share) / 2
+    top = (background.height_px - height * share) / 2
+    scene = Image.fromarray(below).resize(
+        (width, height),
+        Image.Resampling.LANCZOS,
+        box=(left, top, left + width * share, top + height * share),
+        reducing_gap=3.0,
+    )
+    notes = [note(Code(one.code), f"Of the background: {one.text}") for one in background.notes]
+    rgb = np.asarray(scene)
+    if cutout.alpha is not None:
+        rgb = laid_over(cutout.rgb, cutout.alpha, rgb)
+    return Picture(rgb, None, (*cutout.notes, *notes))
 
 
 def _alpha(picture: Picture, mask: Array) -> Array:

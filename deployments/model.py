@@ -27,6 +27,7 @@ from deployments.contract import (
     unused_notes,
 )
 from deployments.credentials import Origin, Signing
+from deployments.cutout import laid_on
 from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.estimate import Size, file_px
@@ -241,7 +242,9 @@ class ModelDeployment:
                 raise ticket.refusal or too_late() from error
 
     def _taken(self, job: ImageJob) -> AbstractAsyncContextManager[None]:
-        return self._seats.taken(file_px(_size(job), self._spec.scale), job.n)
+        # A background is one more picture in memory.
+        px = max(file_px(_size(job), self._spec.scale), job.background_px)
+        return self._seats.taken(px, job.n + (job.background is not None))
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:
         served = self._host.served
@@ -344,6 +347,8 @@ class ModelDeployment:
         self, job: ImageJob, row: Row, output: Pixels, picture: Picture | None, served: Served
     ) -> tuple[Picture, bytes]:
         restored = served.pipeline.restore(output, picture, row.input.request)
+        if job.background is not None:
+            restored = laid_on(restored, images.decode(job.background, self._limits))
         # A row that began twice may have said the same twice.
         notes = tuple(dict.fromkeys((*row.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)

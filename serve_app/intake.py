@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 from deployments import images
-from deployments.contract import ImageJob, OutputFormat, check_used, parse
+from deployments.contract import PICTURE, ImageJob, OutputFormat, check_used, parse
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -95,6 +95,7 @@ class Call:
         task: what is asked for.
         fields: parameters as text, by name; and `model`, the name of a model.
         image: the uploaded file; None if there is none.
+        background: a second file, to lay below the result; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
         charge: called with the pixels of the picture once its header is read, before any work; may
@@ -107,6 +108,7 @@ class Call:
     task: Task
     fields: Mapping[str, str]
     image: bytes | None
+    background: bytes | None = None
     accept: str = ""
     request_id: str = ""
     charge: Callable[[int], Awaitable[None]] | None = None
@@ -124,6 +126,7 @@ class Checked:
         request: the fields that the client set.
         output_format: of the result.
         width_px, height_px: of the picture, upright; without one, of what is made.
+        background_px: width x height of the background picture; 0 without one.
     """
 
     spec: ModelSpec
@@ -131,6 +134,7 @@ class Checked:
     output_format: OutputFormat
     width_px: int
     height_px: int
+    background_px: int = 0
 
 
 class Intake:
@@ -236,14 +240,18 @@ class Intake:
         request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
         check_n(call.n, spec)
+        check_background(call, request)
         if call.image is None:
             width_px, height_px = self._canvas(request, spec)
         else:
             width_px, height_px = await self._size_px(call.image)
+        background_px = 0
+        if call.background is not None:
+            background_px = math.prod(await self._size_px(call.background))
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
-            await call.charge(width_px * height_px * call.n)
-        return Checked(spec, request, output_format, width_px, height_px)
+            await call.charge(width_px * height_px * call.n + background_px)
+        return Checked(spec, request, output_format, width_px, height_px, background_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
         return ImageJob(
@@ -258,6 +266,8 @@ class Intake:
             n=call.n,
             preview=call.preview,
             notes=call.notes,
+            background=call.background,
+            background_px=checked.background_px,
         )
 
     def _canvas(self, request: ImageRequest, spec: ModelSpec) -> tuple[int, int]:
@@ -335,6 +345,28 @@ def check_n(n: int, spec: ModelSpec) -> None:
             f"The model {spec.name} uses no chance, so that all results would be the same.",
             value=f"n={n}",
             remedy="Leave n out.",
+        )
+
+
+def check_background(call: Call, request: ImageRequest) -> None:
+    """Whether a background picture comes where one is asked for, and only there.
+
+    Raises:
+        MalformedRequest: it is missing.
+        InvalidParameter: the task lays nothing below its result.
+    """
+    wanted = getattr(request, "background", None) == PICTURE
+    if wanted and call.background is None:
+        raise MalformedRequest(
+            "The field background says picture, and is no file.",
+            value="background=picture",
+            remedy="Send it as a file: -F background=@beach.jpg; or send a colour.",
+        )
+    if call.background is not None and not wanted:
+        raise InvalidParameter(
+            f"The task {call.task} takes no background.",
+            value=f"{len(call.background)} bytes",
+            remedy="Leave it out.",
         )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deployments.tasks import Task
     from serve_app.jobs.files import JobFiles
     from serve_app.jobs.queue import JobQueue
-    from serve_app.jobs.record import Job, Status
+    from serve_app.jobs.record import Inputs, Job, Status
     from serve_app.jobs.run import Run
 
 AGAIN_S = 1.0
@@ -121,11 +121,11 @@ class Carrier:
             RequestError: nothing will ever come of this job, or its model is not served any more.
             ServiceError: it was tried as often as jobs are.
         """
-        spec, read, put = run.job.spec, self._files.input, self._files.put_result
+        spec, put = run.job.spec, self._files.put_result
         name = self._registry.choose(spec.task, spec.model or None).name
         async with self._budgets[name].hold(spec.image_bytes) as take:
-            image = await self._patiently(read, spec.job_id) if spec.has_image else None
-            results = await self._on_model(run, self._models[name], image)
+            inputs = await self._patiently(self._files.inputs, spec)
+            results = await self._on_model(run, self._models[name], inputs)
             take(sum(len(result.image) for result in results))
             documents = [document_of(result) for result in results]
             for k, (result, document) in enumerate(zip(results, documents, strict=True)):
@@ -133,13 +133,11 @@ class Carrier:
         # What another worker has stored before stays, and is what the job is about.
         return (None if is_first else await self._stored(run.job)) or documents
 
-    async def _on_model(
-        self, run: Run, model: Model, image: bytes | None
-    ) -> tuple[ImageResult, ...]:
+    async def _on_model(self, run: Run, model: Model, inputs: Inputs) -> tuple[ImageResult, ...]:
         pauses = _backoff()
         while True:
             try:
-                return await self._once(run, model, image)
+                return await self._once(run, model, inputs)
             except Full as error:  # the model is busy, which is no fault, and has not begun it
                 run.is_taken = False
                 await asyncio.sleep(min(error.retry_after_s or AGAIN_S, next(pauses)))
@@ -154,8 +152,8 @@ class Carrier:
                 logger.warning("Job %s is tried again: %s", run.job.spec.job_id, error)
                 await asyncio.sleep(next(pauses))
 
-    async def _once(self, run: Run, model: Model, image: bytes | None) -> tuple[ImageResult, ...]:
-        job = run.job.spec.image_job(image, self._settings.run_timeout_s)
+    async def _once(self, run: Run, model: Model, inputs: Inputs) -> tuple[ImageResult, ...]:
+        job = run.job.spec.image_job(inputs, self._settings.run_timeout_s)
         async with aclosing(model.stream(job)) as answers:
             async for told in answers:
                 run.is_taken = True

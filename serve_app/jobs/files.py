@@ -1,6 +1,7 @@
 """The pictures of jobs, in one bucket: what clients sent, and what came of it.
 
 inputs/{job_id}/image
+inputs/{job_id}/background
 outputs/{job_id}/result-{k}.png    or .webp, .jpeg
 outputs/{job_id}/result-{k}.json   written last: its presence says that the result is whole
 """
@@ -33,6 +34,7 @@ from deployments.store.folder_bucket import FolderBucket, local_folder
 from deployments.store.provider import make_bucket
 from deployments.store.transfer import retrying
 from serve_app.jobs.links import FolderLinks, folder_key
+from serve_app.jobs.record import Inputs
 
 if TYPE_CHECKING:
     import os
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from deployments.settings import JobSettings
     from deployments.store.bucket import Bucket
+    from serve_app.jobs.record import InputName, JobSpec
 
 T = TypeVar("T")
 FOLDERS = ("inputs", "outputs")
@@ -90,13 +93,20 @@ class JobFiles:
         self._links = FolderLinks(link_key) if link_key else None
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="job-files")
 
-    async def put_input(self, job_id: str, image: bytes) -> None:
-        """Store the picture that a client sent."""
-        await self._call(partial(self._bucket.put, _input(job_id), image))
+    async def put_input(self, job_id: str, image: bytes, name: InputName = "image") -> None:
+        """Store a picture that a client sent."""
+        await self._call(partial(self._bucket.put, _input(job_id, name), image))
 
-    async def input(self, job_id: str) -> bytes:
-        """The picture that a client sent."""
-        return await self._read(_input(job_id), job_id)
+    async def input(self, job_id: str, name: InputName = "image") -> bytes:
+        """A picture that a client sent."""
+        return await self._read(_input(job_id, name), job_id)
+
+    async def inputs(self, spec: JobSpec) -> Inputs:
+        """All pictures that a client sent for a job."""
+        image = await self.input(spec.job_id) if spec.has_image else None
+        if not spec.background_px:
+            return Inputs(image)
+        return Inputs(image, await self.input(spec.job_id, "background"))
 
     async def put_result(self, job_id: str, k: int, image: bytes, document: dict[str, Any]) -> None:
         """Store a result, unless there is one: first the picture, then its document.
@@ -244,8 +254,8 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _input(job_id: str) -> str:
-    return f"inputs/{_checked(job_id)}/image"
+def _input(job_id: str, name: InputName) -> str:
+    return f"inputs/{_checked(job_id)}/{name}"
 
 
 def _document(job_id: str, k: int) -> str:

@@ -7,7 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from deployments.contract import ImageJob, parse
 from deployments.notes import Note
@@ -22,7 +22,15 @@ Status = Literal["queued", "processing", "completed", "failed", "canceled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ENDED = frozenset({"completed", "failed", "canceled"})
 Priority = Literal["interactive", "batch"]
+InputName = Literal["image", "background"]
 _ID_DIGITS = 32
+
+
+class Inputs(NamedTuple):
+    """The pictures that a client sent for a job, as files; None if there is none."""
+
+    image: bytes | None
+    background: bytes | None = None
 
 
 def new_job_id() -> str:
@@ -47,7 +55,8 @@ class JobSpec:
         output_format: of the results.
         width_px, height_px: of the picture, upright; 0 without one.
         has_image: whether there is a picture in storage.
-        image_bytes: of its file; 0 without one.
+        image_bytes: of its file, and of the background's; 0 without one.
+        background_px: width x height of a background picture in storage; 0 without one.
         model: that the client named; empty for the default of the task, when the job runs.
         n: results, of seeds that follow one another.
         priority: interactive or batch.
@@ -71,6 +80,7 @@ class JobSpec:
     has_image: bool
     image_bytes: int = 0
     model: str = ""
+    background_px: int = 0
     n: int = 1
     priority: Priority = "interactive"
     deadline_s: float = 86_400
@@ -105,15 +115,19 @@ class JobSpec:
         values["notes"] = tuple(Note(*one) for one in values.get("notes", ()))
         return cls(**values)
 
-    def image_job(self, image: bytes | None, timeout_s: float) -> ImageJob:
+    def image_job(self, inputs: Inputs, timeout_s: float) -> ImageJob:
         """What a model gets.
+
+        Args:
+            inputs: the pictures that the client sent.
+            timeout_s: until the deadline.
 
         Raises:
             InvalidParameter: the request class has changed since, so that the request is refused.
         """
         return ImageJob(
             request=parse(self.task.request, self.request),
-            image=image,
+            image=inputs.image,
             output_format=self.output_format,
             timeout_s=timeout_s,
             request_id=self.job_id,
@@ -123,6 +137,8 @@ class JobSpec:
             n=self.n,
             preview=self.preview,
             notes=self.notes,
+            background=inputs.background,
+            background_px=self.background_px,
         )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
     from serve_app.jobs.queue import JobQueue, Submitted
-    from serve_app.jobs.record import Job, JobSpec, Status
+    from serve_app.jobs.record import Inputs, Job, JobSpec, Status
     from serve_app.jobs.signals import Signals
 
 _LOOK_S = 5.0
@@ -93,7 +93,7 @@ class Jobs:
     async def submit(
         self,
         spec: JobSpec,
-        image: bytes | None,
+        inputs: Inputs,
         *,
         idempotency_key: str = "",
         share: float = 1.0,
@@ -106,7 +106,7 @@ class Jobs:
 
         Args:
             spec: what is asked for.
-            image: the picture.
+            inputs: the pictures that the client sent.
             idempotency_key: of the request; empty if it has none.
             share: of the queue that its owner may take.
             charge: called with the pixels of a new job; None charges nobody.
@@ -125,14 +125,17 @@ class Jobs:
             if found.outcome != "queued":
                 return _other(found)
         if charge is not None:
-            await charge(spec.width_px * spec.height_px * spec.n)
-        return await self._store_and_queue(spec, image, submit)
+            await charge(spec.width_px * spec.height_px * spec.n + spec.background_px)
+        return await self._store_and_queue(spec, inputs, submit)
 
     async def _store_and_queue(
-        self, spec: JobSpec, image: bytes | None, submit: Callable[[], Awaitable[Submitted]]
+        self, spec: JobSpec, inputs: Inputs, submit: Callable[[], Awaitable[Submitted]]
     ) -> Accepted:
+        image, background = inputs
         if image is not None:
             await self.files.put_input(spec.job_id, image)
+        if background is not None:
+            await self.files.put_input(spec.job_id, background, "background")
         self._ask_first = True
         found = await submit()
         self._ask_first = found.outcome not in ("queued", "same")
@@ -167,7 +170,7 @@ class Jobs:
         job = await self.get(owner, job_id)
         if job.status not in ("failed", "canceled"):
             raise _conflict(job, "retried", "Wait for its end, or submit it again.")
-        image = await self.files.input(job_id) if job.spec.has_image else None
+        inputs = await self.files.inputs(job.spec)
         spec = replace(
             job.spec,
             job_id=new_job_id(),
@@ -176,7 +179,7 @@ class Jobs:
             fingerprint=f"retry of {job_id}",
         )
         return await self.submit(
-            spec, image, idempotency_key=idempotency_key, share=share, charge=charge
+            spec, inputs, idempotency_key=idempotency_key, share=share, charge=charge
         )
 
     # --- looking ---

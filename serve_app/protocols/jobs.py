@@ -27,7 +27,7 @@ from deployments.errors import (
 )
 from serve_app.intake import check_n
 from serve_app.jobs.options import MAX_N, JobOptions
-from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
+from serve_app.jobs.record import ENDED, Inputs, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.results import result_of
 from serve_app.jobs.webhooks import check_webhook, webhook_secret
 from serve_app.problem import MEDIA_TYPE, Problem
@@ -231,8 +231,9 @@ async def submit(
         fingerprint = _fingerprint(call, options, checked.output_format)
         made = replace(made, fingerprint=fingerprint)
     state = request.scope["state"]
+    inputs = Inputs(call.image, call.background)
     accepted = await jobs.submit(
-        made, call.image, idempotency_key=key, share=share_of(request), charge=state["charge"]
+        made, inputs, idempotency_key=key, share=share_of(request), charge=state["charge"]
     )
     # What the job comes to costs what it costs, also where the client waits for it.
     state["settled"] = accepted.is_new
@@ -254,7 +255,8 @@ def _job_spec(request: Request, call: Call, checked: Checked, wanted: JobOptions
         width_px=checked.width_px,
         height_px=checked.height_px,
         has_image=call.image is not None,
-        image_bytes=len(call.image or b""),
+        image_bytes=len(call.image or b"") + len(call.background or b""),
+        background_px=checked.background_px,
         n=wanted.n,
         priority=wanted.priority,
         deadline_s=wanted.deadline_s,
@@ -294,6 +296,7 @@ def _fingerprint(call: Call, options: Mapping[str, str], output_format: str) -> 
     said = [call.task, sorted(call.fields.items()), sorted(options.items()), output_format]
     digest = hashlib.sha256(json.dumps(said).encode())
     digest.update(call.image or b"")
+    digest.update(call.background or b"")
     return digest.hexdigest()
 
 

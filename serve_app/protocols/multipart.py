@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from deployments.contract import PICTURE
 from deployments.errors import InvalidParameter, MalformedRequest, UnsupportedMedia
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MAX_PARTS = 40
 MAX_FIELD_BYTES = 64 * 1024
 _IMAGE_FIELD = "image"
+_BACKGROUND_FIELD = "background"
 _ALSO_IMAGE = "image[]"
 """The name that clients of other services, and forms of several files, give it."""
 _MAX_PREAMBLE_BYTES = 64 * 1024
@@ -34,11 +36,13 @@ class Form:
 
     Attributes:
         image: the file's bytes; None if there is none.
-        fields: every other part, as text.
+        fields: every other part, as text; `background` is "picture" where it is a file.
+        background: the bytes of that file; None if there is none.
     """
 
     image: bytes | None = None
     fields: dict[str, str] = field(default_factory=dict[str, str])
+    background: bytes | None = None
 
 
 async def read_form(request: Request, *, needs_image: bool = True) -> Form:
@@ -128,6 +132,7 @@ class _FormReader:
         self._headers: dict[str, str] = {}
         self._data = bytearray()
         self._name = ""
+        self._background_is_file = False
         self._parts: list[tuple[str, bytes]] = []
         self._ended = False
 
@@ -167,6 +172,8 @@ class _FormReader:
                 )
             if name == _IMAGE_FIELD:
                 form.image = data
+            elif name == _BACKGROUND_FIELD and self._background_is_file:
+                form.background, form.fields[name] = data, PICTURE
             else:
                 form.fields[name] = _text(name, data)
         return form
@@ -195,6 +202,8 @@ class _FormReader:
         _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
         self._name = _IMAGE_FIELD if name == _ALSO_IMAGE else name
+        if self._name == _BACKGROUND_FIELD:
+            self._background_is_file = b"filename" in options
         if not self._name:
             raise MalformedRequest(
                 "A part of the form has no name.",
@@ -204,7 +213,10 @@ class _FormReader:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data.extend(data[start:end])
-        if self._name != _IMAGE_FIELD and len(self._data) > MAX_FIELD_BYTES:
+        is_file = self._name == _IMAGE_FIELD or (
+            self._name == _BACKGROUND_FIELD and self._background_is_file
+        )
+        if not is_file and len(self._data) > MAX_FIELD_BYTES:
             raise InvalidParameter(
                 f"The field {self._name[:100]} is longer than {MAX_FIELD_BYTES} bytes.",
                 value=f"at least {len(self._data)} bytes",

@@ -150,6 +150,7 @@ async def _read(
         task=task,
         fields=fields,
         image=form.image,
+        background=form.background,
         accept="" if _wants_json(request) else _accept(request),
         request_id=request.scope["state"]["request_id"],
         charge=request.scope["state"]["charge"],

@@ -224,6 +224,27 @@ async def test_a_transparent_picture_may_become_a_jpeg_where_the_client_takes_no
     assert response.headers["content-type"] == "image/jpeg"
 
 
+async def test_a_background_picture_reaches_the_model() -> None:
+    backends, beach = FakeBackends(), picture_file(30, 20)
+    app, path = app_of(backends), Task.BACKGROUND.route
+    files = {"image": PHOTO, "background": ("beach.png", beach)}
+    response = await send(app, "POST", path, files=files, headers={"Accept": "image/jpeg"})
+    assert response.headers["content-type"] == "image/jpeg", "because it is opaque"
+    (job,) = backends.jobs
+    assert (job.background, job.background_px, job.image) == (beach, 600, PHOTO)
+
+
+async def test_a_background_that_does_not_fit_is_refused() -> None:
+    backends, beach = FakeBackends(), picture_file(30, 20)
+    app, path = app_of(backends, max_input_px=500), Task.BACKGROUND.route
+    files = {"image": PHOTO, "background": ("beach.png", beach)}
+    refused(await send(app, "POST", path, files=files), 413, backends)
+    refused(await send(app, "POST", COMIC, files=files), 422, backends)
+    files["background"] = ("beach.png", b"no picture")
+    refused(await send(app, "POST", path, files=files), 415, backends)
+    refused(await post(app, path, PHOTO, data={"background": "picture"}), 400, backends)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"])
 async def test_every_kind_of_picture_is_taken(kind: str) -> None:
     backends = FakeBackends()

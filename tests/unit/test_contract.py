@@ -431,7 +431,7 @@ def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name
 
 def test_every_parameter_with_a_dimension_names_its_unit() -> None:
     without = {"output_format", "metadata", "strict", "seed", "output", "color", "edges", "crop"}
-    without |= {"long_prompt", "prompt_weights"}
+    without |= {"long_prompt", "prompt_weights", "background"}
     for task, name in PARAMETERS:
         schema = task.request.model_json_schema()["properties"][name]
         assert ("unit" in schema) != (name in without), (task, name)
@@ -457,3 +457,31 @@ def test_every_task_has_a_request_of_its_own() -> None:
     assert len(set(kinds)) == len(Task)
     assert [kind.task for kind in kinds] == list(Task)
     assert all(issubclass(kind, ImageRequest) for kind in kinds)
+
+
+# Backgrounds
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("#FFF", "#FFFFFF"), ("Teal", "#008080"), ("picture", "picture")]
+)
+def test_a_background_is_a_colour_or_a_picture_and_opaque(text: str, value: str) -> None:
+    request: Any = parse(Task.BACKGROUND.request, {"background": text, "output_format": "jpg"})
+    assert request.background == value
+    assert not request.needs_alpha
+
+
+@pytest.mark.parametrize("fields", [{"output": "rgba"}, {"output": "mask"}, {"color": "red"}])
+def test_a_background_beside_another_output_is_refused(fields: dict[str, str]) -> None:
+    with pytest.raises(InvalidParameter, match="send background, or output and color"):
+        parse(Task.BACKGROUND.request, {"background": "teal", **fields})
+
+
+def test_a_background_goes_before_the_models_own_output_and_the_other_way_round() -> None:
+    parameters = Task.BACKGROUND.parameters("matting")
+    asked = parse(Task.BACKGROUND.request, {"background": "teal"})
+    made: Any = complete(asked, {"output": "color", "color": "#000000"}, parameters)
+    assert (made.background, made.output) == ("#008080", "rgba")
+    asked = parse(Task.BACKGROUND.request, {"output": "mask"})
+    made = complete(asked, {"background": "#008080"}, parameters)
+    assert (made.background, made.output) == (None, "mask")

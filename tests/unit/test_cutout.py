@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.torture.scenes import MAGENTA, scene
 from deployments.contract import BackgroundRequest
-from deployments.cutout import cut_out
+from deployments.cutout import cut_out, laid_on
 from deployments.images import Picture
+from deployments.notes import Code, note
 
 
 def cut(picture: Picture, mask: np.ndarray, **fields: Any) -> Picture:
@@ -94,3 +95,38 @@ def test_one_odd_pixel_makes_a_picture_that_is_not_plain() -> None:
 def test_a_model_that_finds_nothing_is_reported() -> None:
     found = cut(noise(20, 20), np.full((4, 4), 40, np.uint8))
     assert [note.code for note in found.notes] == ["no_foreground"]
+
+
+def test_a_background_colour_is_what_output_color_gives() -> None:
+    truth = scene(MAGENTA)
+    picture = Picture(truth.seen, None)
+    found = cut(picture, truth.alpha, background="#00ff00")
+    other = cut(picture, truth.alpha, output="color", color="#00ff00")
+    assert found.alpha is None
+    assert (found.rgb == other.rgb).all()
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(40, 40), (20, 80), (80, 20)])
+def test_a_background_picture_covers_the_result_from_its_middle(
+    height_px: int, width_px: int
+) -> None:
+    """Left half red, right half blue, whatever its size."""
+    below = np.zeros((height_px, width_px, 3), np.uint8)
+    below[:, : width_px // 2], below[:, width_px // 2 :] = (255, 0, 0), (0, 0, 255)
+    alpha = box(30, 30, slice(10, 20), slice(10, 20))
+    subject = Picture(np.full((30, 30, 3), (0, 99, 0), np.uint8), alpha)
+    found = laid_on(subject, Picture(below, None))
+    assert (found.alpha, found.rgb.shape) == (None, (30, 30, 3))
+    assert (found.rgb[10:20, 10:20] == (0, 99, 0)).all()
+    assert (found.rgb[:8, :4] == (255, 0, 0)).all()
+    assert (found.rgb[:8, -4:] == (0, 0, 255)).all()
+
+
+def test_what_a_background_loses_is_said_and_its_gaps_are_white() -> None:
+    lost = note(Code.FRAMES_DROPPED, "The first of 2 frames was used.")
+    clear = Picture(np.zeros((5, 5, 3), np.uint8), np.zeros((5, 5), np.uint8), (lost,))
+    found = laid_on(Picture(np.zeros((5, 5, 3), np.uint8), np.zeros((5, 5), np.uint8)), clear)
+    assert (found.rgb == 255).all()
+    assert dict(found.notes) == {
+        "frames_dropped": "Of the background: The first of 2 frames was used."
+    }

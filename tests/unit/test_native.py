@@ -111,6 +111,14 @@ async def test_the_image_may_come_last_and_without_a_file_name() -> None:
     assert (form.image, form.fields) == (IMAGE, {"steps": "20"})
 
 
+async def test_a_background_is_a_file_or_a_colour() -> None:
+    large = b"x" * (multipart.MAX_FIELD_BYTES + 1)
+    form = await read([body_of(PHOTO, part("background", large, filename="beach.jpg"))])
+    assert (form.background, form.fields) == (large, {"background": "picture"})
+    form = await read([body_of(PHOTO, part("background", b"teal"))])
+    assert (form.background, form.fields) == (None, {"background": "teal"})
+
+
 async def test_an_empty_image_is_left_for_the_image_reader_to_refuse() -> None:
     assert (await read([body_of(part("image", b"", filename="photo.png"))])).image == b""
 
