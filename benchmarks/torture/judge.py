@@ -74,7 +74,8 @@ def judge(target: Target, cases: Sequence[Case]) -> Iterator[Verdict]:
                 answer = client.post(
                     target.url.rstrip("/") + path,
                     content=_body(case, target.field, boundary),
-                    headers={"Content-Type": kind},
+                    # Some servers close behind an error, and the next case must not suffer for it.
+                    headers={"Content-Type": kind, "Connection": "close"},
                 )
             except httpx.ConnectError as error:
                 raise Unreachable(
