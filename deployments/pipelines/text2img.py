@@ -13,7 +13,7 @@ from deployments.contract import GenerateRequest
 from deployments.images import Picture
 from deployments.notes import Code, note
 from deployments.pipelines.denoiser import Condition
-from deployments.pipelines.diffusion import Diffusion, Embeddings, Start
+from deployments.pipelines.diffusion import Diffusion, Start
 from deployments.pipelines.stock import load_stock, read_index
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deployments.pipelines.denoiser import Denoising
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.noise import Noise
+    from deployments.pipelines.prompts import Embeddings, Wording
     from deployments.registry import ModelSpec
 
 _NO_SAFETY_CHECKER: dict[str, Any] = {
@@ -94,11 +95,11 @@ class Text2Img(Diffusion[GenerateRequest]):
         values = self._encode_prompt(text)
         return values[0], values[2] if self._is_xl else None
 
-    def _condition(self, text: str, pixels: Pixels, *, is_negative: bool) -> Condition:
-        embeds, pooled = self._texts(text)
+    def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
+        embeds, pooled = self._texts(wording)
         if pooled is None:
             return Condition(embeds)
-        if is_negative and not text and self._stock.config.force_zeros_for_empty_prompt:
+        if is_negative and not wording.text and self._stock.config.force_zeros_for_empty_prompt:
             # SDXL was trained with zeros in place of an empty text, not with its embedding.
             embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
         height, width = pixels.shape[:2]
