@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest -n 3
 
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(PYTEST) -m "not slow and not chaos"
+	$(PYTEST) -m "not slow and not chaos and not browser"
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
@@ -33,7 +33,7 @@ test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, furt
 
 .PHONY: test-all
 test-all: setup ## Both at once, which is quicker: one Ray serves them all
-	$(PYTEST) -m "slow or not chaos"
+	$(PYTEST) -m "(slow or not chaos) and not browser"
 
 .PHONY: test-chaos
 test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)
@@ -42,6 +42,18 @@ test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing a
 .PHONY: test-unit
 test-unit: setup ## Only the tests without Ray and torch (a minute)
 	$(BIN)/python -m pytest tests/unit
+
+.PHONY: setup-browser test-browser screenshots
+setup-browser: setup ## Install the chromium that the tests of the playground use, where it is missing
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update && apt-get install --yes --no-install-recommends chromium; \
+	  else echo "Install chromium: on Debian, apt-get install chromium" >&2; exit 1; fi; }
+
+test-browser: setup-browser ## The playground in a real Chromium, with the starter models (two minutes)
+	$(BIN)/python -m pytest tests/browser
+
+screenshots: setup-browser ## Take the pictures of the playground for README and docs anew
+	$(BIN)/python -m benchmarks.screenshots
 
 .PHONY: lint
 lint: setup ## Check style, types and layers; changes nothing

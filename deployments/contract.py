@@ -67,7 +67,10 @@ def _six_digits(color: str) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(_printable)]
-_COLOR = Field(pattern=r"^(#[0-9a-fA-F]{3}|#[0-9a-fA-F]{6}|[A-Za-z]+)$")
+_COLOR = Field(
+    pattern=r"^(#[0-9a-fA-F]{3}|#[0-9a-fA-F]{6}|[A-Za-z]+)$",
+    json_schema_extra={"format": "color"},
+)
 Color = Annotated[str, _COLOR, AfterValidator(_six_digits)]
 """Any way to write an opaque sRGB colour in CSS that fits a word; becomes #rrggbb."""
 
@@ -359,7 +362,7 @@ class BackgroundRequest(ImageRequest):
         default="rgba",
         examples=["color"],
         description="rgba: the picture with a transparent background. mask: the alpha alone, as "
-        "a grey picture. color: the foreground on `color`.",
+        "a grey picture. color: the foreground on a plain colour, white by default.",
     )
     color: Color = Field(
         default="#ffffff",

@@ -64,11 +64,11 @@ class _Times(NamedTuple):
         """Seconds by stage, see `ImageResult.timings_s`."""
         progress = row.progress
         return {
-            "decode": self.decoded_s - self.start_s,
-            "encode": self.end_s - self.stepped_s,
             "queue": self.start_s - arrived_s + progress.queue_s,
+            "decode": self.decoded_s - self.start_s,
             "denoise": progress.stepping_s,
             "vae": progress.staging_s,
+            "encode": self.end_s - self.stepped_s,
         }
 
 

@@ -20,7 +20,7 @@ from deployments.errors import (
     ServiceError,
 )
 from deployments.tasks import Task
-from serve_app import authorization, service
+from serve_app import authorization, page, service
 from serve_app.access.keys import KeyFile
 from serve_app.access.limits import Limits
 from serve_app.authorization import Access
@@ -87,13 +87,18 @@ def create_app(
     app.state.intake = Intake(backends, registry, settings)
     app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
-    for one in (native.router(registry), *_ROUTERS):
-        app.include_router(one)
+    _add_routes(app, registry, with_jobs=jobs is not None)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
     if settings.access.auth == "keys":
         app.openapi = authorization.describe(app.openapi)
     return app
+
+
+def _add_routes(app: FastAPI, registry: Registry, *, with_jobs: bool) -> None:
+    for router in (native.router(registry, with_jobs=with_jobs), *_ROUTERS):
+        app.include_router(router)
+    app.mount(page.PATH, page.Files())
 
 
 def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:
@@ -112,7 +117,7 @@ def _middleware(
         Middleware(AccessLog, on_answer=on_answer),
         *authorization.around(settings.access),
         Middleware(ErrorBoundary),
-        Middleware(Home, path="/docs"),
+        Middleware(Home, page=f"{page.PATH}/index.html", reference="/docs"),
         access,
         Middleware(
             BodyLimit,

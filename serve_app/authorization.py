@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from serve_app.access.limits import Limits, Visit
 
 OPEN = frozenset({"", "/", "/healthz", "/readyz", "/docs", "/openapi.json"})
-OPEN_BELOW = ("/docs/", "/files/")
+OPEN_BELOW = ("/docs/", "/files/", "/playground/")
 """Links below /files/ are signed; everything else here is for probes and readers."""
 _SCHEME = "key"
 _READABLE = (

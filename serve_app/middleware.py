@@ -148,21 +148,34 @@ class ErrorBoundary:
 
 
 class Home:
-    """Redirects the application's root to a page.
+    """The application's root: a page for browsers, and the way to the reference for the rest.
 
     A middleware, because below a prefix the root has no path that a route could match.
+
+    Args:
+        page: path of the page, for clients that take HTML.
+        reference: path that others are sent to.
     """
 
-    def __init__(self, app: ASGIApp, path: str) -> None:
+    def __init__(self, app: ASGIApp, page: str, reference: str) -> None:
         self.app = app
-        self.path = path
+        self.page = page
+        self.reference = reference
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
-        if not asked or below_root(scope) not in ("", "/"):
+        if not asked or (path := below_root(scope)) not in ("", "/"):
             return await self.app(scope, receive, send)
-        page = RedirectResponse(scope.get("root_path", "") + self.path)
-        await page(scope, receive, send)
+        root = scope.get("root_path", "")
+        if "text/html" not in Headers(scope=scope).get("accept", ""):
+            answer = RedirectResponse(root + self.reference, headers={"Vary": "Accept"})
+        elif path == "":
+            # The page names its files relative to a path that ends in a slash.
+            answer = RedirectResponse(f"{root}/")
+        else:
+            answer = self.app
+            scope = {**scope, "path": root + self.page}
+        await answer(scope, receive, send)
 
 
 class BodyLimit:

@@ -206,8 +206,8 @@ class Jobs:
         """A page of this owner's jobs, newest first, and the cursor of the next page."""
         return await self.queue.list(owner, status, cursor, limit)
 
-    async def link(self, owner: str, job_id: str, k: int) -> str:
-        """A fresh link to a result.
+    async def completed(self, owner: str, job_id: str, k: int) -> Job:
+        """A job of this owner that has a k-th result, from 0.
 
         Raises:
             NoSuchJob: see `get`; or it has no such result.
@@ -222,6 +222,11 @@ class Jobs:
                 value=k,
                 remedy=f"Its results are 0 to {len(job.results) - 1}.",
             )
+        return job
+
+    async def link(self, owner: str, job_id: str, k: int) -> str:
+        """A fresh link to a result; raises as `completed`."""
+        await self.completed(owner, job_id, k)
         return await self.files.link(job_id, k, self.settings.link_s)
 
     def view(self, job: Job, prefix: str = "") -> dict[str, Any]:

@@ -8,14 +8,14 @@ import re
 import time
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from deployments.contract import draw_seed, validated
+from deployments.contract import OutputFormat, draw_seed, validated
 from deployments.errors import (
     Full,
     ImagenError,
@@ -37,6 +37,8 @@ from serve_app.protocols.picture import image_response
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
+    from starlette.types import Receive, Scope, Send
+
     from deployments.contract import ImageRequest
     from deployments.notes import Note
     from deployments.registry import ModelSpec
@@ -51,6 +53,8 @@ _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 """Redis refuses a part of 2**64 and above."""
 _WAIT = re.compile(r"wait=(\d{1,9})")
 _RETRY_HEADERS = {"Idempotency-Key": "a repeated request with the same key finds the first job"}
+_REPRESENTATION = "return=representation"
+_RESULT_HEADERS = {"Prefer": f"{_REPRESENTATION} puts the picture into the answer itself"}
 _STREAM_HEADERS = {"Last-Event-ID": "the last event that the client has"}
 
 
@@ -136,8 +140,7 @@ def preference_of(request: Request, jobs: Jobs | None) -> Preference | None:
 
     A preference that is unknown or malformed is ignored, as RFC 7240 says.
     """
-    given = [part.strip() for part in ",".join(request.headers.getlist("prefer")).split(",")]
-    given = [part.lower().replace(" ", "").partition(";")[0] for part in given]
+    given = _preferences(request)
     for part in given:
         if found := _WAIT.fullmatch(part):
             wait_s = min(float(found[1]), MOST_WAIT_S)
@@ -146,6 +149,12 @@ def preference_of(request: Request, jobs: Jobs | None) -> Preference | None:
         return Preference(0, "respond-async")
     by_default = jobs is not None and jobs.settings.respond_async_by_default
     return Preference(0, "") if by_default else None
+
+
+def _preferences(request: Request) -> list[str]:
+    """The preferences of a request, without spaces and parameters."""
+    given = ",".join(request.headers.getlist("prefer")).split(",")
+    return [part.lower().replace(" ", "").partition(";")[0] for part in given]
 
 
 def check_kept(preference: Preference, jobs: Jobs | None) -> None:
@@ -311,7 +320,7 @@ async def answer(request: Request, accepted: Accepted, preference: Preference) -
             owner_of(request), accepted.job_id, preference.wait_s, wait_share_of(request)
         )
         if job.status == "completed" and len(job.results) == 1:
-            response = await _picture(jobs, job)
+            response = await _picture(jobs, job, 0)
             headers["Location"] = f"{prefix}/api/v1/jobs/{accepted.job_id}"
             response.headers.update(headers)
             return response
@@ -336,15 +345,30 @@ def _accepted(
     return JSONResponse(body, 202, {"Location": path} | (headers or {}))
 
 
-async def _picture(jobs: Jobs, job: Job) -> Response:
-    image, _ = await jobs.files.result(job.spec.job_id, 0)
-    return image_response(result_of(job.results[0], image))
+async def _picture(jobs: Jobs, job: Job, k: int) -> Response:
+    image, _ = await jobs.files.result(job.spec.job_id, k)
+    return image_response(result_of(job.results[k], image))
+
+
+class _Result(Response):
+    """A result in the answer itself, which holds a place of downloads while it is read and sent."""
+
+    def __init__(self, jobs: Jobs, job: Job, k: int) -> None:
+        super().__init__()
+        self._jobs, self._job, self._k = jobs, job, k
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._jobs.downloads.take():
+            picture = await _picture(self._jobs, self._job, self._k)
+            picture.headers["Preference-Applied"] = _REPRESENTATION
+            await picture(scope, receive, send)
 
 
 # --- the routes ---
 
 TheJobs = Annotated["Jobs", Depends(jobs_of)]
 Owner = Annotated[str, Depends(owner_of)]
+_BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {"content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
 
 
@@ -359,6 +383,14 @@ def problems(**texts: str) -> dict[int | str, dict[str, Any]]:
 UNAVAILABLE = problems(s503="Redis or the storage does not answer; see Retry-After")
 _COMMON = problems(s404="This service keeps no jobs") | UNAVAILABLE
 _ONE = problems(s404="There is no such job, or it is another key's") | UNAVAILABLE
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The picture, as a call without a job has it",
+        "content": {f"image/{name}": {"schema": _BINARY} for name in get_args(OutputFormat)},
+    },
+    **_ONE,
+    **problems(s409="It is not completed", s429="Too many downloads; see Retry-After"),
+}
 router = APIRouter(tags=["jobs"])
 
 
@@ -431,11 +463,15 @@ async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) 
     "/api/v1/jobs/{job_id}/result",
     summary="Leads to the first result",
     status_code=307,
-    responses=_ONE | problems(s409="It is not completed"),
+    responses=_RESULT,
     response_class=RedirectResponse,
+    openapi_extra={"parameters": header_parameters(_RESULT_HEADERS)},
 )
 async def get_result(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
-    """A redirect to a link that works without credentials for a while."""
+    """A redirect to a link that works without credentials for a while.
+
+    With Prefer: return=representation the picture itself, for clients that cannot follow one.
+    """
     return await _to_result(request, jobs, owner, job_id, 0)
 
 
@@ -443,13 +479,17 @@ async def get_result(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     "/api/v1/jobs/{job_id}/results/{k}",
     summary="Leads to a result",
     status_code=307,
-    responses=_ONE | problems(s409="It is not completed"),
+    responses=_RESULT,
     response_class=RedirectResponse,
+    openapi_extra={"parameters": header_parameters(_RESULT_HEADERS)},
 )
 async def get_one_result(
     request: Request, job_id: str, k: str, jobs: TheJobs, owner: Owner
 ) -> Response:
-    """A redirect to a link that works without credentials for a while."""
+    """A redirect to a link that works without credentials for a while.
+
+    With Prefer: return=representation the picture itself, for clients that cannot follow one.
+    """
     place = int(k) if k.isascii() and k.isdigit() and len(k) < 4 else MAX_N
     return await _to_result(request, jobs, owner, job_id, place)
 
@@ -501,6 +541,8 @@ def _shown(request: Request, jobs: Jobs, job: Job) -> Response:
 
 
 async def _to_result(request: Request, jobs: Jobs, owner: str, job_id: str, k: int) -> Response:
+    if _REPRESENTATION in _preferences(request):
+        return _Result(jobs, await jobs.completed(owner, job_id, k), k)
     link = await jobs.link(owner, job_id, k)
     if link.startswith("/"):
         link = request.scope.get("root_path", "") + link

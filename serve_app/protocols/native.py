@@ -14,6 +14,7 @@ from serve_app.intake import Call, Intake
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import inline, jobs, multipart
+from serve_app.protocols.hints import NEEDS, hints
 from serve_app.protocols.jobs import AcceptedJob
 from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response, json_response
@@ -52,8 +53,6 @@ _JOB_HEADERS = {
     "Location": "of the job, where one was made",
     "Preference-Applied": "the preference that was honoured",
 }
-_ONLY_WITH_ANOTHER = {"color"}
-"""Fields that a form must not send by default, because they contradict another's default."""
 _BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -84,8 +83,8 @@ _REQUEST_HEADERS = {
 }
 
 
-def router(registry: Registry) -> APIRouter:
-    """One image route for each task that is served."""
+def router(registry: Registry, *, with_jobs: bool) -> APIRouter:
+    """One image route for each task that is served; its description has jobs if there are any."""
     routes = APIRouter(tags=["images"])
     for task in registry:
         routes.add_api_route(
@@ -98,7 +97,7 @@ def router(registry: Registry) -> APIRouter:
             description="\n".join(f"- {m.name}: {m.summary}." for m in registry.of(task)),
             response_class=Response,
             responses=_RESPONSES,
-            openapi_extra=request_body(registry.of(task)),
+            openapi_extra=request_body(registry.of(task), with_jobs=with_jobs),
         )
     return routes
 
@@ -177,8 +176,8 @@ def _check_query(request: Request) -> None:
         )
 
 
-def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
-    """The form of a route, for `/docs`: the fields its models read, with the first one's defaults.
+def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, Any]:
+    """The form of a route, for pages: the fields its models read, with the first one's defaults.
 
     A field that the first one does not read has none, so that the form does not send it.
     """
@@ -188,9 +187,10 @@ def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
     fields = {name: dict(schema[name]) for name in schema if name in read}
     for name, value in spec.defaults.items():
         fields[name]["default"] = value
-    for name in (_ONLY_WITH_ANOTHER & fields.keys()) | (read - spec.parameters):
+    fields |= _model_field(models) | (_job_fields(read) if with_jobs else {})
+    fields = {name: field | hints(name, field) for name, field in fields.items()}
+    for name in (NEEDS.keys() & fields.keys()) | (read - spec.parameters):
         fields[name].pop("default", None)
-    fields |= _model_field(models) | _job_fields(read)
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -206,7 +206,7 @@ def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
         inline.MEDIA_TYPE: {"schema": _in_json(body)},
     }
     return {
-        "parameters": header_parameters(_REQUEST_HEADERS),
+        "parameters": header_parameters(_REQUEST_HEADERS if with_jobs else {}),
         "requestBody": {"required": True, "content": content},
     }
 

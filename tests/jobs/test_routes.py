@@ -404,6 +404,20 @@ async def test_a_job_that_nobody_knows_is_404(idle: Application, job_id: str, ro
     refused(await idle.client.request(method, path), 404, "no_such_job")
 
 
+async def test_a_result_comes_in_the_answer_itself_where_the_client_prefers_that(
+    app: Application,
+) -> None:
+    job = await app.ended(await app.submit(seed=40, n="2"))
+    headers = {"Prefer": "return=representation"}
+    answer = await app.client.get(job["results"][1]["url"], headers=headers)
+    assert (answer.status_code, answer.content) == (200, picture(41))
+    assert answer.headers["preference-applied"] == "return=representation"
+    assert answer.headers["x-imagen-seed"] == "41"
+    assert "denoise" in answer.headers["server-timing"]
+    wrong = await app.client.get(f"/api/v1/jobs/{job['job_id']}/results/2", headers=headers)
+    refused(wrong, 404, "no_such_job")
+
+
 async def test_a_result_before_the_end_is_a_conflict(idle: Application) -> None:
     job_id = await idle.submit()
     refused(await idle.client.get(f"/api/v1/jobs/{job_id}/result"), 409, "job_conflict")

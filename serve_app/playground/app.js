@@ -1,0 +1,385 @@
+// The page: what was chosen, what runs, what is shown.
+
+import { Offline, Problem, key, root } from "./api.js";
+import { $, announce, el, image, randomId, toast, urlOf } from "./dom.js";
+import { settings, taskList } from "./form.js";
+import { listen, showSamples } from "./pictures.js";
+import { cancel, carry, openapi, readiness } from "./run.js";
+import { historyEntry, isRunning, showCall, showMenus, showProblem, showProgress, showResult, tile, updateTile } from "./stage.js";
+import { forget, keep, load, metadataOf, surplus, thumbnail } from "./store.js";
+import { ofRole, tasksOf, toSend } from "./tasks.js";
+import { Viewer } from "./viewer.js";
+
+let tasks = [];
+let states = {}; // of models, by task
+let chosen = new Set(); // ids of tasks
+const values = {}; // changed fields, by task
+let sources = []; // { blob, name }
+let picked = 0; // which source is shown
+let items = []; // newest first
+let shown = []; // ids of the run that is shown
+let focus = null; // id of the item that is shown alone
+let language = "curl";
+const controllers = new Map(); // of what runs, by item
+const viewer = new Viewer();
+
+const taskOf = (item) => tasks.find((task) => task.id === item.task);
+const itemOf = (id) => items.find((item) => item.id === id);
+const chosenTasks = () => tasks.filter((task) => chosen.has(task.id));
+const valuesOf = (task) => (values[task.id] ??= {});
+
+// --- what to make ---
+
+async function addFiles(files) {
+  const [only] = files;
+  const said = files.length === 1 && only.size < 64e6 ? await metadataOf(only) : null;
+  const known = said && tasks.find((task) => task.id === said.task);
+  if (known) {
+    restoreValues(known, said.parameters);
+    toast(`The settings of ${only.name} are back in the form.`);
+  }
+  if (!known || !sources.length) sources = [...sources, ...files.map((blob) => ({ blob, name: blob.name }))];
+  picked = sources.length - 1;
+  shown = [];
+  focus = null;
+  show();
+  if (!known) $("run").focus({ preventScroll: true });
+}
+
+/** Put settings into the form: text of fields that the task has, whoever wrote them. */
+function restoreValues(task, parameters) {
+  chosen = new Set([task.id]);
+  const into = valuesOf(task);
+  for (const name of Object.keys(into)) delete into[name];
+  for (const field of task.fields) {
+    const value = parameters[field.name];
+    if (value instanceof Blob) into[field.name] = value;
+    else if (value !== undefined && value !== null && String(value) !== field.value) into[field.name] = String(value);
+  }
+}
+
+function again(item) {
+  const task = taskOf(item);
+  if (!task) return toast("This service no longer has the task.");
+  restoreValues(task, item.fields);
+  if (item.source) sources = [{ blob: item.source, name: item.name }];
+  picked = 0;
+  showForm();
+  const first = $("settings").querySelector("input[type=range], textarea, input, summary");
+  first?.focus();
+  $("settings").scrollIntoView({ block: "nearest" });
+  toast("The settings are back in the form. Change what you like, then press Run.");
+}
+
+function sendOn(item, task) {
+  const name = `${item.name?.replace(/\.\w+$/, "") || "picture"}-${item.task}.${item.result.type.split("/")[1]}`;
+  sources = [{ blob: item.result, name }];
+  [picked, shown, focus, chosen] = [0, [], null, new Set([task.id])];
+  show();
+  $("run").focus({ preventScroll: true });
+  toast(`The result is the picture now. Press Run for ${task.title}.`);
+}
+
+function submit(event) {
+  event?.preventDefault();
+  const wanted = chosenTasks();
+  if (!sources.length && wanted.some((task) => task.picture)) {
+    toast("Choose a picture first.");
+    $("files").focus();
+    return;
+  }
+  if (wanted.some((task) => task.needsKey) && !key.get()) return askKey();
+  const made = wanted.flatMap((task) =>
+    (task.picture ? sources : [{ blob: null, name: "" }]).map(({ blob, name }) => ({
+      id: randomId(), at: Date.now(), task: task.id, name, source: blob,
+      fields: toSend(task, valuesOf(task)), state: "sending",
+      count: ofRole(task, "count") ? Number($("count").value) : 1,
+    })));
+  begin(made);
+}
+
+function begin(made) {
+  items = [...made, ...items];
+  shown = made.map((item) => item.id);
+  focus = made.length === 1 ? made[0].id : null;
+  for (const item of made) start(item);
+  show();
+  if (matchMedia("(max-width: 800px)").matches) $("hero").scrollIntoView();
+}
+
+// --- what runs ---
+
+async function start(item) {
+  const controller = new AbortController();
+  controllers.set(item.id, controller);
+  await keep(item);
+  const tell = (changes) => {
+    Object.assign(item, changes);
+    if (changes.job) keep(item);
+    if ("preview" in changes || "state" in changes || "waiting" in changes) showSoon();
+  };
+  try {
+    finish(item, await carry(taskOf(item), item, tell, controller.signal));
+  } catch (error) {
+    await fail(item, error);
+  }
+  controllers.delete(item.id);
+  await Promise.all(items.filter((one) => one.result && !one.thumb).map(async (one) => {
+    one.thumb = await thumbnail(one.result);
+  }));
+  for (const one of items.filter((one) => one.id === item.id || (item.job && one.job === item.job))) await keep(one);
+  for (const one of surplus(items)) await remove(one.id);
+  show();
+}
+
+/** An item for each picture, with the seed that made it. */
+function finish(item, pictures) {
+  const seed = ofRole(taskOf(item), "seed");
+  const whole = Object.fromEntries(Object.entries(item.timings ?? {}).filter(([stage]) => stage !== "total"));
+  const made = pictures.map(({ blob, info }, k) => {
+    const fields = seed && info.seed ? { ...item.fields, [seed.name]: info.seed } : item.fields;
+    const timings = Object.keys(whole).length ? whole : info.timings;
+    const own = { state: "completed", result: blob, info, fields, timings, count: 1, preview: "", waiting: "" };
+    return k ? { ...item, ...own, id: `${item.id}-${k}` } : Object.assign(item, own);
+  });
+  items = items.flatMap((one) => (one.id === item.id ? made : [one]));
+  shown = shown.flatMap((id) => (id === item.id ? made.map((one) => one.id) : [id]));
+  if (focus === item.id && made.length > 1) focus = null;
+  announce(made.length > 1 ? `${made.length} results are ready.` : `${taskOf(item).title} is ready.`);
+}
+
+function fail(item, error) {
+  if (error.name === "AbortError") {
+    toast("Canceled.");
+    Object.assign(item, { state: "canceled" });
+    return remove(item.id);
+  }
+  let said = { fact: "Something went wrong on this page.", value: String(error.message), remedy: "Reload it." };
+  if (error instanceof Problem) said = error.said;
+  if (error instanceof Offline) {
+    said = { fact: "The service cannot be reached.", remedy: "Check the connection, then try again. The picture and its settings are still here." };
+  }
+  Object.assign(item, { state: "failed", problem: said, waiting: "" });
+  if (said.status === 401) askKey(said);
+}
+
+async function stop(item) {
+  try {
+    if (item.job) await cancel(item.job);
+    controllers.get(item.id)?.abort(new DOMException("Canceled.", "AbortError"));
+  } catch {
+    toast("The service could not be told. Try again.");
+  }
+}
+
+async function remove(id) {
+  items = items.filter((item) => item.id !== id);
+  shown = shown.filter((one) => one !== id);
+  if (focus === id) focus = null;
+  await forget(id);
+}
+
+function tryAgain(item) {
+  const { id, at, task, name, source, fields, count } = item;
+  remove(id);
+  begin([{ id: randomId(), at: Date.now(), task, name, source, fields, count, state: "sending" }]);
+}
+
+// --- what is shown ---
+
+let pending = 0;
+const showSoon = () => (pending ||= requestAnimationFrame(() => ((pending = 0), show())));
+
+/** Fill a list, if what it shows has changed; whoever stood in it stands in it again. */
+function fill(list, signature, make) {
+  const text = JSON.stringify(signature);
+  if (list.dataset.shown === text) return;
+  list.dataset.shown = text;
+  const inside = list.contains(document.activeElement) ? document.activeElement : null;
+  const place = inside && [...list.querySelectorAll("button, input, summary")].indexOf(inside);
+  list.replaceChildren(...make());
+  if (inside) [...list.querySelectorAll("button, input, summary")].at(place)?.focus({ preventScroll: true });
+}
+
+function show() {
+  showForm();
+  showStage();
+  showHistory();
+  showStatus();
+}
+
+function showForm() {
+  fill($("tray"), [sources.map(({ blob }) => urlOf(blob)), picked], () => sources.map(({ blob, name }, place) => el("li", {},
+    el("button", { type: "button", ariaPressed: String(place === picked), title: name, ariaLabel: `Show ${name}`,
+      onclick: () => { [picked, shown, focus] = [place, [], null]; show(); } }, image(urlOf(blob))),
+    el("button", { type: "button", className: "delete", textContent: "×", ariaLabel: `Leave out ${name}`,
+      onclick: () => { sources.splice(place, 1); picked = 0; show(); } }))));
+  $("choose").classList.toggle("primary", !sources.length);
+  fill($("tasks"), [[...chosen], states, tasks.length], () =>
+    taskList(tasks, chosen, states, (next) => { chosen = next; show(); }));
+  showSettings();
+  const count = chosenTasks().map((task) => ofRole(task, "count")).find(Boolean);
+  $("count-label").hidden = !count;
+  if (count) $("count").max = count.max;
+}
+
+/** The settings, made anew only where other tasks are chosen, or a value came from elsewhere. */
+function showSettings() {
+  const wanted = chosenTasks();
+  const signature = JSON.stringify(wanted.map((task) => [task.id, valuesOf(task)]));
+  if ($("settings").dataset.shown === signature) return;
+  const remember = () => {
+    $("settings").dataset.shown = JSON.stringify(chosenTasks().map((task) => [task.id, valuesOf(task)]));
+  };
+  $("settings").replaceChildren(...wanted.map((task, place) => settings(task, valuesOf(task), place === 0, remember)));
+  remember();
+}
+
+function showStage() {
+  const group = shown.map(itemOf).filter(Boolean);
+  const item = focus && itemOf(focus);
+  const isGrid = !item && group.length > 0;
+  const source = sources[picked];
+  $("empty").hidden = Boolean(item || isGrid || source);
+  $("viewer").hidden = isGrid || !$("empty").hidden || Boolean(item && !item.source && !item.result && !item.preview);
+  $("grid").hidden = !isGrid;
+  const tiles = isGrid ? group : [];
+  fill($("grid"), tiles.map((one) => [one.id, one.state]), () =>
+    tiles.map((one) => tile(one, taskOf(one), () => { focus = one.id; show(); })));
+  tiles.forEach((one, place) => updateTile($("grid").children[place], one));
+  if (!isGrid) showPicture(item, source);
+  showProgress(item || null);
+  showProblem(item, item ? [
+    el("button", { type: "button", className: "primary", textContent: "Try again", onclick: () => tryAgain(item) }),
+    el("button", { type: "button", className: "button", textContent: "Change the settings", onclick: () => again(item) }),
+  ] : []);
+  const isDone = item?.state === "completed";
+  $("tools").hidden = isGrid || Boolean($("viewer").hidden);
+  $("acts").hidden = !isDone;
+  $("all").hidden = !item || group.length < 2;
+  $("all").textContent = `‹ All ${group.length} results`;
+  $("result").hidden = !isDone;
+  if (!isDone || $("result").dataset.shown === item.id) return;
+  $("result").dataset.shown = item.id;
+  const task = taskOf(item);
+  $("again").textContent = item.info.seed ? "Again with this seed" : "Again with these settings";
+  showResult(item, task, language);
+  showMenus(item, task, tasks, (next) => sendOn(item, next));
+}
+
+function showPicture(item, source) {
+  const from = item ? item.source : source?.blob;
+  const before = from ? urlOf(from) : "";
+  const after = item?.result ? urlOf(item.result) : (item && isRunning(item) && item.preview) || "";
+  const alt = item?.result ? `${taskOf(item)?.title ?? item.task} of ${item.name || "no picture"}` : (item ?? source)?.name ?? "";
+  viewer.show(before, after, alt, !item?.result);
+}
+
+function showHistory() {
+  fill($("history"), items.map((item) => [item.id, item.state, !item.thumb, item.id === focus]), () => items.map((item) => historyEntry(item, taskOf(item), item.id === focus,
+    () => { [shown, focus] = [shown.includes(item.id) ? shown : [item.id], item.id]; show(); $("hero").scrollIntoView({ block: "nearest" }); },
+    async () => { await stopIfRunning(item); await remove(item.id); show(); })));
+  $("history-empty").hidden = items.length > 0;
+  $("clear").hidden = items.length === 0;
+}
+
+const stopIfRunning = (item) => (isRunning(item) ? stop(item) : undefined);
+
+// --- the service ---
+
+let service = null;
+
+function showStatus() {
+  const own = items.filter(isRunning);
+  const queued = own.filter((item) => item.state === "queued").length;
+  const mine = own.length ? `, ${own.length - queued} of yours running${queued ? `, ${queued} queued` : ""}` : "";
+  const known = Object.entries(service?.models ?? {});
+  const ready = known.filter(([, state]) => state === "ready" || state === "idle").length;
+  const percents = Object.entries(service?.pulling_percent ?? {});
+  const loading = percents.length ? `, loading ${Math.round(Math.min(...percents.map(([, one]) => one)))} %` : "";
+  const all = ready === known.length ? `${ready} models ready` : `${ready} of ${known.length} models ready`;
+  $("status-text").textContent = service ? all + loading + mine : "No connection to the service";
+  $("status").className = `status ${!service ? "lost" : ready === known.length ? "ready" : "waiting"}`;
+  const row = (name, text) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: text }));
+  const list = known.map(([task, state]) => {
+    const replicas = service.replicas?.[task]?.length ?? 0;
+    return row(tasks.find((one) => one.id === task)?.title ?? task, `${state}, ${replicas} ${replicas === 1 ? "replica" : "replicas"}`);
+  });
+  fill($("status-list"), [service], () => [el("dl", {}, list, percents.map(([name, one]) => row(`Loading ${name}`, `${one} %`)))]);
+}
+
+async function watchService() {
+  service = await readiness();
+  states = Object.fromEntries(Object.entries(service?.models ?? {}).map(([task, text]) =>
+    [task, { text, kind: text === "failed" ? "bad" : "wait" }]));
+  if (service && !tasks.length) await loadTasks();
+  showForm();
+  showStatus();
+  const isWell = service?.status === "ready" && tasks.length;
+  setTimeout(watchService, document.hidden ? 60_000 : isWell ? 10_000 : 2_000);
+}
+
+async function loadTasks() {
+  try {
+    tasks = tasksOf(await openapi(), root);
+  } catch {
+    return; // the status says so, and the next look tries again
+  }
+  if (tasks.length) chosen = new Set([tasks[0].id]);
+  $("key-button").hidden = !tasks.some((task) => task.needsKey);
+  for (const item of items.filter(isRunning)) {
+    if (taskOf(item)?.hasJobs) start(item);
+    else fail(item, new Offline());
+  }
+  show();
+}
+
+function askKey(said) {
+  if (said) $("key-why").textContent = `${said.fact} Found: ${said.value}. ${said.remedy}`;
+  $("key").value = key.get();
+  $("key-dialog").returnValue = "";
+  if (!$("key-dialog").open) $("key-dialog").showModal();
+}
+
+// --- wiring ---
+
+$("panel").addEventListener("submit", submit);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
+  if (event.key === "Escape") closeMenus();
+});
+const closeMenus = (but) => document.querySelectorAll(".menu[open], .status[open]").forEach((menu) => menu !== but && (menu.open = false));
+document.addEventListener("click", (event) => closeMenus(event.target.closest("summary")?.parentElement));
+$("key-button").addEventListener("click", () => askKey());
+$("key-dialog").addEventListener("close", () => {
+  if ($("key-dialog").returnValue === "use") key.set($("key").value.trim());
+});
+$("cancel").addEventListener("click", () => stop(itemOf(focus)));
+$("all").addEventListener("click", () => { focus = null; show(); });
+$("again").addEventListener("click", () => again(itemOf(focus)));
+$("clear").addEventListener("click", async () => {
+  if (!confirm("Delete everything that this browser keeps of the playground?")) return;
+  for (const item of [...items]) { await stopIfRunning(item); await remove(item.id); }
+  show();
+});
+$("zoom-in").addEventListener("click", () => viewer.zoom(1.5));
+$("zoom-out").addEventListener("click", () => viewer.zoom(1 / 1.5));
+$("zoom-fit").addEventListener("click", () => viewer.fit());
+$("zoom-real").addEventListener("click", () => viewer.real());
+for (const name of ["curl", "python"]) {
+  const choose = () => { language = name; showCall(itemOf(focus), taskOf(itemOf(focus)), name); };
+  $(`tab-${name}`).addEventListener("click", choose);
+  $(`tab-${name}`).addEventListener("keydown", (event) => {
+    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+    $(name === "curl" ? "tab-python" : "tab-curl").click();
+    $(name === "curl" ? "tab-python" : "tab-curl").focus();
+  });
+}
+listen(addFiles, (id) => again(itemOf(id)));
+showSamples((files) => { sources = []; addFiles(files); });
+setInterval(() => {
+  if (items.some(isRunning)) showProgress((focus && itemOf(focus)) || null);
+}, 500);
+items = await load();
+show();
+watchService();

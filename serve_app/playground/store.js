@@ -1,0 +1,100 @@
+// The history of this browser, in IndexedDB; in memory only where a browser keeps none.
+
+const MOST = 80;
+const MOST_BYTES = 250e6;
+
+const opened = new Promise((resolve) => {
+  try {
+    const request = indexedDB.open("imagen-playground", 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("items", { keyPath: "id" });
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => resolve(null);
+  } catch {
+    resolve(null);
+  }
+});
+
+async function act(mode, work) {
+  const database = await opened;
+  if (!database) return undefined;
+  return new Promise((resolve) => {
+    const transaction = database.transaction("items", mode);
+    const request = work(transaction.objectStore("items"));
+    transaction.oncomplete = () => resolve(request?.result);
+    transaction.onerror = transaction.onabort = () => resolve(undefined); // full, or gone: not kept
+  });
+}
+
+/** Every item, newest first. */
+export async function load() {
+  const items = (await act("readonly", (store) => store.getAll())) ?? [];
+  return items.sort((a, b) => b.at - a.at);
+}
+
+export const keep = (item) => act("readwrite", (store) => store.put(item));
+export const forget = (id) => act("readwrite", (store) => store.delete(id));
+
+/** Those of the items, newest first, for which there is no room. */
+export function surplus(items) {
+  let sum = 0;
+  return items.filter((item, place) => {
+    sum += (item.source?.size ?? 0) + (item.result?.size ?? 0);
+    return item.result && place > 0 && (place >= MOST || sum > MOST_BYTES);
+  });
+}
+
+/** A small picture for the list; null where the browser cannot draw it. */
+export async function thumbnail(blob, side = 224) {
+  try {
+    const bitmap = await createImageBitmap(blob);
+    const scale = Math.min(1, side / Math.min(bitmap.width, bitmap.height));
+    const canvas = new OffscreenCanvas(
+      Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale)));
+    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    bitmap.close();
+    return await canvas.convertToBlob({ type: "image/webp", quality: 0.8 });
+  } catch {
+    return null;
+  }
+}
+
+/** The picture in another format, drawn by the browser: without the metadata of the original. */
+export async function converted(blob, type) {
+  const bitmap = await createImageBitmap(blob);
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = canvas.getContext("2d");
+  if (type === "image/jpeg") {
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, canvas.width, canvas.height);
+  }
+  context.drawImage(bitmap, 0, 0);
+  return canvas.convertToBlob({ type, quality: 0.92 });
+}
+
+const MARKS = ["imagen\0", "ASCII\0\0\0"]; // a PNG's text chunk; the EXIF comment of the others
+
+/** What a result of Imagen says of itself: { task, parameters }; null for any other file. */
+export async function metadataOf(blob) {
+  const text = new TextDecoder("latin1").decode(await blob.arrayBuffer());
+  for (const mark of MARKS) {
+    const start = text.indexOf(`${mark}{`);
+    if (start < 0) continue;
+    try {
+      const said = JSON.parse(balanced(text, start + mark.length));
+      if (typeof said.task === "string" && said.parameters) return said;
+    } catch {
+      continue; // somebody else's
+    }
+  }
+  return null;
+}
+
+/** The JSON object that begins at a place. */
+function balanced(text, start) {
+  let depth = 0;
+  for (const part of text.slice(start, start + 65_000).matchAll(/"(?:[^"\\]|\\.)*"|[{}]/g)) {
+    depth += { "{": 1, "}": -1 }[part[0]] ?? 0;
+    if (depth === 0) return text.slice(start, start + part.index + 1);
+  }
+  return "";
+}

@@ -1,0 +1,86 @@
+// What the service can do, read from its OpenAPI document: tasks, their fields, and what each means.
+// No name of a task or a field stands in this page.
+
+import { words } from "./dom.js";
+
+const HINTS = "x-imagen";
+const FORM = "multipart/form-data";
+const WAIT_HEADER = "Prefer";
+
+/** The tasks of a document, in its order. */
+export function tasksOf(document, root) {
+  const found = [];
+  for (const [path, { post }] of Object.entries(document.paths)) {
+    const schema = post?.requestBody?.content?.[FORM]?.schema;
+    // Doors of other services have forms too; theirs say nothing to this page.
+    if (!Object.values(schema?.properties ?? {}).some((field) => HINTS in field)) continue;
+    const required = schema.required ?? [];
+    const fields = Object.entries(schema.properties).map(([name, raw]) => fieldOf(name, raw));
+    const picture = fields.find((field) => field.isFile && required.includes(field.name));
+    found.push({
+      id: post.operationId,
+      title: words(post.operationId),
+      summary: (post.summary ?? "").split(/\.(?:\s|$)/)[0],
+      url: new URL(path.slice(1), root).href,
+      route: path,
+      picture,
+      fields: fields.filter((field) => field !== picture),
+      hasJobs: (post.parameters ?? []).some((one) => one.name === WAIT_HEADER),
+      needsKey: Boolean(post.security?.length),
+      formats: Object.keys(post.responses["200"].content).filter((type) => type.startsWith("image/")),
+    });
+  }
+  return found;
+}
+
+/** A field of a form. Values are text, as a form sends them, or files. */
+function fieldOf(name, raw) {
+  const { anyOf, ...shared } = raw;
+  const option = (anyOf ?? [{}]).find((one) => one.type !== "null");
+  const schema = { ...shared, ...option };
+  const hint = raw[HINTS] ?? {};
+  const value = hint.default ?? schema.default;
+  const isWhole = schema.type === "integer";
+  const least = schema.minimum ?? schema.exclusiveMinimum;
+  const span = schema.maximum - least;
+  const step = isWhole ? 1 : span <= 2 ? 0.01 : 0.1;
+  return {
+    name,
+    role: hint.role,
+    group: hint.group ?? "task",
+    needs: hint.needs ?? {},
+    choices: hint.choices ?? {},
+    help: schema.description ?? "",
+    type: schema.type,
+    isFile: schema.format === "binary",
+    isColor: schema.format === "color",
+    options: schema.enum,
+    isLong: schema.type === "string" && schema.maxLength >= 500,
+    longest: schema.maxLength,
+    value: value === undefined || value === null ? "" : String(value),
+    isNumber: isWhole || schema.type === "number",
+    hasSlider: span <= 1000 && hint.role !== "seed",
+    step,
+    min: schema.minimum ?? (schema.exclusiveMinimum === undefined ? undefined : least + step),
+    max: schema.maximum,
+  };
+}
+
+export const ofRole = (task, role) => task.fields.find((field) => field.role === role);
+
+/** Whether a field means anything beside these values. */
+export function applies(task, field, values) {
+  return Object.entries(field.needs).every(([name, wanted]) => {
+    const other = task.fields.find((one) => one.name === name);
+    return other && (values[name] ?? other.value) === String(wanted);
+  });
+}
+
+/** What differs from the defaults and means something: the fields to send. */
+export function toSend(task, values) {
+  const wanted = task.fields.filter((field) => {
+    const value = values[field.name];
+    return value !== undefined && value !== field.value && applies(task, field, values);
+  });
+  return Object.fromEntries(wanted.map((field) => [field.name, values[field.name]]));
+}

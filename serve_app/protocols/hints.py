@@ -1,0 +1,52 @@
+"""What a page that builds its form from the reference learns of a field beside type and range."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from deployments.contract import ImageRequest
+from serve_app.jobs.options import JobOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NEEDS = {"color": {"output": "color"}}
+"""Fields that have a meaning only with some value of others, and so are not sent by default."""
+_ROLES = {"seed": "seed", "n": "count", "preview": "preview", "output_format": "format"}
+"""Fields that a page treats in a way of their own."""
+
+
+def hints(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
+    """The extension `x-imagen` of a field.
+
+    Its `group` says whom the field concerns: `task`, `file` (the result's file; every task has
+    these) or `job`. Optional are `role`, `choices` (what each value of an enumeration means) and
+    `needs` (values of other fields without which it means nothing, and its `default` does not
+    count).
+
+    Args:
+        name: of the field.
+        field: its schema.
+    """
+    said: dict[str, Any] = {"group": _group(name)}
+    if role := _ROLES.get(name):
+        said["role"] = role
+    if needs := NEEDS.get(name):
+        said |= {"needs": needs, "default": field.get("default")}
+    if choices := _choices(field):
+        said["choices"] = choices
+    return {"x-imagen": said}
+
+
+def _group(name: str) -> str:
+    if name in JobOptions.model_fields:
+        return "job"
+    return "file" if name in ImageRequest.model_fields else "task"
+
+
+def _choices(field: Mapping[str, Any]) -> dict[str, str]:
+    """Each value's words in the description, which has them as `value: words.`"""
+    text, values = field.get("description", ""), field.get("enum", ())
+    said = {value: re.search(rf"\b{value}: (.+?)\.(?: |$)", text) for value in values}
+    return {value: found[1] for value, found in said.items() if found}

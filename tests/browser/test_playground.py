@@ -1,0 +1,351 @@
+"""What people do on the playground, in a real Chromium, with the starter models behind it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import expect
+
+from benchmarks.recovery import process_of
+from deployments.settings import ROOT
+from serve_app.access.editing import revoke_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from playwright.sync_api import Page
+
+    from tests.browser.conftest import Guarded, Visit
+
+SAMPLES = ROOT / "serve_app/playground/samples"
+LIMIT_MS = 60_000
+SEEN = "#result:not([hidden])"
+REFUSED = ("Failed to load resource: the server responded with a status of 4",)
+LOST = ("Failed to load resource",)
+GIVE = """([kind, bytes, name]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+    const event = kind === "paste"
+        ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+        : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+    document.body.dispatchEvent(event);
+}"""
+FORGOTTEN = """() => new Promise((done) => {
+    const open = indexedDB.open("imagen-playground", 1);
+    const item = { id: "f", at: Date.now() + 1e6, task: "comic", name: "a.png", source: null,
+        fields: {}, state: "queued", count: 1, job: "/api/v1/jobs/" + "0".repeat(32) };
+    open.onsuccess = () => {
+        const store = open.result.transaction("items", "readwrite").objectStore("items");
+        store.put(item).onsuccess = () => done();
+    };
+})"""
+"""Puts a running job into the history that the service knows nothing of."""
+
+
+def choose(page: Page, task: str) -> None:
+    page.get_by_role("button", name=task).and_(page.locator(".task-name")).click()
+
+
+def run(page: Page) -> None:
+    """Press Run, and wait for the one result."""
+    before = page.locator("#history .completed").count()
+    page.click("#run")
+    expect(page.locator("#history .completed")).to_have_count(before + 1, timeout=LIMIT_MS)
+    page.wait_for_selector(SEEN)
+
+
+def picture(page: Page, name: str = "PNG") -> Image.Image:
+    """The result, as the menu saves it."""
+    page.click(".menu summary:has-text('Download')")
+    with page.expect_download() as saved:
+        page.locator("#download button", has_text=name).click()
+    return Image.open(io.BytesIO(saved.value.path().read_bytes()))
+
+
+def facts(page: Page) -> dict[str, str]:
+    names = page.locator("#facts dt").all_inner_texts()
+    return dict(zip(names, page.locator("#facts dd").all_inner_texts(), strict=True))
+
+
+def split_of(page: Page) -> float:
+    return float(page.input_value("#split"))
+
+
+def test_two_clicks_lead_to_a_result_and_its_call_makes_it_again(
+    address: str, visit: Visit, tmp_path: Path
+) -> None:
+    page = visit(address, permissions=["clipboard-read", "clipboard-write"])
+    page.click("#samples button")
+    page.click("#run")
+    page.wait_for_selector(SEEN)
+    assert facts(page)["Size"].startswith("2400 ")
+    assert facts(page)["Model"].startswith("upscale-starter@")
+    assert page.locator(".bar-of-times span").count() >= 3
+    # Before and after, by keyboard and by hand; then real pixels.
+    page.focus("#split")
+    page.keyboard.press("End")
+    assert "inset(0px 0px 0px 100%)" in page.eval_on_selector("#after", "e => e.style.clipPath")
+    box = page.locator("#viewer").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    assert 10 < split_of(page) < 40
+    page.click("#zoom-real")
+    assert page.inner_text("#zoom") == "100 %"
+    page.focus("#viewer")
+    moved = page.eval_on_selector("#layer", "e => e.style.transform")
+    page.keyboard.press("ArrowRight")
+    assert page.eval_on_selector("#layer", "e => e.style.transform") != moved
+    made = picture(page)
+    page.click("#copy")
+    call = page.evaluate("navigator.clipboard.readText()")
+    (tmp_path / "coffee.jpg").write_bytes((SAMPLES / "coffee.jpg").read_bytes())
+    subprocess.run(["bash", "-c", call], cwd=tmp_path, check=True, capture_output=True)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "upscale.png")), np.asarray(made))
+    page.click("#tab-python")
+    script = page.inner_text("#code")
+    compile(script, "call", "exec")
+    assert "imagen.run(" in script
+
+
+def test_a_cut_out_gets_a_white_background_and_is_saved_in_each_format(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address)
+    page.click("#samples li:nth-child(2) button")
+    choose(page, "Background")
+    run(page)
+    assert picture(page).mode == "RGBA"
+    assert "conic-gradient" in page.evaluate("getComputedStyle(layer, '::before').backgroundImage")
+    page.locator("label", has_text="plain colour, white").click()
+    assert (
+        page.get_by_label("Color", exact=True).and_(page.locator("[type=text]")).input_value()
+        == "#ffffff"
+    )
+    run(page)
+    assert facts(page)["Output"] == "color"
+    for kind in ("PNG", "WEBP", "JPEG"):
+        saved = picture(page, kind)
+        assert saved.format == kind
+        assert min(saved.convert("RGB").getpixel((511, 0))) > 240
+
+
+def test_seeds_side_by_side_again_with_another_strength_and_on_to_another_task(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address)
+    page.click("#samples button")
+    choose(page, "Aged")
+    page.fill("#count", "2")
+    page.get_by_label("Also run Background").check()
+    page.click("#run")
+    expect(page.locator("#grid .completed")).to_have_count(3, timeout=LIMIT_MS)
+    seeds = page.locator("#grid small").all_inner_texts()
+    assert len({seed for seed in seeds if seed.startswith("seed")}) == 2
+    page.locator("#grid li", has_text="seed").first.locator("button").click()
+    page.wait_for_selector(SEEN)
+    seed = facts(page)["Seed"]
+    page.click("#again")
+    strength = page.get_by_label("Strength", exact=True)
+    strength.fill("0.4")
+    page.fill("#count", "1")
+    run(page)
+    assert (facts(page)["Seed"], facts(page)["Strength"]) == (seed, "0.4")
+    assert f"-F seed={seed}" in page.inner_text("#code")
+    page.click(".menu summary:has-text('Send on to')")
+    page.locator("#send-on button", has_text="Background").click()
+    run(page)
+    assert facts(page)["Task"] == "Background"
+    # All of it is there after a reload, and can be deleted.
+    page.reload()
+    page.wait_for_selector("#history li:nth-child(5)")
+    page.locator("#history li").first.hover()
+    page.locator("#history .delete").first.click()
+    expect(page.locator("#history li")).to_have_count(4)
+    assert page.locator("#history img").first.evaluate("e => e.decode().then(() => e.naturalWidth)")
+
+
+def test_pictures_come_by_paste_camera_and_drop_and_a_result_brings_its_settings(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address)
+    page.evaluate(GIVE, ["paste", list(png()), "pasted.png"])
+    page.click("#camera-button")
+    page.click("text=Take the picture")
+    page.get_by_role("button", name="Show camera.jpg").wait_for()
+    hostile = {
+        "task": "aged",
+        "parameters": {"strength": 0.35, "prompt": "<img src=x onerror=alert(1)>", "odd": {}},
+    }
+    dropped = png(json.dumps(hostile))
+    page.evaluate(GIVE, ["drop", list(dropped), "earlier.png"])
+    page.get_by_label("Prompt", exact=True).wait_for()
+    assert page.get_by_label("Prompt", exact=True).input_value().startswith("<img")
+    assert page.get_by_label("Strength", exact=True).input_value() == "0.35"
+    assert page.locator("#tray li").count() == 2
+
+
+def test_a_job_is_shown_step_by_step_survives_a_killed_server_and_a_slow_link_and_is_canceled(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address, allowed=LOST)
+    page.click("#samples button")
+    choose(page, "Comic")
+    slow = page.context.new_cdp_session(page)
+    # 400 kbit/s and 300 ms, as on a phone in a train.
+    link = {
+        "offline": False,
+        "latency": 300,
+        "downloadThroughput": 50_000,
+        "uploadThroughput": 50_000,
+    }
+    slow.send("Network.emulateNetworkConditions", link)
+    page.get_by_label("Steps", exact=True).fill("60")
+    page.click("#run")
+    expect(page.locator("#progress-text")).to_have_text(
+        re.compile(r"Step [1-9]\d* of"), timeout=LIMIT_MS
+    )
+    assert page.locator("#progress-time").inner_text()
+    drawn = page.locator("#after[src^='data:image/jpeg']")
+    drawn.wait_for(state="attached")
+    victim = process_of("ingress")
+    assert victim is not None
+    victim.kill()
+    page.wait_for_selector(SEEN)
+    slow.send(
+        "Network.emulateNetworkConditions",
+        link | {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
+    )
+    page.get_by_label("Steps", exact=True).fill("150")
+    page.click("#run")
+    page.click("#cancel")
+    page.wait_for_selector("#progress", state="hidden")
+    assert page.locator("#history li").count() == 1
+
+
+def test_bad_input_is_refused_in_the_services_words_and_nothing_is_lost(
+    address: str, visit: Visit, tmp_path: Path
+) -> None:
+    page = visit(address, allowed=(*REFUSED, "ERR_"))
+    name = '<img src=x onerror=alert(1)>";$(touch x).png'
+    page.set_input_files(
+        "#files", {"name": name, "mimeType": "image/png", "buffer": b"no picture" * 99}
+    )
+    page.click("#run")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "not an image" in page.inner_text("#problem strong")
+    assert "Request" in page.inner_text("#problem")
+    assert page.locator("#tray li").count() == 1
+    page.locator("#tray .delete").click()
+    big = tmp_path / "big.png"
+    big.write_bytes(bytes(100_000_000))
+    page.set_input_files("#files", big)
+    page.click("#run")
+    page.wait_for_selector("#problem strong:has-text('at most')")
+    # A job that the service has forgotten, of a page that was closed meanwhile.
+    page.evaluate(FORGOTTEN)
+    page.reload()
+    page.wait_for_selector("#history .failed >> nth=2")
+    page.locator("#history li > button").first.click()
+    assert "no such job" in page.inner_text("#problem strong")
+
+
+def test_a_key_is_asked_for_below_a_prefix_and_a_revoked_one_loses_nothing(
+    guarded: Guarded, visit: Visit
+) -> None:
+    page = visit(guarded.url, allowed=REFUSED)
+    page.click("#samples button")
+    choose(page, "Background")
+    page.click("#run")
+    page.fill("#key", "wrong")
+    page.click("text=Use key")
+    page.click("#run")
+    page.wait_for_selector("#key-dialog[open]")
+    assert "unknown or revoked" in page.inner_text("#key-why")
+    page.fill("#key", guarded.token)
+    page.click("text=Use key")
+    run(page)
+    assert "Authorization: Bearer $IMAGEN_KEY" in page.inner_text("#code")
+    assert guarded.token not in page.content()
+    assert not page.locator("#count-label").is_visible(), "there are no jobs here"
+    revoke_key(guarded.keys, guarded.key_id)
+    page.wait_for_timeout(1500)  # servers look once a second
+    page.click("#run")
+    page.wait_for_selector("#key-dialog[open]")
+    page.click("text=Close")
+    assert page.locator("#tray li").count() == 1
+    assert page.locator("#history .completed").count() == 1
+
+
+def test_a_new_task_and_new_fields_need_no_change(address: str, visit: Visit) -> None:
+    from playwright.sync_api import Route
+
+    def another(route: Route) -> None:
+        document = route.fetch().json()
+        new = json.loads(json.dumps(document["paths"]["/api/v1/images/style/comic"]["post"]))
+        new |= {"operationId": "text_to_image", "summary": "Draw a picture."}
+        schema = new["requestBody"]["content"]["multipart/form-data"]["schema"]
+        schema["required"] = []
+        fields = schema["properties"]
+        del fields["image"]
+        fields["warmth"] = {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 3,
+            "default": 1,
+            "description": "How warm.",
+        }
+        fields["template"] = {"type": "string", "format": "binary", "description": "Another file."}
+        document["paths"] = {"/api/v1/images/draw": {"post": new}} | document["paths"]
+        route.fulfill(json=document)
+
+    context: dict[str, Any] = {"service_workers": "block"}
+    page = visit(address, allowed=REFUSED, **context)
+    page.route("**/openapi.json", another)
+    page.reload()
+    page.wait_for_selector("text=Draw a picture")
+    page.get_by_label("Warmth", exact=True).fill("2.5")
+    page.get_by_label("Template", exact=True).set_input_files(SAMPLES / "rocket.jpg")
+    with page.expect_request("**/images/draw") as sent:
+        page.click("#run")
+    body = (sent.value.post_data_buffer or b"").decode("latin1")
+    assert 'name="warmth"\r\n\r\n2.5' in body
+    assert 'name="template"; filename="rocket.jpg"' in body
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_use_it(address: str, visit: Visit, scheme: str) -> None:
+    page = visit(address, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement !== document.body")
+    for step in ("empty", "result"):
+        if step == "result":
+            page.click("#samples li:nth-child(3) button")
+            choose(page, "Background")
+            run(page)
+        for width in (390, 1024, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.evaluate(
+                "document.querySelectorAll('#panel details').forEach((d) => d.open = true)"
+            )
+            found = Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, f"{step} scrolls sideways"
+
+
+def png(said: str = "") -> bytes:
+    """A small picture, with what a result says of itself."""
+    file, chunks = io.BytesIO(), PngInfo()
+    if said:
+        chunks.add_text("imagen", said)
+    chunks.add_text("Title", "<script>alert(1)</script>")
+    Image.effect_noise((64, 48), 60).convert("RGB").save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
