@@ -83,6 +83,7 @@ function sendOn(item, task) {
 function submit(event) {
   event?.preventDefault();
   const wanted = chosenTasks();
+  if (!wanted.length) return toast("The service has not said yet what it can do.");
   if (!sources.length && wanted.some((task) => task.picture)) {
     toast("Choose a picture first.");
     $("files").focus();
@@ -239,6 +240,7 @@ function showStage() {
   const group = shown.map(itemOf).filter(Boolean);
   const item = focus && itemOf(focus);
   const isGrid = !item && group.length > 0;
+  $("grid").style.setProperty("--columns", { 1: 1, 2: 2, 4: 2 }[group.length] ?? (group.length > 6 ? 4 : 3));
   const source = sources[picked];
   $("empty").hidden = Boolean(item || isGrid || source);
   $("viewer").hidden = isGrid || !$("empty").hidden || Boolean(item && !item.source && !item.result && !item.preview);

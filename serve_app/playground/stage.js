@@ -102,7 +102,8 @@ export function showResult(item, task, language) {
       .map(([name, value]) => [words(name), value instanceof Blob ? value.name : value])),
   };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(([name, value]) =>
-    el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))));
+    el("div", { className: String(value).length > 18 ? "wide" : "" },
+      el("dt", { textContent: name }), el("dd", { textContent: value }))));
   showTimings(timings, total);
   const notes = info.notes.map((note) => el("li", { textContent: note }));
   $("notes").replaceChildren(...notes);

@@ -51,6 +51,7 @@ export class Viewer {
     shown.alt = alt;
     if (String(size) !== String(this.size)) this.isFit = true;
     this.size = size;
+    this.box.style.setProperty("--shape", `${size[0] || 3} / ${size[1] || 2}`);
     if (after !== this.last) this.split.value = 50;
     this.last = after;
     this.#fit();

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NEEDS = {"color": {"output": "color"}}
 """Fields that have a meaning only with some value of others, and so are not sent by default."""
-_ROLES = {"seed": "seed", "n": "count", "preview": "preview", "output_format": "format"}
+_ROLES = {"seed": "seed", "n": "count", "preview": "preview"}
 """Fields that a page treats in a way of their own."""
 
 

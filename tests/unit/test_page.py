@@ -81,7 +81,7 @@ def test_fields_say_whom_they_concern_what_they_are_and_what_their_values_mean()
     groups = {name: hint["group"] for name, hint in hints.items()}
     assert (groups["steps"], groups["strict"], groups["webhook"]) == ("task", "file", "job")
     roles = {hint["role"]: name for name, hint in hints.items() if "role" in hint}
-    assert roles == {"seed": "seed", "count": "n", "preview": "preview", "format": "output_format"}
+    assert roles == {"seed": "seed", "count": "n", "preview": "preview"}
     assert hints["color"]["needs"] == {"output": "color"}
     assert hints["color"]["default"] == "#ffffff"
     assert "default" not in background["color"], "a form that sends it by default is refused"
