@@ -130,7 +130,11 @@ def _get(url: str, *, timeout_s: float) -> httpx.Response:
 
 def _announce(address: str, dashboard: str, access: AccessSettings | None, seconds: float) -> None:
     console.rule("[green]Imagen is ready")
-    lines = [f"API        {address}  (ready after {seconds:.0f} s)", f"Reference  {address}/docs"]
+    lines = [
+        f"API        {address}  (ready after {seconds:.0f} s)",
+        f"Playground {address}/",
+        f"Reference  {address}/docs",
+    ]
     if dashboard:
         lines.append(f"Dashboard  http://{dashboard}  (Ray)")
         if _asks_for_token(dashboard):

@@ -1,7 +1,7 @@
 // The page: what was chosen, what runs, what is shown.
 
 import { Offline, Problem, key, root } from "./api.js";
-import { $, announce, el, image, randomId, toast, urlOf } from "./dom.js";
+import { $, announce, el, image, randomId, release, toast, urlOf } from "./dom.js";
 import { settings, taskList } from "./form.js";
 import { listen, showSamples } from "./pictures.js";
 import { cancel, carry, openapi, readiness } from "./run.js";
@@ -103,6 +103,7 @@ function begin(made) {
   items = [...made, ...items];
   shown = made.map((item) => item.id);
   focus = made.length === 1 ? made[0].id : null;
+  announce(made.length > 1 ? `${made.length} runs have begun.` : "The run has begun.");
   for (const item of made) start(item);
   show();
   if (matchMedia("(max-width: 800px)").matches) $("hero").scrollIntoView();
@@ -160,7 +161,8 @@ function fail(item, error) {
   if (error instanceof Offline) {
     said = { fact: "The service cannot be reached.", remedy: "Check the connection, then try again. The picture and its settings are still here." };
   }
-  Object.assign(item, { state: "failed", problem: said, waiting: "" });
+  const job = said.status === 401 ? item.job : "";
+  Object.assign(item, { state: "failed", problem: said, waiting: "", job });
   if (said.status === 401) askKey(said);
 }
 
@@ -174,16 +176,18 @@ async function stop(item) {
 }
 
 async function remove(id) {
+  for (const blob of [itemOf(id)?.result, itemOf(id)?.thumb]) release(blob);
   items = items.filter((item) => item.id !== id);
   shown = shown.filter((one) => one !== id);
   if (focus === id) focus = null;
   await forget(id);
 }
 
+/** A job that goes on is followed again; all else is sent anew. */
 function tryAgain(item) {
-  const { id, at, task, name, source, fields, count } = item;
-  remove(id);
-  begin([{ id: randomId(), at: Date.now(), task, name, source, fields, count, state: "sending" }]);
+  const { task, name, source, fields, count, job } = item;
+  remove(item.id);
+  begin([{ id: randomId(), at: Date.now(), task, name, source, fields, count, job, state: "sending" }]);
 }
 
 // --- what is shown ---

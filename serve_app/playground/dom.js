@@ -51,6 +51,12 @@ export function urlOf(blob) {
   return urls.get(blob);
 }
 
+/** Let go of what a blob holds, once nothing shows it. */
+export function release(blob) {
+  if (urls.has(blob)) URL.revokeObjectURL(urls.get(blob));
+  urls.delete(blob);
+}
+
 /** Say something to screen readers alone, because eyes see it. */
 export const announce = (text) => ($("said").textContent = text);
 

@@ -2,6 +2,7 @@
 
 const MOST = 80;
 const MOST_BYTES = 250e6;
+const ENDED = new Set(["completed", "failed"]);
 
 const opened = new Promise((resolve) => {
   try {
@@ -39,7 +40,7 @@ export function surplus(items) {
   let sum = 0;
   return items.filter((item, place) => {
     sum += (item.source?.size ?? 0) + (item.result?.size ?? 0);
-    return item.result && place > 0 && (place >= MOST || sum > MOST_BYTES);
+    return ENDED.has(item.state) && place > 0 && (place >= MOST || sum > MOST_BYTES);
   });
 }
 
