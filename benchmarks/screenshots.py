@@ -79,9 +79,9 @@ def result(page: Page) -> None:
 
 
 def seeds(page: Page) -> None:
-    page.locator("#samples button").nth(2).click()
+    page.locator("#samples button").nth(1).click()
     page.locator(".task-name").filter(has_text="Aged").click()
-    page.fill("#count", "4")
+    page.fill("#count", "3")
     page.click("#run")
     page.wait_for_selector("#grid .completed")
 
@@ -96,7 +96,7 @@ def cut_out(page: Page) -> None:
 PICTURES: dict[str, tuple[Callable[[Page], None], str, int, int]] = {
     "empty": (nothing_yet, "light", 1280, 800),
     "result": (result, "light", 1440, 1180),
-    "seeds": (seeds, "dark", 1440, 900),
+    "seeds": (seeds, "dark", 1440, 760),
     "phone": (cut_out, "light", 390, 844),
 }
 
