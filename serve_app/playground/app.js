@@ -247,7 +247,8 @@ function showStage() {
   $("grid").style.setProperty("--columns", { 1: 1, 2: 2, 4: 2 }[group.length] ?? (group.length > 6 ? 4 : 3));
   const source = sources[picked];
   $("empty").hidden = Boolean(item || isGrid || source);
-  $("viewer").hidden = isGrid || !$("empty").hidden || Boolean(item && !item.source && !item.result && !item.preview);
+  $("viewer").hidden = isGrid || !$("empty").hidden;
+  $("viewer").classList.toggle("waits", Boolean(item && !item.source && !item.result));
   $("grid").hidden = !isGrid;
   const tiles = isGrid ? group : [];
   fill($("grid"), tiles.map((one) => [one.id, one.state]), () =>

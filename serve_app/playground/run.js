@@ -116,7 +116,6 @@ async function pictureOf(answer) {
       seed: said("x-imagen-seed"),
       batch: said("x-imagen-batch-size"),
       size: said("x-imagen-size").replace("x", " × "),
-      determinism: said("x-imagen-determinism"),
       notes: notes.map((note) => note.replace(/^[a-z_]+: /, "")),
       timings: Object.fromEntries(stages.filter((one) => one[1]).map(([k, ms]) => [k, ms / 1000])),
     },

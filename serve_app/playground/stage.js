@@ -13,7 +13,7 @@ export function stateOf(item) {
   if (item.waiting) return item.waiting;
   const line = item.position > 1 ? `Queued, number ${item.position} in line` : "Queued, next in line";
   const step = item.steps ? `Step ${item.done} of ${item.steps}` : "Working";
-  const known = { sending: "Sending the picture", queued: line, processing: step,
+  const known = { sending: "Sending", queued: line, processing: step,
     fetching: "Fetching the result", failed: "Failed", canceled: "Canceled" };
   return known[item.state] ?? "";
 }
