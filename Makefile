@@ -46,7 +46,7 @@ test-unit: setup ## Only the tests without Ray and torch (a minute)
 .PHONY: setup-browser test-browser screenshots
 setup-browser: setup ## Install the chromium that the tests of the playground use, where it is missing
 	@command -v chromium >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update && apt-get install --yes --no-install-recommends chromium; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update && apt-get install --yes --no-install-recommends chromium fonts-liberation; \
 	  else echo "Install chromium: on Debian, apt-get install chromium" >&2; exit 1; fi; }
 
 test-browser: setup-browser ## The playground in a real Chromium, with the starter models (two minutes)
