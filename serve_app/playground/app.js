@@ -118,6 +118,7 @@ async function start(item) {
   const tell = (changes) => {
     Object.assign(item, changes);
     if (changes.job) keep(item);
+    if (changes.job && item.isStopping) stop(item);
     if ("preview" in changes || "state" in changes || "waiting" in changes) showSoon();
   };
   try {
@@ -167,6 +168,11 @@ function fail(item, error) {
 }
 
 async function stop(item) {
+  if (taskOf(item)?.hasJobs && !item.job && !item.isStopping) {
+    // Its job may be made at this moment, and would go on if nobody knew its name.
+    Object.assign(item, { isStopping: true, waiting: "Canceling" });
+    return show();
+  }
   try {
     if (item.job) await cancel(item.job);
     controllers.get(item.id)?.abort(new DOMException("Canceled.", "AbortError"));
