@@ -14,9 +14,8 @@ from playwright.sync_api import sync_playwright
 from ray import serve
 from ray.serve import RunTarget
 
-from deployments.registry import load_registry
+from deployments.catalogue import load_registry
 from deployments.settings import AccessSettings, KeyLimits, Settings
-from deployments.tasks import Task
 from serve_app.access.editing import create_key
 from serve_app.ingress import Ingress
 from tests.serve.conftest import (
@@ -111,9 +110,13 @@ def guarded(address: str, tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     key, token = create_key(keys, "a person", KeyLimits())
     settings = Settings(access=AccessSettings(keys=keys))
-    handles = {task: serve.get_deployment_handle(task.deployment, "imagen") for task in Task}
+    registry = load_registry(*settings.models)
+    handles = {
+        model.name: serve.get_deployment_handle(model.task.deployment, "imagen")
+        for model in registry.values()
+    }
     kind: Any = serve.deployment(Ingress)
     ingress = kind.options(name="Ingress", ray_actor_options={"num_cpus": 0})
-    bound = ingress.bind(handles, load_registry(settings.models), settings, {})
+    bound = ingress.bind(handles, registry, settings, {})
     serve.run_many([RunTarget(bound, "guarded", "/guarded")], wait_for_applications_running=True)
     return Guarded(f"{address}/guarded/", token, key.id, keys)

@@ -902,7 +902,7 @@ async def test_the_reference_offers_every_model_of_a_route() -> None:
 
 def test_a_form_of_several_models_sends_no_field_that_its_default_model_does_not_read() -> None:
     diffusion = SECOND.model_copy(update={"family": "upscale_diffusion"})
-    body = native.request_body([REGISTRY[Task.UPSCALE], diffusion])["requestBody"]
+    body = native.request_body([REGISTRY[Task.UPSCALE], diffusion], with_jobs=True)["requestBody"]
     form = body["content"]["multipart/form-data"]["schema"]["properties"]
     assert "default" not in form["prompt"]
     assert form["n"]
