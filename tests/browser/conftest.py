@@ -21,6 +21,7 @@ from serve_app.ingress import Ingress
 from tests.serve.conftest import (
     address,
     cluster,
+    further_registry,
     local_config,
     models_root,
     network_reports,
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, BrowserContext, Page
 
-__all__ = ["address", "cluster", "local_config", "models_root", "network_reports"]
+__all__ = [
+    "address",
+    "cluster",
+    "further_registry",
+    "local_config",
+    "models_root",
+    "network_reports",
+]
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
