@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from deployments.images import Array
 
 _ASPECT_TOLERANCE: Final = 0.05
-_STRIP_PX: Final = 256
 
 
 def choose_bucket(
@@ -62,43 +60,6 @@ def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working
     width, height = content_box(width_px, height_px, (pixels.shape[1], pixels.shape[0]))
     content = pixels[:height, :width]
     return content.copy() if working else resize(content, width_px, height_px)
-
-
-def shrink(pixels: Array, width_px: int, height_px: int) -> Array:
-    """`pixels`, `H x W x 3`, scaled down by an exact area filter.
-
-    Each pixel is the mean of the area it covers, so that nothing rings and no level shifts.
-
-    Args:
-        pixels: returned as they are if they have the size.
-        width_px, height_px: at most those of `pixels`.
-    """
-    height, width = pixels.shape[:2]
-    if (height, width) == (height_px, width_px):
-        return pixels
-    result = np.empty((height_px, width_px, 3), np.uint8)
-    for first in range(0, height_px, _STRIP_PX):
-        rows = slice(first, min(first + _STRIP_PX, height_px))
-        means = _means(pixels, np.arange(height_px)[rows], height / height_px, axis=0)
-        means = _means(means, np.arange(width_px), width / width_px, axis=1)
-        result[rows] = means.round()
-    return result
-
-
-def _means(
-    values: Array | NDArray[np.float32], at: NDArray[np.int64], ratio: float, axis: int
-) -> NDArray[np.float32]:
-    """Means along an axis over lengths of `ratio`, at these places of the result."""
-    begin, shape = at * ratio, list(values.shape)
-    shape[axis] = len(at)
-    total = np.zeros(shape, np.float32)
-    for tap in range(math.ceil(ratio) + 1):
-        place = np.floor(begin) + tap
-        share = np.minimum(place + 1, begin + ratio) - np.maximum(place, begin)
-        share = (share.clip(0) / ratio).astype(np.float32)
-        place = np.minimum(place, values.shape[axis] - 1).astype(np.int64)
-        total += share.reshape((-1, 1, 1) if axis == 0 else (-1, 1)) * values.take(place, axis)
-    return total
 
 
 def resize(pixels: Array, width_px: int, height_px: int) -> Array:

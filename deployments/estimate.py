@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from deployments.errors import TooMuchWork
+from deployments.errors import InvalidParameter, TooMuchWork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,11 +117,11 @@ class Estimator:
     def record(self, request: ImageRequest, size: Size, timings_s: Mapping[str, float]) -> None:
         """Learn from a request that is done."""
         work = self._pipeline.work(*size, request)
-        self._forecast.record(work, file_px(size, self._scale), timings_s)
+        self._forecast.record(work, file_px(request, size, self._scale), timings_s)
 
     def _extrapolated_s(self, request: ImageRequest, size: Size) -> float:
         work = self._pipeline.work(*size, request)
-        return self._forecast.seconds(work, file_px(size, self._scale)) or 0.0
+        return self._forecast.seconds(work, file_px(request, size, self._scale)) or 0.0
 
     def _smaller_request(self, request: ImageRequest, size: Size, limit_s: float) -> str:
         """The largest similar request that fits: of fewer steps, else of a smaller picture."""
@@ -142,6 +143,12 @@ def fits(seconds: float, limit_s: float) -> bool:
     return seconds * _RESERVE <= limit_s
 
 
-def file_px(size: Size, scale: int) -> int:
+def file_px(request: ImageRequest, size: Size, scale: int) -> int:
     """Pixels of the upload or of the result, whichever has more; 1 without an upload."""
-    return max(size.width_px * size.height_px * scale**2, 1)
+    if not any(size):
+        return 1
+    try:
+        result = request.result_size(*size, scale)
+    except InvalidParameter:  # of a smaller picture, which cannot have the size that is asked for
+        result = size.width_px * scale, size.height_px * scale
+    return max(math.prod(size), math.prod(result), 1)

@@ -96,7 +96,8 @@ class ModelDeployment:
         self._spec = spec
         self._limits = settings.limits
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
-        self._seats = Seats(SEATS, settings.limits.max_input_px)
+        limits = settings.limits
+        self._seats = Seats(SEATS, max(limits.max_input_px, limits.max_output_px))
         self._configured = False
         self._defaults = spec.defaults
         self._in_flight = 0
@@ -235,15 +236,15 @@ class ModelDeployment:
         seconds = self._estimate_s(job, request)
         with self._admission.admit(seconds, timeout_s, give_up) as ticket:
             try:
-                async with deadline, self._taken(job):
+                async with deadline, self._taken(job, request):
                     ticket.rows = rows
                     return await self._process(job, request, ticket, rows, arrived_s)
             except TimeoutError as error:
                 raise ticket.refusal or too_late() from error
 
-    def _taken(self, job: ImageJob) -> AbstractAsyncContextManager[None]:
+    def _taken(self, job: ImageJob, request: ImageRequest) -> AbstractAsyncContextManager[None]:
         # A background is one more picture in memory.
-        px = max(file_px(_size(job), self._spec.scale), job.background_px)
+        px = max(file_px(request, _size(job), self._spec.scale), job.background_px)
         return self._seats.taken(px, job.n + (job.background is not None))
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:

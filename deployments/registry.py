@@ -143,6 +143,8 @@ class ModelSpec(ArtefactSpec):
         buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
             text2img only. The first is that of a request which names no size.
         tile_px: edge of the tiles an upscaler works in.
+        max_picture_px: width x height of a picture, at most, where the network works on all of it
+            at once; None where memory does not depend on it.
         max_batch_size: most rows in one forward pass.
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
         compile: what torch compiles before the model is ready: full, its networks; blocks, the
@@ -165,6 +167,7 @@ class ModelSpec(ArtefactSpec):
     defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
+    max_picture_px: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=4, ge=1, le=256)
     num_gpus: float = Field(default=0.0, ge=0, le=8)
     compile: CompileMode = "off"

@@ -48,7 +48,7 @@ class LimitSettings(Strict):
     )
     max_input_px: int = Field(default=50_000_000, ge=1, description="width x height of an upload")
     max_output_px: int = Field(
-        default=16_777_216, ge=16, description="width x height of an upscaled image"
+        default=50_000_000, ge=16, description="width x height of an upscaled image"
     )
 
 

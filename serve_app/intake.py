@@ -292,27 +292,67 @@ class Intake:
         self, request: ImageRequest, accept: str, width_px: int, height_px: int, spec: ModelSpec
     ) -> OutputFormat:
         """The format to write, once the result is known to fit it and the limits."""
-        result_px = width_px * spec.scale, height_px * spec.scale
+        check_input(width_px, height_px, spec)
+        result_px = request.result_size(width_px, height_px, spec.scale)
         if spec.scale > 1:
-            self._check_output(*result_px, spec.scale)
+            check_output((width_px, height_px), result_px, self._limits.max_output_px)
         chosen = choose_format(request.output_format, accept, transparent=request.needs_alpha)
-        images.check_encodable(chosen, *request.result_size(width_px, height_px, spec.scale))
+        images.check_encodable(chosen, *result_px)
         return chosen
-
-    def _check_output(self, width_px: int, height_px: int, scale: int) -> None:
-        limit = self._limits.max_output_px
-        if width_px * height_px > limit:
-            raise TooLarge(
-                f"The result may have at most {limit} px.",
-                value=f"{width_px} x {height_px} = {width_px * height_px} px",
-                remedy=f"Send a picture of at most {limit // scale**2} px.",
-            )
 
     async def _why_late(self, name: str) -> ImagenError:
         state = (await self._backends.states()).get(name, "starting")
         if state == "ready":
             return too_late()
         return not_ready(name, state, self._backends.recovery_s(name))
+
+
+def check_input(width_px: int, height_px: int, spec: ModelSpec) -> None:
+    """Whether a picture fits a model that works on all of it at once.
+
+    Raises:
+        TooLarge: it does not.
+    """
+    limit = spec.max_picture_px
+    if limit is not None and width_px * height_px > limit:
+        raise TooLarge(
+            f"The model behind {spec.task} takes pictures of at most {limit} px.",
+            value=f"{width_px} x {height_px} = {width_px * height_px} px",
+            remedy="Send a picture of at most {} x {} px.".format(
+                *_largest(width_px, height_px, limit)
+            ),
+        )
+
+
+def check_output(picture_px: tuple[int, int], result_px: tuple[int, int], limit: int) -> None:
+    """Whether an enlarged picture is within the limit.
+
+    Args:
+        picture_px, result_px: width and height of the picture, and of what is asked for.
+        limit: width x height of a result, at most.
+
+    Raises:
+        TooLarge: it is not; the error names the largest scale and size that are.
+    """
+    if math.prod(result_px) <= limit:
+        return
+    width, height = _largest(*picture_px, limit)
+    fitting = [scale for scale in (3, 2) if math.prod(picture_px) * scale**2 <= limit]
+    scaled = f"scale={fitting[0]} at most, or " if fitting else ""
+    raise TooLarge(
+        f"The result may have at most {limit} px.",
+        value=f"{result_px[0]} x {result_px[1]} = {math.prod(result_px)} px",
+        remedy=f"Send {scaled}width={width} at most, which gives {width} x {height} px.",
+    )
+
+
+def _largest(width_px: int, height_px: int, limit: int) -> tuple[int, int]:
+    """The largest width and height of an aspect ratio whose product is within a limit."""
+    # The height is rounded, so that a little more than the square root may do.
+    width = math.isqrt(limit * width_px // height_px) + width_px // height_px + 1
+    while width > 1 and width * max(round(height_px * width / width_px), 1) > limit:
+        width -= 1
+    return width, max(round(height_px * width / width_px), 1)
 
 
 def check_picture(call: Call) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deployments.buckets import shrink
 from deployments.images import Picture
+from deployments.pipelines.area import shrink
 from deployments.pipelines.grey import without_tint
 from deployments.transparency import scaled
 
@@ -31,7 +31,7 @@ def as_asked(picture: Picture, output: Pixels, request: ImageRequest, scale: int
 
     Args:
         picture: as the client sent it.
-        output: `scale` times as large.
+        output: `scale` times as large, or of the result's size already.
         request: complete.
         scale: of the model.
     """

@@ -12,6 +12,7 @@ import torch
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.pipelines import networks
+from deployments.pipelines.area import AreaFilter, Rest, Span
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -67,14 +68,20 @@ class Tiling:
     Attributes:
         source: the picture on the device, `H x W x 3` uint8.
         tiles: all of them, in order.
-        outputs: of the tiles done so far, `h x w x 3` uint8 on the host; a GPU may still be writing
-            them.
+        area: brings what the network makes down to the size that is wanted.
+        rest: what `area` needs of the tiles so far.
+        canvas: of the result, `H x W x 3`.
+        outputs: what each tile so far completed of the result, `h x w x 3` uint8 on the host; a GPU
+            may still be writing them. None once it is on the canvas.
         valid: for each of those, on the device, whether it has no NaN.
     """
 
     source: torch.Tensor
     tiles: list[Tile]
-    outputs: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    area: AreaFilter
+    canvas: Pixels
+    rest: Rest = field(default_factory=Rest)
+    outputs: list[torch.Tensor | None] = field(default_factory=list["torch.Tensor | None"])
     valid: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
     @property
@@ -124,7 +131,10 @@ class UpscaleGan:
         yield from ()
         height, width = row.pixels.shape[:2]
         tiles = self._tiles(height, width)
-        return Tiling(torch.from_numpy(row.pixels).to(self._device), tiles)
+        width_px, height_px = row.request.result_size(width, height, SCALE)
+        area = AreaFilter((height * SCALE, width * SCALE), (height_px, width_px))
+        canvas = np.empty((height_px, width_px, 3), np.uint8)
+        return Tiling(torch.from_numpy(row.pixels).to(self._device), tiles, area, canvas)
 
     def steps(self, state: Tiling) -> int:
         return len(state.tiles)
@@ -143,9 +153,11 @@ class UpscaleGan:
         x = windows.permute(0, 3, 1, 2).to(self._dtype) / 255
         y = self._lanes.run(lambda part: self._net(x[part], sizes=sizes[part]), len(states)).float()
         valid = y.isfinite().all(dim=3).all(dim=2).all(dim=1)
-        pixels = (y.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        pixels = pixels.to("cpu", non_blocking=True)  # `finish` waits for it
-        for state, output, ok in zip(states, pixels, valid, strict=True):
+        windows = (y.clamp(0, 1) * 255).permute(0, 2, 3, 1)
+        # All of them before a state changes, so that a failure leaves every state as it was.
+        done = [_completed(state, window) for state, window in zip(states, windows, strict=True)]
+        for state, (output, rest), ok in zip(states, done, valid, strict=True):
+            state.rest = rest
             state.outputs.append(output)
             state.valid.append(ok)
 
@@ -161,13 +173,12 @@ class UpscaleGan:
                 value="NaN",
                 remedy="Try another picture.",
             )
-        height, width = state.source.shape[:2]
-        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
-        for tile, output in zip(state.tiles, state.outputs, strict=True):
-            _paste(canvas, output.numpy(), tile)
+        for i, tile in enumerate(state.tiles):
+            if (output := state.outputs[i]) is not None:
+                state.canvas[state.area.place(*_kept(tile))] = output.numpy()
+                state.outputs[i] = None  # the result is in memory once
             yield
-        state.outputs.clear()
-        return canvas
+        return state.canvas
 
     def _tiles(self, height_px: int, width_px: int) -> list[Tile]:
         return [Tile(*pair) for pair in product(self._windows(height_px), self._windows(width_px))]
@@ -230,9 +241,23 @@ def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:
     return pixels[rows, columns]
 
 
-def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
-    to = tuple(slice(one.first * SCALE, one.end * SCALE) for one in tile)
-    of = tuple(
-        slice((one.first - one.start) * SCALE, (one.end - one.start) * SCALE) for one in tile
-    )
-    canvas[to] = out[of]
+def _kept(tile: Tile) -> tuple[Span, Span]:
+    """Rows and columns of the enlarged picture that are kept of a tile."""
+    rows, columns = (Span(one.first * SCALE, one.end * SCALE) for one in tile)
+    return rows, columns
+
+
+def _completed(state: Tiling, window: torch.Tensor) -> tuple[torch.Tensor, Rest]:
+    """What a tile completes of the result, and what is left of it for the next ones.
+
+    Args:
+        state: of the row, whose next tile it is.
+        window: what the network made of the tile, `h x w x 3` in [0, 255].
+    """
+    tile = state.next_tile
+    rows, columns = _kept(tile)
+    top, left = (one.start * SCALE for one in tile)
+    piece = window[rows.first - top : rows.end - top, columns.first - left : columns.end - left]
+    means, rest = state.area.add(piece, rows, columns, state.rest)
+    pixels = means.round().to(torch.uint8)
+    return pixels.to("cpu", non_blocking=True), rest  # `finish` waits for it

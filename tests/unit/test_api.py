@@ -303,13 +303,42 @@ async def test_a_decompression_bomb_is_refused(task: Task) -> None:
     assert problem["value"] == "30000 x 30000 = 900.0 MP"
 
 
-async def test_an_upscale_beyond_the_largest_result_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("size", "fields", "value", "remedy"),
+    [
+        ((65, 64), {}, "260 x 256 = 66560 px", "scale=3 at most, or width=258 at most"),
+        ((120, 128), {"scale": "3"}, "360 x 384 = 138240 px", "scale=2 at most, or width=247"),
+        ((200, 200), {"scale": "2"}, "400 x 400 = 160000 px", "Send width=256 at most"),
+        ((65, 64), {"width": "260"}, "260 x 256 = 66560 px", "gives 258 x 254 px"),
+    ],
+)
+async def test_an_upscale_beyond_the_largest_result_is_refused_with_what_fits(
+    size: tuple[int, int], fields: dict[str, str], value: str, remedy: str
+) -> None:
+    backends, limit_px = FakeBackends(), 256 * 256
+    app = app_of(backends, max_output_px=limit_px)
+    response = await post(app, Task.UPSCALE.route, png_of(*size), data=fields)
+    problem = refused(response, 413, backends)
+    assert problem["value"] == value
+    assert remedy in problem["remedy"]
+    for name, most in re.findall(r"(scale|width)=(\d+)", problem["remedy"]):
+        found = await post(app, Task.UPSCALE.route, png_of(*size), data={name: most})
+        assert found.status_code == 200
+        above = {name: str(int(most) + 1)}
+        response = await post(app, Task.UPSCALE.route, png_of(*size), data=above)
+        assert response.status_code == 413
+
+
+async def test_a_model_that_sees_all_of_a_picture_at_once_takes_no_larger_one() -> None:
     backends = FakeBackends()
-    app = app_of(backends, max_output_px=64 * 64 * 16)
-    problem = refused(await post(app, Task.UPSCALE.route, png_of(65, 64)), 413, backends)
-    assert problem["value"] == "260 x 256 = 66560 px"
-    assert "at most 4096 px" in problem["remedy"]
-    assert (await post(app, Task.UPSCALE.route, png_of(64, 64))).status_code == 200
+    spec = REGISTRY[Task.UPSCALE].model_copy(update={"max_picture_px": 64 * 64})
+    app = create_app(backends, {**REGISTRY, Task.UPSCALE: spec}, Settings(access=OPEN_TO_ALL))
+    for fields in ({}, {"scale": "2"}):
+        response = await post(app, Task.UPSCALE.route, png_of(80, 60), data=fields)
+        problem = refused(response, 413, backends)
+        assert problem["value"] == "80 x 60 = 4800 px"
+        assert problem["remedy"] == "Send a picture of at most 73 x 55 px."
+    assert (await post(app, Task.UPSCALE.route, png_of(73, 55))).status_code == 200
 
 
 async def test_the_largest_result_concerns_upscaling_only() -> None:
@@ -318,11 +347,14 @@ async def test_the_largest_result_concerns_upscaling_only() -> None:
         assert (await post(app, task.route, png_of(100, 100))).status_code == 200
 
 
-async def test_a_phone_photo_is_welcome_everywhere_but_upscale() -> None:
+async def test_a_phone_photo_is_welcome_everywhere_and_upscaled_twice() -> None:
     app, photo = app_of(), png_of(4000, 3000)
     for task in set(SERVED) - {Task.UPSCALE}:
         assert (await post(app, task.route, photo)).status_code == 200
-    refused(await post(app, Task.UPSCALE.route, photo), 413)
+    problem = refused(await post(app, Task.UPSCALE.route, photo), 413)
+    assert "scale=2 at most" in problem["remedy"]
+    twice = await post(app, Task.UPSCALE.route, photo, data={"scale": "2"})
+    assert twice.status_code == 200
 
 
 async def test_a_side_the_wanted_format_cannot_hold_is_refused_before_any_work() -> None:

@@ -98,30 +98,3 @@ def test_resize_gives_a_new_array_of_the_size(shape: tuple[int, ...]) -> None:
     same = buckets.resize(pixels, 6, 8)
     assert not np.shares_memory(same, pixels)
     assert same.flags.writeable
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [((40, 60), (20, 30)), ((12, 20), (9, 15)), ((7, 9), (4, 5))]
-)
-def test_shrinking_takes_the_mean_of_the_area_that_a_pixel_covers(
-    before: tuple[int, int], after: tuple[int, int]
-) -> None:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (*before, 3), np.uint8)
-    # Repeated until whole pixels fit: the mean over them is exact.
-    fine = pixels.repeat(after[0], axis=0).repeat(after[1], axis=1)
-    rows = fine.reshape(after[0], before[0], -1, 3).mean(axis=1)
-    expected = rows.reshape(after[0], after[1], before[1], 3).mean(axis=2)
-    assert np.abs(buckets.shrink(pixels, after[1], after[0]) - expected).max() <= 0.51
-
-
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90))
-def test_shrinking_never_leaves_the_range_of_the_picture(
-    height: int, width: int, less: int, narrower: int
-) -> None:
-    pixels = np.full((height, width, 3), (3, 128, 254), np.uint8)
-    pixels[0, 0] = (7, 120, 250)
-    found = buckets.shrink(pixels, min(width, narrower), min(height, less))
-    assert found.shape == (min(height, less), min(width, narrower), 3)
-    assert (found >= (3, 120, 250)).all()
-    assert (found <= (7, 128, 254)).all()
