@@ -71,6 +71,10 @@ fix: setup ## Fix what ruff can fix
 bench: setup ## Latency of each task on a 512x512 photo, on this machine
 	$(BIN)/python -m benchmarks.latency $(ARGS)
 
+.PHONY: bench-detail
+bench-detail: setup ## Large photos at full detail beside the working size: dB, sharpness, time (20 minutes)
+	$(BIN)/python -m benchmarks.detail $(ARGS)
+
 .PHONY: bench-store
 bench-store: setup ## Pull and load a 2 GB model, beside other ways to do it
 	$(BIN)/python -m benchmarks.store $(ARGS)

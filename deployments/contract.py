@@ -208,6 +208,12 @@ class Img2ImgRequest(DiffusionRequest):
         description="How far the result may leave the picture. int(steps * strength) steps run.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
+    detail: Literal["full", "working"] = Field(
+        default="working",
+        description="full: the model works on every pixel of a large picture, in overlapping "
+        "tiles. working: on a smaller one, which is then enlarged. A picture that fits the model "
+        "is the same with both.",
+    )
     output_size: Literal["input", "working"] = Field(
         default="input",
         description="input: the size that was sent. working: the size the model worked at.",
@@ -333,6 +339,12 @@ class EnhanceRequest(Img2ImgRequest):
 
     task = "enhance"
     keeps_grey = True
+    detail: Literal["full", "working"] = Field(
+        default="full",
+        description="full: the model works on every pixel of a large picture, in overlapping "
+        "tiles. working: on a smaller one, which is then enlarged. A picture that fits the model "
+        "is the same with both. Unset: full, if that can end in time, which a note tells.",
+    )
     strength: float = Field(
         default=0.25,
         gt=0.0,

@@ -124,7 +124,16 @@ class Estimator:
         return self._forecast.seconds(work, file_px(request, size, self._scale)) or 0.0
 
     def _smaller_request(self, request: ImageRequest, size: Size, limit_s: float) -> str:
-        """The largest similar request that fits: of fewer steps, else of a smaller picture."""
+        """The largest similar request that fits: of less detail or fewer steps, else of a smaller
+        picture.
+        """
+        if getattr(request, "detail", "working") == "full":
+            working = request.model_copy(update={"detail": "working"})
+            seconds = self._extrapolated_s(working, size)
+            if fits(seconds, limit_s):
+                is_job = limit_s > self._limit_s
+                job = "" if is_job else ", or make a job of it (Prefer: respond-async)"
+                return f"Send detail=working, which takes about {seconds:.0f} s{job}."
         for steps in range(getattr(request, "steps", 1) - 1, 0, -1):
             if steps * getattr(request, "strength", 1.0) < 1:
                 break

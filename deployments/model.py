@@ -28,13 +28,16 @@ from deployments.contract import (
 )
 from deployments.credentials import Origin, Signing
 from deployments.cutout import laid_on
+from deployments.detail import settled, tiled_note
 from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
 from deployments.estimate import Size, file_px
+from deployments.making import Making, left_s
 from deployments.notes import documents
 from deployments.registry import ModelSpec, check_defaults
 from deployments.seats import Seats
 from deployments.settings import SEATS, Settings, Tuning, parse_settings, set_thread_limits
+from deployments.tiling import tiles_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from deployments.hosting import Served
     from deployments.images import Picture
     from deployments.notes import Note
+    from deployments.tiling import Grid
 
 _PROGRESS_S = 0.2
 """How often `stream` tells how far a request is."""
@@ -60,14 +64,14 @@ class _Times(NamedTuple):
     stepped_s: float
     end_s: float
 
-    def stages_s(self, row: Row, arrived_s: float) -> dict[str, float]:
+    def stages_s(self, making: Making, arrived_s: float) -> dict[str, float]:
         """Seconds by stage, see `ImageResult.timings_s`."""
-        progress = row.progress
+        stages_s = making.stages_s(self.stepped_s - self.decoded_s)
+        stages_s["queue"] += self.start_s - arrived_s
         return {
-            "queue": self.start_s - arrived_s + progress.queue_s,
+            "queue": stages_s.pop("queue"),
             "decode": self.decoded_s - self.start_s,
-            "denoise": progress.stepping_s,
-            "vae": progress.staging_s,
+            **stages_s,
             "encode": self.end_s - self.stepped_s,
         }
 
@@ -177,16 +181,16 @@ class ModelDeployment:
 
         Raises as `__call__`. A caller who stops reading gives the request up.
         """
-        rows: list[Row] = []
+        makings: list[Making] = []
         told = JobProgress(0, 0)
         if former := self._streams.pop(job.request_id, None):
             former.cancel()
-        work = self._streams[job.request_id] = asyncio.ensure_future(self._run(job, rows))
+        work = self._streams[job.request_id] = asyncio.ensure_future(self._run(job, makings))
         try:
             yield told
             while not (await asyncio.wait({work}, timeout=_PROGRESS_S))[0]:
-                if rows:
-                    told = await self._progress(job, rows, told)
+                if makings:
+                    told = await self._progress(job, makings, told)
                     yield told
             yield work.result()
         finally:
@@ -196,15 +200,26 @@ class ModelDeployment:
 
     # --- one request, from admission to its result ---
 
-    async def _run(self, job: ImageJob, rows: list[Row]) -> tuple[ImageResult, ...]:
-        """The results; `rows` gets the rows once they are with the engine."""
+    async def _run(self, job: ImageJob, makings: list[Making]) -> tuple[ImageResult, ...]:
+        """The results; `makings` gets what is on its way to them once that is known."""
         with self._counted():
             try:
                 request = complete(job.request, self._defaults, self._spec.parameters)
-                return await self._admitted(job, request, rows)
+                if "detail" not in job.request.model_fields_set:
+                    request, notes = self._settled(job, request)
+                    job = replace(job, notes=(*job.notes, *notes))
+                return await self._admitted(job, request, makings)
             except ServiceError as error:
                 logger.warning("Request %s: %s", job.request_id, error)
                 raise
+
+    def _settled(
+        self, job: ImageJob, request: ImageRequest
+    ) -> tuple[ImageRequest, tuple[Note, ...]]:
+        def estimate_s(request: ImageRequest) -> float | None:
+            return self._estimate_s(job, request)
+
+        return settled(request, _size(job), self._spec, estimate_s)
 
     @contextmanager
     def _counted(self) -> Generator[None]:
@@ -223,7 +238,7 @@ class ModelDeployment:
             self._host.work.count_request(outcome)
 
     async def _admitted(
-        self, job: ImageJob, request: ImageRequest, rows: list[Row]
+        self, job: ImageJob, request: ImageRequest, makings: list[Making]
     ) -> tuple[ImageResult, ...]:
         """Process a request if it can end in time, as long as it can."""
         arrived_s, timeout_s = time.monotonic(), job.left_s(time.time())
@@ -237,8 +252,7 @@ class ModelDeployment:
         with self._admission.admit(seconds, timeout_s, give_up) as ticket:
             try:
                 async with deadline, self._taken(job, request):
-                    ticket.rows = rows
-                    return await self._process(job, request, ticket, rows, arrived_s)
+                    return await self._process(job, request, ticket, makings, arrived_s)
             except TimeoutError as error:
                 raise ticket.refusal or too_late() from error
 
@@ -258,7 +272,7 @@ class ModelDeployment:
         job: ImageJob,
         request: ImageRequest,
         ticket: Ticket,
-        rows: list[Row],
+        makings: list[Making],
         arrived_s: float,
     ) -> tuple[ImageResult, ...]:
         start_s = time.monotonic()
@@ -267,47 +281,59 @@ class ModelDeployment:
             picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            rows += self._rows(job, request, pixels, ticket.deadline_s)
-            outputs = await self._step(served.engine, rows)
+            makings += self._makings(job, request, pixels, ticket.deadline_s, served)
+            ticket.rows = [row for making in makings for row in making.rows]
+            outputs = await self._step(served.engine, makings)
             # 3) Pixels to bytes.
             stepped_s = time.monotonic()
             results: list[ImageResult] = []
-            for row, output in zip(rows, outputs, strict=True):
-                result, body = await self._on_pool(self._close, job, row, output, picture, served)
+            for one, output in zip(makings, outputs, strict=True):
+                result, body = await self._on_pool(self._close, job, one, output, picture, served)
                 times = _Times(start_s, decoded_s, stepped_s, time.monotonic())
-                timings_s = times.stages_s(row, arrived_s)
-                results.append(self._result(job, row, served, result, body, timings_s))
-                self._report(row, times, timings_s, results[-1].gpu_seconds)
+                timings_s = times.stages_s(one, arrived_s)
+                results.append(self._result(job, one, served, result, body, timings_s))
+                self._report(one, times, timings_s, results[-1].gpu_seconds)
             if job.n == 1:
                 served.estimator.record(request, _size(job), results[0].timings_s)
         return tuple(results)
 
-    def _rows(
-        self, job: ImageJob, request: ImageRequest, pixels: Pixels, deadline_s: float
-    ) -> list[Row]:
-        """One row for each result, with the notes that all of them share."""
-        parameters = self._spec.parameters
+    def _makings(
+        self,
+        job: ImageJob,
+        request: ImageRequest,
+        pixels: Pixels,
+        deadline_s: float,
+        served: Served,
+    ) -> list[Making]:
+        """What becomes of each result, with the notes that all of them share."""
+        parameters, grid = self._spec.parameters, self._grid(job, request)
         notes = [*job.notes, *unused_notes(job.request, parameters)]
-        first = getattr(request, "seed", None)
+        first, steps = getattr(request, "seed", None), 0
         if first is None:
             first, drawn = draw_seed()
             notes += [drawn] if "seed" in parameters else []
-        trace = tracing.current()
+        if grid is not None:
+            notes.append(tiled_note(grid))
+            steps = served.pipeline.work(*_size(job), request).steps // grid.count
+        trace, seeds = tracing.current(), [(first + k) % MOST_SEEDS for k in range(job.n)]
         return [
-            Row(RowInput(request, pixels, (first + k) % MOST_SEEDS, deadline_s, trace, [*notes]))
-            for k in range(job.n)
+            Making(RowInput(request, pixels, seed, deadline_s, trace, [*notes]), grid, steps)
+            for seed in seeds
         ]
+
+    def _grid(self, job: ImageJob, request: ImageRequest) -> Grid | None:
+        return tiles_of(request, *_size(job), self._spec.buckets)
 
     def _result(
         self,
         job: ImageJob,
-        row: Row,
+        making: Making,
         served: Served,
         picture: Picture,
         body: bytes,
         timings_s: dict[str, float],
     ) -> ImageResult:
-        batch_size = row.progress.batch_size
+        batch_size = making.batch_size
         is_exact = served.engine.limits.exact and batch_size == 1
         return ImageResult(
             image=body,
@@ -315,9 +341,9 @@ class ModelDeployment:
             width_px=picture.width_px,
             height_px=picture.height_px,
             model=self._model_name(served),
-            seed=self._seed_used(row),
+            seed=self._seed_used(making),
             batch_size=batch_size,
-            gpu_seconds=self._gpu_seconds(row, served),
+            gpu_seconds=self._gpu_seconds(making, served),
             determinism="exact" if is_exact else "bounded",
             timings_s=timings_s,
             notes=picture.notes,
@@ -327,15 +353,23 @@ class ModelDeployment:
         self, job: ImageJob, request: ImageRequest, pipeline: AnyPipeline
     ) -> tuple[Picture | None, Pixels]:
         picture = None if job.image is None else images.decode(job.image, self._limits)
+        if picture is not None and self._grid(job, request):
+            return picture, picture.rgb
         return picture, pipeline.fit(picture, request)
 
-    async def _step(self, engine: Engine, rows: list[Row]) -> list[Pixels]:
+    async def _step(self, engine: Engine, makings: list[Making]) -> list[Pixels]:
+        async def put(row: Row) -> None:
+            window: Any = self._admission_window
+            await window((engine, row))
+
+        # Tiles for one pass, and for the next while those begin and finish.
+        ahead = 2 * engine.limits.max_batch_size
+        outputs = [making.output(put, ahead, self._on_pool) for making in makings]
         try:
-            await asyncio.gather(*(self._admission_window((engine, row)) for row in rows))
-            return await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
+            return await asyncio.gather(*outputs)
         finally:
-            for row in rows:
-                row.cancel()
+            for making in makings:
+                making.cancel()
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
     async def _admission_window(self, rows: list[tuple[Engine, Row]]) -> list[None]:
@@ -345,17 +379,17 @@ class ModelDeployment:
         return [None] * len(rows)
 
     def _close(
-        self, job: ImageJob, row: Row, output: Pixels, picture: Picture | None, served: Served
+        self, job: ImageJob, making: Making, output: Pixels, picture: Picture | None, served: Served
     ) -> tuple[Picture, bytes]:
-        restored = served.pipeline.restore(output, picture, row.input.request)
+        restored = served.pipeline.restore(output, picture, making.input.request)
         if job.background is not None:
             restored = laid_on(restored, images.decode(job.background, self._limits))
         # A row that began twice may have said the same twice.
-        notes = tuple(dict.fromkeys((*row.input.notes, *restored.notes)))
+        notes = tuple(dict.fromkeys((*making.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)
-        metadata = self._metadata(row, served, result.notes)
+        metadata = self._metadata(making, served, result.notes)
         body = images.encode(result, job.output_format, metadata, self._spec.task.source_type)
-        return result, self._signed(job, row.input.request, body, served)
+        return result, self._signed(job, making.input.request, body, served)
 
     def _signed(self, job: ImageJob, request: ImageRequest, body: bytes, served: Served) -> bytes:
         """The file with Content Credentials, where the operator has a certificate."""
@@ -371,32 +405,35 @@ class ModelDeployment:
         )
         return self._signing.sign(body, images.media_type(job.output_format), origin)
 
-    async def _progress(self, job: ImageJob, rows: list[Row], told: JobProgress) -> JobProgress:
-        """How far rows are; with a picture of the first one, if that has moved since `told`."""
-        steps = sum(row.progress.steps for row in rows)
-        done = steps - sum(row.progress.steps_left for row in rows)
+    async def _progress(
+        self, job: ImageJob, makings: list[Making], told: JobProgress
+    ) -> JobProgress:
+        """How far results are; with a picture of the first, if that has moved since `told`."""
+        steps = sum(one.steps for one in makings)
+        done = steps - sum(one.steps_left for one in makings)
         preview = None
         if job.preview and done > told.steps_done and (served := self._host.served):
-            preview = await self._on_pool(_preview, served.pipeline, rows[0])
-        return JobProgress(done, steps, _left_s(rows, done, steps), preview)
+            preview = await self._on_pool(_preview, served.pipeline, makings[0])
+        rows = [row for one in makings for row in one.rows]
+        return JobProgress(done, steps, left_s(rows, done, steps), preview)
 
     # --- what a result says of itself ---
 
     def _model_name(self, served: Served) -> str:
         return f"{self._spec.name}@{served.loaded.digest}"
 
-    def _seed_used(self, row: Row) -> int | None:
-        return row.input.seed if "seed" in self._spec.parameters else None
+    def _seed_used(self, making: Making) -> int | None:
+        return making.input.seed if "seed" in self._spec.parameters else None
 
     def _metadata(
-        self, row: Row, served: Served, notes: tuple[Note, ...]
+        self, making: Making, served: Served, notes: tuple[Note, ...]
     ) -> dict[str, object] | None:
-        request = row.input.request
+        request = making.input.request
         if request.metadata == "none":
             return None
         parameters = request.model_dump(include=set(self._spec.parameters))
-        if self._seed_used(row) is not None:
-            parameters["seed"] = row.input.seed
+        if self._seed_used(making) is not None:
+            parameters["seed"] = making.input.seed
         return {
             "task": str(request.task),
             "model": self._model_name(served),
@@ -404,17 +441,17 @@ class ModelDeployment:
             "notes": documents(notes),
         }
 
-    def _gpu_seconds(self, row: Row, served: Served) -> float:
+    def _gpu_seconds(self, making: Making, served: Served) -> float:
         on_gpu = served.loaded.device != "cpu"
-        return row.progress.compute_s * self._spec.num_gpus if on_gpu else 0.0
+        return making.compute_s * self._spec.num_gpus if on_gpu else 0.0
 
     def _report(
-        self, row: Row, times: _Times, timings_s: dict[str, float], gpu_seconds: float
+        self, making: Making, times: _Times, timings_s: dict[str, float], gpu_seconds: float
     ) -> None:
         """Metrics and spans of a request that is done."""
         self._host.work.record_picture(timings_s, gpu_seconds)
         attributes = {f"{stage}_s": seconds for stage, seconds in timings_s.items()}
-        attributes["batch_size"] = row.progress.batch_size
+        attributes["batch_size"] = making.batch_size
         for name, ends_s in zip(("decode", "engine", "encode"), pairwise(times), strict=True):
             tracing.record(name, *ends_s, attributes)
 
@@ -422,20 +459,9 @@ class ModelDeployment:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-def _preview(pipeline: AnyPipeline, row: Row) -> bytes | None:
-    pixels = None if row.state is None else pipeline.preview(row.input, row.state)
+def _preview(pipeline: AnyPipeline, making: Making) -> bytes | None:
+    pixels = making.preview(pipeline)
     return None if pixels is None else images.thumbnail(pixels)
-
-
-def _left_s(rows: list[Row], done: int, steps: int) -> float | None:
-    """About how long rows still take, from their own steps; None before the first one."""
-    if not done:
-        return None
-    staging_s = max(
-        row.progress.staging_s for row in rows
-    )  # the end takes about what the start took
-    stepped_s = time.monotonic() - min(row.progress.arrived_s for row in rows) - staging_s
-    return stepped_s / done * (steps - done) + staging_s
 
 
 def _size(job: ImageJob) -> Size:

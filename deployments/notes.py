@@ -31,6 +31,8 @@ class Code(StrEnum):
     ALPHA_DROPPED = "alpha_dropped"
     NO_FOREGROUND = "no_foreground"
     WORKING_SIZE = "working_size"
+    TILED = "tiled"
+    DETAIL_REDUCED = "detail_reduced"
     PROMPT_CUT = "prompt_cut"
     NEGATIVE_PROMPT_UNUSED = "negative_prompt_unused"
     PARAMETER_UNUSED = "parameter_unused"

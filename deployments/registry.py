@@ -142,6 +142,7 @@ class ModelSpec(ArtefactSpec):
         defaults: parameter values for fields that a request leaves out.
         buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
             text2img only. The first is that of a request which names no size.
+        max_tiles: of one picture with detail=full; of family img2img only.
         tile_px: edge of the tiles an upscaler works in.
         max_picture_px: width x height of a picture, at most, where the network works on all of it
             at once; None where memory does not depend on it.
@@ -166,6 +167,7 @@ class ModelSpec(ArtefactSpec):
     noise: NoisePrecision = "float32"
     defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
+    max_tiles: int = Field(default=128, ge=1)
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
     max_picture_px: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=4, ge=1, le=256)

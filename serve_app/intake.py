@@ -25,6 +25,7 @@ from deployments.errors import (
     TooLarge,
     too_late,
 )
+from deployments.tiling import check_tiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -293,6 +294,7 @@ class Intake:
     ) -> OutputFormat:
         """The format to write, once the result is known to fit it and the limits."""
         check_input(width_px, height_px, spec)
+        check_tiles(request, width_px, height_px, spec)
         result_px = request.result_size(width_px, height_px, spec.scale)
         if spec.scale > 1:
             check_output((width_px, height_px), result_px, self._limits.max_output_px)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from deployments.engine.row import Progress, Row
+    from deployments.engine.row import Row
 
 _SAMPLES = 5
 _TRIES = 3
@@ -155,6 +155,7 @@ def choose(
     As in shortest remaining processing time, a row is urgent if it is nearly done and was small to
     begin with. Waiting adds urgency, in units of the row's own work. A row that is overdue by that
     measure goes before all that are not, so that no number of small rows keeps it waiting for ever.
+    The tiles of a picture count as one row: the picture, with the tiles that are still to come.
     Once a deadline is near, the earliest deadline goes first instead.
 
     Args:
@@ -166,7 +167,7 @@ def choose(
     """
     order = sorted(rows, key=lambda row: (row.input.deadline_s, row.progress.arrived_s))
     if not _is_deadline_near(order, pace, now_s):
-        order = sorted(rows, key=lambda row: _urgency(row.progress, pace, now_s))
+        order = sorted(rows, key=lambda row: _urgency(row, pace, now_s))
     shared = key(order[0])
     alike = [row for row in order if key(row) == shared]
     fitting = _within(alike, limits)
@@ -178,20 +179,27 @@ def choose(
     return Group(group, "key" if len(alike) < len(rows) else "all")
 
 
-def _urgency(progress: Progress, pace: Pace, now_s: float) -> tuple[float, float]:
-    """The row with the lowest goes first."""
-    age = (now_s - progress.arrived_s) / (2 * pace.seconds(progress.work_px))
+def _urgency(row: Row, pace: Pace, now_s: float) -> tuple[float, float]:
+    """The row with the lowest goes first. A tile is as urgent as its whole picture."""
+    progress, place = row.progress, row.input.place
+    work_px, left_px, since_s = progress.work_px, progress.work_left_px, progress.arrived_s
+    if place is not None:
+        left_px += work_px * place.whole.waiting
+        work_px, since_s = work_px * place.whole.tiles, place.whole.since_s
+    age = (now_s - since_s) / (2 * pace.seconds(work_px))
     if age > _OVERDUE:
         return -age, progress.arrived_s
-    work = progress.work_left_px * progress.work_px
-    return work / (1 + age * age), progress.arrived_s
+    return left_px * work_px / (1 + age * age), progress.arrived_s
 
 
 def _is_deadline_near(by_deadline: Sequence[Row], pace: Pace, now_s: float) -> bool:
     """Whether a row would be late if rows of later deadline took any more of its time."""
-    ahead_s = 0.0
+    ahead_s, wholes = 0.0, set[int]()
     for row in by_deadline:
         ahead_s += pace.seconds(row.progress.work_left_px)
+        if (place := row.input.place) and id(place.whole) not in wholes:
+            wholes.add(id(place.whole))
+            ahead_s += pace.seconds(row.progress.work_px * place.whole.waiting)
         left_s = row.input.deadline_s - now_s
         # A row that is late in any case is no reason to change the order of the others.
         if ahead_s <= left_s <= _DEADLINE_RESERVE * ahead_s:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,29 @@ Pixels = NDArray[np.uint8]
 RequestT_co = TypeVar("RequestT_co", covariant=True)
 
 
+@dataclass(slots=True, eq=False)
+class Whole:
+    """A picture whose tiles are rows of their own. All of them share it.
+
+    Attributes:
+        tiles: how many there are.
+        since_s: when the first one came, on the engine's clock.
+        waiting: tiles that the engine has not got yet.
+    """
+
+    tiles: int
+    since_s: float
+    waiting: int
+
+
+class Place(NamedTuple):
+    """Where a tile lies in its picture, px from the left and from the top."""
+
+    left_px: int
+    top_px: int
+    whole: Whole
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowInput(Generic[RequestT_co]):
     """What the caller gives.
@@ -31,6 +54,7 @@ class RowInput(Generic[RequestT_co]):
         deadline_s: on the engine's clock; the engine drops the row once it has passed.
         trace: the request's span context, if it is traced.
         notes: what was lost or chosen so far; the pipeline adds its own in `begin`.
+        place: of a tile; None for a row that is a whole picture.
     """
 
     request: RequestT_co
@@ -39,6 +63,7 @@ class RowInput(Generic[RequestT_co]):
     deadline_s: float
     trace: SpanContext | None = None
     notes: list[Note] = field(default_factory=list["Note"])
+    place: Place | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +72,7 @@ class Progress:
 
     Attributes:
         cost_px: network pixels of each step, see `Pipeline.cost_px`.
-        steps: passes the row takes in all; 0 until it has begun.
+        steps: passes the row takes in all; 0 until it has begun, and of a tile an estimate.
         steps_left: passes still to come.
         pass_rows: rows of all its passes so far, added up; the row itself counts in each.
         arrived_s: on the engine's clock.
@@ -85,7 +110,7 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One request in the engine: what came in, what comes out, and what lies between.
+    """One request, or one tile of it: what came in, what comes out, and what lies between.
 
     Attributes:
         input: what the caller gives.
@@ -101,6 +126,12 @@ class Row:
 
     def cancel(self) -> None:
         """Give the row up: the engine drops it before its next step. May be called twice."""
+        self.future.cancel()
+
+    def forget(self) -> None:
+        """Let go of what the model made, once it was used."""
+        self.state = None
+        self.future = Future[Pixels]()
         self.future.cancel()
 
     @property

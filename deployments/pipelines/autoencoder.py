@@ -35,12 +35,15 @@ class Autoencoder:
         tile_px: edge of the tiles in which a larger picture is decoded, output px. Tiles overlap by
             a quarter and are blended there, as in diffusers. None decodes any picture as one tile,
             for models whose buckets bound its size.
+
+    Attributes:
+        scale: pixels on the side of a latent.
     """
 
     def __init__(self, vae: Any, tile_px: int | None = None) -> None:
         self.vae = vae
-        self._scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._tile = None if tile_px is None else tile_px // self._scale
+        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._tile = None if tile_px is None else tile_px // self.scale
         self.encodes = Passes(self._call_encoder)
         self.decodes = Passes(self._call_decoder)
 
@@ -78,7 +81,7 @@ class Autoencoder:
 
         No CUDA graphs: they gained 3 % of a decode on an H100, and would hold its memory.
         """
-        tile_px = None if self._tile is None else self._tile * self._scale
+        tile_px = None if self._tile is None else self._tile * self.scale
         decoded = sizes if tile_px is None else [(tile_px, tile_px)]
         if how.recorder is not None:
             largest = max(decoded, key=math.prod)
@@ -96,7 +99,7 @@ class Autoencoder:
         return {"image": image}
 
     def _latents_of(self, size: tuple[int, int]) -> Tensors:
-        width, height = (side // self._scale for side in size)
+        width, height = (side // self.scale for side in size)
         shape = (1, self.vae.config.latent_channels, height, width)
         return {"latents": torch.zeros(shape, device=self.vae.device, dtype=self.vae.dtype)}
 
@@ -130,8 +133,8 @@ class Autoencoder:
     def _decode_tiles(self, z: torch.Tensor, tile: int) -> Generator[None, None, Pixels]:
         overlap = tile // 4
         stride = tile - overlap
-        overlap_px, kept_px = overlap * self._scale, stride * self._scale
-        height, width = (side * self._scale for side in z.shape[2:])
+        overlap_px, kept_px = overlap * self.scale, stride * self.scale
+        height, width = (side * self.scale for side in z.shape[2:])
         canvas = np.empty((height, width, 3), np.uint8)
         above: list[torch.Tensor] = []
         for i, top in enumerate(range(0, z.shape[2], stride)):

@@ -17,7 +17,7 @@ from deployments.engine.row import RowInput
 from deployments.notes import Code, Note, note
 from deployments.pipelines.autoencoder import Autoencoder
 from deployments.pipelines.denoiser import Condition, Denoiser, Denoising, network_px
-from deployments.pipelines.noise import Noise
+from deployments.pipelines.noise import Noise, NoiseField
 from deployments.pipelines.prompts import (
     Embeddings,
     PromptCache,
@@ -178,7 +178,7 @@ class Diffusion(ABC, Generic[RequestT]):
         row.notes.extend(self._prompt_notes(request, row.seed))
         positive, negative = self._conditions(request, row.pixels)
         yield
-        noise = Noise(row.seed, self._noise)
+        noise = self._noise_of(row)
         start = yield from self._start(row, noise)
         draws, dtype = start.schedule.draws, self._stock.unet.dtype
         noises = yield from noise.draw_steps(draws, start.latents, dtype)
@@ -193,6 +193,13 @@ class Diffusion(ABC, Generic[RequestT]):
             source=start.source,
             noises=noises,
         )
+
+    def _noise_of(self, row: RowInput[RequestT]) -> Noise:
+        if row.place is None:
+            return Noise(row.seed, self._noise)
+        scale = self.autoencoder.scale
+        left, top = row.place.left_px // scale, row.place.top_px // scale
+        return NoiseField(row.seed, self._noise, left, top)
 
     def steps(self, state: Denoising) -> int:
         return state.schedule.steps

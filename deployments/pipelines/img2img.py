@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
@@ -16,12 +17,14 @@ from deployments.buckets import (
     restore_from_bucket,
 )
 from deployments.contract import Img2ImgRequest
+from deployments.engine.pipeline import Work
 from deployments.notes import Code, Note, note
 from deployments.pipelines.denoiser import Condition
 from deployments.pipelines.diffusion import Diffusion, Start
 from deployments.pipelines.grey import without_tint
 from deployments.pipelines.pictures import require_picture, with_alpha_of
 from deployments.pipelines.stock import load_stock, read_index
+from deployments.tiling import tiles_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -70,6 +73,13 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         notes = (*picture.notes, *_size_notes(output, picture), *grey_notes)
         return with_alpha_of(replace(picture, notes=notes), rgb)
 
+    def work(self, width_px: int, height_px: int, request: Img2ImgRequest) -> Work:
+        grid = tiles_of(request, width_px, height_px, self._buckets)
+        if grid is None:
+            return super().work(width_px, height_px, request)
+        tile = super().work(*grid.tile, request)
+        return Work(tile.steps * grid.count, tile.step_px, tile.stage_px * grid.count)
+
     def _usual_sizes(self) -> Sequence[tuple[int, int]]:
         return self._buckets
 
@@ -82,7 +92,8 @@ class Img2Img(Diffusion[Img2ImgRequest]):
     def _start(self, row: RowInput[Img2ImgRequest], noise: Noise) -> Generator[None, None, Start]:
         request = row.request
         # The stock pipeline's order: the autoencoder draws first, then the noise.
-        clean = self.autoencoder.encode(row.pixels, noise)
+        # A tile is a view of its picture.
+        clean = self.autoencoder.encode(np.ascontiguousarray(row.pixels), noise)
         yield
         drawn = noise.draw(clean.shape, self._stock.unet.dtype, clean.device)
         schedule = self.denoiser.schedule(request.steps, request.steps - self._steps(request))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.engine.grouping import GroupLimits, Pace, choose
+from deployments.engine.row import Place, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -135,6 +137,54 @@ def test_no_row_waits_longer_than_the_bound(
         shop.turn()
         assert all(shop.now_s - one.progress.arrived_s <= limit_s for one in shop.rows)
     assert max(shop.waited_s.values()) <= limit_s
+
+
+class Album:
+    """A picture in tiles, of which the shop has four at a time."""
+
+    def __init__(self, shop: Shop, tiles: int) -> None:
+        self.whole = Whole(tiles, shop.now_s, tiles)
+        self.inside: list[Row] = []
+        self._shop = shop
+
+    def refill(self, deadline_s: float = math.inf) -> None:
+        self.inside = [one for one in self.inside if one.progress.steps_left]
+        while self.whole.waiting and len(self.inside) < 4:
+            tile = make(4, 1, arrived_s=self._shop.now_s)
+            place = Place(0, 0, self.whole)
+            tile.input = replace(tile.input, place=place, deadline_s=deadline_s)
+            self.whole.waiting -= 1
+            self.inside.append(tile)
+            self._shop.rows.append(tile)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_picture_in_tiles_holds_up_no_small_request_and_is_done_all_the_same(batch: int) -> None:
+    shop = Shop(GroupLimits(batch))
+    album, smalls = Album(shop, 60), list["Row"]()
+    alone_s = 60 * work_s(make(4, 1))
+    album.refill()
+    while album.inside:
+        if shop.turns % 8 == 0:  # half of what a shop that takes one a turn can do
+            smalls.append(make(4, 1, arrived_s=shop.now_s))
+            shop.rows.append(smalls[-1])
+        shop.turn()
+        album.refill()
+    assert shop.now_s <= 3 * alone_s
+    waited = [shop.waited_s[one] / work_s(one) for one in smalls if one in shop.waited_s]
+    print(f"{batch} a pass: small ones took {max(waited):.1f} times as long as alone")
+    assert len(waited) >= 8
+    assert max(waited) <= 2 * batch
+
+
+def test_the_tiles_of_a_picture_that_are_still_to_come_count_before_its_deadline() -> None:
+    shop = Shop(GroupLimits(1))
+    album = Album(shop, 60)
+    small = make(4, 1, arrived_s=0.0)
+    small.input = replace(small.input, deadline_s=100.0)
+    shop.rows = [small]
+    album.refill(deadline_s=1.2 * 60 * work_s(small))
+    assert shop.turn() != [small]
 
 
 def test_the_least_work_goes_first_among_those_that_came_together() -> None:

@@ -116,6 +116,8 @@ class Deployment(ModelDeployment):
             parameters=frozenset({"prompt", "seed", "steps", "strength"}),
             scale=1,
             num_gpus=0,
+            buckets=(),
+            max_tiles=128,
         )
         self._limits = LimitSettings()
         self._pool = ThreadPoolExecutor(1)

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deployments.admission import MAX_REQUESTS, Admission, Ticket
-from deployments.contract import ComicRequest, ImageJob
+from deployments.contract import ComicRequest, EnhanceRequest, ImageJob
 from deployments.engine.grouping import GroupLimits, Pace, choose
 from deployments.engine.pipeline import Work
 from deployments.engine.row import Row, RowInput
@@ -297,6 +297,25 @@ def test_a_request_that_no_replica_could_finish_is_refused_with_the_largest_that
     assert caught.value.remedy == "Send a picture of at most 35 x 14 px."
 
 
+def test_full_detail_that_takes_too_long_is_refused_with_what_takes_less() -> None:
+    class Tiled(FakePipeline):
+        def work(self, width_px: int, height_px: int, request: Any) -> Work:
+            return Work(10 if request.detail == "full" else 1, 1000, 1)
+
+    pipeline: Any = Tiled()
+    estimator = Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1, limit_s=2)
+    size, request = Size(50, 20), EnhanceRequest(detail="full")
+    with pytest.raises(TooMuchWork) as caught:
+        estimator.seconds(request, size)
+    assert caught.value.remedy == (
+        "Send detail=working, which takes about 0 s, or make a job of it (Prefer: respond-async)."
+    )
+    assert estimator.seconds(request, size, timeout_s=600) == pytest.approx(5.0)  # a job
+    with pytest.raises(TooMuchWork) as caught:
+        estimator.seconds(request, size, timeout_s=5)
+    assert caught.value.remedy == "Send detail=working, which takes about 0 s."
+
+
 def test_a_request_without_a_picture_is_estimated_and_refused_likewise() -> None:
     size, request = Size(0, 0), ComicRequest(steps=10, strength=1.0)
     assert estimator(6.0).seconds(request, size) == pytest.approx(5.0)
@@ -350,7 +369,7 @@ async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None
         def __init__(self) -> None:
             self._admission = Admission(TIMEOUT_S)
             self._seats = Seats(1, 1)
-            self._spec: Any = SimpleNamespace(scale=1)
+            self._spec: Any = SimpleNamespace(scale=1, buckets=())
 
         def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float:
             return 0.001

@@ -341,6 +341,17 @@ async def test_a_model_that_sees_all_of_a_picture_at_once_takes_no_larger_one() 
     assert (await post(app, Task.UPSCALE.route, png_of(73, 55))).status_code == 200
 
 
+async def test_full_detail_of_too_large_a_picture_is_refused_if_it_was_asked_for() -> None:
+    backends, photo = FakeBackends(), png_of(9000, 5000)
+    for task in (Task.ENHANCE, Task.COMIC, Task.AGED):
+        response = await post(app_of(backends), task.route, photo, data={"detail": "full"})
+        problem = refused(response, 413, backends)
+        assert "the picture takes more than 128 tiles" in problem["fact"]
+        assert "detail=working, or a picture of at most" in problem["remedy"]
+        for data in ({"detail": "working"}, {}):
+            assert (await post(app_of(), task.route, photo, data=data)).status_code == 200
+
+
 async def test_the_largest_result_concerns_upscaling_only() -> None:
     app = app_of(max_output_px=64 * 64)
     for task in set(SERVED) - {Task.UPSCALE}:

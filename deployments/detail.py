@@ -1,0 +1,57 @@
+"""Full detail or the working size: what a request gets that leaves the choice to the service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from deployments.errors import TooMuchWork
+from deployments.notes import Code, Note, note
+from deployments.tiling import tiles_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deployments.contract import ImageRequest
+    from deployments.estimate import Size
+    from deployments.registry import ModelSpec
+    from deployments.tiling import Grid
+
+RequestT = TypeVar("RequestT", bound="ImageRequest")
+
+
+def settled(
+    request: RequestT, size: Size, spec: ModelSpec, estimate_s: Callable[[RequestT], object]
+) -> tuple[RequestT, tuple[Note, ...]]:
+    """A complete request whose client did not ask for detail: at full detail if that fits.
+
+    Args:
+        request: complete.
+        size: of its picture.
+        spec: of the model.
+        estimate_s: raises TooMuchWork for a request that cannot end in time.
+
+    Returns:
+        The request, at the working size if full detail takes too many tiles or too long, and a note
+        that says so.
+    """
+    grid = tiles_of(request, *size, spec.buckets)
+    if grid is None:
+        return request, ()
+    why = f"more than the {spec.max_tiles} allowed"
+    if grid.count <= spec.max_tiles:
+        try:
+            estimate_s(request)
+        except TooMuchWork as error:
+            why = error.value
+        else:
+            return request, ()
+    told = f"Full detail would take {grid.count} tiles: {why}. The working size was used."
+    reduced = note(Code.DETAIL_REDUCED, told)
+    return request.model_copy(update={"detail": "working"}), (reduced,)
+
+
+def tiled_note(grid: Grid) -> Note:
+    """The note of a picture that was worked on in tiles."""
+    width, height = grid.tile
+    told = f"The model worked on every pixel, in {grid.count} tiles of {width} x {height} px."
+    return note(Code.TILED, told)

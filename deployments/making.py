@@ -1,0 +1,158 @@
+"""A result in the making: one row of the engine, or a row for each tile of a large picture."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from deployments.engine.row import Place, Row, RowInput, Whole
+from deployments.tiling import Blend
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from deployments.engine.pipeline import AnyPipeline
+    from deployments.engine.row import Pixels
+    from deployments.tiling import Grid
+
+    Put = Callable[[Row], Awaitable[None]]
+    OnPool = Callable[..., Awaitable[Any]]
+
+_PREVIEW_PX = 384
+
+
+class Making:
+    """One result on its way through the engine.
+
+    Args:
+        one: what the engine is given of it; `pixels` is the whole picture if there are tiles.
+        grid: its tiles; None for one row.
+        steps: passes of a tile, as far as can be told before.
+    """
+
+    def __init__(self, one: RowInput[Any], grid: Grid | None = None, steps: int = 0) -> None:
+        self.input = one
+        self._grid = grid
+        self._blend: Blend | None = None
+        if grid is None:
+            self.rows = [Row(one)]
+            return
+        self._whole = Whole(grid.count, time.monotonic(), grid.count)
+        self.rows = [self._tile(grid, *corner) for corner in grid.corners]
+        for row in self.rows:
+            row.progress.steps = row.progress.steps_left = steps
+
+    def _tile(self, grid: Grid, left: int, top: int) -> Row:
+        one = self.input
+        return Row(
+            RowInput(
+                one.request,
+                grid.cut(one.pixels, left, top),
+                one.seed,
+                one.deadline_s,
+                one.trace,
+                one.notes,
+                Place(left, top, self._whole),
+            )
+        )
+
+    async def output(self, put: Put, ahead: int, on_pool: OnPool) -> Pixels:
+        """The pixels that the model makes.
+
+        Tiles go to the engine a few at a time and in order, so that few of them are in memory.
+
+        Args:
+            put: hands a row to the engine.
+            ahead: tiles that the engine has at a time.
+            on_pool: calls a function with arguments on another thread.
+
+        Raises:
+            Whatever a row's future does.
+        """
+        if self._grid is None:
+            await put(self.rows[0])
+            return await asyncio.wrap_future(self.rows[0].future)
+        blend = self._blend = await on_pool(Blend, self._grid, self.input.pixels)
+        waiting, begun = iter(self.rows), deque[Row]()
+        while True:
+            for row in islice(waiting, ahead - len(begun)):
+                self._whole.waiting -= 1
+                begun.append(row)
+                await put(row)
+            if not begun:
+                return blend.canvas
+            row = begun.popleft()
+            await on_pool(blend.add, await asyncio.wrap_future(row.future))
+            row.forget()
+
+    def cancel(self) -> None:
+        """Give it up: the engine drops its rows before their next step."""
+        for row in self.rows:
+            row.cancel()
+
+    def preview(self, pipeline: AnyPipeline) -> Pixels | None:
+        """A small picture of how far it is; None if there is none."""
+        if self._blend is not None:
+            apart = max(max(self._blend.canvas.shape[:2]) // _PREVIEW_PX, 1)
+            return self._blend.canvas[::apart, ::apart].copy()
+        row = self.rows[0]
+        if self._grid is not None or row.state is None:
+            return None
+        return pipeline.preview(row.input, row.state)
+
+    # --- what it cost ---
+
+    @property
+    def steps(self) -> int:
+        """Passes of all its rows; 0 until they are known."""
+        return sum(row.progress.steps for row in self.rows)
+
+    @property
+    def steps_left(self) -> int:
+        """Passes still to come."""
+        return sum(row.progress.steps_left for row in self.rows)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of its passes so far, its own among them: the mean, rounded."""
+        passes = max(self.steps - self.steps_left, 1)
+        return round(sum(row.progress.pass_rows for row in self.rows) / passes)
+
+    @property
+    def compute_s(self) -> float:
+        """Its share of the passes, and all that came before and after them."""
+        return sum(row.progress.compute_s for row in self.rows)
+
+    def stages_s(self, engine_s: float) -> dict[str, float]:
+        """Seconds by stage: queue, denoise, vae.
+
+        Of tiles they are added up. Their stages overlap, so that they may be more than `engine_s`.
+
+        Args:
+            engine_s: that passed between its first row's arrival and its result.
+        """
+        if self._grid is None:
+            progress = self.rows[0].progress
+            return {
+                "queue": progress.queue_s,
+                "denoise": progress.stepping_s,
+                "vae": progress.staging_s,
+            }
+        staging_s = sum(row.progress.staging_s for row in self.rows)
+        denoise_s = self.compute_s - staging_s
+        queue_s = max(engine_s - denoise_s - staging_s, 0.0)
+        return {"queue": queue_s, "denoise": denoise_s, "vae": staging_s}
+
+
+def left_s(rows: list[Row], done: int, steps: int) -> float | None:
+    """About how long rows still take, from their own steps; None before the first one."""
+    begun = [row.progress for row in rows if row.progress.arrived_s]
+    if not done or not begun:
+        return None
+    # The end takes about what the start took.
+    staging_s = max(progress.staging_s for progress in begun)
+    stepped_s = time.monotonic() - min(progress.arrived_s for progress in begun) - staging_s
+    return stepped_s / done * (steps - done) + staging_s
