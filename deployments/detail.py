@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from deployments.errors import TooMuchWork
 from deployments.notes import Code, Note, note
 from deployments.tiling import tiles_of
 
@@ -20,7 +19,7 @@ RequestT = TypeVar("RequestT", bound="ImageRequest")
 
 
 def settled(
-    request: RequestT, size: Size, spec: ModelSpec, estimate_s: Callable[[RequestT], object]
+    request: RequestT, size: Size, spec: ModelSpec, why_late: Callable[[RequestT], str]
 ) -> tuple[RequestT, tuple[Note, ...]]:
     """A complete request whose client did not ask for detail: at full detail if that fits.
 
@@ -28,7 +27,7 @@ def settled(
         request: complete.
         size: of its picture.
         spec: of the model.
-        estimate_s: raises TooMuchWork for a request that cannot end in time.
+        why_late: why a request would not end in time; empty if it would.
 
     Returns:
         The request, at the working size if full detail takes too many tiles or too long, and a note
@@ -38,13 +37,8 @@ def settled(
     if grid is None:
         return request, ()
     why = f"more than the {spec.max_tiles} allowed"
-    if grid.count <= spec.max_tiles:
-        try:
-            estimate_s(request)
-        except TooMuchWork as error:
-            why = error.value
-        else:
-            return request, ()
+    if grid.count <= spec.max_tiles and not (why := why_late(request)):
+        return request, ()
     told = f"Full detail would take {grid.count} tiles: {why}. The working size was used."
     reduced = note(Code.DETAIL_REDUCED, told)
     return request.model_copy(update={"detail": "working"}), (reduced,)

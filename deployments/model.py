@@ -30,8 +30,8 @@ from deployments.credentials import Origin, Signing
 from deployments.cutout import laid_on
 from deployments.detail import settled, tiled_note
 from deployments.engine.row import Row, RowInput
-from deployments.errors import ConfigError, ImagenError, ServiceError, too_late
-from deployments.estimate import Size, file_px
+from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
+from deployments.estimate import Size, file_px, fits
 from deployments.making import Making, left_s
 from deployments.notes import documents
 from deployments.registry import ModelSpec, check_defaults
@@ -216,10 +216,18 @@ class ModelDeployment:
     def _settled(
         self, job: ImageJob, request: ImageRequest
     ) -> tuple[ImageRequest, tuple[Note, ...]]:
-        def estimate_s(request: ImageRequest) -> float | None:
-            return self._estimate_s(job, request)
+        def why_late(request: ImageRequest) -> str:
+            """By what the replica does at present, because a refusal would help nobody."""
+            try:
+                idle_s = self._estimate_s(job, request) or 0.0
+            except TooMuchWork as error:
+                return error.value
+            seconds, left_s = idle_s * max(self._admission.slowdown, 1), job.left_s(time.time())
+            if fits(seconds, left_s):
+                return ""
+            return f"about {seconds:.0f} s at present, with {left_s:.0f} s left"
 
-        return settled(request, _size(job), self._spec, estimate_s)
+        return settled(request, _size(job), self._spec, why_late)
 
     @contextmanager
     def _counted(self) -> Generator[None]:

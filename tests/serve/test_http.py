@@ -136,14 +136,27 @@ def test_a_random_seed_is_returned_and_reproduces(address: str) -> None:
 
 @pytest.mark.parametrize("task", ["enhance", "comic", "aged", "background"])
 def test_a_phone_photo_comes_back_at_its_own_size(address: str, task: str) -> None:
-    response = post(
-        address, task, jpeg(4032, 3024), output_format="jpeg" if task != "background" else "png"
-    )
-    assert opened(response).size == (4032, 3024)
+    fields = {"output_format": "png"}
+    if task != "background":
+        fields = {"output_format": "jpeg", "detail": "working"}  # full takes half a minute
+    assert opened(post(address, task, jpeg(4032, 3024), **fields)).size == (4032, 3024)
+
+
+def test_a_larger_photo_is_enhanced_at_full_detail_by_default(address: str) -> None:
+    response = post(address, "enhance", jpeg(600, 500), seed="1")
+    assert opened(response).size == (600, 500)
+    assert response.headers.get_list("X-Imagen-Note") == [
+        "tiled: The model worked on every pixel, in 2 tiles of 512 x 512 px."
+    ]
+    working = post(address, "enhance", jpeg(600, 500), seed="1", detail="working")
+    assert working.headers["X-Imagen-Note"].startswith("working_size: ")
 
 
 def test_too_large_to_upscale(address: str) -> None:
-    assert is_problem(post(address, "upscale", jpeg(1200, 1000)), 413)
+    photo = jpeg(4000, 3000)
+    problem = post(address, "upscale", photo)
+    assert is_problem(problem, 413)
+    assert "scale=2 at most" in problem.json()["remedy"]
 
 
 def test_one_damaged_picture_of_four_fails_alone(address: str) -> None:

@@ -46,7 +46,7 @@ def raw(content: bytes, **headers: str) -> dict[str, Any]:
         # The picture
         (400, COMIC, form(image=PHOTO[:30])),
         (400, COMIC, form(image=PHOTO[: len(PHOTO) // 2])),
-        (413, "/upscale", form(image=jpeg(1200, 1000))),
+        (413, "/upscale", form(image=jpeg(2000, 1600))),
         (415, COMIC, form(image=b"no picture")),
         (415, COMIC, form(image=b"\0\0\0\x0cJXL \r\n\x87\n")),
         (400, COMIC, form(image=b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deployments.contract import ComicRequest, EnhanceRequest
 from deployments.detail import settled
-from deployments.errors import TooLarge, TooMuchWork
+from deployments.errors import TooLarge
 from deployments.estimate import Size
 from deployments.tiling import Blend, Grid, check_tiles, tiles_of
 
@@ -113,8 +113,8 @@ def test_more_tiles_than_allowed_are_refused_with_the_largest_picture_that_fits(
         check_tiles(request, 4000, 3000, SPEC)
 
 
-def estimate_s(request: EnhanceRequest) -> float:
-    raise TooMuchWork("Too much.", value="about 80 s of work; a request may take 60 s")
+def why_late(request: EnhanceRequest) -> str:
+    return "about 80 s of work; a request may take 60 s"
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def estimate_s(request: EnhanceRequest) -> float:
 def test_who_asks_for_nothing_gets_the_working_size_where_full_detail_does_not_fit(
     size: Size, why: str
 ) -> None:
-    request, notes = settled(EnhanceRequest(), size, SPEC, estimate_s)
+    request, notes = settled(EnhanceRequest(), size, SPEC, why_late)
     assert request.detail == "working"
     assert [one.code for one in notes] == ["detail_reduced"]
     assert why in notes[0].text
-    assert settled(EnhanceRequest(), Size(500, 500), SPEC, estimate_s)[1] == ()
+    assert settled(EnhanceRequest(), Size(500, 500), SPEC, why_late)[1] == ()
     assert (
         settled(
-            EnhanceRequest(), size, SPEC.__class__(**vars(SPEC) | {"max_tiles": 99}), lambda _: None
+            EnhanceRequest(), size, SPEC.__class__(**vars(SPEC) | {"max_tiles": 99}), lambda _: ""
         )[0].detail
         == "full"
     )
