@@ -110,10 +110,11 @@ def test_a_picture_that_fits_a_bucket_is_the_same_to_the_bit(
 
 def test_tiles_share_passes_with_each_other_and_with_other_requests(comic: AnyPipeline) -> None:
     run = Run(comic)
-    run.results([tiny.picture(1, 200, 260), tiny.picture(2)], [FULL, SINGLE])
+    long = SINGLE.model_copy(update={"steps": 60})  # so that tiles begin meanwhile
+    run.results([tiny.picture(1, 200, 260), tiny.picture(2)], [FULL, long])
     sizes = Counter(map(len, run.passes))
     rows = sum(rows * passes for rows, passes in sizes.items())
-    assert rows == (20 + 1) * 2
+    assert rows == 20 * 2 + 60
     assert sizes[4] >= 3
     mixed = [{row.input.place is None for row in group} for group in run.passes]
     assert {True, False} in mixed
