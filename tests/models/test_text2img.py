@@ -11,6 +11,7 @@ from stock import as_row
 
 from deployments.contract import GenerateRequest
 from deployments.engine.pipeline import result_of
+from deployments.pipelines.prompts import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,9 +92,9 @@ def test_an_empty_negative_prompt_of_sdxl_stands_for_zeros(
     """As it was trained; a text of its own is encoded."""
     pipeline = tiny_pipeline("txt_xl")
     pixels = pipeline.fit(None, GenerateRequest())
-    assert not pipeline._condition("", pixels, is_negative=True).text.any()
-    assert pipeline._condition("", pixels, is_negative=False).text.any()
-    assert pipeline._condition("blurry", pixels, is_negative=True).text.any()
+    assert not pipeline._condition(Wording(""), pixels, is_negative=True).text.any()
+    assert pipeline._condition(Wording(""), pixels, is_negative=False).text.any()
+    assert pipeline._condition(Wording("blurry"), pixels, is_negative=True).text.any()
 
 
 def test_a_model_without_buckets_is_refused(tiny_folder: Callable[..., Any]) -> None:
