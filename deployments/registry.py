@@ -141,6 +141,7 @@ class ModelSpec(ArtefactSpec):
             rounding, whatever the dtype; model draws in the model's dtype, as stock diffusers does.
         defaults: parameter values for fields that a request leaves out.
         buckets: working sizes (width, height) in px, multiples of 64; diffusion img2img only.
+        times: how many times as wide and high a GAN upscaler makes a picture; None: 4.
         tile_px: edge of the tiles an upscaler works in.
         max_batch_size: most rows in one forward pass.
         num_gpus: share of a GPU each replica takes; 0 runs on the CPU.
@@ -163,6 +164,7 @@ class ModelSpec(ArtefactSpec):
     noise: NoisePrecision = "float32"
     defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
+    times: int | None = Field(default=None, ge=2, le=8)
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
     max_batch_size: int = Field(default=4, ge=1, le=256)
     num_gpus: float = Field(default=0.0, ge=0, le=8)
@@ -191,7 +193,7 @@ class ModelSpec(ArtefactSpec):
     @property
     def scale(self) -> int:
         """Output size over input size."""
-        return self.task.scale
+        return self.times or self.task.scale
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -210,6 +212,8 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(f"family {self.family} repeats no blocks: use compile: full or off")
         if self.compile != "off" and self.family == "upscale_gan":
             raise ValueError("family upscale_gan is not compiled: leave `compile` out")
+        if self.times and self.family != "upscale_gan":
+            raise ValueError(f"family {self.family} has no `times` to choose")
         if self.noise != "float32" and "seed" not in self.parameters:
             raise ValueError(f"family {self.family} draws no noise")
         check_defaults(self, self.defaults)

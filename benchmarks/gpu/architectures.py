@@ -75,8 +75,8 @@ def _text(width: int, layers: int, heads: int, projection: int, act: str = "gelu
 
 
 _SD2_TEXT = _text(1024, 23, 16, 512)
-# A tile of 512 px with the largest overlap of our networks on each side.
-_TILE_PX = (512 + 2 * 34, 512 + 2 * 34)
+# A tile of 512 px with the largest overlap of our 4x networks on each side.
+_TILE_PX = (512 + 2 * 64, 512 + 2 * 64)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "upscale-sd-x4": Architecture(

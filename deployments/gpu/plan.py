@@ -34,8 +34,8 @@ PEAK_SLACK = 0.10
 """On peaks of tensors: the allocator holds fragments and free blocks beside them."""
 ESTIMATE_MARGIN = 0.25
 """On peaks that were not measured on this GPU type: workspaces of convolutions and products."""
-TILE_OVERLAP_PX = 34
-"""The largest overlap of the GAN upscalers' tiles, on each side."""
+TILE_OVERLAP_PX = 64
+"""The largest overlap of a 4x GAN upscaler's tiles on each side; a 2x one's is twice as much."""
 MAX_ROWS = SEATS
 """No batch is larger, because a replica works on no more requests."""
 
@@ -209,7 +209,8 @@ def _demand(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Dem
     elif spec.scale > 1 and has_guidance:  # the network sees whole pictures, the autoencoder tiles
         vae_px = spec.tile_px**2
     elif spec.scale > 1:
-        row_px = vae_px = (spec.tile_px + 2 * TILE_OVERLAP_PX) ** 2
+        overlap_px = TILE_OVERLAP_PX * (2 if spec.scale == 2 else 1)
+        row_px = vae_px = (spec.tile_px + 2 * overlap_px) ** 2
     network_rows = 2 if has_guidance else 1
     context = context_reserve_bytes(profiles, gpu.name)
     return Demand(

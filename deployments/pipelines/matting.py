@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deployments.buckets import resize
+from deployments.buckets import resize, sample_bilinear
 from deployments.cutout import cut_out
 from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
@@ -47,23 +47,31 @@ class Mask:
     valid: torch.Tensor = field(init=False, repr=False)
 
 
+UNTOLD: dict[str, Any] = {"input_px": 1024, "stretch": True}
+"""What the weights of a network do not tell, with the defaults."""
+_RESIZE = {"bilinear": sample_bilinear, "lanczos": resize}
+
+
 class Matting:
     """One forward pass a row, at the network's own square size.
 
     `config.json` may set `architecture` ("cutout"; everything else is an IS-Net), `input_px`
-    (default 1024), `widths` (of IS-Net: RMBG-1.4's) and `stretch` (true).
-    RMBG-1.4 stretches each mask to the full range; a calibrated network does without.
+    (default 1024), `widths` (of IS-Net: RMBG-1.4's), `stretch` (true) and `resize`.
+    RMBG-1.4 stretches each mask to the full range; a calibrated network does without. `resize` is
+    how a picture gets to `input_px`: bilinear reads single pixels, as the published networks' own
+    code does, and is the default with `stretch`; lanczos reads all of them.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         config = networks.read_config(spec, folder)
-        self._stretch = bool(config.get("stretch", True))
+        self._stretch = bool(config.get("stretch", UNTOLD["stretch"]))
         self._device = "cpu"
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
-            self._input_px = int(config.get("input_px", 1024))
-            self._net = _network(config, self._input_px)
+            self._resize = _RESIZE[config.get("resize", "bilinear" if self._stretch else "lanczos")]
+            self._input_px = int(config.get("input_px", UNTOLD["input_px"]))
+            self._net = build_net(config)
         networks.load_weights(self._net, spec, folder, self._device)
         self.passes = Passes(self._lanes.spread(self._call))
 
@@ -71,7 +79,7 @@ class Matting:
         picture = require_picture(picture)
         # On white, because a foreground whose colours go on behind its edges has none to be found.
         rgb = picture.rgb if picture.alpha is None else laid_over(picture.rgb, picture.alpha, WHITE)
-        return resize(rgb, self._input_px, self._input_px)
+        return self._resize(rgb, self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -144,14 +152,18 @@ class Matting:
         return cut_out(require_picture(picture), output, request)
 
 
-def _network(config: dict[str, Any], input_px: int) -> ISNet | CutoutNet:
-    """Raises TypeError or ValueError if there is no such network."""
+PIPELINE = Matting
+
+
+def build_net(config: dict[str, Any]) -> ISNet | CutoutNet:
+    """The network of a `config.json`, with random weights.
+
+    Raises:
+        TypeError, ValueError: it describes none.
+    """
     widths = config.get("widths", {})
     if config.get("architecture") != "cutout":
         return ISNet(ISNetWidths(**widths))
-    if input_px % CutoutNet.STRIDE:
+    if int(config.get("input_px", UNTOLD["input_px"])) % CutoutNet.STRIDE:
         raise ValueError(f"input_px must be a multiple of {CutoutNet.STRIDE}")
     return CutoutNet(CutoutWidths(**widths))
-
-
-PIPELINE = Matting

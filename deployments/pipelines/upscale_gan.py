@@ -1,4 +1,4 @@
-"""4x upscaling with Real-ESRGAN's networks, in overlapping tiles."""
+"""Upscaling with Real-ESRGAN's networks, in overlapping tiles."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from torch import nn
-
     from deployments.contract import UpscaleRequest
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.preparation import Preparation
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from deployments.images import Picture
     from deployments.registry import ModelSpec
 
-SCALE = 4
 _UNIT_PX = 32
 """Lengths of windows are multiples of it, so that there are few shapes."""
 
@@ -95,14 +92,19 @@ class UpscaleGan:
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
-            self._net, self._overlap_px = build(spec, config)
+            self._net = build(spec, config)
         networks.load_weights(self._net, spec, folder, self._device)
 
     def fit(self, picture: Picture | None, request: UpscaleRequest) -> Pixels:
-        return require_picture(picture).rgb
+        rgb, multiple_px = require_picture(picture).rgb, self._net.multiple_px
+        rest = [(0, -side % multiple_px) for side in rgb.shape[:2]]
+        # Reflected, as Real-ESRGAN's own code does.
+        return np.pad(rgb, (*rest, (0, 0)), mode="reflect") if any(map(any, rest)) else rgb
 
     def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
-        return as_asked(require_picture(picture), output, request, SCALE)
+        picture, scale = require_picture(picture), self._net.scale
+        whole = output[: picture.height_px * scale, : picture.width_px * scale]
+        return as_asked(picture, whole, request, scale)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -162,9 +164,10 @@ class UpscaleGan:
                 remedy="Try another picture.",
             )
         height, width = state.source.shape[:2]
-        canvas = np.empty((height * SCALE, width * SCALE, 3), np.uint8)
+        scale = self._net.scale
+        canvas = np.empty((height * scale, width * scale, 3), np.uint8)
         for tile, output in zip(state.tiles, state.outputs, strict=True):
-            _paste(canvas, output.numpy(), tile)
+            _paste(canvas, output.numpy(), tile, scale)
             yield
         state.outputs.clear()
         return canvas
@@ -173,29 +176,47 @@ class UpscaleGan:
         return [Tile(*pair) for pair in product(self._windows(height_px), self._windows(width_px))]
 
     def _windows(self, side_px: int) -> list[Window]:
-        return side_windows(side_px, self._tile_px, self._overlap_px)
+        side_px += -side_px % self._net.multiple_px
+        return side_windows(side_px, self._tile_px, self._net.tile_overlap_px)
 
 
 PIPELINE = UpscaleGan
 
 
-def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
-    """The network that `config.json` names, and the tile overlap it needs, in px.
+def build(spec: ModelSpec, config: dict[str, Any]) -> RRDBNet | SRVGGNetCompact:
+    """The network that `config.json` names.
 
     Raises:
-        ModelCorrupt: an unknown architecture.
+        ModelCorrupt: an unknown architecture, or another scale than the registry's.
+        TypeError, ValueError: it describes no network.
     """
-    name = config.get("architecture")
-    if name == "srvgg":
-        net = SRVGGNetCompact(int(config["num_feat"]), int(config["num_conv"]))
-        return net, net.receptive_field_px
-    if name == "rrdb":
-        return RRDBNet(num_block=int(config.get("num_block", 23))), RRDBNet.tile_overlap_px
-    raise ModelCorrupt(
-        f"The config.json of {spec.name} names an unknown architecture.",
-        value=name,
-        remedy="Known: srvgg, rrdb.",
-    )
+    net = build_net(config)
+    if net is None:
+        raise ModelCorrupt(
+            f"The config.json of {spec.name} names an unknown architecture.",
+            value=config.get("architecture"),
+            remedy=f"Known: {', '.join(_NETS)}.",
+        )
+    if net.scale != spec.scale:
+        raise ModelCorrupt(
+            f"The network of {spec.name} enlarges {net.scale} times, its entry says {spec.scale}.",
+            value=f"times: {spec.scale}",
+            remedy=f"Write `times: {net.scale}` into its entry in the model registry.",
+        )
+    return net
+
+
+def build_net(config: dict[str, Any]) -> RRDBNet | SRVGGNetCompact | None:
+    """The network of a `config.json`, with random weights; None for an unknown architecture."""
+    net, keys = _NETS.get(str(config.get("architecture")), (None, ()))
+    return net and net(**{key: int(config[key]) for key in keys if key in config})
+
+
+_NETS: dict[str, tuple[type[RRDBNet] | type[SRVGGNetCompact], tuple[str, ...]]] = {
+    "srvgg": (SRVGGNetCompact, ("num_feat", "num_conv", "scale")),
+    "rrdb": (RRDBNet, ("num_feat", "num_block", "num_grow_ch", "scale")),
+}
+"""Of each architecture the class, and the keys of `config.json` that are its arguments."""
 
 
 def side_windows(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
@@ -230,9 +251,9 @@ def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:
     return pixels[rows, columns]
 
 
-def _paste(canvas: Pixels, out: Pixels, tile: Tile) -> None:
-    to = tuple(slice(one.first * SCALE, one.end * SCALE) for one in tile)
+def _paste(canvas: Pixels, out: Pixels, tile: Tile, scale: int) -> None:
+    to = tuple(slice(one.first * scale, one.end * scale) for one in tile)
     of = tuple(
-        slice((one.first - one.start) * SCALE, (one.end - one.start) * SCALE) for one in tile
+        slice((one.first - one.start) * scale, (one.end - one.start) * scale) for one in tile
     )
     canvas[to] = out[of]
