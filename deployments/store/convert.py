@@ -60,7 +60,7 @@ def convert(spec: ArtefactSpec, registry: Path, store: Store) -> Manifest:
         )
     origins = locked_origins(spec, load_lock(registry))
     raw = origin_manifest(spec, origins)
-    with store.fetched(raw, origin_places(spec, origins)) as (folder, beat):
+    with store.fetched(raw, origin_places(spec, origins, store.hub_cache)) as (folder, beat):
         made = folder.with_name(f"{folder.name}.made")
         made.mkdir()
         if conversion.to == "fp16":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deployments.store.lockfile import LockedModel
     from deployments.store.manifest import Manifest
 
+_REFUSED = "has the right bytes but does not load, so it is not published"
 Upload = Literal["published", "present", "absent"]
 
 
@@ -77,9 +78,7 @@ def publish(
         folder = store.folder(spec.name, digest)
         known = retrying(lambda: find(bucket, MANIFEST), settings)
         if smoke and isinstance(spec, ModelSpec) and not known:
-            smoke_load(
-                spec, folder, "has the right bytes but does not load, so it is not published"
-            )
+            smoke_load(spec, folder, _REFUSED)
         sizes = _upload(bucket, folder, manifest, settings, listener)
     return Published(url, len(sizes), sum(sizes))
 
