@@ -16,7 +16,9 @@ from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.pipelines.networks import differences
 
 if TYPE_CHECKING:
-    from torch import nn
+    from deployments.pipelines.nets.cutout import CutoutNet
+    from deployments.pipelines.nets.isnet import ISNet
+    from deployments.pipelines.nets.u2net import U2Net
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -72,7 +74,7 @@ def _compared(kind: _Kind, shapes: Shapes) -> Recognised:
         scale=net.scale if upscales else None,
         tensors=len(net.state_dict()),
         differences=differences(net, shapes),
-        unknown={} if upscales else dict(matting.UNTOLD),
+        unknown={} if upscales else {"input_px": net.input_px, "stretch": True},
     )
 
 
@@ -101,20 +103,27 @@ def _srvgg(shapes: Shapes) -> Config:
 
 
 def _isnet(shapes: Shapes) -> Config:
+    stem = {"stem": shapes["conv_in.weight"][0]}
+    return {"architecture": "isnet", "widths": stem | _widths(shapes)}
+
+
+def _u2net(shapes: Shapes) -> Config:
+    if "outconv.weight" not in shapes:
+        raise ValueError("no fused output")
+    return {"architecture": "u2net", "widths": _widths(shapes)}
+
+
+def _widths(shapes: Shapes) -> Config:
     def widths(block: str, stages: list[str]) -> list[int]:
         return [shapes[f"{stage}.{block}.conv_s1.weight"][0] for stage in stages]
 
     encoder = [f"stage{i}" for i in range(1, 7)]
     decoder = [f"stage{i}d" for i in range(5, 0, -1)]
     return {
-        "architecture": "isnet",
-        "widths": {
-            "stem": shapes["conv_in.weight"][0],
-            "middle": widths("rebnconv1", encoder),
-            "out": widths("rebnconvin", encoder),
-            "decoder_middle": widths("rebnconv1", decoder),
-            "decoder_out": widths("rebnconvin", decoder),
-        },
+        "middle": widths("rebnconv1", encoder),
+        "out": widths("rebnconvin", encoder),
+        "decoder_middle": widths("rebnconv1", decoder),
+        "decoder_out": widths("rebnconvin", decoder),
     }
 
 
@@ -138,7 +147,7 @@ def _build_upscaler(config: Config) -> RRDBNet | SRVGGNetCompact:
     return net
 
 
-def _build_matting(config: Config) -> nn.Module:
+def _build_matting(config: Config) -> ISNet | U2Net | CutoutNet:
     with torch.device("meta"):
         return matting.build_net(config)
 
@@ -165,4 +174,5 @@ _KINDS = (
     _Kind("rrdb", "RRDBNet (Real-ESRGAN)", _rrdb, _build_upscaler),
     _Kind("srvgg", "SRVGGNetCompact (Real-ESRGAN, compact)", _srvgg, _build_upscaler),
     _Kind("isnet", "IS-Net", _isnet, _build_matting),
+    _Kind("u2net", "U2-Net", _u2net, _build_matting),
 )

@@ -39,6 +39,7 @@ WIDTHS = {
     "decoder_out": [8, 8, 4, 4, 4],
 }
 ISNET = {"architecture": "isnet", "widths": WIDTHS}
+U2NET = {"architecture": "u2net", "widths": {k: v for k, v in WIDTHS.items() if k != "stem"}}
 MIT: dict[str, Any] = {"summary": "tiny", "licence": "MIT", "commercial": True}
 
 
@@ -296,6 +297,7 @@ def test_add_leaves_a_registry_that_it_does_not_understand(desk: Desk) -> None:
         RRDB | {"scale": 2, "num_block": 3, "num_feat": 12},
         SRVGG | {"scale": 3, "num_conv": 5},
         ISNET,
+        U2NET,
     ],
 )
 def test_shapes_alone_tell_a_network(config: dict[str, Any]) -> None:
