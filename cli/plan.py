@@ -14,9 +14,11 @@ import yaml
 from cli.console import Output, make_table
 from cli.ending import ending
 from deployments.errors import ConfigError
+from deployments.gpu.choice import choose_fitting
 from deployments.gpu.plan import Plan
 from deployments.gpu.plan import plan as make_plan
 from deployments.gpu.profiles import as_gpu
+from deployments.gpu.target import gpus_at_hand
 from deployments.registry import ModelSpec, load_catalogue
 from deployments.settings import Settings
 
@@ -33,13 +35,16 @@ _FRAGMENT_TITLE = (
 
 
 def plan(
-    gpu: Annotated[str, typer.Option(help="t4, l4, a100-40, h100 or h200")],
     names: Annotated[
         list[str] | None, typer.Argument(help="Models of the registry; default: those it serves")
     ] = None,
     models: Annotated[Path, typer.Option(help="The registry, a YAML file of models")] = Path(
         "configs/models/production.yaml"
     ),
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="t4, l4, a100-40, h100 or h200; default: those of this machine"),
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, max=64, help="Fit this many with the largest batches")
     ] = None,
@@ -49,13 +54,19 @@ def plan(
 ) -> None:
     """Divide GPUs among models: shares, batches and pixel budgets that fit their memory.
 
+    Without --gpu and names, models that do not fit this machine's GPUs give way to smaller ones.
+
     Exit codes: 0 planned; 2 usage or configuration; 9 the models do not fit.
     """
     output = Output(as_json=as_json)
     with ending(output):
         registry = _here(models)
         catalogue = load_catalogue(registry)
-        made = make_plan(_choose(catalogue, names), as_gpu(gpu), gpus)
+        chosen = _choose(catalogue, names)
+        if gpu is not None:
+            made = make_plan(chosen, as_gpu(gpu), gpus)
+        else:
+            made = _plan_here(chosen, () if names else catalogue.models, gpus, output)
         _show(made, catalogue, output)
         entries = _deployments(made)
         if entries:
@@ -63,6 +74,26 @@ def plan(
         else:
             output.say("Two models have the same task: no Serve config holds this plan.", "yellow")
         output.emit(_as_values(made) | {"deployments": entries})
+
+
+def _plan_here(
+    wanted: list[ModelSpec], others: Sequence[ModelSpec], gpus: int | None, output: Output
+) -> Plan:
+    """A plan of this machine's GPUs; says what does not fit them.
+
+    Args:
+        wanted: models to plan.
+        others: that may stand in for them; if there are none, all that is wanted is planned.
+        gpus: how many to use; None for all.
+    """
+    kind, count = gpus_at_hand()
+    count = gpus or count
+    if others:
+        wanted, given_up = choose_fitting(wanted, others, kind, count)
+        for model, instead in given_up:
+            what = f"{instead.name} is planned instead" if instead else "it is left out"
+            output.say(f"{model.name} does not fit beside the others: {what}.", "yellow")
+    return make_plan(wanted, kind, count)
 
 
 def _here(path: Path) -> Path:

@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
+from deployments.gpu.choice import choose_fitting
 from deployments.gpu.plan import ESTIMATE_MARGIN, TILE_OVERLAP_PX, plan
 from deployments.gpu.profiles import (
     CONTEXT_BYTES,
     GPUS,
+    Gpu,
     MemoryProfile,
     choose_profile,
     context_reserve_bytes,
     gpu_name,
     load_profiles,
 )
-from deployments.registry import ModelSpec, load_catalogue
+from deployments.registry import Catalogue, ModelSpec, load_catalogue
 from deployments.settings import SEATS
 from deployments.tasks import Task
 from tests.fake_gpu import FakeDeviceMemory
@@ -392,3 +394,33 @@ def test_the_context_is_the_measured_one_where_there_is_one() -> None:
 
 def test_on_a_cpu_nothing_is_capped() -> None:
     assert cap_device(0.2, "cpu", "comic-ghibli") is None
+
+
+def everything() -> Catalogue:
+    catalogue = load_catalogue(PRODUCTION)
+    names = tuple(entry.name for entry in catalogue.entries)
+    return catalogue.model_copy(update={"accept_noncommercial": names})
+
+
+@pytest.mark.parametrize("total_gib", [7, 12, 16, 22, 24])
+def test_what_fits_a_card_is_planned_and_smaller_models_stand_in(total_gib: int) -> None:
+    card = Gpu("my-card", "My card", total_gib * 2**30, "")
+    catalogue = everything()
+    wanted = list(catalogue.served().values())
+    chosen, given_up = choose_fitting(wanted, catalogue.models, card, 1)
+    assert plan(chosen, card, 1).gpus == 1
+    tasks = {spec.task for spec in chosen}
+    assert len(tasks) == len(chosen), "one of each task"
+    for model, instead in given_up:
+        assert model in wanted
+        assert (instead in chosen) if instead else (model.task not in tasks)
+    # A task is left out only where none of its models is smaller.
+    assert "upscale" in tasks
+    assert "background" in tasks
+    assert (len(chosen) == 5) == (total_gib >= 22)
+
+
+def test_a_card_that_holds_everything_gives_nothing_up() -> None:
+    catalogue = everything()
+    wanted = list(catalogue.served().values())
+    assert choose_fitting(wanted, catalogue.models, GPUS["h100"], 1) == (wanted, [])
