@@ -367,6 +367,7 @@ class JobState:
         id: of the job.
         status: queued or processing, and in the end completed, failed or canceled.
         task: such as comic.
+        model: that the request named; None for the task's default.
         priority: interactive or batch.
         created_at, started_at, ended_at: None if not yet, or not told.
         expires_at: when the job and its results are deleted.
@@ -388,6 +389,7 @@ class JobState:
     id: str
     status: Status
     task: str
+    model: str | None
     priority: Priority
     created_at: datetime | None
     started_at: datetime | None
@@ -420,7 +422,8 @@ class JobState:
         with _understanding("job"):
             get = document.get
             self.id, self.status = document["job_id"], document["status"]
-            self.task, self.priority = get("task", ""), get("priority", "interactive")
+            self.task, self.model = get("task", ""), get("model")
+            self.priority = get("priority", "interactive")
             self.created_at = _time(get("created_at"))
             self.started_at = _time(get("started_at"))
             self.ended_at = _time(get("ended_at"))

@@ -15,13 +15,15 @@ import typer
 from benchmarks import machine
 from benchmarks.output import console, make_table
 from deployments import images
+from deployments.catalogue import load_registry
 from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
 from deployments.engine.row import Row, RowInput
 from deployments.loader import build
-from deployments.registry import ModelSpec, load_registry
+from deployments.registry import ModelSpec
 from deployments.settings import LimitSettings, Settings
+from deployments.store.lockfile import load_lock
 from deployments.store.provider import Provider
 from starter_models.training.data import photo_bytes
 
@@ -64,8 +66,8 @@ def main(
     """Print seconds by task and stage: median, and the range of the total."""
     data = image.read_bytes() if image else photo_bytes("skimage:astronaut.png")
     header = images.read_header(data, LimitSettings())
-    settings = Settings(models=models, device="cpu", torch_threads=threads)
-    provider = Provider(models, settings.store)
+    settings = Settings(models=(models,), device="cpu", torch_threads=threads)
+    provider = Provider(load_lock(models), settings.store)
     title = f"{header.width_px}x{header.height_px} photo, defaults, {threads} threads"
     figures = (*(f"{stage} s" for stage in STAGES), "min", "max")
     table = make_table(title, ("task", "model"), figures)

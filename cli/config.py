@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import yaml
 
+from deployments.catalogue import load_registry
 from deployments.errors import ConfigError
 from deployments.settings import AccessSettings, Settings, parse_settings, resolve
+from deployments.store.lockfile import load_lock, locked_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
 _OURS = "serve_app.app:"
@@ -71,6 +73,50 @@ def settings_of(config: Path) -> Settings:
         value=config,
         remedy=f"Name a file with import_path: {_OURS}.",
     )
+
+
+def config_serving(config: Path, serve: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
+    """A Serve config whose application runs these models; None if the file says the same.
+
+    A further model of a task gets the options of the task's deployment, where the file has any.
+
+    Args:
+        config: the file.
+        serve: names of models by task, laid upon those of the file.
+
+    Raises:
+        ConfigError: no application is ours; a model has no digest yet; or see `Catalogue.served`.
+        LicenceRefused: a model's licence is not accepted.
+    """
+    if serve:
+        settings_of(config)  # there is an application to change
+    with _reading(config) as values:
+        found = [dict(one) for one in values.get("applications") or ()]
+    ours = [
+        _serving(one, serve) if str(one.get("import_path", "")).startswith(_OURS) else one
+        for one in found
+    ]
+    return None if ours == found else values | {"applications": ours}
+
+
+def _serving(application: dict[str, Any], serve: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    settings = _settings(application)
+    chosen = settings.serve | {task: tuple(names) for task, names in serve.items()}
+    registry, lock = load_registry(*settings.models, serve=chosen), load_lock(*settings.models)
+    for spec in registry.models:
+        locked_digest(lock, spec)
+    given: list[dict[str, Any]] = list(application.get("deployments") or ())
+    options = {one.get("name"): one for one in given}
+    further = [
+        options[spec.task.deployment] | {"name": registry.deployment(spec)}
+        for spec in registry.models
+        if registry.deployment(spec) not in options and spec.task.deployment in options
+    ]
+    args: dict[str, Any] = application.get("args") or {}
+    if serve:
+        args = args | {"serve": {task: list(names) for task, names in chosen.items()}}
+    changes = {"args": args} if serve else {}
+    return application | changes | ({"deployments": [*given, *further]} if further else {})
 
 
 def _settings(application: dict[str, Any]) -> Settings:

@@ -13,22 +13,26 @@ import yaml
 
 from cli.console import Output, make_table
 from cli.ending import ending
+from cli.paths import user_path
+from cli.serving import Serve, serve_of
+from deployments.catalogue import Registry, load_catalogue
 from deployments.errors import ConfigError
 from deployments.gpu.choice import choose_fitting
 from deployments.gpu.plan import Plan
 from deployments.gpu.plan import plan as make_plan
 from deployments.gpu.profiles import as_gpu
 from deployments.gpu.target import gpus_at_hand
-from deployments.registry import ModelSpec, load_catalogue
+from deployments.registry import ModelSpec
 from deployments.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deployments.catalogue import Catalogue
     from deployments.gpu.plan import Placed
-    from deployments.registry import Catalogue
 
 _GIB = 2**30
+_PRODUCTION = [Path("configs/models/production.yaml")]
 _FRAGMENT_TITLE = (
     "# Merge these keys into your Serve config, under the application's `deployments`:"
 )
@@ -36,11 +40,13 @@ _FRAGMENT_TITLE = (
 
 def plan(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Models of the registry; default: those it serves")
+        list[str] | None,
+        typer.Argument(help="Models of the registry; default: those it serves, and --serve"),
     ] = None,
-    models: Annotated[Path, typer.Option(help="The registry, a YAML file of models")] = Path(
-        "configs/models/production.yaml"
-    ),
+    models: Annotated[
+        list[Path], typer.Option(help="A registry, a YAML file of models; may be repeated")
+    ] = _PRODUCTION,
+    serve: Serve = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="t4, l4, a100-40, h100 or h200; default: those of this machine"),
@@ -60,24 +66,22 @@ def plan(
     """
     output = Output(as_json=as_json)
     with ending(output):
-        registry = _here(models)
-        catalogue = load_catalogue(registry)
-        chosen = _choose(catalogue, names)
+        catalogue = load_catalogue(*map(user_path, models))
+        chosen = _choose(catalogue, names, serve_of(serve))
         if gpu is not None:
-            made = make_plan(chosen, as_gpu(gpu), gpus)
+            made = make_plan(chosen.models, as_gpu(gpu), gpus)
         else:
-            made = _plan_here(chosen, () if names else catalogue.models, gpus, output)
+            others = () if names or serve else catalogue.models
+            made = _plan_here(chosen.models, others, gpus, output)
+            chosen = Registry((placed.demand.spec for placed in made.placed), {})
         _show(made, catalogue, output)
-        entries = _deployments(made)
-        if entries:
-            output.show(_fragment(entries))
-        else:
-            output.say("Two models have the same task: no Serve config holds this plan.", "yellow")
+        entries = _deployments(made, chosen)
+        output.show(_fragment(entries))
         output.emit(_as_values(made) | {"deployments": entries})
 
 
 def _plan_here(
-    wanted: list[ModelSpec], others: Sequence[ModelSpec], gpus: int | None, output: Output
+    wanted: Sequence[ModelSpec], others: Sequence[ModelSpec], gpus: int | None, output: Output
 ) -> Plan:
     """A plan of this machine's GPUs; says what does not fit them.
 
@@ -96,23 +100,23 @@ def _plan_here(
     return make_plan(wanted, kind, count)
 
 
-def _here(path: Path) -> Path:
-    """A path relative to the working folder if it exists there; else relative to the project."""
-    return path.absolute() if path.exists() else path
+def _choose(
+    catalogue: Catalogue, names: Sequence[str] | None, serve: dict[str, list[str]]
+) -> Registry:
+    """The named models, else those served; models that the licence check refuses are included.
 
-
-def _choose(catalogue: Catalogue, names: Sequence[str] | None) -> list[ModelSpec]:
-    """The named models, else those served; models that the licence check refuses are included."""
+    Of several models of a task the first one named is its default.
+    """
     if not names:
-        accepted = tuple(entry.name for entry in catalogue.entries)
-        everything = catalogue.model_copy(update={"accept_noncommercial": accepted})
-        return list(everything.served().values())
+        return catalogue.accepting().served(serve)
+    if serve:
+        raise ConfigError("Name models, or use --serve; not both.", value=", ".join(names))
     found = list({entry.name: entry for entry in map(catalogue.find, names)}.values())
     specs = [entry for entry in found if isinstance(entry, ModelSpec)]
     if len(specs) < len(found):
         artefacts = ", ".join(e.name for e in found if not isinstance(e, ModelSpec))
         raise ConfigError("Artefacts are not served, so they need no GPU.", value=artefacts)
-    return specs
+    return Registry(specs, {})
 
 
 # ------------------------------------------------------------------------------- the table
@@ -211,19 +215,16 @@ def _as_values(made: Plan) -> dict[str, Any]:
 # ---------------------------------------------------------------- the Serve config's fragment
 
 
-def _deployments(made: Plan) -> list[dict[str, Any]]:
-    """Entries for `deployments` of a Serve config; empty where two models have one task.
+def _deployments(made: Plan, chosen: Registry) -> list[dict[str, Any]]:
+    """Entries for `deployments` of a Serve config.
 
     Serve replaces the application's `ray_actor_options` as a whole, so that an entry needs the CPUs
     as well.
     """
-    tasks = [placed.demand.spec.task for placed in made.placed]
-    if len(set(tasks)) < len(tasks):
-        return []
     cpus = Settings().model_num_cpus
     return [
         {
-            "name": placed.demand.spec.task.deployment,
+            "name": chosen.deployment(placed.demand.spec),
             "ray_actor_options": {"num_cpus": cpus, "num_gpus": placed.num_gpus},
             "user_config": {"max_batch_size": placed.rows, "budget_px": placed.budget_px},
         }

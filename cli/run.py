@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
+import yaml
 from rich.console import Console
 
-from cli.config import access_of, address_of
+from cli.config import access_of, address_of, config_serving
 from cli.console import Output
 from cli.ending import ending
+from cli.serving import Serve, serve_of
 from deployments.errors import ConfigError
 from deployments.settings import ROOT, AccessSettings, resolve
 
@@ -35,11 +37,13 @@ def run(
     config: Annotated[Path, typer.Argument(help="A Serve config file")] = Path(
         "configs/local.yaml"
     ),
+    serve: Serve = None,
     timeout_s: Annotated[float, typer.Option(help="Give up if not ready by then")] = 300,
 ) -> None:
     """Serve on this machine until Ctrl-C. Says when it is ready, and where."""
     with ending(Output(as_json=False)):
         address, access = address_of(config), access_of(config)
+        changed = config_serving(config, serve_of(serve))
         if _answers(address):
             raise ConfigError(
                 "Another server answers at this address.",
@@ -51,7 +55,7 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     failed = True
-    with _started(config) as (server, dashboard):
+    with _started(config, changed) as (server, dashboard):
         try:
             if _wait_ready(server, address, timeout_s):
                 seconds = time.monotonic() - start_s
@@ -64,11 +68,21 @@ def run(
 
 
 @contextmanager
-def _started(config: Path) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
-    """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard."""
+def _started(
+    config: Path, changed: dict[str, Any] | None
+) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
+    """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard.
+
+    Args:
+        config: the Serve config.
+        changed: to run instead of it; None for the file as it is.
+    """
     with TemporaryDirectory(prefix="imagen-run-") as folder:
-        dashboard = Path(folder) / "dashboard"
-        command = [sys.executable, "-m", "cli.serve_run", str(resolve(config)), str(dashboard)]
+        dashboard, file = Path(folder) / "dashboard", resolve(config)
+        if changed is not None:
+            file = Path(folder) / config.name
+            file.write_text(yaml.safe_dump(changed), encoding="utf-8")
+        command = [sys.executable, "-m", "cli.serve_run", str(file), str(dashboard)]
         # One malloc arena instead of one for each of Ray's many threads saves 15 MiB a process.
         environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
         # A session of its own: Ctrl-C reaches us alone, and we pass it on once.

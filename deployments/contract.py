@@ -119,6 +119,14 @@ class ImageRequest(BaseModel):
         """
         return width_px * scale, height_px * scale
 
+    def canvas(self, default: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what a task without a picture makes; 0 where it makes none.
+
+        Args:
+            default: of a request that names no size.
+        """
+        return 0, 0
+
 
 class DiffusionRequest(ImageRequest):
     """What every diffusion model accepts."""
@@ -258,6 +266,37 @@ class UpscaleRequest(DiffusionRequest, SizedRequest):
     )
 
 
+class GenerateRequest(DiffusionRequest):
+    """Make a picture from a text."""
+
+    task = "generate"
+    width: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Of the result. 0: by height and the model's first size.",
+        json_schema_extra={"unit": "px"},
+    )
+    height: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Of the result. 0: by width and the model's first size.",
+        json_schema_extra={"unit": "px"},
+    )
+
+    def canvas(self, default: tuple[int, int]) -> tuple[int, int]:
+        """One side alone gives the other by the default's aspect ratio."""
+        width, height = default
+        if self.width and self.height:
+            return self.width, self.height
+        if self.width:
+            return self.width, max(round(self.width * height / width), 1)
+        if self.height:
+            return max(round(self.height * width / height), 1), self.height
+        return default
+
+
 class EnhanceRequest(Img2ImgRequest):
     """Clean and sharpen."""
 
@@ -341,7 +380,7 @@ class ImageJob:
         output_format: of the result.
         timeout_s: seconds from sending to the request's deadline.
         request_id: for the log.
-        width_px, height_px: of the picture in the file, upright; 0 without a picture.
+        width_px, height_px: of the picture in the file, upright; without one, of what is made.
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
         n: results, of seeds that follow one another; above 1 only for models that use chance.
         preview: whether `ModelDeployment.stream` shows small pictures of the steps.

@@ -22,6 +22,7 @@ from deployments.gpu.cap import memory_bytes
 from deployments.images import Picture
 from deployments.loader import load
 from deployments.preparing import prepare_replica
+from deployments.store.lockfile import load_lock
 from deployments.store.manifest import SHORT
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
@@ -134,7 +135,8 @@ class Host:
         self._settings = settings
         self._metrics = ModelMetrics()
         self.work = WorkMetrics(spec.name)
-        self._provider = Provider(settings.models, settings.store, self._metrics.count_event)
+        lock = load_lock(*settings.models)
+        self._provider = Provider(lock, settings.store, self._metrics.count_event)
         self._gate = Gate()
         self._served: Served | None = None
         self._target = ""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-SourceType = Literal["algorithmicallyEnhanced", "compositeWithTrainedAlgorithmicMedia"]
-"""The picture itself, improved or cut out; or a picture that a model has changed in part."""
+SourceType = Literal[
+    "algorithmicallyEnhanced", "compositeWithTrainedAlgorithmicMedia", "trainedAlgorithmicMedia"
+]
+"""The picture itself, improved or cut out; one that a model has changed in part; or the model's."""
 
 _VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _PACKET = (

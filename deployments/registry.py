@@ -1,17 +1,16 @@
-"""Model name to specification: `configs/models/*.yaml`, one visible entry per model."""
+"""What a registry file says of a model: `configs/models/*.yaml`, one visible entry per model."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deployments.contract import complete
-from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
+from deployments.errors import ConfigError, InvalidParameter
 from deployments.origins import UNRESOLVED, SafePath, check_pinned, parse_hub, safe_path
-from deployments.settings import Strict, parse_settings, resolve
+from deployments.settings import Strict
 from deployments.tasks import Task
 
 NoisePrecision: TypeAlias = Literal["float32", "model"]
@@ -37,7 +36,8 @@ CompileMode = Annotated[
 ]
 
 
-_OF_FEW_SIZES = ("img2img", "matting")
+_WITH_BUCKETS = ("img2img", "text2img")
+_OF_FEW_SIZES = (*_WITH_BUCKETS, "matting")
 
 
 class Origin(Strict):
@@ -140,7 +140,8 @@ class ModelSpec(ArtefactSpec):
         noise: dtype that noise is drawn in. With float32 a seed gives the same picture, up to
             rounding, whatever the dtype; model draws in the model's dtype, as stock diffusers does.
         defaults: parameter values for fields that a request leaves out.
-        buckets: working sizes (width, height) in px, multiples of 64; diffusion img2img only.
+        buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
+            text2img only. The first is that of a request which names no size.
         times: how many times as wide and high a GAN upscaler makes a picture; None: 4.
         tile_px: edge of the tiles an upscaler works in.
         max_batch_size: most rows in one forward pass.
@@ -202,8 +203,9 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(
                 f"family {self.family} cannot serve the task {self.task}; known: {known}"
             )
-        if (self.family == "img2img") != bool(self.buckets):
-            raise ValueError("buckets belong to family img2img, which needs at least one")
+        if (self.family in _WITH_BUCKETS) != bool(self.buckets):
+            known = " and ".join(_WITH_BUCKETS)
+            raise ValueError(f"buckets belong to families {known}, which need at least one")
         if any(side % 64 or side <= 0 for bucket in self.buckets for side in bucket):
             raise ValueError("every bucket side must be a positive multiple of 64")
         if self.attention != "sdpa" and "steps" not in self.parameters:
@@ -218,116 +220,6 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(f"family {self.family} draws no noise")
         check_defaults(self, self.defaults)
         return self
-
-
-class Catalogue(Strict):
-    """A registry file: every model and artefact the store may hold.
-
-    Attributes:
-        models: what can be served.
-        artefacts: what only the store keeps.
-        serving: model name by task, for tasks with more than one model.
-        accept_noncommercial: names of models that may be pulled and served although their licence
-            forbids commercial use.
-    """
-
-    models: tuple[ModelSpec, ...]
-    artefacts: tuple[ArtefactSpec, ...] = ()
-    serving: dict[Task, str] = Field(default={})
-    accept_noncommercial: tuple[str, ...] = ()
-
-    @property
-    def entries(self) -> tuple[ArtefactSpec, ...]:
-        """Models, then artefacts."""
-        return (*self.models, *self.artefacts)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        names = [entry.name for entry in self.entries]
-        if len(set(names)) != len(names):
-            raise ValueError("a name stands twice")
-        known = {(m.task, m.name) for m in self.models}
-        if wrong := [f"{t}: {n}" for t, n in self.serving.items() if (t, n) not in known]:
-            raise ValueError(f"serving names no model of that task: {', '.join(wrong)}")
-        if unknown := set(self.accept_noncommercial) - set(names):
-            raise ValueError(f"accept_noncommercial names no model: {', '.join(sorted(unknown))}")
-        return self
-
-    def find(self, name: str) -> ArtefactSpec:
-        """The entry of that name, or else the model that serves the task of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        known = {entry.name: entry for entry in self.entries}
-        for task in Task:
-            if len(candidates := self._candidates(task)) == 1:
-                known.setdefault(str(task), candidates[0])
-        if found := known.get(name.lower()):
-            return found
-        names = ", ".join(entry.name for entry in self.entries)
-        raise ConfigError("No such model in the registry.", value=name, remedy=f"Names: {names}.")
-
-    def check_licence(self, entry: ArtefactSpec) -> None:
-        """Raises LicenceRefused unless the entry's licence is commercial or accepted by name."""
-        if not entry.commercial and entry.name not in self.accept_noncommercial:
-            raise LicenceRefused(
-                f"The licence of {entry.name} ({entry.licence}) forbids commercial use.",
-                remedy=f"Accept it with `accept_noncommercial: [{entry.name}]` in the model"
-                " registry, or serve another model.",
-            )
-
-    def served(self) -> Registry:
-        """The model of each task that has one.
-
-        Raises:
-            ConfigError: a task has several and no choice, or no task has any.
-            LicenceRefused: see `check_licence`.
-        """
-        served = {task: self._model(task) for task in Task if self._candidates(task)}
-        if not served:
-            raise ConfigError(
-                "The model registry serves no task.", remedy="Add a model, as in configs/models."
-            )
-        return served
-
-    def _candidates(self, task: Task) -> list[ModelSpec]:
-        return [
-            m for m in self.models if m.task == task and self.serving.get(task, m.name) == m.name
-        ]
-
-    def _model(self, task: Task) -> ModelSpec:
-        candidates = self._candidates(task)
-        if len(candidates) > 1:
-            raise ConfigError(
-                f"The model registry names several models for the task {task}.",
-                value=", ".join(m.name for m in candidates),
-                remedy="Choose one under `serving`.",
-            )
-        self.check_licence(candidates[0])
-        return candidates[0]
-
-
-Registry = dict[Task, ModelSpec]
-
-
-def load_catalogue(path: Path) -> Catalogue:
-    """Every entry of a registry file.
-
-    Raises:
-        ConfigError: unreadable, or an unknown key or value.
-    """
-    try:
-        values = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The model registry cannot be read: {reason}.", value=path) from error
-    return parse_settings(Catalogue, values, f"The model registry {path}")
-
-
-def load_registry(path: Path) -> Registry:
-    """The models that a registry file serves by task. Raises as the two functions above."""
-    return load_catalogue(path).served()
 
 
 def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:

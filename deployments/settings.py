@@ -177,7 +177,8 @@ class JobSettings(Strict):
         lease_s: a worker that does not renew its claim for so long has lost the job.
         attempts: of a model at a job, after which one that loses its worker or its model again and
             again has failed.
-        per_model: jobs of one model that one worker carries at a time.
+        per_model: jobs that one worker carries at a time for each model; a task with two models has
+            twice as many, whichever of the two they name.
         max_held_bytes: of pictures in one worker's memory, divided equally among the models. A job
             waits with its picture in storage until there is room; one is always allowed.
         max_queued: jobs in the queue; more get 429.
@@ -291,11 +292,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _files(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)]
+
+
 class Settings(Strict):
     """Everything `serve_app.app:build` needs.
 
     Attributes:
-        models: YAML file that names the model of each task. A task without a model has no route.
+        models: registries, YAML files of models. The first file that has a model for a task decides
+            the task's default. A task without a model is not served.
+        serve: names of models by task, as a list or with commas; the first is the task's default,
+            which a request gets that names none. Other tasks are served by their default alone.
         device: auto takes CUDA where there is one.
         torch_threads: CPU threads of each model replica, which share the rows of a pass. A GPU
             needs none.
@@ -312,7 +327,12 @@ class Settings(Strict):
         access: who may call, and how much.
     """
 
-    models: Path = Path("configs/models/starter.yaml")
+    models: Annotated[tuple[Path, ...], BeforeValidator(_files), Field(min_length=1)] = (
+        Path("configs/models/starter.yaml"),
+        Path("configs/models/production.yaml"),
+        Path("configs/models/own.yaml"),
+    )
+    serve: dict[str, _Names] = Field(default={})
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=1, ge=1, le=256)
     pixel_threads: int = Field(default=2, ge=1, le=64)

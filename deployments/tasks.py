@@ -11,6 +11,7 @@ from deployments.contract import (
     BackgroundRequest,
     ComicRequest,
     EnhanceRequest,
+    GenerateRequest,
     ImageRequest,
     SizedRequest,
     UpscaleRequest,
@@ -81,6 +82,14 @@ class Task(StrEnum):
         deployment="BackgroundRemove",
         route="/api/v1/images/background/remove",
         families=("matting",),
+    )
+    GENERATE = _Row(
+        GenerateRequest,
+        deployment="Generate",
+        route="/api/v1/images/generate",
+        families=("text2img",),
+        needs_picture=False,
+        source_type="trainedAlgorithmicMedia",
     )
 
     request: type[ImageRequest]

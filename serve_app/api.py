@@ -19,6 +19,7 @@ from deployments.errors import (
     NotFound,
     ServiceError,
 )
+from deployments.tasks import Task
 from serve_app import authorization, service
 from serve_app.access.keys import KeyFile
 from serve_app.access.limits import Limits
@@ -34,18 +35,19 @@ from serve_app.middleware import (
     RequestId,
 )
 from serve_app.problem import error_response
-from serve_app.protocols import files, native
+from serve_app.protocols import files, native, openai
 from serve_app.protocols import jobs as job_routes
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from deployments.registry import Registry
+    from deployments.catalogue import Registry
     from deployments.settings import Settings
     from serve_app.intake import Backends
     from serve_app.jobs.service import Jobs
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_ROUTERS = (openai.router, job_routes.router, files.router, service.router)
 DESCRIPTION = (
     "Image models behind one API. Send a picture as the form field `image`; the answer is a "
     "picture. Every error is problem+json (RFC 9457) with fact, value, remedy and request id."
@@ -64,7 +66,7 @@ def create_app(
 
     Args:
         backends: the models.
-        registry: what each task's model is.
+        registry: what each model is.
         settings: limits and deadlines.
         on_answer: called after each answer.
         jobs: of the application; None if it keeps none.
@@ -85,8 +87,8 @@ def create_app(
     app.state.intake = Intake(backends, registry, settings)
     app.state.jobs = jobs
     app.state.retry_after_s = settings.retry_after_s
-    for router in (native.router(registry), job_routes.router, files.router, service.router):
-        app.include_router(router)
+    for one in (native.router(registry), *_ROUTERS):
+        app.include_router(one)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
     if settings.access.auth == "keys":
@@ -97,7 +99,7 @@ def create_app(
 def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:
     access = settings.access
     keys = KeyFile(access.keys_file, access.limits) if access.auth == "keys" else None
-    routes = frozenset(task.route for task in registry)
+    routes = frozenset((*(task.route for task in registry), *openai.IMAGE_ROUTES))
     return Middleware(Access, keys=keys, limits=limits, image_routes=routes)
 
 
@@ -153,13 +155,9 @@ def _allowed(request: Request) -> str:
 
 def _ours(error: HTTPException, request: Request) -> ImagenError:
     """Starlette's error in our own tree."""
-    prefix, served = request.scope.get("root_path", ""), request.app.state.registry
+    prefix = request.scope.get("root_path", "")
     known: dict[int, Callable[[], ImagenError]] = {
-        404: lambda: NotFound(
-            "There is no such route.",
-            value=request.scope["path"],
-            remedy=f"Image routes: {', '.join(prefix + task.route for task in served)}.",
-        ),
+        404: lambda: _not_found(request, prefix),
         405: lambda: MethodNotAllowed(
             "This route does not take that method.",
             value=request.method,
@@ -173,3 +171,18 @@ def _ours(error: HTTPException, request: Request) -> ImagenError:
         value=f"HTTP {error.status_code}",
         remedy=f"See {prefix}/docs for what this route takes.",
     )
+
+
+def _not_found(request: Request, prefix: str) -> NotFound:
+    """The error for a path that is no route, or the route of a task that no model serves."""
+    path = request.scope["path"]
+    routes = ", ".join(prefix + task.route for task in request.app.state.registry)
+    for task in Task:
+        if path == prefix + task.route:
+            return NotFound(
+                f"No model serves the task {task} here.",
+                value=path,
+                remedy=f"Served: {routes}. The operator can add a model for it with `imagen run"
+                f" --serve {task}=NAME`; `imagen models list` has the names.",
+            )
+    return NotFound("There is no such route.", value=path, remedy=f"Image routes: {routes}.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.config import AutoscalingPolicy, BackpressureConfig
 
+from deployments.catalogue import load_registry
 from deployments.model import ModelDeployment
-from deployments.registry import load_registry
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
 from deployments.tasks import Task
@@ -23,6 +23,7 @@ from serve_app.worker import JobWorker
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from deployments.catalogue import Registry
     from deployments.registry import ModelSpec
 
 logger = logging.getLogger("ray.serve.imagen")
@@ -30,24 +31,26 @@ _MOST_WORKERS = 4
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The Serve application: an Ingress, a ModelDeployment for each task, and what jobs need.
+    """The Serve application: an Ingress, a ModelDeployment for each model, and what jobs need.
 
     Args:
         args: the `args` of a Serve config file; its `deployments` section overrides the options
             below by deployment name.
 
     Raises:
-        ConfigError: `args` or the model registry is wrong, or its lock file lacks a digest.
+        ConfigError: `args` or a model registry is wrong, or its lock file lacks a digest.
         LicenceRefused: a model's licence forbids commercial use and was not accepted.
     """
     settings = parse_settings(Settings, args, "The application's args")
-    registry = load_registry(settings.models)
-    lock = load_lock(settings.models)
-    for spec in registry.values():
+    registry = load_registry(*settings.models, serve=settings.serve)
+    lock = load_lock(*settings.models)
+    for spec in registry.models:
         locked_digest(lock, spec)
     if absent := [str(task) for task in Task if task not in registry]:
-        logger.warning("No model in %s serves: %s", settings.models, ", ".join(absent))
-    models = {task: _model(spec, settings) for task, spec in registry.items()}
+        logger.warning("No model serves: %s", ", ".join(absent))
+    if settings.device == "cpu":
+        registry = registry.on_cpu()
+    models = {spec.name: _model(spec, registry, settings) for spec in registry.models}
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
         name="Ingress",
@@ -59,7 +62,7 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         user_config={},
     )
-    return ingress.bind(models, registry, settings, _beside(models, settings))
+    return ingress.bind(models, registry, settings, _beside(models, registry, settings))
 
 
 def _most_ongoing(settings: Settings) -> int:
@@ -84,7 +87,9 @@ def __getattr__(name: str) -> Application:
     return build({})
 
 
-def _beside(models: dict[Task, Application], settings: Settings) -> dict[str, Application]:
+def _beside(
+    models: dict[str, Application], registry: Registry, settings: Settings
+) -> dict[str, Application]:
     """What jobs need besides the models; nothing if they are switched off."""
     if not settings.jobs.enabled:
         return {}
@@ -97,17 +102,21 @@ def _beside(models: dict[Task, Application], settings: Settings) -> dict[str, Ap
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             ray_actor_options={"num_cpus": 0},
         ).bind(settings.jobs.place)
-    beside["worker"] = job_worker(models, settings, beside.get("redis"))
+    beside["worker"] = job_worker(models, registry, settings, beside.get("redis"))
     return beside
 
 
 def job_worker(
-    models: dict[Task, Application], settings: Settings, redis: Application | None
+    models: dict[str, Application],
+    registry: Registry,
+    settings: Settings,
+    redis: Application | None,
 ) -> Application:
     """The deployment that carries jobs to these models.
 
     Args:
-        models: by task.
+        models: by name.
+        registry: what each model is.
         settings: of the application.
         redis: the application's own one; None if REDIS_URL names one.
     """
@@ -127,7 +136,7 @@ def job_worker(
         graceful_shutdown_timeout_s=settings.jobs.run_timeout_s + 30,
         ray_actor_options={"num_cpus": 0},
         user_config={},
-    ).bind(models, settings, redis)
+    ).bind(models, registry, settings, redis)
 
 
 def _workers(room: int, namespace: str) -> dict[str, Any]:
@@ -147,10 +156,10 @@ def _workers(room: int, namespace: str) -> dict[str, Any]:
     }
 
 
-def _model(spec: ModelSpec, settings: Settings) -> Application:
+def _model(spec: ModelSpec, registry: Registry, settings: Settings) -> Application:
     deployment: Any = serve.deployment(ModelDeployment)
     return deployment.options(
-        name=spec.task.deployment,
+        name=registry.deployment(spec),
         # A replica of a slow model accepts few requests and would never reach a larger target.
         autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 2},
         # A replica itself refuses what it cannot finish in time (deployments/admission.py), so that

@@ -12,8 +12,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from deployments.errors import Unauthorized
 from serve_app.access.keys import ANONYMOUS
-from serve_app.middleware import below_root
-from serve_app.problem import MEDIA_TYPE, Problem
+from serve_app.problem import MEDIA_TYPE, Problem, below_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable

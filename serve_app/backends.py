@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from ray.serve.handle import DeploymentHandle
 
+    from deployments.catalogue import Registry
     from deployments.contract import ImageJob, ImageResult, JobProgress
-    from deployments.tasks import Task
     from serve_app.intake import State
 
     Handle = DeploymentHandle[Any]
@@ -45,8 +45,8 @@ logger = logging.getLogger("ray.serve.imagen.ingress")
 class HandleBackend:
     """A model deployment behind its Serve handle."""
 
-    def __init__(self, task: Task, handle: Handle, retry_after_s: float) -> None:
-        self._task = task
+    def __init__(self, name: str, handle: Handle, retry_after_s: float) -> None:
+        self._name = name
         self._handle = handle
         self._retry_after_s = retry_after_s
         self._start_s: float | None = None
@@ -126,53 +126,56 @@ class HandleBackend:
     def _translate(self, error: Exception) -> ImagenError:
         if isinstance(error, BackPressureError):
             return Full(
-                f"The queue of {self._task} is full.",
-                value=str(self._task),
+                f"The queue of {self._name} is full.",
+                value=self._name,
                 remedy="Try again after Retry-After seconds.",
                 retry_after_s=self._retry_after_s if self._lost_s is None else self.recovery_s,
             )
         if isinstance(error, DeploymentUnavailableError):
-            return not_ready(self._task, "failed", self.recovery_s)
+            return not_ready(self._name, "failed", self.recovery_s)
         if isinstance(error, RayTaskError):
             ours: Any = error.cause
-            return ours if isinstance(ours, ImagenError) else _unexpected(self._task, error)
+            return ours if isinstance(ours, ImagenError) else _unexpected(self._name, error)
         self.mark_lost()
         return NotReady(
-            f"The replica of {self._task} was lost.",
-            value=str(self._task),
+            f"The replica of {self._name} was lost.",
+            value=self._name,
             remedy="Try again after Retry-After seconds; another one is being started.",
             retry_after_s=self.recovery_s,
         )
 
 
-def _unexpected(task: Task, error: RayTaskError) -> ModelFailed:
+def _unexpected(name: str, error: RayTaskError) -> ModelFailed:
     logger.error("A replica raised an unexpected error", exc_info=error)
     return ModelFailed(
-        f"The model {task} failed on this picture.",
-        value=str(task),
+        f"The model {name} failed on this picture.",
+        value=name,
         remedy="Try again; if it keeps failing, report the request id.",
     )
 
 
 class ServeBackends:
-    """The models of a Serve application, and how they are."""
+    """The models of a Serve application by name, and how they are."""
 
-    def __init__(self, handles: Mapping[Task, Handle], retry_after_s: float) -> None:
-        self._backends = {t: HandleBackend(t, h, retry_after_s) for t, h in handles.items()}
+    def __init__(
+        self, handles: Mapping[str, Handle], registry: Registry, retry_after_s: float
+    ) -> None:
+        self._backends = {n: HandleBackend(n, h, retry_after_s) for n, h in handles.items()}
+        self._deployment = {spec.name: registry.deployment(spec) for spec in registry.models}
         self._application = serve.get_replica_context().app_name
-        self._states: Mapping[Task, State] = {}
+        self._states: Mapping[str, State] = {}
         self._details = Details({}, {})
         self._stale_s = 0.0
         self._lock = asyncio.Lock()
         self._status: asyncio.Future[Any] | None = None
 
-    def __getitem__(self, task: Task) -> HandleBackend:
-        return self._backends[task]
+    def __getitem__(self, name: str) -> HandleBackend:
+        return self._backends[name]
 
-    def recovery_s(self, task: Task) -> float:
-        return self._backends[task].recovery_s
+    def recovery_s(self, name: str) -> float:
+        return self._backends[name].recovery_s
 
-    async def states(self) -> Mapping[Task, State]:
+    async def states(self) -> Mapping[str, State]:
         """From the replicas and the Serve controller, at most a second old."""
         await self._refresh()
         return self._states
@@ -191,13 +194,13 @@ class ServeBackends:
             replicas = dict(zip(self._backends, await asked, strict=True))
             last = self._states
             self._states = {
-                task: _state(deployments.get(task.deployment), replicas[task], last.get(task))
-                for task in self._backends
+                name: _state(deployments.get(deployment), replicas[name], last.get(name))
+                for name, deployment in self._deployment.items()
             }
-            for task, backend in self._backends.items():
-                if (last.get(task), self._states[task]) == ("ready", "starting"):
+            for name, backend in self._backends.items():
+                if (last.get(name), self._states[name]) == ("ready", "starting"):
                     backend.mark_lost()
-            running = {task: statuses for task, statuses in replicas.items() if statuses}
+            running = {name: statuses for name, statuses in replicas.items() if statuses}
             self._details = Details(running, percent)
             self._stale_s = time.monotonic() + _VIEW_TTL_S
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Receive, Scope, Send
 
-    from deployments.registry import Registry
+    from deployments.catalogue import Registry
     from deployments.settings import Settings
-    from deployments.tasks import Task
     from serve_app.backends import Handle
 
 
@@ -65,8 +64,8 @@ class Ingress:
     """Speaks HTTP for the models. Replicas share no state, so that any number behave as one.
 
     Args:
-        handles: one per task.
-        registry: what each task's model is.
+        handles: by model.
+        registry: what each model is.
         settings: limits and deadlines.
         beside: the deployments of jobs, by name: `worker`, and `redis` unless REDIS_URL names one.
             Empty without jobs.
@@ -74,12 +73,12 @@ class Ingress:
 
     def __init__(
         self,
-        handles: dict[Task, Handle],
+        handles: dict[str, Handle],
         registry: Registry,
         settings: Settings,
         beside: dict[str, Handle],
     ) -> None:
-        backends = ServeBackends(handles, settings.retry_after_s)
+        backends = ServeBackends(handles, registry, settings.retry_after_s)
         self._metrics = HttpMetrics()
         link = open_link(own_url(beside.get("redis")))
         signals, jobs = Signals(link, settings.jobs.namespace), None

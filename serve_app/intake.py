@@ -11,7 +11,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 from deployments import images
 from deployments.contract import ImageJob, OutputFormat, check_used, parse
@@ -27,17 +27,20 @@ from deployments.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from typing import Literal
 
-    from deployments.contract import ImageRequest, ImageResult
-    from deployments.registry import ModelSpec, Registry
+    from deployments.catalogue import Registry
+    from deployments.contract import ImageRequest, ImageResult, JobProgress
+    from deployments.notes import Note
+    from deployments.registry import ModelSpec
     from deployments.settings import Settings
     from deployments.tasks import Task
 
     State = Literal["ready", "idle", "starting", "failed"]
 
 T = TypeVar("T")
+Answers: TypeAlias = "AsyncGenerator[JobProgress | tuple[ImageResult, ...]]"
 _OPERATOR_S = 60
 """`Retry-After` of a model that failed to start: it waits for an operator."""
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
@@ -48,30 +51,34 @@ class Backend(Protocol):
 
     async def __call__(self, job: ImageJob) -> ImageResult: ...
 
+    def stream(self, job: ImageJob) -> Answers:
+        """Tells how far a request is; its results come last."""
+        ...
+
 
 class Details(NamedTuple):
     """What lies behind the states.
 
     Attributes:
-        replicas: what each running replica of a task serves: digest serving, digest wanted, and why
-            they differ.
+        replicas: what each running replica of a model serves, by the model's name: digest serving,
+            digest wanted, and why they differ.
         pulling: percent of each model that some node is fetching, by model name.
     """
 
-    replicas: Mapping[Task, list[Any]]
+    replicas: Mapping[str, list[Any]]
     pulling: Mapping[str, float]
 
 
 class Backends(Protocol):
-    """The models, and how they are."""
+    """The models by name, and how they are."""
 
-    def __getitem__(self, task: Task) -> Backend: ...
+    def __getitem__(self, name: str) -> Backend: ...
 
-    def recovery_s(self, task: Task) -> float:
+    def recovery_s(self, name: str) -> float:
         """Seconds after which a model that is not ready will probably answer."""
         ...
 
-    async def states(self) -> Mapping[Task, State]:
+    async def states(self) -> Mapping[str, State]:
         """ready, idle (no replica, wakes on demand), starting or failed."""
         ...
 
@@ -86,12 +93,15 @@ class Call:
 
     Attributes:
         task: what is asked for.
-        fields: parameters as text, by name.
+        fields: parameters as text, by name; and `model`, the name of a model.
         image: the uploaded file; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
         charge: called with the pixels of the picture once its header is read, before any work; may
             raise RateLimited. None charges nobody.
+        n: results, of seeds that follow one another; above 1 only for models that use chance.
+        preview: whether `Intake.follow` shows small pictures of the steps.
+        notes: of what the protocol lost or chose.
     """
 
     task: Task
@@ -100,6 +110,9 @@ class Call:
     accept: str = ""
     request_id: str = ""
     charge: Callable[[int], Awaitable[None]] | None = None
+    n: int = 1
+    preview: bool = False
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +120,13 @@ class Checked:
     """A request that its model would take.
 
     Attributes:
+        spec: its model.
         request: the fields that the client set.
         output_format: of the result.
-        width_px, height_px: of the picture, upright; 0 without one.
+        width_px, height_px: of the picture, upright; without one, of what is made.
     """
 
+    spec: ModelSpec
     request: ImageRequest
     output_format: OutputFormat
     width_px: int
@@ -123,7 +138,7 @@ class Intake:
 
     Args:
         backends: the models.
-        registry: what each task's model is.
+        registry: what each model is.
         settings: limits and deadlines.
     """
 
@@ -162,13 +177,52 @@ class Intake:
             RequestError: the request is wrong.
             ServiceError: the model is not ready, busy, failed, or too late.
         """
+        name = self.spec_of(call).name
         try:
             async with asyncio.timeout_at(deadline_s):
                 checked = await self.check(call)
-                job = self._job(call, checked, deadline_s)
-                return await self._backends[call.task](job)
+                return await self._backends[name](self._job(call, checked, deadline_s))
         except TimeoutError as error:
-            raise await self._why_late(call.task) from error
+            raise await self._why_late(name) from error
+
+    def spec_of(self, call: Call) -> ModelSpec:
+        """The model that a request names, or its task's default.
+
+        Raises:
+            InvalidParameter: it names none that serves the task.
+        """
+        return self._registry.choose(call.task, call.fields.get("model"))
+
+    async def follow(self, call: Call, deadline_s: float) -> Answers:
+        """How far a request is, and then its results.
+
+        Raises as `run`: what is wrong with the request before the first answer, the rest with it
+        or later.
+        """
+        name = self.spec_of(call).name
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                checked = await self.check(call)
+                answers = self._backends[name].stream(self._job(call, checked, deadline_s))
+                first = await anext(answers)
+        except TimeoutError as error:
+            raise await self._why_late(name) from error
+        return self._followed(name, first, answers, deadline_s)
+
+    async def _followed(
+        self, name: str, answer: Any, answers: Answers, deadline_s: float
+    ) -> Answers:
+        try:
+            while True:
+                yield answer
+                async with asyncio.timeout_at(deadline_s):
+                    answer = await anext(answers)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise await self._why_late(name) from error
+        finally:
+            await answers.aclose()
 
     async def check(self, call: Call) -> Checked:
         """Whether a request can be sent to its model.
@@ -176,15 +230,20 @@ class Intake:
         Raises:
             RequestError: it is wrong.
         """
-        spec = self._registry[call.task]
+        spec = self.spec_of(call)
         check_picture(call)
-        request = parse(call.task.request, call.fields)
+        fields = {name: text for name, text in call.fields.items() if name != "model"}
+        request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
-        width_px, height_px = await self._size_px(call.image)
+        check_n(call.n, spec)
+        if call.image is None:
+            width_px, height_px = self._canvas(request, spec)
+        else:
+            width_px, height_px = await self._size_px(call.image)
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
-            await call.charge(width_px * height_px)
-        return Checked(request, output_format, width_px, height_px)
+            await call.charge(width_px * height_px * call.n)
+        return Checked(spec, request, output_format, width_px, height_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
         return ImageJob(
@@ -196,11 +255,24 @@ class Intake:
             width_px=checked.width_px,
             height_px=checked.height_px,
             sent_unix_s=time.time(),
+            n=call.n,
+            preview=call.preview,
+            notes=call.notes,
         )
 
-    async def _size_px(self, image: bytes | None) -> tuple[int, int]:
-        if image is None:
-            return 0, 0
+    def _canvas(self, request: ImageRequest, spec: ModelSpec) -> tuple[int, int]:
+        """Width and height, px, of what a task without a picture makes."""
+        width_px, height_px = request.canvas(spec.buckets[0] if spec.buckets else (0, 0))
+        limit = self._limits.max_output_px
+        if width_px * height_px > limit:
+            raise TooLarge(
+                f"The result may have at most {limit} px.",
+                value=f"{width_px} x {height_px} = {width_px * height_px} px",
+                remedy="Ask for a smaller width or height.",
+            )
+        return width_px, height_px
+
+    async def _size_px(self, image: bytes) -> tuple[int, int]:
         header = await asyncio.get_running_loop().run_in_executor(
             self._header_threads, images.read_header, image, self._limits
         )
@@ -226,11 +298,11 @@ class Intake:
                 remedy=f"Send a picture of at most {limit // scale**2} px.",
             )
 
-    async def _why_late(self, task: Task) -> ImagenError:
-        state = (await self._backends.states()).get(task, "starting")
+    async def _why_late(self, name: str) -> ImagenError:
+        state = (await self._backends.states()).get(name, "starting")
         if state == "ready":
             return too_late()
-        return not_ready(task, state, self._backends.recovery_s(task))
+        return not_ready(name, state, self._backends.recovery_s(name))
 
 
 def check_picture(call: Call) -> None:
@@ -252,11 +324,25 @@ def check_picture(call: Call) -> None:
         )
 
 
-def not_ready(task: Task, state: State, recovery_s: float) -> NotReady:
+def check_n(n: int, spec: ModelSpec) -> None:
+    """Whether a model's results differ if there are several.
+
+    Raises:
+        InvalidParameter: it uses no chance.
+    """
+    if n > 1 and "seed" not in spec.parameters:
+        raise InvalidParameter(
+            f"The model {spec.name} uses no chance, so that all results would be the same.",
+            value=f"n={n}",
+            remedy="Leave n out.",
+        )
+
+
+def not_ready(name: str, state: State, recovery_s: float) -> NotReady:
     """The error for a model that cannot answer now."""
     failed = state == "failed"
     return NotReady(
-        f"The model {task} is {state}.",
+        f"The model {name} is {state}.",
         value=state,
         remedy="Ask the operator; /readyz says more."
         if failed

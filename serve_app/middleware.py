@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
-from serve_app.problem import error_response
+from serve_app.problem import below_root, error_response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -109,12 +109,6 @@ class AccessLog:
             )
             if self.on_answer:
                 self.on_answer(below_root(scope), status, reason, seconds)
-
-
-def below_root(scope: Scope) -> str:
-    """The path without the prefix that the application is deployed under."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 class ErrorBoundary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from deployments.errors import ImagenError
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI_ROOT = "/v1/"
+"""Below it, errors are as OpenAI's clients read them."""
 
 
 class Problem(BaseModel):
@@ -36,6 +39,12 @@ class Problem(BaseModel):
     errors: list[dict[str, Any]] | None = Field(
         default=None, description="the single findings, where there are several"
     )
+
+
+def below_root(scope: Scope) -> str:
+    """The path without the prefix that the application is deployed under."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def error_response(
@@ -58,5 +67,25 @@ def error_response(
         own["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
-    body = json.dumps(error.details(scope["state"]["request_id"])).encode()
+    request_id = scope["state"]["request_id"]
+    if below_root(scope).startswith(OPENAI_ROOT):
+        status = HTTPStatus.BAD_REQUEST if error.status == 422 else error.status
+        body = json.dumps(openai_document(error, request_id))
+        return Response(body, status, own, media_type="application/json")
+    body = json.dumps(error.details(request_id))
     return Response(body, error.status, own, media_type=MEDIA_TYPE)
+
+
+def openai_document(error: ImagenError, request_id: str) -> dict[str, Any]:
+    """An error as clients of OpenAI's API read it."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    names = [problem["parameter"] for problem in error.problems]
+    return {
+        "error": {
+            "message": str(error),
+            "type": "rate_limit_error" if error.status == 429 else kind,
+            "param": names[0] if names else None,
+            "code": error.code,
+            "request_id": request_id,
+        }
+    }

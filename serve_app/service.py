@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
-from deployments.tasks import Task
 from serve_app.intake import Backends
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from deployments.catalogue import Registry
     from deployments.registry import ModelSpec
     from serve_app.intake import State
 
@@ -23,8 +23,9 @@ router = APIRouter(tags=["service"])
 class Model(BaseModel):
     """A model, and the route it serves."""
 
-    name: str
+    name: str = Field(description="what a request sends as `model` to get it")
     task: str
+    default: bool = Field(description="whether requests of the task that name no model get it")
     route: str
     state: str = Field(description="ready, idle (wakes on demand), starting or failed")
     summary: str
@@ -54,8 +55,10 @@ class Readiness(BaseModel):
     """Whether every model is ready or idle, and what lies behind that."""
 
     status: str = Field(description="ready, or not ready")
-    models: dict[str, str] = Field(description="state by task")
-    replicas: dict[str, list[Any]] = Field(description="what each running replica serves")
+    models: dict[str, str] = Field(
+        description="state of each task's default model, by task, and of further ones, by name"
+    )
+    replicas: dict[str, list[Any]] = Field(description="what each running replica serves, likewise")
     pulling_percent: dict[str, float] = Field(description="progress of models being fetched")
 
 
@@ -67,13 +70,17 @@ async def backends_of(request: Request) -> Backends:
 AnyBackends = Annotated[Backends, Depends(backends_of)]
 
 
-@router.get("/api/v1/models", summary="What serves each route, and its state")
+@router.get("/api/v1/models", summary="The models of each route, and their states")
 async def list_models(request: Request, backends: AnyBackends) -> Models:
     """Every model that is served."""
     states = await backends.states()
     prefix = request.scope.get("root_path", "")
-    served = request.app.state.registry.items()
-    return Models(models=[_describe(spec, prefix, _state(states, task)) for task, spec in served])
+    registry: Registry = request.app.state.registry
+    return Models(
+        models=[
+            _describe(spec, registry, prefix, _state(states, spec.name)) for spec in registry.models
+        ]
+    )
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -92,30 +99,33 @@ async def healthz() -> Health:
 async def readyz(request: Request, response: Response, backends: AnyBackends) -> Readiness:
     """For readiness probes, and for people who want to know why."""
     states = await backends.states()
-    models = {task: _state(states, task) for task in request.app.state.registry}
-    waiting = [task for task, state in models.items() if state not in ("ready", "idle")]
+    registry: Registry = request.app.state.registry
+    models = {spec.name: _state(states, spec.name) for spec in registry.models}
+    waiting = [name for name, state in models.items() if state not in ("ready", "idle")]
     if waiting:
-        recovery_s = max(backends.recovery_s(task) for task in waiting)
+        recovery_s = max(backends.recovery_s(name) for name in waiting)
         response.status_code = 503
         response.headers["Retry-After"] = str(math.ceil(recovery_s))
     details = await backends.details()
+    label = {spec.name: registry.label(spec) for spec in registry.models}
     return Readiness(
         status="not ready" if waiting else "ready",
-        models={str(task): state for task, state in models.items()},
-        replicas={str(task): replicas for task, replicas in details.replicas.items()},
+        models={label[name]: state for name, state in models.items()},
+        replicas={label[name]: replicas for name, replicas in details.replicas.items()},
         pulling_percent={name: round(percent, 1) for name, percent in details.pulling.items()},
     )
 
 
-def _state(states: Mapping[Task, State], task: Task) -> State:
-    return states.get(task, "starting")
+def _state(states: Mapping[str, State], name: str) -> State:
+    return states.get(name, "starting")
 
 
-def _describe(spec: ModelSpec, prefix: str, state: State) -> Model:
+def _describe(spec: ModelSpec, registry: Registry, prefix: str, state: State) -> Model:
     """A model as clients see it; its route is below the prefix that the application serves at."""
     return Model(
         name=spec.name,
         task=spec.task,
+        default=registry.is_default(spec),
         route=prefix + spec.task.route,
         state=state,
         summary=spec.summary,

@@ -23,8 +23,8 @@ from serve_app.jobs.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from deployments.catalogue import Registry
     from deployments.settings import Settings
-    from deployments.tasks import Task
     from serve_app.backends import Handle
 
 _ASK_S = 5.0
@@ -34,22 +34,27 @@ class JobWorker:
     """Carries jobs from the queue to the models, and their results to storage.
 
     Args:
-        handles: one per task.
+        handles: by model.
+        registry: what each model is.
         settings: of the application.
         redis: the application's own Redis; None if REDIS_URL names one.
     """
 
     def __init__(
-        self, handles: dict[Task, Handle], settings: Settings, redis: Handle | None
+        self,
+        handles: dict[str, Handle],
+        registry: Registry,
+        settings: Settings,
+        redis: Handle | None,
     ) -> None:
         jobs = settings.jobs
         link = open_link(own_url(redis))
         self._settings = jobs
         self._queue = open_queue(link, jobs)
         self._outbox = Outbox(link, jobs.namespace, jobs.webhooks, jobs.lease_s)
-        models = {t: HandleBackend(t, h, settings.retry_after_s) for t, h in handles.items()}
+        models = {n: HandleBackend(n, h, settings.retry_after_s) for n, h in handles.items()}
         files, metrics = open_job_files(jobs), JobMetrics()
-        self._worker = Worker(self._queue, files, models, jobs, metrics.count_end)
+        self._worker = Worker(self._queue, files, models, registry, jobs, metrics.count_end)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)
         self._loops: asyncio.Task[None] | None = None
 

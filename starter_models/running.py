@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from deployments import images
+from deployments.catalogue import load_registry
 from deployments.contract import complete
 from deployments.engine.engine import Engine
 from deployments.engine.row import Row, RowInput
 from deployments.loader import build
-from deployments.registry import load_registry
 from deployments.settings import Settings
 from deployments.store.folder_bucket import local_folder
 from deployments.tasks import Task

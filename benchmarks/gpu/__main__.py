@@ -103,6 +103,7 @@ def measure(args: argparse.Namespace, work: Sequence[Any]) -> None:
         if not tiny and todo and left_s > COMPILE_S:
             compiled = compile_all(todo, left_s - COMPILE_S / 2, args.artefacts)
             result["cells"].update(compiled)
+            write()
         go([task for task in work if task.phase > 0])
     finally:
         if folder is None:

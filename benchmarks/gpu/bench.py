@@ -116,14 +116,15 @@ def headline(bench: Bench) -> dict[str, Values]:
 
 
 def compiled(bench: Bench) -> dict[str, Values]:
-    """Ours with compiled networks, in turns with the old worker loop and with stock."""
+    """Ours with compiled networks, in turns with the old worker loop or with stock."""
     if bench.device != "cuda":
         raise NotMeasured("needs a GPU")
     if "seconds" not in bench.cells.get(f"{bench.workload.name}/compiling", {}):
         raise NotMeasured("not compiled in time")
     workload, makes = bench.workload, _makes(bench.workload)
     names = compiled_cells(workload)
-    beside = ["old", "old-mixed", "stock", "ours"] if workload.mixed else ["stock", "ours"]
+    # One is enough beside it, because a lease is short: the headline has the others.
+    beside = ["old"] if workload.mixed else ["stock"]
     cells = compare(
         bench, {name: makes[name.removesuffix("-mixed")] for name in (*names, *beside)}, *names[:1]
     )

@@ -25,7 +25,6 @@ class Options:
     Attributes:
         mode: what torch compiles.
         graphs: whether passes are recorded as CUDA graphs.
-        search: whether recording times cuDNN's algorithms.
         dtype, vae_dtype: None as served.
         channels_last: memory format of all networks.
         fused_qkv: one matrix product for query, key and value.
@@ -39,7 +38,6 @@ class Options:
 
     mode: Literal["off", "blocks", "full"] = "off"
     graphs: bool = True
-    search: bool = True
     dtype: torch.dtype | None = None
     vae_dtype: torch.dtype | None = None
     channels_last: bool = False
@@ -54,7 +52,6 @@ BASE = Options()
 PLAIN = Options(graphs=False)
 FULL = Options(mode="full")
 OPTIONS: dict[str, Options] = {
-    "no_search": Options(search=False),
     "blocks": Options(mode="blocks"),
     "channels_last": Options(channels_last=True),
     "fused_qkv": Options(fused_qkv=True),

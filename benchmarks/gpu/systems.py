@@ -241,8 +241,7 @@ class Ours(System):
         start_s = time.perf_counter()
         recorder = None
         if self._options.graphs:
-            limit_bytes = torch.cuda.get_device_properties(0).total_memory
-            recorder = CudaGraphs(limit_bytes, search=self._options.search)
+            recorder = CudaGraphs(torch.cuda.get_device_properties(0).total_memory)
         # Forgetting what other systems have compiled would slow them down.
         with compiling() if self._options.mode != "off" else nullcontext():
             self.pipeline.prepare(Preparation(self._options.mode, recorder=recorder), self.batch)

@@ -210,9 +210,9 @@ def _passes(cells: Values, peak: float) -> str:
 
 
 def _shares(cell: Values, system: str) -> str:
-    if "shares" not in cell:
+    if not (shares := cell.get("shares", {}).get(system)):
         return _gap(cell)
-    return ", ".join(f"{count}: {share:.1%}" for count, share in cell["shares"][system].items())
+    return ", ".join(f"{count}: {share:.1%}" for count, share in shares.items())
 
 
 def _options(cells: Values) -> str:

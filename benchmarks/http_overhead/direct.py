@@ -30,19 +30,20 @@ _calls: list[Call] = []
 def ours() -> Call:
     """One request through our engine."""
     from benchmarks.latency import measure
+    from deployments.catalogue import load_registry
     from deployments.engine.engine import Engine
     from deployments.engine.grouping import GroupLimits
     from deployments.loader import build
-    from deployments.registry import load_registry
     from deployments.settings import Settings
+    from deployments.store.lockfile import load_lock
     from deployments.store.provider import Provider
 
     application = yaml.safe_load(LOCAL_CONFIG.read_text(encoding="utf-8"))["applications"][0]
     settings = Settings.model_validate(application["args"])
-    spec = load_registry(settings.models)[TASK]
+    spec = load_registry(*settings.models)[TASK]
     deployments = {each["name"]: each for each in application["deployments"]}
     tuning = deployments[TASK.deployment]["user_config"]
-    provider = Provider(settings.models, settings.store)
+    provider = Provider(load_lock(*settings.models), settings.store)
     pipeline = build(spec, provider.ensure(spec), settings)
     engine = Engine(pipeline, GroupLimits(tuning["max_batch_size"]))
     return lambda image: measure(spec, pipeline, engine, image)["total"]

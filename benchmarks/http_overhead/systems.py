@@ -17,7 +17,7 @@ from deployments.tasks import Task
 
 TASK: Final = Task.BACKGROUND
 LITSERVE: Final = ("litserve", "litserve unbatched")
-_ASLEEP: Final = tuple(task.deployment for task in Task if task is not TASK)
+_ASLEEP: Final = tuple(task.deployment for task in Task if task.needs_picture and task is not TASK)
 _GRPC: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**28),  # Ray's own limit is 4 MiB

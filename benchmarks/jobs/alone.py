@@ -23,10 +23,9 @@ import typer
 import uvicorn
 
 from benchmarks.jobs.clients import TASK
+from deployments.catalogue import Registry, load_registry
 from deployments.contract import ImageJob, ImageResult, JobProgress
-from deployments.registry import load_registry
 from deployments.settings import AccessSettings, JobSettings, Settings
-from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.connection import RedisLink
@@ -76,14 +75,14 @@ class Echo:
 class Ready:
     """Models of an Ingress that only takes jobs."""
 
-    def __getitem__(self, task: Any) -> Any:
+    def __getitem__(self, name: str) -> Any:
         raise NotImplementedError  # no request asks for an answer in the same call
 
-    def recovery_s(self, task: Any) -> float:
+    def recovery_s(self, name: str) -> float:
         return 1.0
 
-    async def states(self) -> dict[Any, Any]:
-        return dict.fromkeys(Task, "ready")
+    async def states(self) -> dict[str, Any]:
+        return {}
 
     async def details(self) -> Details:
         return Details({}, {})
@@ -125,7 +124,7 @@ def ingress(redis: Redis, folder: Folder, port: int) -> None:
     async def serve() -> None:
         link, settings = await linked(redis), settings_of(folder)
         signals = Signals(link, settings.jobs.namespace)
-        registry = load_registry(settings.models)
+        registry = load_registry(*settings.models)
         jobs = open_jobs(link, signals, settings.jobs)
         api = create_app(Ready(), registry, settings, jobs=jobs, redis=lambda: link.current)
         server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error", lifespan="off"))
@@ -143,9 +142,12 @@ def worker(redis: Redis, folder: Folder) -> None:
     """A worker as JobWorker runs it."""
 
     async def work() -> None:
-        link, settings = await linked(redis), settings_of(folder).jobs
+        whole = settings_of(folder)
+        link, settings = await linked(redis), whole.jobs
         queue = open_queue(link, settings)
-        carrier = Worker(queue, open_job_files(settings), {TASK: Echo()}, settings)
+        registry = Registry([load_registry(*whole.models)[TASK]], {})
+        models = {registry[TASK].name: Echo()}
+        carrier = Worker(queue, open_job_files(settings), models, registry, settings)
         outbox = Outbox(link, settings.namespace, settings.webhooks, settings.lease_s)
         sender = Sender(settings.webhooks, await queue.webhook_master())
         async with asyncio.TaskGroup() as loops:

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 
 from benchmarks.jobs.clients import TASK
-from deployments.registry import load_registry
+from deployments.catalogue import load_registry
 from deployments.settings import AccessSettings, Settings
 from serve_app.api import create_app
 from serve_app.intake import Call, Checked, Intake
@@ -28,7 +28,7 @@ def open_intake() -> Intake:
     """The checks of an application whose settings are the default ones."""
     settings = Settings()
     nobody: Any = None  # no request goes on to a model
-    return Intake(nobody, load_registry(settings.models), settings)
+    return Intake(nobody, load_registry(*settings.models), settings)
 
 
 async def read_call(request: Request, intake: Intake) -> tuple[Call, Checked]:
@@ -73,7 +73,7 @@ class Baseline:
         self.bare = FastAPI()
         self.bare.state.intake = open_intake()
         self.bare.add_api_route("/upload", upload, methods=["POST"])
-        self.whole = create_app(nobody, load_registry(settings.models), settings)
+        self.whole = create_app(nobody, load_registry(*settings.models), settings)
         self.whole.add_api_route("/whole", upload, methods=["POST"])
 
 

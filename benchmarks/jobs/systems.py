@@ -36,10 +36,10 @@ def system(redis: str, *, celery: bool) -> System:
     """
 
     def command(port: int, folder: Path) -> list[str]:
-        others = [task for task in Task if task is not TASK]
+        every = {task.deployment for task in Task if task.needs_picture}
         applications = [
-            _imagen("imagen", "/", {task.deployment for task in others}),
-            _imagen("accepting", "/accepting", {*(task.deployment for task in Task), "JobWorker"}),
+            _imagen("imagen", "/", every - {TASK.deployment}),
+            _imagen("accepting", "/accepting", every | {"JobWorker"}),
             _other("baseline"),
         ]
         if celery:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from benchmarks.peers.work import Upload
 
 PREFIX: Final = "/api/v1/images"
-TASKS: Final = {task.route.removeprefix(f"{PREFIX}/"): task for task in Task}
+TASKS: Final = {task.route.removeprefix(f"{PREFIX}/"): task for task in Task if task.needs_picture}
 """The tasks by what follows the prefix in their routes."""
 
 

@@ -18,7 +18,6 @@ import typer
 
 from benchmarks.peers.work import MAX_BATCH
 from deployments.settings import ROOT
-from deployments.tasks import Task
 
 _CONFIG: Final = """
 name: "{task}"
@@ -39,8 +38,7 @@ instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 
 def write_repository(folder: Path) -> None:
     """Write a model repository with the five tasks."""
-    for task in Task:
-        limit = MAX_BATCH[task]
+    for task, limit in MAX_BATCH.items():
         preferred = ", ".join(str(size) for size in (2, 4, 8) if size <= limit)
         (folder / task / "1").mkdir(parents=True)
         text = _CONFIG.format(task=task, limit=limit, preferred=preferred)

@@ -18,10 +18,11 @@ import numpy as np
 from benchmarks.driving import drive
 from deployments import images
 from deployments.buckets import choose_bucket, fit_to_bucket, restore_from_bucket
+from deployments.catalogue import load_registry
 from deployments.contract import Img2ImgRequest, complete, parse
 from deployments.engine.row import Pixels, RowInput
 from deployments.images import Picture
-from deployments.registry import ModelSpec, load_registry
+from deployments.registry import ModelSpec
 from deployments.settings import ROOT, LimitSettings, enforce_offline
 from deployments.tasks import Task
 
@@ -36,7 +37,7 @@ MODELS: Final = ROOT / "configs/models/starter.yaml"
 # As in configs/local.yaml; each model is one process.
 TORCH_THREADS: Final = 1
 PIXEL_THREADS: Final = 2
-MAX_BATCH: Final = {**dict.fromkeys(Task, 4), Task.BACKGROUND: 8}
+MAX_BATCH: Final = {task: 4 for task in Task if task.needs_picture} | {Task.BACKGROUND: 8}
 # As in configs/local.yaml, for servers that have a timeout.
 TIMEOUT_S: Final = 60
 _LIMITS: Final = LimitSettings()

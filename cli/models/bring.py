@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from cli.console import Meter, Row, make_table
 from cli.models.session import (
-    STARTER,
+    EVERY,
     AsJson,
     Everything,
     HubCache,
@@ -20,7 +20,7 @@ from cli.models.session import (
     Name,
     Names,
     Rate,
-    RegistryFile,
+    RegistryFiles,
     Root,
     Session,
     Threads,
@@ -49,7 +49,7 @@ def resolve_models(
     renew: Annotated[
         bool, typer.Option("--renew", help="Accept what differs from the lock file")
     ] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     hub_cache: HubCache = None,
     as_json: AsJson = False,
@@ -60,7 +60,9 @@ def resolve_models(
         def work(entry: ArtefactSpec) -> Row:
             known = opened.lock.models.get(entry.name)
             locked = resolve(entry, opened.settings, known, renew=renew)
-            update_lock(opened.registry, lambda lock: lock.with_model(entry.name, locked))
+            update_lock(
+                opened.catalogue.file_of(entry), lambda lock: lock.with_model(entry.name, locked)
+            )
             status = "unchanged" if opened.lock.models[entry.name] == known else "resolved"
             digest = None if locked.digest == UNRESOLVED else locked.digest
             hint = digest[:SHORT] if digest else f"now run `imagen models convert {entry.name}`"
@@ -74,7 +76,7 @@ def pull(
     names: Names = None,
     everything: Everything = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what it would do")] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     mirror: Mirror = None,
     hub_cache: HubCache = None,
@@ -187,7 +189,7 @@ def publish_model(
     smoke: Annotated[
         bool, typer.Option("--smoke/--no-smoke", help="Load it first, without a network")
     ] = True,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     mirror: Mirror = None,
     hub_cache: HubCache = None,
@@ -258,7 +260,7 @@ def convert_model(
     again: Annotated[
         bool, typer.Option("--again", help="Even if the result is in the store")
     ] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     hub_cache: HubCache = None,
     threads: Threads = None,
@@ -303,7 +305,9 @@ def bring_entry(opened: Session, entry: ArtefactSpec) -> str:
         origins = locked_origins(entry, opened.lock)
         digest = origin_manifest(entry, origins).digest
         locked = LockedModel(digest=digest, origins=origins)
-        update_lock(opened.registry, lambda lock: lock.with_model(entry.name, locked))
+        update_lock(
+            opened.catalogue.file_of(entry), lambda lock: lock.with_model(entry.name, locked)
+        )
     if digest and opened.store.find(entry.name, digest, "crc32c"):
         return digest
     if entry.convert and not opened.settings.mirror:
@@ -316,7 +320,9 @@ def bring_entry(opened: Session, entry: ArtefactSpec) -> str:
 
 def _convert(opened: Session, entry: ArtefactSpec) -> str:
     with Meter(opened.output) as meter:
-        manifest = convert(entry, opened.registry, Store(opened.settings, meter.on_event))
+        manifest = convert(
+            entry, opened.catalogue.file_of(entry), Store(opened.settings, meter.on_event)
+        )
     size = decimal(manifest.total_bytes)
     opened.output.say(f"{entry.name}: converted: {manifest.short}, {size}", "green")
     return manifest.digest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.filesize import decimal
 
-from cli.models.session import STARTER, AsJson, Name, RegistryFile, Root, Session, session
+from cli.models.session import EVERY, AsJson, Name, RegistryFiles, Root, Session, session
 from deployments.errors import ConfigError
 from deployments.registry import ModelSpec
 from deployments.settings import Settings
@@ -33,7 +33,7 @@ def compile_model(
         Mode, typer.Option(help="The whole network, or its repeated blocks: faster to compile")
     ] = "full",
     device: Annotated[Device, typer.Option(help="Where to compile, and what for")] = "auto",
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +62,7 @@ def _make(
     from deployments.gpu.target import this_target
     from deployments.loader import load
 
-    settings = Settings(models=opened.registry, device=device, store=opened.settings)
+    settings = Settings(models=opened.registries, device=device, store=opened.settings)
     loaded = load(spec, digest, opened.store, settings)
     with loaded.lease:
         start_s = time.monotonic()
@@ -71,7 +71,9 @@ def _make(
         seconds = time.monotonic() - start_s
         key = compiled.CompiledKey(spec.name, digest, this_target(device), mode, shapes)
         artefact = compiled.add(opened.store, key, blob)
-    update_lock(opened.registry, lambda lock: lock.with_artefact(spec.name, digest, artefact))
+    update_lock(
+        opened.catalogue.file_of(spec), lambda lock: lock.with_artefact(spec.name, digest, artefact)
+    )
     return artefact, seconds
 
 

@@ -8,14 +8,14 @@ from rich.filesize import decimal
 
 from cli.models.bring import bring_entry
 from cli.models.session import (
-    STARTER,
+    EVERY,
     AsJson,
     HubCache,
     LockTimeoutS,
     Mirror,
     Name,
     Rate,
-    RegistryFile,
+    RegistryFiles,
     Root,
     Session,
     Threads,
@@ -34,7 +34,7 @@ from deployments.store.resolve import resolve
 
 def get_model(
     name: Name,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     mirror: Mirror = None,
     hub_cache: HubCache = None,
@@ -82,7 +82,8 @@ def _resolve_if_needed(opened: Session, entry: ArtefactSpec) -> None:
         opened.output.say(f"{entry.name}: looking up revision, sizes and hashes")
         known = opened.lock.models.get(entry.name)
         locked = resolve(entry, opened.settings, known)
-        update_lock(opened.registry, lambda lock: lock.with_model(entry.name, locked))
+        file = opened.catalogue.file_of(entry)
+        update_lock(file, lambda lock: lock.with_model(entry.name, locked))
 
 
 def _announce(opened: Session, entry: ArtefactSpec) -> None:

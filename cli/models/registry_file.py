@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import ConfigError
-from deployments.registry import Catalogue, ModelSpec, load_catalogue
+from deployments.registry import ModelSpec
 from deployments.settings import parse_settings, resolve
 
 _MODELS = re.compile(r"^models:[ \t]*(?:\[[ \t]*\])?[ \t]*(?:#.*)?$", re.MULTILINE)

@@ -15,15 +15,17 @@ import typer
 from cli.console import Output, Row
 from cli.ending import INTERRUPTED, ending, error_row
 from cli.paths import user_path
+from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import ConfigError, SetupError
-from deployments.registry import ArtefactSpec, Catalogue, load_catalogue
-from deployments.settings import ROOT_VARIABLE, StoreSettings, parse_settings
+from deployments.registry import ArtefactSpec
+from deployments.settings import ROOT_VARIABLE, Settings, StoreSettings, parse_settings
 from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
 from deployments.store.lockfile import Lock, known_digest, load_lock
 from deployments.store.provider import Provider
 
-STARTER = Path("configs/models/starter.yaml")
+EVERY = [*Settings().models]
+"""The registries that commands know if none is named: all that Imagen comes with."""
 T = TypeVar("T")
 
 
@@ -36,8 +38,13 @@ def _root(text: str) -> Path:
 Names = Annotated[list[str] | None, typer.Argument(help="Names in the registry, or tasks")]
 Name = Annotated[str, typer.Argument(help="A name in the registry, or a task")]
 Everything = Annotated[bool, typer.Option("--all", help="Every entry of the registry")]
-RegistryFile = Annotated[
-    Path, typer.Option("--registry", envvar="IMAGEN_REGISTRY", help="The YAML file of models")
+RegistryFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--registry",
+        envvar="IMAGEN_REGISTRY",
+        help="A YAML file of models; may be repeated (in the variable: separated by :)",
+    ),
 ]
 Root = Annotated[
     Path | None,
@@ -78,7 +85,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout,
 class Session:
     """The registry, the settings and the output of one command."""
 
-    registry: Path
+    registries: tuple[Path, ...]
     catalogue: Catalogue
     settings: StoreSettings
     output: Output
@@ -89,8 +96,8 @@ class Session:
 
     @property
     def lock(self) -> Lock:
-        """The lock file as it is now."""
-        return load_lock(self.registry)
+        """The lock files as they are now."""
+        return load_lock(*self.registries)
 
     @property
     def kept(self) -> set[str]:
@@ -98,7 +105,7 @@ class Session:
         return self.provider().locked_digests | set(self.store.refs().values())
 
     def provider(self, listener: Listener = ignore) -> Provider:
-        return Provider(self.registry, self.settings, listener)
+        return Provider(self.lock, self.settings, listener)
 
     def digest(self, name: str) -> str | None:
         """The locked digest; None while it is unresolved."""
@@ -164,13 +171,13 @@ def check_choice(names: Sequence[str] | None, everything: bool) -> None:
 
 @contextmanager
 def session(
-    registry: Path, as_json: bool, root: Path | None, **settings: object
+    registries: Sequence[Path], as_json: bool, root: Path | None, **settings: object
 ) -> Generator[Session]:
     """Open a session with these `StoreSettings`, and end the command well."""
     output = Output(as_json=as_json)
     with ending(output):
-        path = user_path(registry)
-        yield Session(path, load_catalogue(path), store_settings(root, **settings), output)
+        paths = tuple(map(user_path, registries))
+        yield Session(paths, load_catalogue(*paths), store_settings(root, **settings), output)
 
 
 def store_settings(root: Path | None, **settings: object) -> StoreSettings:

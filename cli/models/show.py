@@ -15,10 +15,10 @@ from rich.table import Table
 from cli.console import Output, Row, make_table
 from cli.ending import ending
 from cli.models.session import (
-    STARTER,
+    EVERY,
     AsJson,
     Name,
-    RegistryFile,
+    RegistryFiles,
     Root,
     Session,
     session,
@@ -37,7 +37,7 @@ from deployments.store.manifest import SHORT
 
 
 def list_models(
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,7 +51,7 @@ def list_models(
             held = row["in_store"] if row["in_store"] != "other" else ", ".join(row["stored"])
             table.add_row(
                 row["name"],
-                row["task"] or "-",
+                _task(row),
                 row["licence"],
                 _commercial(row),
                 size,
@@ -60,13 +60,13 @@ def list_models(
                 decimal(row["compiled_bytes"]) if row["compiled_bytes"] else "-",
             )
         opened.output.show(table)
-        places = {"registry": str(opened.registry), "store": str(opened.store.root)}
+        places = {"registries": [*map(str, opened.registries)], "store": str(opened.store.root)}
         opened.output.emit(places | {"models": rows})
 
 
 def info(
     name: Name,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,6 +140,7 @@ def _summary(opened: Session, entry: ArtefactSpec) -> Row:
     return {
         "name": entry.name,
         "task": str(entry.task) if isinstance(entry, ModelSpec) else None,
+        "default": opened.catalogue.is_default(entry),
         "licence": entry.licence,
         "commercial": entry.commercial,
         "accepted": entry.commercial or entry.name in opened.catalogue.accept_noncommercial,
@@ -197,6 +198,10 @@ def _origins(opened: Session, entry: ArtefactSpec) -> list[Row]:
         source = theirs.source if theirs else origin.source
         rows.append({"source": source, "into": origin.into, "files": files})
     return rows
+
+
+def _task(row: Row) -> str:
+    return f"{row['task'] or '-'}{', default' if row['default'] else ''}"
 
 
 def _commercial(row: Row) -> str:

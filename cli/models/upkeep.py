@@ -11,11 +11,11 @@ from rich.filesize import decimal
 
 from cli.console import Row
 from cli.models.session import (
-    STARTER,
+    EVERY,
     AsJson,
     Everything,
     Names,
-    RegistryFile,
+    RegistryFiles,
     Root,
     Session,
     check_choice,
@@ -30,7 +30,7 @@ def verify(
     names: Names = None,
     everything: Everything = False,
     full: Annotated[bool, typer.Option("--full", help="By SHA-256, too")] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +65,7 @@ def verify(
 
 def gc(
     now: Annotated[bool, typer.Option("--now", help="However full the disk is")] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,7 +81,7 @@ def gc(
 def clear(
     names: Names = None,
     everything: Annotated[bool, typer.Option("--all", help="Whatever is in the store")] = False,
-    registry: RegistryFile = STARTER,
+    registry: RegistryFiles = EVERY,
     store: Root = None,
     as_json: AsJson = False,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from deployments.engine.device import free_cached_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     Work = Callable[[], torch.Tensor]
     Replay = Callable[[], None]
@@ -46,13 +45,10 @@ class CudaGraphs:
 
     Args:
         limit_bytes: what this process's allocator may reserve.
-        search: time cuDNN's algorithms for each convolution, and record the quickest. That takes
-            seconds, which a plain pass under traffic has not.
     """
 
-    def __init__(self, limit_bytes: int, *, search: bool = True) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._search = search
         self._plain_bytes = 0
         self._reserved_bytes = 0
         self._pool_bytes = 0
@@ -114,8 +110,7 @@ class CudaGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream):
-                with _cudnn_search(self._search):
-                    work()
+                work()
                 torch.cuda.synchronize()
                 before_bytes = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -126,14 +121,3 @@ class CudaGraphs:
             return None
         torch.cuda.current_stream().wait_stream(self._stream)
         return torch.cuda.max_memory_allocated() - before_bytes
-
-
-@contextmanager
-def _cudnn_search(on: bool) -> Generator[None]:
-    """Let cuDNN try its algorithms within the context; it remembers those that it chose."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on or before
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from deployments.engine.row import Pixels
     from deployments.pipelines.noise import Noise
 
+_SKETCH = 32
+"""Most latents on a side of a small picture."""
+
 
 class Autoencoder:
     """Wraps a diffusers AutoencoderKL or AutoencoderTiny, for one thread at a time.
@@ -59,6 +62,15 @@ class Autoencoder:
         if tile is None or max(z.shape[2:]) <= tile:
             return _pixels(self._decode(z))
         return (yield from self._decode_tiles(z, tile))
+
+    @torch.inference_mode()
+    def sketch(self, latents: torch.Tensor) -> Pixels:
+        """A small picture of scaled latents `(1, C, h, w)`, shrunk before they are decoded."""
+        height, width = latents.shape[2:]
+        factor = math.ceil(max(height, width) / _SKETCH)
+        small = torch.nn.functional.avg_pool2d(latents, factor) if factor > 1 else latents
+        z = (small / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return _pixels(self._call_decoder({"latents": z}))
 
     @torch.inference_mode()
     def prepare(self, how: Preparation, sizes: Sequence[tuple[int, int]]) -> None:

@@ -126,13 +126,17 @@ def lock_path(registry: Path) -> Path:
     return resolve(registry).with_suffix(".lock.json")
 
 
-def load_lock(registry: Path) -> Lock:
-    """The lock of a registry file; empty if there is none.
+def load_lock(*registries: Path) -> Lock:
+    """What the lock files of registry files know; nothing where there is none.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: one cannot be read.
     """
-    path = lock_path(registry)
+    models = [_load_lock(lock_path(registry)).models for registry in registries]
+    return Lock(models={name: model for one in models for name, model in one.items()})
+
+
+def _load_lock(path: Path) -> Lock:
     try:
         return Lock.model_validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -22,9 +22,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import SetupError, SourceFailed
 from deployments.gpu.target import this_target
-from deployments.registry import ArtefactSpec, Catalogue, load_catalogue
+from deployments.registry import ArtefactSpec
 from deployments.store.gc import make_room
 from deployments.store.lockfile import load_lock
 from deployments.store.provider import Provider
@@ -89,14 +90,14 @@ def ensure_on_node(name: str, digest: str, settings: Settings, record: Record) -
 
 def _target(settings: Settings) -> Target | None:
     """The kind of this replica's device, which its actor does not see; None if nobody asks."""
-    lock = load_lock(settings.models)
+    lock = load_lock(*settings.models)
     wanted = any(model.compiled for model in lock.models.values())
     return this_target(settings.device) if wanted else None
 
 
 def _all_there(name: str, digest: str, settings: Settings, target: Target | None) -> bool:
-    catalogue = load_catalogue(settings.models)
-    provider = Provider(settings.models, settings.store)
+    catalogue = load_catalogue(*settings.models)
+    provider = Provider(load_lock(*settings.models), settings.store)
     with suppress(SetupError):
         prefetched = [(s.name, provider.digest(s)) for s in _prefetched(catalogue, settings)]
         return all(
@@ -109,7 +110,7 @@ def _all_there(name: str, digest: str, settings: Settings, target: Target | None
 def _prefetched(catalogue: Catalogue, settings: Settings) -> list[ArtefactSpec]:
     names = settings.store.prefetch
     if names is None:
-        return list(catalogue.served().values())
+        return list(catalogue.served(settings.serve).models)
     return [catalogue.find(name) for name in names]
 
 
@@ -143,8 +144,9 @@ class NodeInit:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._catalogue = load_catalogue(settings.models)
-        self._provider = Provider(settings.models, settings.store, self._on_event)
+        self._catalogue = load_catalogue(*settings.models)
+        lock = load_lock(*settings.models)
+        self._provider = Provider(lock, settings.store, self._on_event)
         self._settings = settings
         self._condition = threading.Condition()
         self._waiting = 0

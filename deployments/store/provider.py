@@ -18,7 +18,6 @@ from deployments.store.hub_cache import CachedHubReader, HubCache
 from deployments.store.lockfile import (
     LockedArtefact,
     LockedOrigin,
-    load_lock,
     locked_digest,
     locked_origins,
     origin_manifest,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from deployments.settings import StoreSettings
     from deployments.store.bucket import Bucket, Reader
     from deployments.store.folder import Verify
+    from deployments.store.lockfile import Lock
     from deployments.store.staging import Places
 
 _COMPILED_ATTEMPTS = 2
@@ -111,20 +111,15 @@ class Provider:
     mirror, if there is one, else from its origins.
 
     Args:
-        registry: the registry's YAML file; the lock file is beside it.
+        lock: of the registries.
         settings: of the store.
         listener: receives every event.
-
-    Attributes:
-        lock: the lock file as it was when this was made.
     """
 
-    def __init__(
-        self, registry: Path, settings: StoreSettings, listener: Listener = ignore
-    ) -> None:
+    def __init__(self, lock: Lock, settings: StoreSettings, listener: Listener = ignore) -> None:
         self.store = Store(settings, listener)
         self._settings = settings
-        self.lock = load_lock(registry)
+        self.lock = lock
 
     def digest(self, spec: ArtefactSpec) -> str:
         """The lock file's digest of a model.

@@ -18,16 +18,17 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
+from deployments.catalogue import load_catalogue
 from deployments.errors import ConfigError, LicenceRefused, SetupError
-from deployments.registry import load_catalogue
 from deployments.settings import Settings, Tuning, parse_settings
 from deployments.store.lockfile import known_digest, load_lock
 from kuberay.checks.manifests import Document, Finding, Manifests, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from deployments.registry import Catalogue, ModelSpec
+    from deployments.catalogue import Catalogue
+    from deployments.registry import ModelSpec
     from deployments.store.lockfile import Lock
 
 _OURS = "serve_app.app:build"
@@ -93,23 +94,22 @@ def _application(place: str, application: Document, http: Document) -> Iterator[
         except ConfigError as error:
             yield Finding("user-config", f"{place} {name}", error.message)
     try:
-        catalogue, lock = load_catalogue(settings.models), load_lock(settings.models)
-        accepted = tuple(entry.name for entry in catalogue.entries)
-        served = catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
+        catalogue, lock = load_catalogue(*settings.models), load_lock(*settings.models)
+        served = catalogue.accepting().served(settings.serve)
     except SetupError as error:
         yield Finding("registry", f"{place} args.models", str(error))
         return
-    expected = {"Ingress", *(task.deployment for task in served)}
+    expected = {"Ingress", *map(served.deployment, served.models)}
     if settings.jobs.enabled:
         expected |= {"JobWorker"} | ({"Redis"} & deployments.keys())  # see the check of jobs
     for name in sorted(deployments.keys() ^ expected):
         known = "the application has no such deployment"
         yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")
-    yield from _models(f"{place} args.models", catalogue, list(served.values()), lock)
+    yield from _models(f"{place} args.models", catalogue, served.models, lock)
 
 
 def _models(
-    place: str, catalogue: Catalogue, served: list[ModelSpec], lock: Lock
+    place: str, catalogue: Catalogue, served: Sequence[ModelSpec], lock: Lock
 ) -> Iterator[Finding]:
     """What people must still decide: licences and digests."""
     for spec in served:

@@ -163,7 +163,7 @@ class ServeSource(Strict):
         worker: options of the JobWorker deployment.
         redis: options of the Redis deployment, which there is only without a REDIS_URL.
         model: options of each model deployment.
-        models: options of one task's deployment, laid upon `model`.
+        models: options of the deployments of one task's models, laid upon `model`.
     """
 
     proxy_location: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
@@ -91,12 +92,12 @@ def _quota(environment: Environment) -> Values:
 
 
 def _site(sizing: Sizing) -> Values:
-    """Variables of the Jobs: the model registry, its models, and their bucket."""
+    """Variables of the Jobs: the model registries, the models to serve, and their bucket."""
     environment = sizing.environment
     data = {
-        "IMAGEN_REGISTRY": str(sizing.settings.models),
+        "IMAGEN_REGISTRY": os.pathsep.join(map(str, sizing.settings.models)),
         "IMAGEN_MIRROR": environment.site.mirror or "",
-        "IMAGEN_MODEL_NAMES": " ".join(spec.name for spec in sizing.registry.values()),
+        "IMAGEN_MODEL_NAMES": " ".join(spec.name for spec in sizing.registry.models),
     }
     about = metadata(environment, "imagen-site")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": data}

@@ -9,7 +9,7 @@ from kuberay.render.environment import Values, merged
 from kuberay.render.sizing import Sizing, application_args
 
 if TYPE_CHECKING:
-    from deployments.tasks import Task
+    from deployments.registry import ModelSpec
 
 JOB_POLICY = "serve_app.jobs.autoscaling.JobWorkerPolicy"
 """Counts unfinished jobs in Redis. A test compares the name with the class."""
@@ -19,7 +19,7 @@ def serve_config(sizing: Sizing) -> Values:
     """The Serve config of an environment."""
     environment = sizing.environment
     serve, timeouts_s = environment.serve, environment.timeouts_s
-    models = [_model(task, sizing) for task in sizing.registry]
+    models = [_model(spec, sizing) for spec in sizing.registry.models]
     tracing = {"tracing_config": serve.tracing_config} if serve.tracing_config else {}
     return {
         "proxy_location": serve.proxy_location,
@@ -60,18 +60,18 @@ def _jobs(sizing: Sizing) -> list[Values]:
     return [merged(worker | {"autoscaling_config": {"policy": policy}}, environment.serve.worker)]
 
 
-def _model(task: Task, sizing: Sizing) -> Values:
-    """Options of one model deployment: from the plan, then `serve.model`, then its own."""
-    environment, placed = sizing.environment, sizing.placed.get(task)
+def _model(spec: ModelSpec, sizing: Sizing) -> Values:
+    """Options of one model deployment: from the plan, then `serve.model`, then its task's own."""
+    environment, placed = sizing.environment, sizing.placed.get(spec.name)
     actor: Values = {
         "num_cpus": sizing.settings.model_num_cpus,
         "num_gpus": placed.num_gpus if placed else 0,
-        "memory": sizing.replica_memory_bytes(task),
+        "memory": sizing.replica_memory_bytes(spec),
     }
-    derived: Values = {"name": task.deployment, "ray_actor_options": actor}
+    derived: Values = {"name": sizing.registry.deployment(spec), "ray_actor_options": actor}
     if placed:
         derived["user_config"] = {"max_batch_size": placed.rows, "budget_px": placed.budget_px}
     if environment.gpu:
         derived["autoscaling_config"] = {"max_replicas": environment.gpu.max_nodes}
     common = merged(derived, environment.serve.model)
-    return merged(common, environment.serve.models.get(task, {}))
+    return merged(common, environment.serve.models.get(spec.task, {}))

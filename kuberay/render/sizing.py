@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.plan import Placed, plan
 from deployments.gpu.profiles import as_gpu
-from deployments.registry import Catalogue, Registry, load_catalogue
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock
 from kuberay.quantity import MIB, as_bytes, as_gi
 
 if TYPE_CHECKING:
-    from deployments.tasks import Task
+    from deployments.catalogue import Registry
+    from deployments.registry import ModelSpec
+    from deployments.store.lockfile import Lock
     from kuberay.render.environment import Environment, Values
 
 _STEP_BYTES = 64 * MIB
@@ -25,7 +27,7 @@ _DISK_SLACK = 1.1
 
 @dataclass(frozen=True)
 class Sizing:
-    """Sizes derived from an environment, its model registry and the GPU plan."""
+    """Sizes derived from an environment, its model registries and the GPU plan."""
 
     environment: Environment
 
@@ -40,17 +42,16 @@ class Sizing:
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        return load_catalogue(self.settings.models)
+        return load_catalogue(*self.settings.models)
 
     @cached_property
     def registry(self) -> Registry:
         """The models that are served, whether or not their licences are accepted yet."""
-        accepted = tuple(entry.name for entry in self.catalogue.entries)
-        return self.catalogue.model_copy(update={"accept_noncommercial": accepted}).served()
+        return self.catalogue.accepting().served(self.settings.serve)
 
     @cached_property
-    def placed(self) -> dict[Task, Placed]:
-        """The GPU plan by task; empty without GPUs.
+    def placed(self) -> dict[str, Placed]:
+        """The GPU plan by model; empty without GPUs.
 
         Raises:
             ConfigError: an unknown GPU, or a model no profile knows.
@@ -59,27 +60,31 @@ class Sizing:
         gpu = self.environment.gpu
         if gpu is None:
             return {}
-        made = plan(list(self.registry.values()), as_gpu(gpu.type))
+        made = plan(self.registry.models, as_gpu(gpu.type))
         if made.gpus > gpu.max_nodes:
             raise GpuTooSmall(
                 f"One replica of each model needs {made.gpus} x {made.gpu.label}.",
                 value=f"gpu.max_nodes {gpu.max_nodes}",
                 remedy="Raise gpu.max_nodes, take a larger gpu.type, or serve smaller models.",
             )
-        return {placed.demand.spec.task: placed for placed in made.placed}
+        return {placed.name: placed for placed in made.placed}
 
-    def weights_bytes(self, task: Task) -> int:
-        """Size of a task's weights on disk, in bytes; 0 if nothing is known."""
-        locked = load_lock(self.settings.models).models.get(self.registry[task].name)
+    @cached_property
+    def _lock(self) -> Lock:
+        return load_lock(*self.settings.models)
+
+    def weights_bytes(self, spec: ModelSpec) -> int:
+        """Size of a model's weights on disk, in bytes; 0 if nothing is known."""
+        locked = self._lock.models.get(spec.name)
         files = [file for origin in locked.origins for file in origin.files] if locked else []
         known = sum(file.size for file in files if isinstance(file.size, int))
-        placed = self.placed.get(task)
+        placed = self.placed.get(spec.name)
         # A model that is converted is smaller than what it is made from.
         return placed.demand.profile.weights_bytes if placed else known
 
-    def replica_memory_bytes(self, task: Task) -> int:
+    def replica_memory_bytes(self, spec: ModelSpec) -> int:
         """RAM that Ray reserves for one replica: its process, and the files it maps."""
-        needed = as_bytes(self.environment.memory.process) + self.weights_bytes(task)
+        needed = as_bytes(self.environment.memory.process) + self.weights_bytes(spec)
         return -(-needed // _STEP_BYTES) * _STEP_BYTES
 
     @cached_property
@@ -102,7 +107,7 @@ class Sizing:
     @cached_property
     def cache_size(self) -> str:
         """Disk for models, as a quantity."""
-        models = sum(self.weights_bytes(task) for task in self.registry)
+        models = sum(self.weights_bytes(spec) for spec in self.registry.models)
         return as_gi(int(models * self.environment.cache.copies * _DISK_SLACK))
 
     @cached_property

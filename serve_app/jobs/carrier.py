@@ -27,6 +27,7 @@ from serve_app.jobs.results import document_of, longest_s
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
+    from deployments.catalogue import Registry
     from deployments.contract import ImageJob
     from deployments.settings import JobSettings
     from deployments.tasks import Task
@@ -55,7 +56,8 @@ class Carrier:
     Args:
         queue: where their ends are written.
         files: of their pictures.
-        models: by task.
+        models: by name.
+        registry: what each model is.
         settings: of jobs.
         on_end: called with the task, outcome and seconds of each job that ends here. The outcome is
             completed, or the code of the error.
@@ -65,18 +67,20 @@ class Carrier:
         self,
         queue: JobQueue,
         files: JobFiles,
-        models: Mapping[Task, Model],
+        models: Mapping[str, Model],
+        registry: Registry,
         settings: JobSettings,
         on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self._queue = queue
         self._files = files
         self._models = models
+        self._registry = registry
         self._settings = settings
         self._on_end = on_end
         # One for each model, so that a slow one holds up no other.
         part_bytes = settings.max_held_bytes // max(len(models), 1)
-        self._budgets = {task: Budget(part_bytes) for task in models}
+        self._budgets = {name: Budget(part_bytes) for name in models}
 
     async def carry(self, run: Run) -> None:
         """Bring a job to its end."""
@@ -114,13 +118,14 @@ class Carrier:
         """Results of the model, stored; their documents.
 
         Raises:
-            RequestError: nothing will ever come of this job.
+            RequestError: nothing will ever come of this job, or its model is not served any more.
             ServiceError: it was tried as often as jobs are.
         """
         spec, read, put = run.job.spec, self._files.input, self._files.put_result
-        async with self._budgets[spec.task].hold(spec.image_bytes) as take:
+        name = self._registry.choose(spec.task, spec.model or None).name
+        async with self._budgets[name].hold(spec.image_bytes) as take:
             image = await self._patiently(read, spec.job_id) if spec.has_image else None
-            results = await self._on_model(run, image)
+            results = await self._on_model(run, self._models[name], image)
             take(sum(len(result.image) for result in results))
             documents = [document_of(result) for result in results]
             for k, (result, document) in enumerate(zip(results, documents, strict=True)):
@@ -128,11 +133,13 @@ class Carrier:
         # What another worker has stored before stays, and is what the job is about.
         return (None if is_first else await self._stored(run.job)) or documents
 
-    async def _on_model(self, run: Run, image: bytes | None) -> tuple[ImageResult, ...]:
+    async def _on_model(
+        self, run: Run, model: Model, image: bytes | None
+    ) -> tuple[ImageResult, ...]:
         pauses = _backoff()
         while True:
             try:
-                return await self._once(run, image)
+                return await self._once(run, model, image)
             except Full as error:  # the model is busy, which is no fault, and has not begun it
                 run.is_taken = False
                 await asyncio.sleep(min(error.retry_after_s or AGAIN_S, next(pauses)))
@@ -147,10 +154,9 @@ class Carrier:
                 logger.warning("Job %s is tried again: %s", run.job.spec.job_id, error)
                 await asyncio.sleep(next(pauses))
 
-    async def _once(self, run: Run, image: bytes | None) -> tuple[ImageResult, ...]:
-        spec = run.job.spec
-        job = spec.image_job(image, self._settings.run_timeout_s)
-        async with aclosing(self._models[spec.task].stream(job)) as answers:
+    async def _once(self, run: Run, model: Model, image: bytes | None) -> tuple[ImageResult, ...]:
+        job = run.job.spec.image_job(image, self._settings.run_timeout_s)
+        async with aclosing(model.stream(job)) as answers:
             async for told in answers:
                 run.is_taken = True
                 if not isinstance(told, JobProgress):

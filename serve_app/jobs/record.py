@@ -48,6 +48,7 @@ class JobSpec:
         width_px, height_px: of the picture, upright; 0 without one.
         has_image: whether there is a picture in storage.
         image_bytes: of its file; 0 without one.
+        model: that the client named; empty for the default of the task, when the job runs.
         n: results, of seeds that follow one another.
         priority: interactive or batch.
         deadline_s: after its submission, when the job must have ended.
@@ -69,6 +70,7 @@ class JobSpec:
     height_px: int
     has_image: bool
     image_bytes: int = 0
+    model: str = ""
     n: int = 1
     priority: Priority = "interactive"
     deadline_s: float = 86_400
@@ -230,6 +232,7 @@ def job_view(job: Job, keep_s: float, price: float | None, prefix: str = "") -> 
         "job_id": spec.job_id,
         "status": job.status,
         "task": str(spec.task),
+        "model": spec.model or None,
         "priority": spec.priority,
         "created_at": timestamp(job.created_s),
         "started_at": timestamp(job.started_s),

@@ -20,6 +20,7 @@ from serve_app.jobs.run import Run
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from deployments.catalogue import Registry
     from deployments.settings import JobSettings
     from deployments.tasks import Task
     from serve_app.jobs.carrier import Model
@@ -40,7 +41,8 @@ class Worker:
     Args:
         queue: to take them from.
         files: of their pictures.
-        models: by task.
+        models: by name.
+        registry: what each model is.
         settings: of jobs.
         on_end: called with the task, outcome and seconds of each job that it ends. The outcome is
             completed, or the code of the error.
@@ -50,14 +52,16 @@ class Worker:
         self,
         queue: JobQueue,
         files: JobFiles,
-        models: Mapping[Task, Model],
+        models: Mapping[str, Model],
+        registry: Registry,
         settings: JobSettings,
         on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self._queue = queue
-        self._tasks = list(models)
+        # Jobs of one task share a lane, whichever of its models they name.
+        self._most = {task: settings.per_model * len(registry.of(task)) for task in registry}
         self._settings = settings
-        self._carrier = Carrier(queue, files, models, settings, on_end)
+        self._carrier = Carrier(queue, files, models, registry, settings, on_end)
         self._runs: dict[str, Run] = {}
         self._wake = asyncio.Event()
         self._claiming = asyncio.Lock()
@@ -129,10 +133,10 @@ class Worker:
         run.work = asyncio.create_task(self._carry(run))
 
     def _room(self) -> dict[Task, int]:
-        """How many more jobs of each model fit; in any order, so that none always goes first."""
+        """How many more jobs of each task fit; in any order, so that none always goes first."""
         if self._is_draining:
             return {}
-        room = dict.fromkeys(self._tasks, self._settings.per_model)
+        room = dict(self._most)
         for run in self._runs.values():
             room[run.job.spec.task] -= 1
         tasks = random.sample(list(room), len(room))

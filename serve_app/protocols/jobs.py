@@ -25,6 +25,7 @@ from deployments.errors import (
     NotFound,
     RateLimited,
 )
+from serve_app.intake import check_n
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, JobSpec, Priority, Status, new_job_id
 from serve_app.jobs.results import result_of
@@ -90,6 +91,7 @@ class JobDocument(BaseModel):
     job_id: str
     status: Status
     task: str
+    model: str | None = Field(description="that the request named; null for the task's default")
     priority: Priority
     created_at: str
     started_at: str | None
@@ -207,7 +209,7 @@ def wait_share_of(request: Request) -> float:
 
 
 async def submit(
-    request: Request, call: Call, intake: Intake, spec: ModelSpec, options: Mapping[str, str]
+    request: Request, call: Call, intake: Intake, options: Mapping[str, str]
 ) -> Accepted:
     """Make a job of a request, or find the one that a repeated request made.
 
@@ -219,12 +221,12 @@ async def submit(
     jobs = await jobs_of(request)
     key = _idempotency_key(request)
     wanted = validated(JobOptions, options, "job")
-    _check_n(wanted.n, spec)
+    check_n(wanted.n, intake.spec_of(call))
     if wanted.webhook:
         url = check_webhook(wanted.webhook, jobs.settings.webhooks)
         wanted = wanted.model_copy(update={"webhook": url})
     checked = await intake.check(replace(call, charge=None))
-    made = _job_spec(request, call, checked, wanted, spec)
+    made = _job_spec(request, call, checked, wanted)
     if key:
         fingerprint = _fingerprint(call, options, checked.output_format)
         made = replace(made, fingerprint=fingerprint)
@@ -239,15 +241,14 @@ async def submit(
     return accepted
 
 
-def _job_spec(
-    request: Request, call: Call, checked: Checked, wanted: JobOptions, spec: ModelSpec
-) -> JobSpec:
-    """What is kept of a request to this model."""
-    fields, notes = _fields(checked.request, spec)
+def _job_spec(request: Request, call: Call, checked: Checked, wanted: JobOptions) -> JobSpec:
+    """What is kept of a request."""
+    fields, notes = _fields(checked.request, checked.spec)
     return JobSpec(
         job_id=new_job_id(),
         owner=owner_of(request),
         task=call.task,
+        model=call.fields.get("model", ""),
         request=fields,
         output_format=checked.output_format,
         width_px=checked.width_px,
@@ -273,15 +274,6 @@ def _fields(request: ImageRequest, spec: ModelSpec) -> tuple[dict[str, Any], tup
     # Drawn now, so that each attempt makes the same picture.
     fields["seed"], drawn = draw_seed()
     return fields, (drawn,)
-
-
-def _check_n(n: int, spec: ModelSpec) -> None:
-    if n > 1 and "seed" not in spec.parameters:
-        raise InvalidParameter(
-            f"The model behind {spec.task} uses no chance, so that all results would be the same.",
-            value=f"n={n}",
-            remedy="Leave n out.",
-        )
 
 
 def _idempotency_key(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""Our own protocol: a multipart form in, a picture and headers that describe it out."""
+"""Our own protocol: a form or JSON in, a picture and headers that describe it out; or JSON."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from deployments.tasks import Task
 from serve_app.intake import Call, Intake
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
-from serve_app.protocols import jobs
+from serve_app.protocols import inline, jobs, multipart
 from serve_app.protocols.jobs import AcceptedJob
-from serve_app.protocols.multipart import read_form
 from serve_app.protocols.parameters import header_parameters
-from serve_app.protocols.picture import image_response
+from serve_app.protocols.picture import image_response, json_response
 
 if TYPE_CHECKING:
-    from deployments.registry import ModelSpec, Registry
+    from collections.abc import Sequence, Set
+
+    from deployments.catalogue import Registry
+    from deployments.registry import ModelSpec
     from serve_app.jobs.service import Accepted
 
 _STATUSES = {
@@ -83,9 +85,9 @@ _REQUEST_HEADERS = {
 
 
 def router(registry: Registry) -> APIRouter:
-    """One image route for each task of the table."""
+    """One image route for each task that is served."""
     routes = APIRouter(tags=["images"])
-    for task, spec in registry.items():
+    for task in registry:
         routes.add_api_route(
             task.route,
             process_image,
@@ -93,10 +95,10 @@ def router(registry: Registry) -> APIRouter:
             name=task,
             operation_id=task,
             summary=task.request.__doc__,
-            description=f"The model {spec.name}: {spec.summary}.",
+            description="\n".join(f"- {m.name}: {m.summary}." for m in registry.of(task)),
             response_class=Response,
             responses=_RESPONSES,
-            openapi_extra=request_body(spec),
+            openapi_extra=request_body(registry.of(task)),
         )
     return routes
 
@@ -122,7 +124,8 @@ async def process_image(
         deadline_s = intake.deadline_s()
         call, options = await _read(request, task, intake, deadline_s)
         jobs.check_sync(request, options)
-        return image_response(await intake.run(call, deadline_s))
+        result = await intake.run(call, deadline_s)
+        return json_response(result) if _wants_json(request) else image_response(result)
     jobs.check_kept(preference, request.app.state.jobs)
     accepted = await _submit(request, task, intake)
     # What follows may take a minute, in which the upload must not stand in anybody's way.
@@ -132,25 +135,36 @@ async def process_image(
 
 async def _submit(request: Request, task: Task, intake: Intake) -> Accepted:
     call, options = await _read(request, task, intake, intake.deadline_s())
-    return await jobs.submit(request, call, intake, request.app.state.registry[task], options)
+    return await jobs.submit(request, call, intake, options)
 
 
 async def _read(
     request: Request, task: Task, intake: Intake, deadline_s: float
 ) -> tuple[Call, dict[str, str]]:
     """The request, and those of its fields that belong to a job."""
-    form = await intake.read(read_form(request, needs_image=task.needs_picture), deadline_s)
+    read = inline.read_form if inline.is_json(request) else multipart.read_form
+    form = await intake.read(read(request, needs_image=task.needs_picture), deadline_s)
     _check_query(request)
     fields, options = split(form.fields)
     call = Call(
         task=task,
         fields=fields,
         image=form.image,
-        accept=", ".join(request.headers.getlist("accept")),
+        accept="" if _wants_json(request) else _accept(request),
         request_id=request.scope["state"]["request_id"],
         charge=request.scope["state"]["charge"],
     )
     return call, options
+
+
+def _accept(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))
+
+
+def _wants_json(request: Request) -> bool:
+    """Whether the client names JSON, and no picture, as what it accepts."""
+    accept = _accept(request).lower()
+    return inline.MEDIA_TYPE in accept and "image/" not in accept
 
 
 def _check_query(request: Request) -> None:
@@ -162,15 +176,20 @@ def _check_query(request: Request) -> None:
         )
 
 
-def request_body(spec: ModelSpec) -> dict[str, Any]:
-    """The form of a route, for `/docs`: the fields its model reads, with the model's defaults."""
+def request_body(models: Sequence[ModelSpec]) -> dict[str, Any]:
+    """The form of a route, for `/docs`: the fields its models read, with the first one's defaults.
+
+    A field that the first one does not read has none, so that the form does not send it.
+    """
+    spec = models[0]
     schema = spec.task.request.model_json_schema()["properties"]
-    fields = {name: dict(schema[name]) for name in schema if name in spec.parameters}
+    read = frozenset[str]().union(*(model.parameters for model in models))
+    fields = {name: dict(schema[name]) for name in schema if name in read}
     for name, value in spec.defaults.items():
         fields[name]["default"] = value
-    for name in _ONLY_WITH_ANOTHER & fields.keys():
-        del fields[name]["default"]
-    fields |= _job_fields(spec)
+    for name in (_ONLY_WITH_ANOTHER & fields.keys()) | (read - spec.parameters):
+        fields[name].pop("default", None)
+    fields |= _model_field(models) | _job_fields(read)
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -181,15 +200,34 @@ def request_body(spec: ModelSpec) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": fields,
     }
+    content = {
+        "multipart/form-data": {"schema": body},
+        inline.MEDIA_TYPE: {"schema": _in_json(body)},
+    }
     return {
         "parameters": header_parameters(_REQUEST_HEADERS),
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}},
+        "requestBody": {"required": True, "content": content},
     }
 
 
-def _job_fields(spec: ModelSpec) -> dict[str, Any]:
+def _model_field(models: Sequence[ModelSpec]) -> dict[str, Any]:
+    names = [model.name for model in models]
+    text = "Which model makes the picture. Unset: the first one."
+    return {"model": {"type": "string", "enum": names, "default": names[0], "description": text}}
+
+
+def _in_json(form: dict[str, Any]) -> dict[str, Any]:
+    """The same fields in JSON, where the picture is a text."""
+    fields = form["properties"]
+    if "image" not in fields:
+        return form
+    image = {"type": "string", "description": "The picture, as base64 or as a data URL."}
+    return {**form, "properties": {**fields, "image": image}}
+
+
+def _job_fields(read: Set[str]) -> dict[str, Any]:
     """Fields that belong to a job. /docs sends their defaults, which a sync call may have too."""
     fields: dict[str, Any] = JobOptions.model_json_schema()["properties"]
-    if "seed" not in spec.parameters:
+    if "seed" not in read:
         del fields["n"]
     return fields

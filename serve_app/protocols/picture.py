@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+
+from deployments.notes import documents
+from serve_app.protocols.inline import base64_of
 
 if TYPE_CHECKING:
     from deployments.contract import ImageResult
@@ -30,3 +33,21 @@ def image_response(result: ImageResult) -> Response:
     for one in result.notes:
         response.headers.append("X-Imagen-Note", f"{one.code}: {one.text}")
     return response
+
+
+def json_response(result: ImageResult) -> Response:
+    """The picture as base64, with what the headers of `image_response` say."""
+    document = {
+        "image": base64_of(result.image),
+        "media_type": result.media_type,
+        "width_px": result.width_px,
+        "height_px": result.height_px,
+        "model": result.model,
+        "seed": result.seed,
+        "batch_size": result.batch_size,
+        "gpu_seconds": result.gpu_seconds,
+        "determinism": result.determinism,
+        "timings_s": result.timings_s,
+        "notes": documents(result.notes),
+    }
+    return JSONResponse(document, headers={"Vary": "Accept", "Cache-Control": "no-store"})

@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.catalogue import Registry, load_registry
 from deployments.contract import ImageResult
 from deployments.settings import JOBS_VARIABLE, ROOT, JobSettings, Settings
 from deployments.tasks import Task
@@ -55,7 +56,8 @@ class Slow:
 def build(_: dict[str, Any]) -> Application:
     model: Any = serve.deployment(Slow)
     comic = model.options(name="Comic", ray_actor_options={"num_cpus": 0}).bind()
-    return job_worker({Task.COMIC: comic}, SETTINGS, None)
+    registry = Registry([load_registry(*SETTINGS.models)[Task.COMIC]], {})
+    return job_worker({registry[Task.COMIC].name: comic}, registry, SETTINGS, None)
 
 
 CONFIG: dict[str, Any] = {

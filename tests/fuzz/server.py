@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from deployments.contract import ImageJob, ImageResult, JobProgress
-    from deployments.tasks import Task
 
 PAUSE_S = 0.7
 """A body that brings nothing for so long is refused."""
@@ -41,8 +40,8 @@ class DecodingModels(StandInModels):
 
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
-    def __getitem__(self, task: Task) -> StandInModel:
-        return DecodingModel(self, task)
+    def __getitem__(self, name: str) -> StandInModel:
+        return DecodingModel(self, name)
 
 
 class DecodingModel(StandInModel):

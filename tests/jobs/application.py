@@ -26,11 +26,13 @@ from serve_app.jobs.signals import Signals
 from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import free_port
-from tests.unit.fakes import REGISTRY
+from tests.unit.fakes import NAMES, REGISTRY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
+
+    from deployments.catalogue import Registry
 
 
 def picture(seed: int, kind: str = "PNG") -> bytes:
@@ -57,14 +59,14 @@ class StandInModels:
     jobs: list[ImageJob] = field(default_factory=list)
     stepped: dict[str, int] = field(default_factory=dict)
 
-    def __getitem__(self, task: Task) -> StandInModel:
-        return StandInModel(self, task)
+    def __getitem__(self, name: str) -> StandInModel:
+        return StandInModel(self, name)
 
-    def recovery_s(self, task: Task) -> float:
+    def recovery_s(self, name: str) -> float:
         return 1.0
 
-    async def states(self) -> dict[Task, Any]:
-        return dict.fromkeys(Task, "ready")
+    async def states(self) -> dict[str, Any]:
+        return dict.fromkeys(NAMES, "ready")
 
     async def details(self) -> Details:
         return Details({}, {})
@@ -73,7 +75,7 @@ class StandInModels:
 @dataclass
 class StandInModel:
     models: StandInModels
-    task: Task
+    name: str
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         async for told in self.stream(job):
@@ -95,17 +97,17 @@ class StandInModel:
             preview = picture(done, "JPEG") if job.preview else None
             yield JobProgress(done, steps, (steps - done) * self.models.step_s, preview)
         seed = getattr(job.request, "seed", None)
-        yield tuple(_result(job, self.task, seed, k) for k in range(job.n))
+        yield tuple(_result(job, self.name, seed, k) for k in range(job.n))
 
 
-def _result(job: ImageJob, task: Task, seed: int | None, k: int) -> ImageResult:
+def _result(job: ImageJob, name: str, seed: int | None, k: int) -> ImageResult:
     own = None if seed is None else seed + k
     return ImageResult(
         image=picture(own or 0),
         media_type=f"image/{job.output_format}",
         width_px=24,
         height_px=16,
-        model=f"{task}-starter@0123abcd",
+        model=f"{name}@0123abcd",
         seed=own,
         batch_size=job.n,
         gpu_seconds=0.25,
@@ -132,6 +134,7 @@ class Application:
     jobs: Jobs
     settings: JobSettings
     signals: Signals
+    registry: Registry
     worker: asyncio.Task[None] | None = None
 
     async def submit(self, task: Task = Task.COMIC, seed: int = 1, **options: Any) -> str:
@@ -156,9 +159,8 @@ class Application:
         return job
 
     async def start_worker(self) -> None:
-        worker = Worker(
-            self.queue, self.jobs.files, {t: self.models[t] for t in Task}, self.settings
-        )
+        models = {spec.name: self.models[spec.name] for spec in self.registry.models}
+        worker = Worker(self.queue, self.jobs.files, models, self.registry, self.settings)
         self.signals.on_word = worker.hear
         self.worker = asyncio.create_task(worker.run())
 
@@ -184,6 +186,7 @@ async def application(
     keys: Path | None = None,
     models: StandInModels | None = None,
     uploads: UploadSettings | None = None,
+    registry: Registry = REGISTRY,
     **changes: Any,
 ) -> AsyncGenerator[Application]:
     """An application on a free port, whose jobs are in this Redis and this folder.
@@ -195,6 +198,7 @@ async def application(
         keys: file of API keys; None asks for none.
         models: behind it; None makes some.
         uploads: their limits.
+        registry: what the models are.
         changes: of the settings of jobs.
     """
     access = AccessSettings(auth="off") if keys is None else AccessSettings(keys=keys)
@@ -212,7 +216,7 @@ async def application(
     queue = open_queue(link, settings.jobs)
     signals = Signals(link, settings.jobs.namespace)
     jobs = open_jobs(link, signals, settings.jobs)
-    app = create_app(models, REGISTRY, settings, jobs=jobs, redis=lambda: link.current)
+    app = create_app(models, registry, settings, jobs=jobs, redis=lambda: link.current)
     port = free_port()
     config = uvicorn.Config(
         app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
@@ -230,7 +234,7 @@ async def application(
         base = f"http://127.0.0.1:{port}"
         client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
         await ending.enter_async_context(client)
-        made = Application(base, models, client, queue, jobs, settings.jobs, signals)
+        made = Application(base, models, client, queue, jobs, settings.jobs, signals, registry)
         ending.push_async_callback(made.lose_worker)
         while not server.started or link.current is None:
             assert not serving.done(), "the server does not start"

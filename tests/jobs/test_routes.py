@@ -15,12 +15,14 @@ import psutil
 import pytest
 from PIL import Image
 
+from deployments.catalogue import Registry
 from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
 from deployments.settings import KeyLimits
 from deployments.tasks import Task
 from serve_app.access.editing import create_key, revoke_key
 from tests.jobs.application import Application, application, picture
 from tests.jobs.redis_server import RedisServer
+from tests.unit.fakes import REGISTRY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
@@ -559,6 +561,38 @@ async def test_a_failed_job_can_be_retried_as_a_new_one(app: Application) -> Non
     assert (again["status"], again["retry_of"]) == ("completed", failed["job_id"])
     assert again["request"] == failed["request"]
     refused(await app.client.post(f"/api/v1/jobs/{again['job_id']}/retry"), 409, "job_conflict")
+
+
+async def test_a_job_runs_on_the_model_that_its_request_named(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    second = REGISTRY[Task.COMIC].model_copy(update={"name": "comic-second"})
+    two = Registry([*REGISTRY.models, second], {"comic-second": Task.COMIC})
+    async with application(
+        server.url, tmp_path, namespace="two", working=False, registry=two
+    ) as app:
+        asked = [await app.submit(), await app.submit(model="comic-second")]
+        assert [(await app.job(one))["model"] for one in asked] == [None, "comic-second"]
+        await app.start_worker()
+        ended = [await app.ended(one) for one in asked]
+        used = [one["results"][0]["metadata"]["model"].partition("@")[0] for one in ended]
+        assert used == ["comic-starter", "comic-second"]
+
+
+async def test_a_job_whose_model_is_not_served_any_more_fails_and_says_so(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    second = REGISTRY[Task.COMIC].model_copy(update={"name": "comic-second"})
+    two = Registry([*REGISTRY.models, second], {"comic-second": Task.COMIC})
+    async with application(
+        server.url, tmp_path, namespace="gone", working=False, registry=two
+    ) as app:
+        job_id = await app.submit(model="comic-second")
+        app.registry = REGISTRY
+        await app.start_worker()
+        job = await app.ended(job_id)
+        assert (job["status"], job["error"]["code"]) == ("failed", "invalid_parameter")
+        assert "comic-starter" in job["error"]["remedy"]
 
 
 async def test_a_lost_worker_s_job_is_run_again(server: RedisServer, tmp_path: Path) -> None:

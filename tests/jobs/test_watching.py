@@ -20,6 +20,7 @@ from serve_app.jobs.watching import watch
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import RedisServer
 from tests.jobs.test_queue import spec, submit
+from tests.unit.fakes import COMIC_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
@@ -115,7 +116,8 @@ async def test_each_end_of_a_job_is_counted_once_with_its_outcome(
     told: Any = Told()
     settings = JobSettings(folder=tmp_path)
     files = open_job_files(settings)
-    worker = Worker(queue, files, {Task.COMIC: Model()}, settings, told.count_end)
+    models = {"comic-starter": Model()}
+    worker = Worker(queue, files, models, COMIC_ALONE, settings, told.count_end)
     jobs = Jobs(queue, files, None, settings, told.count_end)  # type: ignore[arg-type]
     [canceled] = await submit(queue, spec(task=Task.AGED, has_image=False))
     for _ in range(2):

@@ -21,6 +21,7 @@ from serve_app.jobs.record import JobSpec
 from serve_app.jobs.worker import Worker
 from tests.jobs.redis_server import RedisServer
 from tests.jobs.test_queue import spec, submit
+from tests.unit.fakes import COMIC_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
@@ -91,7 +92,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def at_work(queue: JobQueue, settings: JobSettings, model: Model) -> AsyncGenerator[Worker]:
-    worker = Worker(queue, open_job_files(settings), {Task.COMIC: model}, settings)
+    worker = Worker(
+        queue, open_job_files(settings), {"comic-starter": model}, COMIC_ALONE, settings
+    )
     loops = asyncio.create_task(worker.run())
     try:
         yield worker

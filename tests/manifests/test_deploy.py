@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployments.registry import load_catalogue
+from deployments.catalogue import load_catalogue
 from deployments.settings import ROOT
 from deployments.store.lockfile import conversion_of
 

@@ -12,8 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
+from deployments.catalogue import load_catalogue
 from deployments.gpu.plan import plan
-from deployments.registry import load_catalogue
 from deployments.settings import ROOT
 from kuberay.checks import autoscaler
 from kuberay.checks.manifests import build

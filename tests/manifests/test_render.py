@@ -114,6 +114,25 @@ def test_a_model_can_have_options_of_its_own(changed: Changed, rendered: Files) 
     assert deployment(files, "Aged") == deployment(rendered, "Aged")
 
 
+def test_a_further_model_of_a_task_is_in_the_manifests(changed: Changed, rendered: Files) -> None:
+    names = ["upscale-sd-x4", "upscale-realesrgan-x4plus"]
+    files = changed(lambda base: base["serve"]["args"].update(serve={"upscale": names}))
+    further = deployment(files, "upscale-realesrgan-x4plus")
+    assert 0 < further["ray_actor_options"]["num_gpus"] < 1
+    assert further["user_config"].keys() == {"max_batch_size", "budget_px"}
+    assert further["autoscaling_config"] == deployment(rendered, "Upscale")["autoscaling_config"]
+    assert deployment(files, "Upscale") == deployment(rendered, "Upscale")
+    pulled = next(yaml.safe_load_all(files["base/site.yaml"]))["data"]["IMAGEN_MODEL_NAMES"]
+    assert set(names) <= set(pulled.split())
+
+
+def test_the_jobs_of_a_cluster_get_every_registry(changed: Changed) -> None:
+    both = ["configs/models/production.yaml", "configs/models/starter.yaml"]
+    files = changed(lambda base: base["serve"]["args"].update(models=both))
+    site = next(yaml.safe_load_all(files["base/site.yaml"]))
+    assert site["data"]["IMAGEN_REGISTRY"] == ":".join(both)
+
+
 def test_shares_batches_and_budgets_follow_the_gpu(changed: Changed, rendered: Files) -> None:
     def on_t4(base: dict[str, Any]) -> None:
         base["gpu"] |= {"type": "t4", "machine": "n1-highmem-8"}

@@ -58,20 +58,24 @@ def scheduler_like(pipeline: Any, name: str, **options: Any) -> SchedulerMixin:
     return kind(**{key: config[key] for key in model}, **published | options)
 
 
-def as_row(pipeline: AnyPipeline, request: Any, picture: Picture, seed: int = 0) -> Row:
-    """A row of a picture, with the request's seed if it has one."""
+def as_row(pipeline: AnyPipeline, request: Any, picture: Picture | None, seed: int = 0) -> Row:
+    """A row of a picture, or of none, with the request's seed if it has one."""
     given = getattr(request, "seed", None)
     seed = seed if given is None else given
     return Row(RowInput(request, pipeline.fit(picture, request), seed, time.monotonic() + 120))
 
 
-def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture) -> np.ndarray:
-    """One picture by the stock pipeline, from a PIL image."""
+def call_stock(pipeline: Any, request: DiffusionRequest, picture: Picture | None) -> np.ndarray:
+    """One picture by the stock pipeline, from a PIL image or from a size."""
     wanted = {"strength", "noise_level"} & set(type(request).model_fields)
+    if picture is None:
+        wanted |= {"width", "height"}
+    # Stock takes "" for a text, and None for the text that its model stands for.
+    negative = request.negative_prompt or None if picture is None else request.negative_prompt
     return pipeline(
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        image=Image.fromarray(picture.rgb),
+        negative_prompt=negative,
+        **({} if picture is None else {"image": Image.fromarray(picture.rgb)}),
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),

@@ -49,7 +49,7 @@ class Bench:
         registry = root / "models.yaml"
         registry.write_text(yaml.safe_dump({"models": [self.spec.model_dump(mode="json")]}))
         store = StoreSettings(root=root / "store", prefetch=())
-        self.settings = Settings(models=registry, device="cpu", store=store)
+        self.settings = Settings(models=(registry,), device="cpu", store=store)
         self.locked = self.add("locked", 1.0)
         files = tuple(LockedFile(path=path) for path in self.spec.origins[0].files)
         origins = (LockedOrigin(source=self.spec.origins[0].source, files=files),)

@@ -19,7 +19,7 @@ from fakes import wait_for
 from gathering import Together, until
 from stock import SCHEDULERS, apart, as_row, call_stock, scheduler_like, with_scheduler
 
-from deployments.contract import BackgroundRequest, ComicRequest, UpscaleRequest
+from deployments.contract import BackgroundRequest, ComicRequest, GenerateRequest, UpscaleRequest
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
 from deployments.errors import ModelFailed, TooLarge, TooLate
@@ -39,6 +39,7 @@ TOLERANCE = 1e-4
 MIXES = [4, pytest.param(20, marks=pytest.mark.slow)]
 COMPANIES = [8, pytest.param(20, marks=pytest.mark.slow)]
 FAMILIES = ["sd_ddim", "sd_v", "refiner", "x4"]
+TEXT_TO_IMAGE = ("txt_sd", "txt_lcm", "txt_xl")
 WORDS = ["", "red", "comic book drawing", "old photograph of a cat", "blurry", "a b c d e f g"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ddim", {"timestep_spacing": "trailing", "set_alpha_to_one": True}),
@@ -64,7 +65,7 @@ class Case:
     """A request, and what the stock pipeline makes of it."""
 
     request: Any
-    picture: Picture
+    picture: Picture | None
     expected: np.ndarray
 
 
@@ -78,16 +79,17 @@ def draw_request(name: str, rng: random.Random, steps: int) -> Any:
     }
     if name == "x4":
         return UpscaleRequest(noise_level=rng.randint(0, 350), **values)
+    if name in TEXT_TO_IMAGE:
+        return GenerateRequest(width=64, height=64, **values)
     strength = rng.choice([1.0, rng.uniform(1 / steps, 1)])
     return ComicRequest(strength=strength if int(steps * strength) else 1.0, **values)
 
 
 def draw_case(name: str, stock: Any, rng: random.Random, steps: int) -> Case:
     side_px = 16 if name == "x4" else 64
-    request, picture = (
-        draw_request(name, rng, steps),
-        tiny.picture(rng.randrange(9), side_px, side_px),
-    )
+    request, picture = draw_request(name, rng, steps), None
+    if name not in TEXT_TO_IMAGE:
+        picture = tiny.picture(rng.randrange(9), side_px, side_px)
     return Case(request, picture, call_stock(stock, request, picture))
 
 
@@ -109,7 +111,14 @@ def run_mix(
 
 @pytest.mark.parametrize("mixes", MIXES)
 @pytest.mark.parametrize(
-    ("name", "scheduler"), [*itertools.product(FAMILIES, SCHEDULERS), ("sd_lcm", "lcm")]
+    ("name", "scheduler"),
+    [
+        *itertools.product(FAMILIES, SCHEDULERS),
+        ("sd_lcm", "lcm"),
+        ("txt_sd", "dpm"),
+        ("txt_lcm", "lcm"),
+        ("txt_xl", "euler"),
+    ],
 )
 def test_every_mix_equals_the_stock_calls_one_by_one(
     name: str,

@@ -21,6 +21,7 @@ from deployments.loader import Loaded
 from deployments.preparing import prepare, prepare_replica
 from deployments.registry import ModelSpec
 from deployments.settings import Settings, StoreSettings
+from deployments.store.lockfile import Lock
 from deployments.store.provider import Provider
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def test_a_failure_to_prepare_is_logged_and_passes_run_plain(
     settings = Settings(device="cpu", store=StoreSettings(root=tmp_path))
     spec = tiny.spec("isnet", tiny_folder("isnet"), compile="full")
     loaded = Loaded(pipeline, "1" * 16, "cpu", None, ExitStack())
-    provider = Provider(settings.models, settings.store, lambda _: None)
+    provider = Provider(Lock(), settings.store, lambda _: None)
     prepare_replica(spec, loaded, GroupLimits(2), settings, provider)
     assert "none is locked" in caplog.text  # no compiled artefact either
     assert "could not be prepared" in caplog.text

@@ -12,11 +12,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
@@ -69,12 +72,16 @@ STOCK: dict[str, type[DiffusionPipeline]] = {
     "sd_lcm": StableDiffusionImg2ImgPipeline,
     "refiner": StableDiffusionXLImg2ImgPipeline,
     "x4": StableDiffusionUpscalePipeline,
+    "txt_sd": StableDiffusionPipeline,
+    "txt_lcm": StableDiffusionPipeline,
+    "txt_xl": StableDiffusionXLPipeline,
 }
 """The diffusers class of each tiny diffusion model."""
 
 ISNET_PX = 64
 FAMILY: dict[str, str] = {
     **dict.fromkeys(("sd_ddim", "sd_pndm", "sd_v", "sd_lcm", "refiner"), "img2img"),
+    **dict.fromkeys(("txt_sd", "txt_lcm", "txt_xl"), "text2img"),
     "x4": "upscale_diffusion",
     "isnet": "matting",
     "srvgg": "upscale_gan",
@@ -82,6 +89,7 @@ FAMILY: dict[str, str] = {
 }
 _TASK: dict[str, Task] = {
     "img2img": Task.COMIC,
+    "text2img": Task.GENERATE,
     "upscale_diffusion": Task.UPSCALE,
     "upscale_gan": Task.UPSCALE,
     "matting": Task.BACKGROUND,
@@ -93,6 +101,11 @@ def save(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     if name in SCHEDULERS:
         _save_sd(folder, SCHEDULERS[name], GUIDANCE_DIM if name == "sd_lcm" else None)
+    elif name in ("txt_sd", "txt_lcm"):  # the components are those of image to image
+        like = "sd_lcm" if name == "txt_lcm" else "sd_ddim"
+        _save_sd(folder, SCHEDULERS[like], GUIDANCE_DIM if name == "txt_lcm" else None)
+    elif name == "txt_xl":
+        _save_xl(folder)
     elif name == "refiner":
         _save_refiner(folder)
     elif name == "x4":
@@ -112,7 +125,7 @@ def spec(name: str, folder: Path, **changes: Any) -> ModelSpec:
         "summary": "tiny, random weights",
         "licence": "none",
         "commercial": False,
-        "buckets": ((64, 64),) if family == "img2img" else (),
+        "buckets": ((64, 64),) if family in ("img2img", "text2img") else (),
         "tile_px": 256 if name == "x4" else 64,
     }
     return ModelSpec.model_validate(values | changes)
@@ -183,9 +196,8 @@ def _unet(widths: tuple[int, ...], **options: Any) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
         layers_per_block=1,
         norm_num_groups=4,
-        cross_attention_dim=TEXT_DIM,
         attention_head_dim=2,
-        **{"in_channels": 4, **options},
+        **{"in_channels": 4, "cross_attention_dim": TEXT_DIM, **options},
     )
 
 
@@ -219,6 +231,33 @@ def _save_refiner(folder: Path) -> None:
         scheduler=DDIMScheduler(**_NOISE, clip_sample=False),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+def _save_xl(folder: Path) -> None:
+    """Of SDXL's kind: both text encoders, and zeros in place of an empty negative prompt."""
+    StableDiffusionXLPipeline(
+        vae=_vae((4, 4, 8, 8), force_upcast=True),
+        text_encoder=CLIPTextModel(_text_config(3.0)),
+        tokenizer=tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(3.0)),
+        tokenizer_2=tokenizer(),
+        unet=_unet(
+            (8, 16),
+            cross_attention_dim=2 * TEXT_DIM,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=TIME_DIM,
+            projection_class_embeddings_input_dim=6 * TIME_DIM + TEXT_DIM,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder)
 

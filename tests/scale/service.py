@@ -47,7 +47,7 @@ _IMPATIENT = {
 }
 
 
-MODELS = frozenset(task.deployment for task in Task)
+MODELS = frozenset(task.deployment for task in Task if task.needs_picture)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class Service:
     def wake(self) -> list[Answer]:
         """A picture of each model, all five at a time."""
         with ThreadPoolExecutor(len(Task)) as pool:
-            answers = list(pool.map(self.ask, Task))
+            answers = list(pool.map(self.ask, (task for task in Task if task.needs_picture)))
         assert all(answer.is_picture for answer in answers), answers
         return answers
 

@@ -15,8 +15,10 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from benchmarks.server import free_port
-from deployments.registry import load_registry
-from deployments.settings import ROOT, AccessSettings, Settings
+from deployments.catalogue import load_registry
+from deployments.settings import ROOT, AccessSettings, Settings, StoreSettings
+from deployments.store.lockfile import Lock, save_lock
+from deployments.store.resolve import resolve
 from deployments.tasks import Task
 from serve_app.ingress import Ingress
 from tests.serve.scripted import BrokenModel, ScriptedModel
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 UPLOAD_PAUSE_S = 4
 """Shorter than the default, so that tests wait less for it."""
+STARTER = Path("configs/models/starter.yaml")
+FURTHER = "upscale-small-tiles"
+"""A second model of a task, beside its default."""
 NO_NETWORK = Path(__file__).parent / "no_network"
 
 
@@ -81,16 +86,34 @@ def cluster(
 
 
 @pytest.fixture(scope="package")
-def address(cluster: str, local_config: dict[str, Any]) -> str:
+def further_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of one more upscaler: the starter's, under another name and with smaller tiles."""
+    spec = load_registry(STARTER)[Task.UPSCALE]
+    further = spec.model_copy(update={"name": FURTHER, "tile_px": 128})
+    path = tmp_path_factory.mktemp("registry") / "further.yaml"
+    values = {"models": [further.model_dump(mode="json")]}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    save_lock(path, Lock(models={FURTHER: resolve(further, StoreSettings(), None)}))
+    return path
+
+
+@pytest.fixture(scope="package")
+def address(cluster: str, local_config: dict[str, Any], further_registry: Path) -> str:
     """The URL of the whole application, as configs/local.yaml has it.
 
-    But models take 0.2 of a GPU, and a body may stand still for a shorter time.
+    But it serves a second upscaler, the models of configs/local.yaml take 0.2 of a GPU, and a body
+    may stand still for a shorter time.
     """
     application = local_config["applications"][0]
-    application["args"]["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
+    args = application["args"]
+    args["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
+    args["models"] = [*args["models"], str(further_registry)]
+    args["serve"] = {"upscale": f"upscale-starter,{FURTHER}"}
     for deployment in application["deployments"]:
         if deployment["name"] != "Ingress":
             deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.2}
+    one_replica = {"min_replicas": 1, "max_replicas": 1}
+    application["deployments"] += [{"name": FURTHER, "autoscaling_config": one_replica}]
     deploy(application)
     return cluster
 
@@ -133,11 +156,12 @@ def broken(cluster: str) -> str:
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
     settings = Settings(request_timeout_s=10, retry_after_s=7, access=AccessSettings(auth="off"))
-    models: dict[Task, Any] = {}
+    registry = load_registry(*settings.models)
+    models: dict[str, Any] = {}
     for task, kind in kinds.items():
         narrow = task == Task.COMIC
         model: Any = serve.deployment(kind)
-        models[task] = model.options(
+        models[registry[task].name] = model.options(
             name=task.deployment,
             max_ongoing_requests=2 if narrow else 20,
             max_queued_requests=1 if narrow else 20,
@@ -149,7 +173,5 @@ def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool)
     ingress = ingress.options(
         name="Ingress", num_replicas=replicas, ray_actor_options={"num_cpus": 0}
     )
-    target = RunTarget(
-        ingress.bind(models, load_registry(settings.models), settings, {}), name, f"/{name}"
-    )
+    target = RunTarget(ingress.bind(models, registry, settings, {}), name, f"/{name}")
     serve.run_many([target], wait_for_applications_running=wait)

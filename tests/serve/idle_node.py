@@ -15,8 +15,9 @@ import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
 
-from deployments.registry import load_registry
+from deployments.catalogue import load_registry
 from deployments.settings import Settings, StoreSettings
+from deployments.store.lockfile import load_lock
 from deployments.store.node_init import ensure_on_node
 from deployments.store.provider import Provider
 
@@ -27,8 +28,8 @@ MODELS = Path("configs/models/starter.yaml")
 def pull(settings: Settings) -> int:
     """A replica's start and end."""
     totals: list[Any] = []
-    spec = next(iter(load_registry(settings.models).values()))
-    digest = Provider(settings.models, settings.store).digest(spec)
+    spec = next(iter(load_registry(*settings.models).values()))
+    digest = Provider(load_lock(*settings.models), settings.store).digest(spec)
     ensure_on_node(spec.name, digest, settings, totals.extend)
     while not totals:
         time.sleep(0.1)
@@ -68,7 +69,7 @@ def main(root: str) -> None:
         cluster.add_node(num_cpus=1, resources={"worker": 1})
         ray.init(cluster.address, log_to_driver=False)
         found: dict[str, Any] = {"before_s": wait(cluster.address, idle=True)}
-        settings = Settings(models=MODELS, store=StoreSettings(root=Path(root)))
+        settings = Settings(models=(MODELS,), store=StoreSettings(root=Path(root)))
         found["pulled"] = ray.get(pull.remote(settings))
         found["after_pull_s"] = wait(cluster.address, idle=True)
         actor: Any = Lingering.remote()

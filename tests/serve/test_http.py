@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deployments import images
+from tests.serve.conftest import FURTHER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,7 +71,30 @@ def test_ready_and_models(address: str) -> None:
     models = httpx.get(f"{address}/api/v1/models", timeout=30).json()["models"]
     assert ready.status_code == 200
     assert {m["state"] for m in models} == {"ready"}
-    assert [m["task"] for m in models] == list(ROUTES)
+    assert list(dict.fromkeys(m["task"] for m in models)) == list(ROUTES)
+    assert [m["name"] for m in models if m["task"] == "upscale"] == ["upscale-starter", FURTHER]
+    assert set(ready.json()["models"]) == {*ROUTES, FURTHER}
+
+
+def test_two_models_of_one_task_run_at_once_and_a_request_picks_one(address: str) -> None:
+    names = ["upscale-starter", FURTHER] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(lambda name: post(address, "upscale", jpeg(), model=name), names))
+    served = [answer.headers["x-imagen-model"].partition("@")[0] for answer in answers]
+    assert served == names
+    pictures = [np.asarray(opened(answer)).astype(int) for answer in answers[:2]]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2, "the same weights in smaller tiles"
+    written = images.read_metadata(answers[1].content)
+    assert str(written["model"]).startswith(f"{FURTHER}@")
+
+
+def test_a_model_that_is_not_served_is_refused_with_the_names_of_those_that_are(
+    address: str,
+) -> None:
+    answer = post(address, "upscale", jpeg(), model="upscale-realesrgan-x4plus")
+    assert is_problem(answer, 422)
+    assert f"upscale-starter, {FURTHER}" in answer.json()["remedy"]
+    assert "imagen run --serve" in answer.json()["remedy"]
 
 
 @pytest.mark.parametrize("task", ROUTES)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from imagen_client import Imagen, JobCanceled, PreviewEvent, ProgressEvent, StateEvent
+from tests.serve.conftest import FURTHER
 from tests.serve.test_http import jpeg
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def test_results_of_a_job_are_the_pictures_of_direct_calls_with_their_seeds(imag
         assert np.abs(difference).max() <= 2  # rows that share passes: docs/engine.md
     # Whether they share passes is the engine's choice, by what it has timed.
     assert all(1 <= one.metadata["batch_size"] <= 3 for one in job.outputs)
+
+
+def test_a_job_runs_on_the_model_that_it_names(imagen: Imagen) -> None:
+    job = imagen.submit("upscale", jpeg(), model=FURTHER).wait(timeout_s=60)
+    assert (job.task, job.model) == ("upscale", FURTHER)
+    assert job.result().model.startswith(f"{FURTHER}@")
+    assert imagen.run("upscale", jpeg()).model.startswith("upscale-starter@")
 
 
 def test_events_show_the_steps_and_what_they_make(imagen: Imagen) -> None:

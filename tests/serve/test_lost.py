@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from benchmarks.recovery import Watch, process_of
+from tests.serve.conftest import FURTHER
 from tests.serve.test_http import jpeg, post
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def test_while_the_controller_does_not_answer_readyz_says_what_the_replicas_say(
     try:
         for _ in range(3):
             answer = httpx.get(f"{address}/readyz", timeout=30)
-            assert answer.json()["models"] == dict.fromkeys([*OTHERS, "background"], "ready")
+            assert answer.json()["models"] == dict.fromkeys(
+                [*OTHERS, "background", FURTHER], "ready"
+            )
             time.sleep(1)
         kill_now("replica")
         deadline_s = time.monotonic() + 60

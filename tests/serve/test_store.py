@@ -15,8 +15,8 @@ import ray
 from ray.util import list_named_actors
 from safetensors.torch import load_file, save_file
 
+from deployments.catalogue import load_registry
 from deployments.gpu.target import this_target
-from deployments.registry import load_registry
 from deployments.settings import ROOT, Settings, StoreSettings
 from deployments.store import compiled
 from deployments.store.cache import Store
@@ -92,7 +92,7 @@ def locked() -> str:
 
 
 def locked_in_full() -> str:
-    return Provider(STARTER, StoreSettings()).digest(UPSCALE)
+    return Provider(load_lock(STARTER), StoreSettings()).digest(UPSCALE)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -114,7 +114,7 @@ def test_all_five_models_serve_with_the_network_blocked(
 def test_the_node_holds_each_model_once_and_its_actor_has_ended(
     address: str, models_root: Path
 ) -> None:
-    provider = Provider(STARTER, StoreSettings(root=models_root))
+    provider = Provider(load_lock(STARTER), StoreSettings(root=models_root))
     for spec in load_registry(STARTER).values():
         assert provider.store.check(spec.name, provider.digest(spec), "full")
     assert list((models_root / ".staging").iterdir()) == []
@@ -130,7 +130,7 @@ def pull_and_tell(settings: Settings, name: str, digest: str) -> None:
 
 
 def test_metrics_tell_what_was_pulled_and_what_is_served(address: str, tmp_path: Path) -> None:
-    settings = Settings(models=STARTER, store=StoreSettings(root=tmp_path / "store"))
+    settings = Settings(models=(STARTER,), store=StoreSettings(root=tmp_path / "store"))
     telling = pull_and_tell.remote(settings, UPSCALE.name, locked_in_full())
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -239,16 +239,16 @@ def replicas_now() -> str:
 def slow(tmp_path: Path) -> Settings:
     """An empty store that takes some seconds to fill."""
     store = StoreSettings(root=tmp_path / "slow", max_bytes_per_s=3e6, range_bytes=64 * 1024)
-    return Settings(models=STARTER, store=store)
+    return Settings(models=(STARTER,), store=store)
 
 
 @ray.remote(num_cpus=0)
 def ask(settings: Settings, name: str) -> tuple[float, list[Any]]:
     """What a starting replica does, then 20 s of life."""
     totals: list[Any] = []
-    spec = next(s for s in load_registry(settings.models).values() if s.name == name)
+    spec = next(s for s in load_registry(*settings.models).values() if s.name == name)
     start_s = time.monotonic()
-    digest = Provider(settings.models, settings.store).digest(spec)
+    digest = Provider(load_lock(*settings.models), settings.store).digest(spec)
     ensure_on_node(name, digest, settings, totals.extend)
     waited_s = time.monotonic() - start_s
     deadline_s = time.monotonic() + 20
@@ -278,8 +278,8 @@ async def test_eight_replicas_make_one_pull_that_tells_its_progress(
     fetched = sum(t[4] for t in totals if t[:2] == ("bytes", "comic-starter"))
     assert fetched == misses[0][4], "every byte came once"
     # What nobody waited for came too, afterwards.
-    provider = Provider(slow.models, slow.store)
-    for spec in load_registry(slow.models).values():
+    provider = Provider(load_lock(*slow.models), slow.store)
+    for spec in load_registry(*slow.models).values():
         assert provider.store.holds(spec.name, provider.digest(spec))
     wait_for(lambda: not [a for a in list_named_actors(True) if a["namespace"] == NAMESPACE])
 
@@ -291,7 +291,7 @@ def test_a_node_gets_what_is_compiled_for_its_device_unless_it_is_damaged(
     shutil.copy(lock_path(STARTER), tmp_path)
     mirror = f"file://{tmp_path / 'mirror'}"
     settings = StoreSettings(root=tmp_path / "maker")
-    provider, digest = Provider(registry, settings), locked_in_full()
+    provider, digest = Provider(load_lock(registry), settings), locked_in_full()
     provider.ensure(UPSCALE)
     publish(UPSCALE, digest, provider.store, mirror, settings, smoke=False)
     key = CompiledKey(UPSCALE.name, digest, this_target("auto"), "full", "any")
@@ -302,7 +302,7 @@ def test_a_node_gets_what_is_compiled_for_its_device_unless_it_is_damaged(
 
     def found_on(node: str) -> bytes | None:
         filled = StoreSettings(root=tmp_path / node, mirror=mirror, prefetch=())
-        ray.get(ask.remote(Settings(models=registry, store=filled), UPSCALE.name))
+        ray.get(ask.remote(Settings(models=(registry,), store=filled), UPSCALE.name))
         store = Store(filled)
         assert store.check(UPSCALE.name, digest, "full"), "the model is there in any case"
         return compiled.find(store, lock, key)

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from tests.promql import alerts, panels, selectors, shown
+from tests.serve.conftest import FURTHER
 from tests.serve.test_http import ROUTES, jpeg, post
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def samples(address: str, scripted: str) -> Samples:
     """
     for task in ROUTES:
         assert post(address, task, jpeg()).status_code == 200
+    assert post(address, "upscale", jpeg(), model=FURTHER).status_code == 200
     job = httpx.post(
         f"{address}{COMIC}",
         files={"image": jpeg()},
@@ -70,7 +72,7 @@ def _whole(found: Samples) -> bool:
     statuses = {(one["route"], one["status"]) for one in answers}
     wanted = {(COMIC, "415"), ("other", "404"), ("/api/v1/models", "405")}
     named = [selector for e in _expressions() for selector in selectors(e)]
-    return wanted <= statuses and len(models) == 5 and not any(missing(s, found) for s in named)
+    return wanted <= statuses and len(models) == 6 and not any(missing(s, found) for s in named)
 
 
 def _expressions() -> list[str]:
@@ -109,7 +111,7 @@ def test_every_stage_of_every_model_is_timed(samples: Samples) -> None:
     series = samples["ray_imagen_stage_seconds_count"]
     stages = {(one["model"], one["stage"]) for one in series}
     models = values(samples, "ray_imagen_requests_total", "model")
-    assert len(models) == 5
+    assert models == {*(f"{task}-starter" for task in ROUTES), FURTHER}
     wanted = {"queue", "decode", "denoise", "vae", "encode"}
     assert {(model, stage) for model in models for stage in wanted} <= stages
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from benchmarks.servers.files import FileServer
     from benchmarks.servers.hub import HubServer
-    from deployments.registry import ArtefactSpec, Catalogue, Origin
+    from deployments.catalogue import Catalogue
+    from deployments.registry import ArtefactSpec, Origin
     from deployments.store.lockfile import Lock
 
 PRODUCTION = Path("configs/models/production.yaml")

@@ -16,9 +16,9 @@ import pytest
 
 from benchmarks.servers.gcs import GcsServer
 from benchmarks.servers.s3 import S3Server
+from deployments.catalogue import load_catalogue
 from deployments.errors import ConfigError, ModelCorrupt, StoreUnwritable
 from deployments.gpu.target import Target, this_target
-from deployments.registry import load_catalogue
 from deployments.settings import ROOT
 from deployments.store import compiled
 from deployments.store.cache import Store
@@ -86,7 +86,7 @@ class Makers(Bench):
     def node(self, tmp_path: Path) -> Provider:
         """Another node, which has pulled the model."""
         settings = settings_of(tmp_path / "node", mirror=self.mirror, attempts=2)
-        provider = Provider(self.registry, settings, self.events.append)
+        provider = Provider(load_lock(self.registry), settings, self.events.append)
         provider.ensure(self.spec)
         return provider
 
@@ -506,7 +506,7 @@ def test_the_command_compiles_a_model_of_the_store(tmp_path: Path) -> None:
     registry = Path(shutil.copy(ROOT / "configs/models/starter.yaml", tmp_path))
     shutil.copy(ROOT / "configs/models/starter.lock.json", tmp_path)
     settings = settings_of(tmp_path / "models")
-    provider, spec = Provider(registry, settings), load_catalogue(registry).find("comic")
+    provider, spec = Provider(load_lock(registry), settings), load_catalogue(registry).find("comic")
     provider.ensure(spec)
     options = ["--mode", "blocks", "--device", "cpu", "--registry", str(registry), "--json"]
     command = [*IMAGEN, "models", "compile", "comic", "--store", str(tmp_path / "models"), *options]

@@ -21,9 +21,10 @@ from typer.testing import CliRunner, Result
 from benchmarks.servers.files import FileServer
 from benchmarks.servers.hub import HubServer
 from cli.main import app
+from deployments.catalogue import load_catalogue
 from deployments.pipelines import matting, upscale_gan
 from deployments.pipelines.recognise import recognise
-from deployments.registry import ModelSpec, load_catalogue
+from deployments.registry import ModelSpec
 from deployments.store.lockfile import load_lock
 
 if TYPE_CHECKING:

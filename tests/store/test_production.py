@@ -13,10 +13,11 @@ import pytest
 from benchmarks.servers import hub as hub_module
 from benchmarks.servers.files import FileServer
 from benchmarks.servers.hub import HubServer
+from deployments.catalogue import load_catalogue
 from deployments.errors import ConfigError, LicenceRefused
 from deployments.gpu.plan import plan
 from deployments.origins import UNRESOLVED, parse_hub
-from deployments.registry import ArtefactSpec, load_catalogue
+from deployments.registry import ArtefactSpec
 from deployments.settings import StoreSettings
 from deployments.store.lockfile import (
     Lock,
@@ -120,7 +121,7 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
         lock = lock.with_model(spec.name, resolve(spec, settings, lock.models[spec.name]))
     sent = Counter(files_sent(hub.faults.bytes_sent))
     save_lock(tmp_path / "production.yaml", lock)
-    provider = Provider(tmp_path / "production.yaml", settings)
+    provider = Provider(load_lock(tmp_path / "production.yaml"), settings)
 
     served = {}
     for spec in catalogue.entries:
@@ -159,7 +160,7 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
 
 
 def test_what_is_not_looked_up_yet_is_refused_before_anything_is_fetched() -> None:
-    provider = Provider(PRODUCTION, StoreSettings())
+    provider = Provider(load_lock(PRODUCTION), StoreSettings())
     lock = load_lock(PRODUCTION)
     unresolved = [name for name in NAMES if lock.models[name].digest == UNRESOLVED]
     assert "comic-ghibli" in unresolved

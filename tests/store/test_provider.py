@@ -11,7 +11,14 @@ from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, Origin
 from deployments.settings import StoreSettings
-from deployments.store.lockfile import Lock, LockedFile, LockedModel, LockedOrigin, save_lock
+from deployments.store.lockfile import (
+    Lock,
+    LockedFile,
+    LockedModel,
+    LockedOrigin,
+    load_lock,
+    save_lock,
+)
 from deployments.store.provider import Provider, mirror_url
 from tests.store import common
 from tests.store.common import LARGE, NAME
@@ -66,7 +73,7 @@ class Place:
 
     def provider(self, **changes: Any) -> Provider:
         settings: StoreSettings = common.settings_of(self.folder / "root", **changes)
-        return Provider(self.registry, settings)
+        return Provider(load_lock(self.registry), settings)
 
     def forget_origins(self) -> None:
         for name in ("a", "b"):

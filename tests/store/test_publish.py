@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.servers.gcs import GcsServer
 from benchmarks.servers.s3 import S3Server
+from deployments.catalogue import load_catalogue
 from deployments.errors import (
     ConfigError,
     ModelCorrupt,
@@ -21,7 +22,7 @@ from deployments.errors import (
     SourceFailed,
     StoreUnwritable,
 )
-from deployments.registry import ArtefactSpec, ModelSpec, load_catalogue
+from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import ROOT, StoreSettings
 from deployments.store import smoke
 from deployments.store.cache import Store
@@ -57,7 +58,7 @@ class Bench:
         found = resolve(self.spec, self.settings, None)
         save_lock(self.registry, Lock().with_model(NAME, found))
         self.digest = found.digest
-        self.provider = Provider(self.registry, self.settings)
+        self.provider = Provider(load_lock(self.registry), self.settings)
         self.provider.ensure(self.spec)
 
     @property
@@ -70,7 +71,7 @@ class Bench:
     def pull_from(self, url: str, root: Path) -> Path:
         """The model, pulled by another node from where it was published."""
         other = settings_of(root, mirror=url)
-        return Provider(self.registry, other).ensure(self.spec)
+        return Provider(load_lock(self.registry), other).ensure(self.spec)
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def starter(tmp_path: Path, **changes: Any) -> tuple[ModelSpec, str, Store, Stor
     spec = entry.model_copy(update=changes)
     found = resolve(spec, settings, load_lock(STARTER).models[spec.name])
     save_lock(registry, Lock().with_model(spec.name, found))
-    provider = Provider(registry, settings)
+    provider = Provider(load_lock(registry), settings)
     provider.ensure(spec)
     return spec, found.digest, provider.store, settings
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from PIL import Image
 
-from deployments.contract import ImageJob, ImageResult
-from deployments.registry import load_registry
+from deployments.catalogue import Registry, load_registry
+from deployments.contract import ImageJob, ImageResult, JobProgress
 from deployments.settings import AccessSettings, LimitSettings, Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from serve_app.middleware import OnAnswer
 
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
+NAMES = [spec.name for spec in REGISTRY.models]
+COMIC_ALONE = Registry([REGISTRY[Task.COMIC]], {})
+SERVED = tuple(REGISTRY)
+"""The tasks that have a starter model."""
 OPEN_TO_ALL = AccessSettings(auth="off")
 
 
@@ -39,13 +43,13 @@ def picture_file(width: int = 24, height: int = 16, kind: str = "PNG", mode: str
 
 @dataclass
 class FakeBackends:
-    """Five models that do as they are told, and remember what they were asked.
+    """Models that do as they are told, and remember what they were asked.
 
     Attributes:
         error: raised instead of answering.
         delay_s: how long each answer takes.
         result: what comes back; None: the job's own image, as the format it asks for.
-        state: of every model, but for those in `other_states`.
+        state: of every model, but for those in `other_states`, by name.
         jobs: what was received, in order.
     """
 
@@ -53,21 +57,21 @@ class FakeBackends:
     delay_s: float = 0.0
     result: ImageResult | None = None
     state: State = "ready"
-    other_states: dict[Task, State] = field(default_factory=dict)
+    other_states: dict[str, State] = field(default_factory=dict)
     states_error: Exception | None = None
     known_details: Details = field(default_factory=lambda: Details({}, {}))
     jobs: list[ImageJob] = field(default_factory=list)
 
-    def __getitem__(self, task: Task) -> FakeBackend:
-        return FakeBackend(self, task)
+    def __getitem__(self, name: str) -> FakeBackend:
+        return FakeBackend(self, name)
 
-    def recovery_s(self, task: Task) -> float:
+    def recovery_s(self, name: str) -> float:
         return 12.3
 
-    async def states(self) -> Mapping[Task, State]:
+    async def states(self) -> Mapping[str, State]:
         if self.states_error is not None:
             raise self.states_error
-        return dict.fromkeys(Task, self.state) | self.other_states
+        return dict.fromkeys(NAMES, self.state) | self.other_states
 
     async def details(self) -> Details:
         return self.known_details
@@ -76,23 +80,31 @@ class FakeBackends:
 @dataclass
 class FakeBackend:
     backends: FakeBackends
-    task: Task
+    name: str
 
     async def __call__(self, job: ImageJob) -> ImageResult:
         self.backends.jobs.append(job)
         await asyncio.sleep(self.backends.delay_s)
         if self.backends.error is not None:
             raise self.backends.error
-        return self.backends.result or result_of(job, self.task)
+        return self.backends.result or result_of(job, self.name)
+
+    async def stream(self, job: ImageJob) -> AsyncIterator[JobProgress | tuple[ImageResult, ...]]:
+        """Four steps, each with a preview, and then the results."""
+        yield JobProgress(0, 4)
+        for done in range(1, 5):
+            yield JobProgress(done, 4, preview=b"preview" if job.preview else None)
+        first = await self(job)
+        yield tuple(replace(first, seed=7 + k) for k in range(job.n))
 
 
-def result_of(job: ImageJob, task: Task, **changes: Any) -> ImageResult:
+def result_of(job: ImageJob, name: str, **changes: Any) -> ImageResult:
     values: dict[str, Any] = {
         "image": job.image,
         "media_type": f"image/{job.output_format}",
         "width_px": 24,
         "height_px": 16,
-        "model": f"{task}-starter@0123abcd",
+        "model": f"{name}@0123abcd",
         "seed": 7,
         "batch_size": 3,
         "gpu_seconds": 0.25,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from fastapi.openapi.models import OpenAPI
 from PIL import Image
 
 from deployments import errors
+from deployments.catalogue import Registry
 from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
 from deployments.notes import Code, note
@@ -25,9 +27,11 @@ from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.options import JobOptions
+from serve_app.protocols import native, openai
 from tests.unit.fakes import (
     OPEN_TO_ALL,
     REGISTRY,
+    SERVED,
     FakeBackends,
     app_of,
     chunks,
@@ -57,7 +61,9 @@ JOB_ROUTES = {
         *(f"/{{job_id}}{end}" for end in ("", "/retry", "/result", "/results/{k}", "/events")),
     )
 } | {"/files/{path}", "/api/v1/webhook-secret"}
-ROUTES = {*(task.route for task in Task), "/api/v1/models", "/healthz", "/readyz"} | JOB_ROUTES
+OPENAI_ROUTES = {*openai.IMAGE_ROUTES, "/v1/models", "/v1/models/{name}"}
+ROUTES = {*(task.route for task in SERVED), "/api/v1/models", "/healthz", "/readyz"}
+ROUTES |= JOB_ROUTES | OPENAI_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
@@ -100,7 +106,7 @@ def png_of(width: int, height: int) -> bytes:
 # Pictures
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) -> None:
     response = await post(app_of(), task.route, PHOTO, headers={"X-Request-Id": "mine-1"})
     assert response.status_code == 200
@@ -116,7 +122,24 @@ async def test_every_route_answers_with_a_picture_and_what_happened(task: Task) 
     assert response.headers["vary"] == "Accept"
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
+async def test_a_picture_may_come_and_go_as_base64_in_json(task: Task) -> None:
+    backends = FakeBackends()
+    body = {"image": base64.b64encode(PHOTO).decode(), "metadata": "none"}
+    headers = {"Accept": "application/json"}
+    answer = await send(app_of(backends), "POST", task.route, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert backends.jobs[0].image == PHOTO
+    assert backends.jobs[0].request.metadata == "none"
+    found = answer.json()
+    assert base64.b64decode(found["image"]) == PHOTO
+    assert (found["seed"], found["model"]) == (7, f"{task}-starter@0123abcd")
+    # Without that header the picture itself comes back.
+    answer = await send(app_of(backends), "POST", task.route, json=body)
+    assert answer.headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_model_gets_the_very_bytes_that_were_sent(task: Task) -> None:
     backends = FakeBackends()
     await post(app_of(backends, timeout_s=60), task.route, PHOTO)
@@ -142,7 +165,7 @@ async def test_the_model_gets_the_parameters_that_were_sent() -> None:
 async def test_pictures_sent_at_once_are_not_mixed_up() -> None:
     app = app_of(FakeBackends(delay_s=0.01))
     sent = [picture_file(width=width) for width in range(8, 28)]
-    tasks = [list(Task)[n % 5] for n in range(len(sent))]
+    tasks = [SERVED[n % 5] for n in range(len(sent))]
     answers = await asyncio.gather(
         *(post(app, task.route, image) for task, image in zip(tasks, sent, strict=True))
     )
@@ -213,7 +236,7 @@ async def test_a_result_without_chance_has_no_seed_and_notes_are_told() -> None:
     backends = FakeBackends()
     await post(app_of(backends), COMIC, PHOTO)
     notes = (note(Code.FRAMES_DROPPED, "The first of 12 frames was used."),)
-    backends.result = result_of(backends.jobs[0], Task.COMIC, seed=None, notes=notes)
+    backends.result = result_of(backends.jobs[0], "comic-starter", seed=None, notes=notes)
     response = await post(app_of(backends), COMIC, PHOTO)
     assert "x-imagen-seed" not in response.headers
     assert response.headers["x-imagen-note"] == "frames_dropped: The first of 12 frames was used."
@@ -242,7 +265,7 @@ async def test_a_polyglot_is_passed_on_as_the_picture_it_is() -> None:
         (b"\0" * 1000, 415, "unsupported_media"),
     ],
 )
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_what_is_no_sound_picture_is_refused(
     task: Task, image: bytes, status: int, code: str
 ) -> None:
@@ -251,7 +274,7 @@ async def test_what_is_no_sound_picture_is_refused(
     assert problem["code"] == code
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_a_decompression_bomb_is_refused(task: Task) -> None:
     bomb = png_of(30_000, 30_000)
     assert len(bomb) < 130_000
@@ -271,13 +294,13 @@ async def test_an_upscale_beyond_the_largest_result_is_refused() -> None:
 
 async def test_the_largest_result_concerns_upscaling_only() -> None:
     app = app_of(max_output_px=64 * 64)
-    for task in set(Task) - {Task.UPSCALE}:
+    for task in set(SERVED) - {Task.UPSCALE}:
         assert (await post(app, task.route, png_of(100, 100))).status_code == 200
 
 
 async def test_a_phone_photo_is_welcome_everywhere_but_upscale() -> None:
     app, photo = app_of(), png_of(4000, 3000)
-    for task in set(Task) - {Task.UPSCALE}:
+    for task in set(SERVED) - {Task.UPSCALE}:
         assert (await post(app, task.route, photo)).status_code == 200
     refused(await post(app, Task.UPSCALE.route, photo), 413)
 
@@ -324,7 +347,9 @@ async def test_lone_surrogates_in_a_prompt_are_refused() -> None:
 @pytest.mark.parametrize(
     ("headers", "content", "status"),
     [
-        ({"content-type": "application/json"}, b'{"image": "..."}', 415),
+        ({"content-type": "application/json"}, b'{"image": "..."}', 422),
+        ({"content-type": "application/json"}, b'{"image": "', 400),
+        ({"content-type": "text/plain"}, b'{"image": "..."}', 415),
         ({"content-type": "image/png"}, PHOTO, 415),
         ({}, PHOTO, 415),
         ({}, b"", 415),
@@ -458,7 +483,7 @@ async def test_an_unforeseen_error_is_told_without_its_insides(
 async def test_a_missed_deadline_is_explained_by_the_models_state(
     state: State, status: int, code: str
 ) -> None:
-    backends = FakeBackends(delay_s=30, state="ready", other_states={Task.COMIC: state})
+    backends = FakeBackends(delay_s=30, state="ready", other_states={"comic-starter": state})
     response = await post(app_of(backends, timeout_s=0.05), COMIC, PHOTO)
     problem = refused(response, status)
     assert problem["code"] == code
@@ -471,7 +496,7 @@ async def test_a_missed_deadline_stops_the_work() -> None:
     stopped = asyncio.Event()
 
     class Watched(FakeBackends):
-        def __getitem__(self, task: Task) -> Any:
+        def __getitem__(self, name: str) -> Any:
             async def backend(job: Any) -> None:
                 try:
                     await asyncio.sleep(30)
@@ -545,10 +570,10 @@ async def test_an_unknown_route_is_refused_with_the_known_ones(method: str, path
     if method != "GET" and path.startswith("/docs"):
         return
     problem = refused(await send(app_of(), method, path), 404)
-    assert all(route in problem["remedy"] for route in (task.route for task in Task))
+    assert all(route in problem["remedy"] for route in (task.route for task in SERVED))
 
 
-@pytest.mark.parametrize("path", [*(task.route for task in Task), "/healthz"])
+@pytest.mark.parametrize("path", [*(task.route for task in SERVED), "/healthz"])
 async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
     refused(await send(app_of(), "POST", path + "/"), 404)
 
@@ -601,19 +626,19 @@ async def test_the_process_lives() -> None:
     ("state", "ready"), [("ready", True), ("idle", True), ("starting", False), ("failed", False)]
 )
 async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
-    backends = FakeBackends(other_states={Task.AGED: state})
+    backends = FakeBackends(other_states={"aged-starter": state})
     response = await send(app_of(backends), "GET", "/readyz")
     assert response.status_code == (200 if ready else 503)
     body = response.json()
     assert body["status"] == ("ready" if ready else "not ready")
-    assert body["models"] == dict.fromkeys(map(str, Task), "ready") | {"aged": state}
+    assert body["models"] == dict.fromkeys(map(str, SERVED), "ready") | {"aged": state}
     assert response.headers.get("retry-after") == (None if ready else "13")
 
 
 async def test_a_model_nobody_knows_of_is_starting() -> None:
     class Forgetful(FakeBackends):
-        async def states(self) -> dict[Task, State]:
-            return {Task.COMIC: "ready"}
+        async def states(self) -> dict[str, State]:
+            return {"comic-starter": "ready"}
 
     response = await send(app_of(Forgetful()), "GET", "/readyz")
     assert response.status_code == 503
@@ -628,10 +653,10 @@ async def test_readiness_that_cannot_be_asked_for_is_a_problem() -> None:
 
 
 async def test_the_models_are_listed_with_route_licence_and_state() -> None:
-    backends = FakeBackends(other_states={Task.AGED: "failed"})
+    backends = FakeBackends(other_states={"aged-starter": "failed"})
     response = await send(app_of(backends), "GET", "/api/v1/models")
     models = {model["task"]: model for model in response.json()["models"]}
-    assert set(models) == set(map(str, Task))
+    assert set(models) == set(map(str, SERVED))
     for task, model in models.items():
         spec = REGISTRY[Task(task)]
         assert model["name"] == spec.name
@@ -646,7 +671,7 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
 
 async def test_readiness_tells_what_is_served_and_what_is_pulled() -> None:
     served = {"serving": "0123456789abcdef", "wanted": "fedcba9876543210", "error": "damaged"}
-    details = Details({Task.COMIC: [served]}, {"comic-starter": 43.21})
+    details = Details({"comic-starter": [served]}, {"comic-starter": 43.21})
     response = await send(app_of(FakeBackends(known_details=details)), "GET", "/readyz")
     assert response.status_code == 200, "the former model goes on serving"
     assert response.json()["replicas"] == {"comic": [served]}
@@ -703,7 +728,7 @@ async def test_the_description_is_valid_openapi() -> None:
     assert set(references) <= set(description["components"]["schemas"])
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_description_lists_the_form_fields_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
     operation = description["paths"][task.route]["post"]
@@ -712,7 +737,7 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
     assert form["additionalProperties"] is False
     spec = REGISTRY[task]
     of_job = JobOptions.model_fields.keys() - ({"n"} if "seed" not in spec.parameters else set())
-    assert form["properties"].keys() == {"image", *spec.parameters, *of_job}
+    assert form["properties"].keys() == {"image", "model", *spec.parameters, *of_job}
     assert all(field["description"] for field in form["properties"].values())
     for name, value in spec.defaults.items():
         assert form["properties"][name]["default"] == value
@@ -727,7 +752,7 @@ async def test_the_description_lists_the_form_fields_of_every_route(task: Task) 
         assert form["properties"]["strength"]["exclusiveMinimum"] == 0.0
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", SERVED)
 async def test_the_description_lists_every_answer_of_every_route(task: Task) -> None:
     description = (await send(app_of(), "GET", "/openapi.json")).json()
     answers = description["paths"][task.route]["post"]["responses"]
@@ -748,7 +773,9 @@ async def test_the_description_lists_every_answer_of_every_route(task: Task) -> 
     promised = {name.lower() for name in answers["200"]["headers"]} - of_jobs
     backends = FakeBackends()
     await post(app_of(backends), task.route, PHOTO)
-    backends.result = result_of(backends.jobs[0], task, notes=(note(Code.SEED_DRAWN, "Drawn."),))
+    backends.result = result_of(
+        backends.jobs[0], f"{task}-starter", notes=(note(Code.SEED_DRAWN, "Drawn."),)
+    )
     response = await post(app_of(backends), task.route, PHOTO)
     assert promised <= set(response.headers)
     assert {name for name in response.headers if name.startswith("x-")} <= promised
@@ -785,12 +812,78 @@ def test_the_bomb_of_these_tests_is_a_real_png() -> None:
 # A registry of fewer tasks
 
 
-async def test_a_task_without_a_model_has_no_route() -> None:
-    registry = {task: spec for task, spec in REGISTRY.items() if task != Task.AGED}
+async def test_a_task_without_a_model_answers_404_with_the_remedy() -> None:
+    registry = Registry([spec for spec in REGISTRY.models if spec.task != Task.AGED], {})
     app = create_app(FakeBackends(), registry, Settings(access=OPEN_TO_ALL))
     problem = refused(await post(app, Task.AGED.route, PHOTO), 404)
+    assert problem["fact"] == "No model serves the task aged here."
+    assert "imagen run --serve aged=" in problem["remedy"]
     assert Task.AGED.route not in problem["remedy"]
     assert Task.COMIC.route in problem["remedy"]
     assert set((await send(app, "GET", "/readyz")).json()["models"]) == set(registry)
     models = (await send(app, "GET", "/api/v1/models")).json()["models"]
     assert {model["task"] for model in models} == set(registry)
+
+
+# A registry of two models of one task
+
+
+SECOND = REGISTRY[Task.UPSCALE].model_copy(update={"name": "upscale-second", "summary": "Another"})
+KNOWN = {model.name: model.task for model in REGISTRY.models} | {"upscale-third": Task.UPSCALE}
+TWO = Registry([*REGISTRY.models, SECOND], KNOWN)
+
+
+def app_of_two(**options: Any) -> Any:
+    return create_app(FakeBackends(**options), TWO, Settings(access=OPEN_TO_ALL))
+
+
+@pytest.mark.parametrize("model", [None, "upscale-starter", "upscale-second"])
+async def test_a_request_picks_one_of_the_models_of_a_task(model: str | None) -> None:
+    fields = {"model": model} if model else {}
+    answer = await post(app_of_two(), Task.UPSCALE.route, PHOTO, data=fields)
+    assert answer.status_code == 200
+    assert answer.headers["x-imagen-model"].startswith(f"{model or 'upscale-starter'}@")
+
+
+@pytest.mark.parametrize(
+    ("model", "fact"),
+    [
+        ("upscale-fourth", "There is no such model for upscale."),
+        ("", "There is no such model for upscale."),
+        ("comic-starter", "comic-starter serves comic, not upscale."),
+        ("upscale-third", "upscale-third is known here, but it is not served."),
+    ],
+)
+async def test_a_model_that_is_not_served_is_refused(model: str, fact: str) -> None:
+    answer = await post(app_of_two(), Task.UPSCALE.route, PHOTO, data={"model": model})
+    problem = refused(answer, 422)
+    assert (problem["fact"], problem["value"]) == (fact, model or "nothing")
+    assert [one["parameter"] for one in problem["errors"]] == ["model"]
+    assert "Send one of: upscale-starter, upscale-second." in problem["remedy"]
+    hint = "imagen run --serve upscale=upscale-starter,upscale-second,upscale-third"
+    assert (hint in problem["remedy"]) == (model == "upscale-third")
+
+
+async def test_every_model_of_a_task_is_listed_with_its_own_state() -> None:
+    app = app_of_two(other_states={"upscale-second": "starting"})
+    models = (await send(app, "GET", "/api/v1/models")).json()["models"]
+    found = [(m["name"], m["default"], m["state"]) for m in models if m["task"] == "upscale"]
+    assert found == [("upscale-starter", True, "ready"), ("upscale-second", False, "starting")]
+    ready = await send(app, "GET", "/readyz")
+    assert (ready.status_code, ready.json()["models"]["upscale-second"]) == (503, "starting")
+
+
+async def test_the_reference_offers_every_model_of_a_route() -> None:
+    description = (await send(app_of_two(), "GET", "/openapi.json")).json()
+    route = description["paths"][Task.UPSCALE.route]["post"]
+    form = route["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert form["model"]["enum"] == ["upscale-starter", "upscale-second"]
+    assert "upscale-second: Another." in route["description"]
+
+
+def test_a_form_of_several_models_sends_no_field_that_its_default_model_does_not_read() -> None:
+    diffusion = SECOND.model_copy(update={"family": "upscale_diffusion"})
+    body = native.request_body([REGISTRY[Task.UPSCALE], diffusion])["requestBody"]
+    form = body["content"]["multipart/form-data"]["schema"]["properties"]
+    assert "default" not in form["prompt"]
+    assert form["n"]

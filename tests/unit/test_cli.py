@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from cli.config import access_of, address_of
+from cli.config import access_of, address_of, config_serving
 from cli.main import app
+from cli.serving import serve_of
+from deployments.catalogue import load_catalogue
 from deployments.errors import ConfigError
+from deployments.settings import ROOT
+from deployments.store.lockfile import Lock, load_lock, lock_path, save_lock
 
 
 def config(tmp_path: Path, text: str | bytes) -> Path:
@@ -123,3 +128,79 @@ def test_a_service_without_keys_that_others_reach_is_not_started(
 def test_a_certificate_makes_the_address_https(tmp_path: Path) -> None:
     text = "http_options: {ssl_certfile: a.pem, ssl_keyfile: b.pem}"
     assert address_of(config(tmp_path, text)) == "https://127.0.0.1:8000"
+
+
+# --serve
+
+
+LOCAL = ROOT / "configs/local.yaml"
+STARTER = Path("configs/models/starter.yaml")
+
+
+def test_serve_is_repeated_or_has_commas() -> None:
+    assert serve_of(None) == {}
+    assert serve_of(["upscale=a, b", "comic=c", "upscale=d"]) == {
+        "upscale": ["a", "b", "d"],
+        "comic": ["c"],
+    }
+
+
+def test_a_config_that_serves_what_it_says_is_run_as_it_is() -> None:
+    assert config_serving(LOCAL, {}) is None
+
+
+def of_two(folder: Path) -> Path:
+    """configs/local.yaml with a registry of a second upscaler, of the same files as the first."""
+    catalogue, lock = load_catalogue(STARTER), load_lock(STARTER)
+    second = catalogue.find("upscale").model_copy(update={"name": "upscale-second"})
+    registry = folder / "second.yaml"
+    registry.write_text(json.dumps({"models": [second.model_dump(mode="json")]}))
+    save_lock(registry, Lock(models={second.name: lock.models["upscale-starter"]}))
+    text = LOCAL.read_text(encoding="utf-8")
+    return config(folder, text.replace("configs/models/own.yaml", str(registry)))
+
+
+def test_serve_changes_the_config_and_a_further_model_is_scaled_as_its_task(
+    tmp_path: Path,
+) -> None:
+    names = ["upscale-starter", "upscale-second"]
+    changed = config_serving(of_two(tmp_path), {"upscale": names})
+    assert changed is not None
+    (application,) = changed["applications"]
+    assert application["args"]["serve"] == {"upscale": names}
+    options = {one["name"]: one for one in application["deployments"]}
+    assert options["Upscale"]["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 1}
+    assert options["upscale-second"] == options["Upscale"] | {"name": "upscale-second"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--serve", "upscale=upscale-x4plus"], 2, "no registry knows"),
+        (["--serve", "upscale=comic-ghibli"], 2, "that serves comic"),
+        (["--serve", "posters=comic-ghibli"], 2, "serve names no task"),
+        (["--serve", "upscale"], 2, "--serve takes a task"),
+        (["--serve", "background=background-rmbg14"], 8, "forbids commercial use"),
+    ],
+)
+def test_a_mistake_in_serve_ends_imagen_run_before_anything_starts(
+    arguments: list[str], code: int, named: str
+) -> None:
+    done = CliRunner().invoke(app, ["run", *arguments])
+    assert done.exit_code == code
+    assert named in " ".join(done.output.split())
+
+
+def test_a_model_without_a_digest_is_not_started(tmp_path: Path) -> None:
+    file = of_two(tmp_path)
+    lock_path(tmp_path / "second.yaml").unlink()
+    done = CliRunner().invoke(app, ["run", str(file), "--serve", "upscale=upscale-second"])
+    assert done.exit_code == 2
+    assert "imagen models resolve upscale-second" in " ".join(done.output.split())
+
+
+def test_a_mistake_in_the_configs_own_serve_ends_imagen_run_too(tmp_path: Path) -> None:
+    text = LOCAL.read_text(encoding="utf-8").replace("serve: {}", "serve: {comic: nothing}")
+    done = CliRunner().invoke(app, ["run", str(config(tmp_path, text))])
+    assert done.exit_code == 2
+    assert "no registry knows" in " ".join(done.output.split())

@@ -334,7 +334,12 @@ def test_other_scales_are_refused(fields: dict[str, str]) -> None:
 
 
 def completed(task: Task, fields: dict[str, str], defaults: dict[str, Any]) -> dict[str, Any]:
-    family = {Task.UPSCALE: GAN, Task.BACKGROUND: MATTING}.get(task, IMG2IMG)
+    others = {
+        Task.UPSCALE: GAN,
+        Task.BACKGROUND: MATTING,
+        Task.GENERATE: Task.GENERATE.parameters("text2img"),
+    }
+    family = others.get(task, IMG2IMG)
     return complete(parse(task.request, fields), defaults, family).model_dump()
 
 

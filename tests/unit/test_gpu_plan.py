@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
 from deployments.gpu.choice import choose_fitting
@@ -27,7 +28,7 @@ from deployments.gpu.profiles import (
     gpu_name,
     load_profiles,
 )
-from deployments.registry import Catalogue, ModelSpec, load_catalogue
+from deployments.registry import ModelSpec
 from deployments.settings import SEATS
 from deployments.tasks import Task
 from tests.fake_gpu import FakeDeviceMemory

@@ -42,7 +42,7 @@ IMAGE = bytes(range(256)) * 3
 
 def scope() -> Scope:
     """Of a request with an id."""
-    return {"type": "http", "state": {"request_id": "id"}}
+    return {"type": "http", "path": "/", "state": {"request_id": "id"}}
 
 
 async def read(parts: Sequence[bytes], content_type: str | None = MULTIPART) -> multipart.Form:
@@ -411,7 +411,7 @@ def test_a_picture_says_what_happened() -> None:
         note(Code.FRAMES_DROPPED, "The first of 3 frames was used."),
         note(Code.PROFILE_CONVERTED, "Converted from Gr\u00fcn\r\nX: 1."),
     )
-    response = native.image_response(result_of(JOB, Task.COMIC, notes=notes))
+    response = native.image_response(result_of(JOB, "comic-starter", notes=notes))
     assert response.body == IMAGE
     assert response.headers["content-type"] == "image/webp"
     assert response.headers["x-imagen-model"] == "comic-starter@0123abcd"
@@ -429,8 +429,11 @@ def test_a_picture_says_what_happened() -> None:
 
 
 def test_a_seed_of_zero_is_told_and_no_seed_is_not() -> None:
-    assert native.image_response(result_of(JOB, Task.COMIC, seed=0)).headers["x-imagen-seed"] == "0"
-    bare = native.image_response(result_of(JOB, Task.UPSCALE, seed=None))
+    assert (
+        native.image_response(result_of(JOB, "comic-starter", seed=0)).headers["x-imagen-seed"]
+        == "0"
+    )
+    bare = native.image_response(result_of(JOB, "upscale-starter", seed=None))
     assert not {"x-imagen-seed", "x-imagen-note"} & set(bare.headers)
 
 

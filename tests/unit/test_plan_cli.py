@@ -112,11 +112,26 @@ def test_the_fragment_to_paste_is_the_plan(gpus: list[str]) -> None:
         )
 
 
-def test_a_plan_of_two_models_of_one_task_has_no_fragment() -> None:
-    done = run("--gpu", "h200", "upscale-sd-x4", "upscale-realesrgan-x4plus")
-    assert done.exit_code == 0
-    assert "deployments:" not in done.stdout
-    assert "Two models have the same task" in done.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("upscale-sd-x4", "upscale-realesrgan-x4plus", "comic", "aged", "enhance", "background"),
+        ("--serve", "upscale=upscale-sd-x4,upscale-realesrgan-x4plus"),
+    ],
+)
+def test_a_further_model_of_a_task_is_planned_under_its_own_name(arguments: list[str]) -> None:
+    values = json.loads(run("--gpu", "h200", *arguments, "--json").stdout)
+    entries = {entry["name"]: entry for entry in values["deployments"]}
+    planned = {Task(model["task"]).deployment for model in values["models"]}
+    assert set(entries) == {*planned, "upscale-realesrgan-x4plus"}
+    assert entries["upscale-realesrgan-x4plus"]["ray_actor_options"]["num_gpus"] > 0
+
+
+@pytest.mark.parametrize(
+    "serve", ["upscale", "upscale=", "upscale=nothing", "upscale=comic-ghibli", "up=upscale-sd-x4"]
+)
+def test_a_mistake_in_serve_ends_the_plan(serve: str) -> None:
+    assert run("--gpu", "h200", "--serve", serve).exit_code == 2
 
 
 # ------------------------------------------------------------------------------ the card at hand

@@ -1,0 +1,342 @@
+"""OpenAI's images API: https://platform.openai.com/docs/api-reference/images
+
+A model is named as OpenAI's are: by its own name, or by its task. Every other parameter of the
+model, such as `steps`, `strength` or `seed`, may stand beside OpenAI's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from deployments.contract import ImageResult, validated
+from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, NotFound
+from deployments.notes import Code, Note, documents, note
+from deployments.settings import Strict
+from deployments.tasks import Task
+from serve_app.intake import Call, Intake
+from serve_app.jobs.options import MAX_N
+from serve_app.problem import openai_document
+from serve_app.protocols.inline import base64_of, is_json, picture_of, read_object, text_of
+from serve_app.protocols.multipart import read_form
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from deployments.catalogue import Registry
+    from deployments.contract import JobProgress
+    from deployments.registry import ModelSpec
+    from serve_app.intake import Answers
+
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+IMAGE_ROUTES = (GENERATIONS, EDITS)
+router = APIRouter(tags=["OpenAI"])
+
+_MOST_PARTIAL_IMAGES = 3
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_UNREAD = ("quality", "style", "user", "moderation", "input_fidelity", "output_compression")
+"""What OpenAI's clients send, and no model here reads."""
+
+
+class Wishes(Strict):
+    """The fields that are OpenAI's alone."""
+
+    model: str = Field(default="", max_length=100)
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    size: str = Field(default="auto", max_length=20)
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(default=0, ge=0, le=_MOST_PARTIAL_IMAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a request holds.
+
+    Attributes:
+        fields: as text, by name.
+        image: the picture to edit; None for a new one.
+    """
+
+    fields: dict[str, str]
+    image: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A request in our own words.
+
+    Attributes:
+        call: for the intake.
+        wishes: what OpenAI's fields ask for.
+        event: the first part of the names of streamed events.
+    """
+
+    call: Call
+    wishes: Wishes
+    event: Literal["image_generation", "image_edit"]
+
+
+async def intake_of(request: Request) -> Intake:
+    """The application's intake."""
+    return request.app.state.intake
+
+
+TheIntake = Annotated[Intake, Depends(intake_of)]
+
+
+@router.post(GENERATIONS, summary="Pictures from a text, as OpenAI's clients ask for them")
+async def generate(request: Request, intake: TheIntake) -> Response:
+    """JSON in, JSON or a stream of events out."""
+    deadline_s = intake.deadline_s()
+    body = Body(_texts(await intake.read(read_object(request), deadline_s)))
+    if not body.fields.get("prompt"):
+        raise InvalidParameter(
+            "prompt must not be empty.", value="no text", remedy="Say what the picture shows."
+        )
+    return await _answer(_order(request, body, "image_generation"), intake, deadline_s)
+
+
+@router.post(EDITS, summary="A picture changed, as OpenAI's clients ask for it")
+async def edit(request: Request, intake: TheIntake) -> Response:
+    """A form or JSON in, JSON or a stream of events out."""
+    deadline_s = intake.deadline_s()
+    body = await intake.read(_read_edit(request), deadline_s)
+    return await _answer(_order(request, body, "image_edit"), intake, deadline_s)
+
+
+@router.get("/v1/models", summary="What may stand in the field model")
+async def list_models(request: Request) -> dict[str, Any]:
+    """Every model that is served."""
+    return {"object": "list", "data": [_model(spec) for spec in _served(request).models]}
+
+
+@router.get("/v1/models/{name}", summary="One model")
+async def get_model(request: Request, name: str) -> dict[str, Any]:
+    """A model by its name or its task."""
+    return _model(_named(name, _served(request)))
+
+
+# --- in ---
+
+
+async def _read_edit(request: Request) -> Body:
+    if not is_json(request):
+        form = await read_form(request)
+        return Body(form.fields, form.image)
+    given = await read_object(request)
+    images = given.pop("image", given.pop("images", None))
+    if isinstance(images, list):
+        images = _only(images)
+    if isinstance(images, dict):
+        images = images.get("image_url")
+    if images is None:
+        raise MalformedRequest(
+            "An edit needs a picture.", value="no field image", remedy="Send image as base64."
+        )
+    return Body(_texts(given), picture_of("image", images))
+
+
+def _only(images: list[Any]) -> Any:
+    if len(images) == 1:
+        return images[0]
+    raise InvalidParameter(
+        "An edit takes one picture.", value=f"{len(images)} pictures", remedy="Send one."
+    )
+
+
+def _texts(given: Mapping[str, Any]) -> dict[str, str]:
+    """JSON values as a form has them; null stands for a field that is left out."""
+    return {name: text_of(name, value) for name, value in given.items() if value is not None}
+
+
+def _order(request: Request, body: Body, event: Literal["image_generation", "image_edit"]) -> Order:
+    fields = dict(body.fields)
+    own = {name: fields.pop(name) for name in Wishes.model_fields if name in fields}
+    wishes = validated(Wishes, own, "image")
+    if wishes.response_format == "url":
+        raise InvalidParameter(
+            "Pictures come back in the answer, not as addresses.",
+            value="response_format=url",
+            remedy="Send response_format=b64_json, or leave it out.",
+        )
+    spec = _model_for(wishes.model, _served(request), needs_picture=body.image is not None)
+    task = spec.task
+    # OpenAI's clients must send a prompt, also where a picture is cut out.
+    unread = _UNREAD if "prompt" in task.request.model_fields else (*_UNREAD, "prompt")
+    notes = [
+        note(Code.PARAMETER_UNUSED, f"{name} was ignored: the model does not read it.")
+        for name in unread
+        if fields.pop(name, None) is not None
+    ]
+    fields |= _size_fields(wishes, spec, notes) | _background_fields(wishes, task, notes)
+    state = request.scope["state"]
+    call = Call(
+        task=task,
+        fields={**fields, "model": spec.name},
+        image=body.image,
+        request_id=state["request_id"],
+        charge=state["charge"],
+        n=wishes.n,
+        preview=bool(wishes.stream and wishes.partial_images),
+        notes=tuple(notes),
+    )
+    return Order(call, wishes, event)
+
+
+def _size_fields(wishes: Wishes, spec: ModelSpec, notes: list[Note]) -> dict[str, str]:
+    """The size as the model's own fields."""
+    if wishes.size == "auto":
+        return {}
+    found = _SIZE.fullmatch(wishes.size)
+    if found is None:
+        raise InvalidParameter(
+            "size must be auto, or width x height.",
+            value=wishes.size,
+            remedy="Send 1024x1024, say.",
+        )
+    if "width" in spec.parameters:
+        return {"width": found[1], "height": found[2]}
+    told = f"size was ignored: {spec.name} gives the size of the picture that was sent."
+    notes.append(note(Code.PARAMETER_UNUSED, told))
+    return {}
+
+
+def _background_fields(wishes: Wishes, task: Task, notes: list[Note]) -> dict[str, str]:
+    """The background as the fields of the task that removes it."""
+    if wishes.background == "auto":
+        return {}
+    if task is Task.BACKGROUND:
+        return {"output": "rgba" if wishes.background == "transparent" else "color"}
+    if wishes.background == "transparent":
+        told = "background=transparent was ignored: model=background cuts a picture out."
+        notes.append(note(Code.PARAMETER_UNUSED, told))
+    return {}
+
+
+def _served(request: Request) -> Registry:
+    return request.app.state.registry
+
+
+def _model_for(name: str, served: Registry, *, needs_picture: bool) -> ModelSpec:
+    """The model of that name or task; without a name, the default of the request's usual task.
+
+    Raises:
+        NotFound: there is no such model, or none that fits.
+        InvalidParameter: the model is for the other route.
+    """
+    if not name:
+        wanted = Task.ENHANCE if needs_picture else Task.GENERATE
+        if wanted in served:
+            return served[wanted]
+        raise NotFound(
+            f"No model serves the task {wanted}.", value="no model", remedy=_known_models(served)
+        )
+    spec = _named(name, served)
+    if spec.task.needs_picture == needs_picture:
+        return spec
+    raise InvalidParameter(
+        f"The model {name} {'needs a' if spec.task.needs_picture else 'takes no'} picture.",
+        value=name,
+        remedy=f"POST to {EDITS if spec.task.needs_picture else GENERATIONS}.",
+    )
+
+
+def _named(name: str, served: Registry) -> ModelSpec:
+    """A model by its name, or the default one of the task of that name."""
+    for spec in served.models:
+        if spec.name == name or (str(spec.task) == name and served.is_default(spec)):
+            return spec
+    raise NotFound("There is no such model.", value=name, remedy=_known_models(served))
+
+
+def _known_models(served: Registry) -> str:
+    return f"Models: {', '.join(f'{spec.name} ({spec.task})' for spec in served.models)}."
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    return {"id": spec.name, "object": "model", "created": 0, "owned_by": "imagen"} | {
+        "task": str(spec.task),
+        "summary": spec.summary,
+        "licence": spec.licence,
+    }
+
+
+# --- out ---
+
+
+async def _answer(order: Order, intake: Intake, deadline_s: float) -> Response:
+    answers = await intake.follow(order.call, deadline_s)
+    if order.wishes.stream:
+        events = _events(order, answers)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+    results = [result async for result in _results(answers)]
+    document = {"created": int(time.time()), "data": [_datum(one) for one in results]}
+    return JSONResponse(document | _described(results[0]))
+
+
+async def _results(answers: Answers) -> AsyncGenerator[ImageResult]:
+    async for answer in answers:
+        if isinstance(answer, tuple):
+            for result in answer:
+                yield result
+
+
+async def _events(order: Order, answers: Answers) -> AsyncGenerator[str]:
+    """Server-sent events: previews as they come, and then the pictures, or an error."""
+    sent, wanted = 0, order.wishes.partial_images
+    try:
+        async for answer in answers:
+            if isinstance(answer, tuple):
+                for result in answer:
+                    body = {"b64_json": base64_of(result.image)} | _described(result)
+                    yield _event(f"{order.event}.completed", body | _facts(result))
+            elif answer.preview and sent < wanted and _is_due(answer, sent, wanted):
+                body = {"b64_json": base64_of(answer.preview), "partial_image_index": sent}
+                yield _event(f"{order.event}.partial_image", body | {"output_format": "jpeg"})
+                sent += 1
+    except ImagenError as error:
+        yield _event("error", openai_document(error, order.call.request_id))
+
+
+def _is_due(progress: JobProgress, sent: int, wanted: int) -> bool:
+    """Whether the next preview's share of the steps is done."""
+    return progress.steps_done * (wanted + 1) >= progress.steps * (sent + 1)
+
+
+def _event(name: str, body: Mapping[str, Any]) -> str:
+    data = json.dumps({"type": name, "created_at": int(time.time()), **body})
+    return f"event: {name}\ndata: {data}\n\n"
+
+
+def _datum(result: ImageResult) -> dict[str, Any]:
+    return {"b64_json": base64_of(result.image)} | _facts(result)
+
+
+def _facts(result: ImageResult) -> dict[str, Any]:
+    """What a result says of itself, beside OpenAI's fields."""
+    return {
+        "imagen": {
+            "model": result.model,
+            "seed": result.seed,
+            "batch_size": result.batch_size,
+            "timings_s": result.timings_s,
+            "notes": documents(result.notes),
+        }
+    }
+
+
+def _described(result: ImageResult) -> dict[str, Any]:
+    size = f"{result.width_px}x{result.height_px}"
+    return {"output_format": result.media_type.removeprefix("image/"), "size": size}

@@ -1,0 +1,238 @@
+"""OpenAI's own client, unmodified but for its address, in front of the API."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+
+from deployments.catalogue import Registry, load_catalogue
+from deployments.contract import ImageJob
+from deployments.errors import Full
+from deployments.notes import Code, note
+from deployments.settings import Settings
+from deployments.tasks import Task
+from serve_app.api import create_app
+from tests.unit.fakes import OPEN_TO_ALL, REGISTRY, FakeBackends, picture_file, result_of, send
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from deployments.notes import Note
+
+PICTURE = picture_file()
+DRAWN = base64.b64encode(PICTURE).decode()
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+
+
+def text_to_image() -> Any:
+    """An entry for the task generate, like those of a registry."""
+    comic = load_catalogue(Path("configs/models/starter.yaml")).find("comic-starter")
+    changes = {"name": "painter", "task": Task.GENERATE, "family": "text2img", "defaults": {}}
+    values = comic.model_dump(exclude_defaults=True) | changes
+    return type(comic).model_validate(values)
+
+
+@pytest.fixture
+def backends() -> FakeBackends:
+    return FakeBackends()
+
+
+@pytest.fixture
+def app(backends: FakeBackends) -> FastAPI:
+    registry = Registry([*REGISTRY.models, text_to_image()], {})
+    return create_app(backends, registry, Settings(access=OPEN_TO_ALL))
+
+
+@pytest.fixture
+def client(app: FastAPI) -> openai.AsyncOpenAI:
+    transport = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+    return openai.AsyncOpenAI(
+        base_url="http://imagen/v1", api_key="any", http_client=transport, max_retries=0
+    )
+
+
+def drawing(backends: FakeBackends, notes: tuple[Note, ...] = ()) -> None:
+    """Let the model answer a request without a picture."""
+    job = ImageJob(text_to_image().task.request(), PICTURE, "png", 60)
+    backends.result = result_of(job, "painter", notes=notes)
+
+
+async def test_pictures_of_a_text(client: openai.AsyncOpenAI, backends: FakeBackends) -> None:
+    drawing(backends)
+    made = await client.images.generate(
+        model="painter", prompt="a red ball", n=3, size="768x512", extra_body={"steps": 4}
+    )
+    assert made.data is not None
+    assert [one.b64_json for one in made.data] == [DRAWN] * 3
+    assert made.output_format == "png"
+    (job,) = backends.jobs
+    assert job.n == 3
+    assert (job.width_px, job.height_px) == (768, 512)
+    assert (job.request.prompt, job.request.steps) == ("a red ball", 4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["comic", "comic-starter"])
+async def test_a_picture_is_edited_by_a_model_or_a_task(
+    name: str, client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    made = await client.images.edit(
+        model=name,
+        image=("photo.png", PICTURE, "image/png"),
+        prompt="ink",
+        output_format="webp",
+        extra_body={"strength": 0.4},
+    )
+    assert made.data is not None
+    assert made.data[0].b64_json == DRAWN  # what the model was given
+    (job,) = backends.jobs
+    assert job.request.task == "comic"
+    assert job.output_format == "webp"
+    assert job.request.strength == 0.4  # type: ignore[attr-defined]
+
+
+async def test_an_edit_may_be_json(app: FastAPI, backends: FakeBackends) -> None:
+    images = [{"image_url": f"data:image/png;base64,{DRAWN}"}]
+    body = {"model": "upscale", "images": images, "prompt": "", "n": None}
+    answer = await send(app, "POST", EDITS, json=body)
+    assert answer.status_code == 200, answer.text
+    assert backends.jobs[0].image == PICTURE
+
+
+async def test_a_background_is_made_transparent(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    file = ("photo.png", PICTURE, "image/png")
+    await client.images.edit(
+        model="background", image=file, prompt="cut it out", background="opaque"
+    )
+    assert backends.jobs[0].request.output == "color"  # type: ignore[attr-defined]
+
+
+async def test_previews_are_streamed(client: openai.AsyncOpenAI, backends: FakeBackends) -> None:
+    drawing(backends)
+    events = await client.images.generate(
+        model="generate", prompt="a red ball", stream=True, partial_images=2
+    )
+    found = [event async for event in events]
+    kinds = [event.type for event in found]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [base64.b64decode(event.b64_json) for event in found[:2]] == [b"preview"] * 2
+    assert found[-1].b64_json == DRAWN
+
+
+async def test_what_no_model_reads_is_a_note(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    drawing(backends)
+    await client.images.generate(prompt="a red ball", quality="high", user="me", moderation="low")
+    notes = backends.jobs[0].notes
+    assert [one.text.split()[0] for one in notes] == ["quality", "user", "moderation"]
+    assert {one.code for one in notes} == {Code.PARAMETER_UNUSED}
+
+
+async def test_notes_come_back_beside_the_picture(app: FastAPI, backends: FakeBackends) -> None:
+    told = note(Code.PROMPT_CUT, "Some words were cut.")
+    drawing(backends, (told,))
+    answer = await send(app, "POST", GENERATIONS, json={"prompt": "long"})
+    facts = answer.json()["data"][0]["imagen"]
+    assert facts["notes"] == [{"code": "prompt_cut", "text": "Some words were cut."}]
+
+
+async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
+    names = [model.id async for model in client.models.list()]
+    assert names == [*(spec.name for spec in REGISTRY.values()), "painter"]
+    assert (await client.models.retrieve("upscale")).id == REGISTRY[Task.UPSCALE].name
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("gpt-image-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"model": "gpt-image-1"}, openai.NotFoundError, "no such model"),
+        ({"model": "comic"}, openai.BadRequestError, "/v1/images/edits"),
+        ({"prompt": ""}, openai.BadRequestError, "prompt must not be empty"),
+        ({"n": 9}, openai.BadRequestError, "from 1 up to 8"),
+        ({"size": "large"}, openai.BadRequestError, "size must be"),
+        ({"size": "9999x9999"}, openai.BadRequestError, "width"),
+        ({"response_format": "url"}, openai.BadRequestError, "b64_json"),
+        ({"extra_body": {"stepz": 3}}, openai.BadRequestError, "stepz"),
+        ({"extra_body": {"steps": [3]}}, openai.BadRequestError, "steps must be"),
+    ],
+)
+async def test_mistakes_are_openais_errors(
+    changes: dict[str, Any],
+    kind: type[openai.APIStatusError],
+    told: str,
+    client: openai.AsyncOpenAI,
+    backends: FakeBackends,
+) -> None:
+    with pytest.raises(kind, match=told):
+        await client.images.generate(**{"model": "painter", "prompt": "a ball", **changes})
+    assert not backends.jobs
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        ("not base64!", "invalid_parameter"),
+        ("data:text/plain;base64,aGk=", "unsupported_media"),
+        ("data:image/png,raw", "invalid_parameter"),
+        ("https://169.254.169.254/latest", "invalid_parameter"),
+        (7, "invalid_parameter"),
+        ([DRAWN, DRAWN], "invalid_parameter"),
+        (None, "malformed_request"),
+        ("aGVsbG8=", "unsupported_media"),
+    ],
+)
+async def test_what_is_no_picture_is_refused(
+    image: object, code: str, app: FastAPI, backends: FakeBackends
+) -> None:
+    answer = await send(app, "POST", EDITS, json={"model": "comic", "image": image})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["code"] == code
+    assert not backends.jobs
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000])
+async def test_a_body_that_is_no_object_is_refused(body: bytes, app: FastAPI) -> None:
+    answer = await send(app, "POST", GENERATIONS, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_full_service_says_when_to_come_again(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    backends.error = Full("The queue is full.", value="comic", remedy="Wait.", retry_after_s=3)
+    with pytest.raises(openai.RateLimitError) as caught:
+        await client.images.generate(prompt="a red ball")
+    assert caught.value.response.headers["retry-after"] == "3"
+    assert caught.value.code == "full"
+
+
+async def test_an_error_in_mid_stream_is_an_event(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    backends.error = Full("The queue is full.", value="comic", remedy="Wait.")
+    events = await client.images.generate(prompt="a red ball", stream=True)
+    with pytest.raises(openai.APIError, match="queue is full"):
+        _ = [event async for event in events]
+
+
+async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> None:
+    app = create_app(FakeBackends(), REGISTRY, Settings(access=OPEN_TO_ALL))
+    answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
+    assert answer.status_code == 404
+    assert "generate" in answer.json()["error"]["message"]
+
+
+async def test_an_unknown_route_below_v1_is_openais_error(app: FastAPI) -> None:
+    answer = await send(app, "POST", "/v1/images/variations", json={})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
