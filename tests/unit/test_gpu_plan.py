@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.catalogue import Catalogue, load_catalogue
+from cli.config import settings_of
+from deployments.catalogue import Catalogue, load_catalogue, load_registry
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
 from deployments.gpu.choice import choose_fitting
@@ -29,7 +31,7 @@ from deployments.gpu.profiles import (
     load_profiles,
 )
 from deployments.registry import ModelSpec
-from deployments.settings import SEATS
+from deployments.settings import ROOT, SEATS
 from deployments.tasks import Task
 from tests.fake_gpu import FakeDeviceMemory
 
@@ -425,3 +427,20 @@ def test_a_card_that_holds_everything_gives_nothing_up() -> None:
     catalogue = everything()
     wanted = list(catalogue.served().values())
     assert choose_fitting(wanted, catalogue.models, GPUS["h100"], 1) == (wanted, [])
+
+
+def test_the_workstations_config_is_the_plan_of_a_card_of_24_gb() -> None:
+    path = ROOT / "configs/gpu.yaml"
+    settings = settings_of(path)
+    registry = load_registry(*settings.models, serve=settings.serve)  # accepts no licence by name
+    application = yaml.safe_load(path.read_text())["applications"][0]
+    options = {entry["name"]: entry for entry in application["deployments"]}
+    made = plan(registry.models, "l4", 1)
+    assert {placed.demand.spec.task for placed in made.placed} == set(Task)
+    for placed in made.placed:
+        entry = options[registry.deployment(placed.demand.spec)]
+        assert entry["ray_actor_options"]["num_gpus"] == placed.num_gpus
+        assert entry["user_config"] == {
+            "max_batch_size": placed.rows,
+            "budget_px": placed.budget_px,
+        }
