@@ -436,7 +436,7 @@ def test_the_workstations_config_is_the_plan_of_a_card_of_24_gb() -> None:
     application = yaml.safe_load(path.read_text())["applications"][0]
     options = {entry["name"]: entry for entry in application["deployments"]}
     made = plan(registry.models, "l4", 1)
-    assert {placed.demand.spec.task for placed in made.placed} == set(Task)
+    assert {str(placed.demand.spec.task) for placed in made.placed} == set(settings.serve)
     for placed in made.placed:
         entry = options[registry.deployment(placed.demand.spec)]
         assert entry["ray_actor_options"]["num_gpus"] == placed.num_gpus
