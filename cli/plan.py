@@ -17,9 +17,11 @@ from cli.paths import user_path
 from cli.serving import Serve, serve_of
 from deployments.catalogue import Registry, load_catalogue
 from deployments.errors import ConfigError
+from deployments.gpu.choice import choose_fitting
 from deployments.gpu.plan import Plan
 from deployments.gpu.plan import plan as make_plan
 from deployments.gpu.profiles import as_gpu
+from deployments.gpu.target import gpus_at_hand
 from deployments.registry import ModelSpec
 from deployments.settings import Settings
 
@@ -37,7 +39,6 @@ _FRAGMENT_TITLE = (
 
 
 def plan(
-    gpu: Annotated[str, typer.Option(help="t4, l4, a100-40, h100 or h200")],
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Models of the registry; default: those it serves, and --serve"),
@@ -46,6 +47,10 @@ def plan(
         list[Path], typer.Option(help="A registry, a YAML file of models; may be repeated")
     ] = _PRODUCTION,
     serve: Serve = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="t4, l4, a100-40, h100 or h200; default: those of this machine"),
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, max=64, help="Fit this many with the largest batches")
     ] = None,
@@ -55,17 +60,44 @@ def plan(
 ) -> None:
     """Divide GPUs among models: shares, batches and pixel budgets that fit their memory.
 
+    Without --gpu and names, models that do not fit this machine's GPUs give way to smaller ones.
+
     Exit codes: 0 planned; 2 usage or configuration; 9 the models do not fit.
     """
     output = Output(as_json=as_json)
     with ending(output):
         catalogue = load_catalogue(*map(user_path, models))
         chosen = _choose(catalogue, names, serve_of(serve))
-        made = make_plan(chosen.models, as_gpu(gpu), gpus)
+        if gpu is not None:
+            made = make_plan(chosen.models, as_gpu(gpu), gpus)
+        else:
+            others = () if names or serve else catalogue.models
+            made = _plan_here(chosen.models, others, gpus, output)
+            chosen = Registry((placed.demand.spec for placed in made.placed), {})
         _show(made, catalogue, output)
         entries = _deployments(made, chosen)
         output.show(_fragment(entries))
         output.emit(_as_values(made) | {"deployments": entries})
+
+
+def _plan_here(
+    wanted: Sequence[ModelSpec], others: Sequence[ModelSpec], gpus: int | None, output: Output
+) -> Plan:
+    """A plan of this machine's GPUs; says what does not fit them.
+
+    Args:
+        wanted: models to plan.
+        others: that may stand in for them; if there are none, all that is wanted is planned.
+        gpus: how many to use; None for all.
+    """
+    kind, count = gpus_at_hand()
+    count = gpus or count
+    if others:
+        wanted, given_up = choose_fitting(wanted, others, kind, count)
+        for model, instead in given_up:
+            what = f"{instead.name} is planned instead" if instead else "it is left out"
+            output.say(f"{model.name} does not fit beside the others: {what}.", "yellow")
+    return make_plan(wanted, kind, count)
 
 
 def _choose(

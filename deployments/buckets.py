@@ -11,6 +11,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from deployments.images import Array
 
 _ASPECT_TOLERANCE: Final = 0.05
@@ -60,6 +62,32 @@ def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working
     width, height = content_box(width_px, height_px, (pixels.shape[1], pixels.shape[0]))
     content = pixels[:height, :width]
     return content.copy() if working else resize(content, width_px, height_px)
+
+
+def sample_bilinear(rgb: Array, width_px: int, height_px: int) -> Array:
+    """`rgb`, `H x W x 3`, read at `height_px x width_px` places between its pixels.
+
+    Each place is weighted from its four neighbours alone, so that shrinking skips pixels. This is
+    torch's `interpolate(mode="bilinear", align_corners=False)`, rounded to whole levels.
+    """
+    above, below, down = _neighbours(rgb.shape[0], height_px)
+    left, right, across = _neighbours(rgb.shape[1], width_px)
+    across = across[:, None]
+    lines = [
+        rgb[np.ix_(rows, left)] * (1 - across) + rgb[np.ix_(rows, right)] * across
+        for rows in (above, below)
+    ]
+    down = down[:, None, None]
+    return (lines[0] * (1 - down) + lines[1] * down).round().astype(np.uint8)
+
+
+def _neighbours(
+    side_px: int, wanted_px: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The pixels before and after each place along a side, and the share of the second."""
+    places = ((np.arange(wanted_px) + 0.5) * side_px / wanted_px - 0.5).clip(0, side_px - 1)
+    before = places.astype(np.int64)
+    return before, np.minimum(before + 1, side_px - 1), (places - before).astype(np.float32)
 
 
 def resize(pixels: Array, width_px: int, height_px: int) -> Array:

@@ -241,8 +241,8 @@ class SizedRequest(ImageRequest):
         default=4,
         ge=2,
         le=4,
-        description="Side of the result over side of the picture. The model always enlarges 4 "
-        "times; less comes from an exact area filter behind it.",
+        description="Side of the result over side of the picture, at most what the model "
+        "enlarges (usually 4). Less comes from an exact area filter behind it.",
         json_schema_extra={"unit": "times"},
     )
     width: int = Field(

@@ -143,6 +143,7 @@ class ModelSpec(ArtefactSpec):
         buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
             text2img only. The first is that of a request which names no size.
         max_tiles: of one picture with detail=full; of family img2img only.
+        times: how many times as wide and high a GAN upscaler makes a picture; None: 4.
         tile_px: edge of the tiles an upscaler works in.
         max_picture_px: width x height of a picture, at most, where the network works on all of it
             at once; None where memory does not depend on it.
@@ -168,6 +169,7 @@ class ModelSpec(ArtefactSpec):
     defaults: dict[str, Any] = Field(default={})
     buckets: tuple[tuple[int, int], ...] = ()
     max_tiles: int = Field(default=128, ge=1)
+    times: int | None = Field(default=None, ge=2, le=8)
     tile_px: int = Field(default=256, ge=32, le=4096, multiple_of=8)
     max_picture_px: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=4, ge=1, le=256)
@@ -197,7 +199,7 @@ class ModelSpec(ArtefactSpec):
     @property
     def scale(self) -> int:
         """Output size over input size."""
-        return self.task.scale
+        return self.times or self.task.scale
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -217,6 +219,8 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(f"family {self.family} repeats no blocks: use compile: full or off")
         if self.compile != "off" and self.family == "upscale_gan":
             raise ValueError("family upscale_gan is not compiled: leave `compile` out")
+        if self.times and self.family != "upscale_gan":
+            raise ValueError(f"family {self.family} has no `times` to choose")
         if self.noise != "float32" and "seed" not in self.parameters:
             raise ValueError(f"family {self.family} draws no noise")
         check_defaults(self, self.defaults)

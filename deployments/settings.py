@@ -77,6 +77,8 @@ class StoreSettings(Strict):
             ~/.cache/imagen-models.
         mirror: gs://, s3:// or file:// folder that `imagen models publish` filled. Models come
             from there rather than from their origins.
+        hub_cache: folder that Hugging Face's own library keeps on this machine. Files of hf:// that
+            it has come from there rather than from the hub.
         verify: what loading checks: every byte by CRC32C, or (full) by SHA-256 too.
         prefetch: names of models that each node pulls besides the one that a replica waits for;
             None pulls all that are served.
@@ -95,6 +97,7 @@ class StoreSettings(Strict):
 
     root: Path | None = None
     mirror: str | None = Field(default=None, pattern=r"^(gs|s3|file)://.+")
+    hub_cache: Path | None = None
     verify: Literal["crc32c", "full"] = "crc32c"
     prefetch: tuple[str, ...] | None = None
     threads: int = Field(default=8, ge=1, le=64)

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
+from deployments.pipelines.nets.u2net import U2Net, U2NetWidths
 
 Family = Literal["img2img", "upscale_diffusion", "upscale_gan", "matting"]
 Values = dict[str, Any]
@@ -75,8 +76,8 @@ def _text(width: int, layers: int, heads: int, projection: int, act: str = "gelu
 
 
 _SD2_TEXT = _text(1024, 23, 16, 512)
-# A tile of 512 px with the largest overlap of our networks on each side.
-_TILE_PX = (512 + 2 * 34, 512 + 2 * 34)
+# A tile of 512 px with the largest overlap of our 4x networks on each side.
+_TILE_PX = (512 + 2 * 64, 512 + 2 * 64)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "upscale-sd-x4": Architecture(
@@ -149,15 +150,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         text=_SD2_TEXT,
     ),
     "background-rmbg14": Architecture("matting", (1024, 1024), network=ISNet),
+    "background-isnet-general": Architecture("matting", (1024, 1024), network=ISNet),
+    "background-u2net": Architecture("matting", (320, 320), network=U2Net),
     "upscale-realesrgan-x4plus": Architecture("upscale_gan", _TILE_PX, network=RRDBNet),
+    "upscale-realesrgan-x4plus-anime": Architecture(
+        "upscale_gan", _TILE_PX, network=lambda: RRDBNet(num_block=6)
+    ),
     "upscale-realesrgan-general-x4v3": Architecture(
         "upscale_gan", _TILE_PX, network=SRVGGNetCompact
     ),
 }
 
+
+def _tiny_isnet() -> nn.Module:
+    return ISNet(ISNetWidths(4, (4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5))
+
+
+def _tiny_rrdb() -> nn.Module:
+    return RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
+
+
 _TINY_NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "background-rmbg14": lambda: ISNet(ISNetWidths(4, (4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5)),
-    "upscale-realesrgan-x4plus": lambda: RRDBNet(num_feat=8, num_block=1, num_grow_ch=4),
+    "background-rmbg14": _tiny_isnet,
+    "background-isnet-general": _tiny_isnet,
+    "background-u2net": lambda: U2Net(U2NetWidths((4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5)),
+    "upscale-realesrgan-x4plus": _tiny_rrdb,
+    "upscale-realesrgan-x4plus-anime": _tiny_rrdb,
     "upscale-realesrgan-general-x4v3": lambda: SRVGGNetCompact(num_feat=8, num_conv=2),
 }
 

@@ -48,12 +48,16 @@ class S3Server(Loopback):
 
     Args:
         bucket: its name.
+        public: whether anyone may read, without a signature.
         faults: a plan to share with another server.
     """
 
-    def __init__(self, bucket: str = "models", *, faults: Faults | None = None) -> None:
+    def __init__(
+        self, bucket: str = "models", *, public: bool = False, faults: Faults | None = None
+    ) -> None:
         super().__init__(faults)
         self.bucket = bucket
+        self.public = public
         self.url = ""
         self._credentials = Credentials(KEY, SECRET)
 
@@ -91,6 +95,7 @@ class S3Server(Loopback):
         # A HEAD gets the headers of a GET.
         method = "GET" if request.method == "HEAD" else request.method
         sent = {n: v for n, v in request.headers.items() if n.lower() not in NOT_SENT_ON}
+        sent = (OWNER if self._is_open(request) else {}) | sent
         status, headers, body = self._call(method, request.target, request.body.read(), sent)
         kept = {n: v for n, v in headers.items() if n.lower() not in NOT_SENT_BACK}
         if status not in (200, 206) or request.method not in ("GET", "HEAD"):
@@ -116,8 +121,13 @@ class S3Server(Loopback):
             self._check_link(request)
         elif match := HEADER.fullmatch(request.headers.get("Authorization", "")):
             self._check_header(request, match[1], match[2].split(";"), match[3])
-        else:
+        elif not self._is_open(request):
             raise _refused("AccessDenied", "There is no signature.")
+
+    def _is_open(self, request: Request) -> bool:
+        """Whether a request needs no signature, and has none."""
+        signed = "X-Amz-Signature" in request.query or "Authorization" in request.headers
+        return self.public and not signed and request.method in ("GET", "HEAD")
 
     def _check_link(self, request: Request) -> None:
         query, life_s = request.query, int(request.query["X-Amz-Expires"])

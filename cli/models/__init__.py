@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cli.models import bring, compiling, show, upkeep
+from cli.models import bring, compiling, get, own, show, upkeep
 
 models_app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +16,8 @@ models_app = typer.Typer(
 )
 models_app.command("list")(show.list_models)
 models_app.command("info")(show.info)
+models_app.command("get")(get.get_model)
+models_app.command("add")(own.add_model)
 models_app.command("resolve")(bring.resolve_models)
 models_app.command("pull")(bring.pull)
 models_app.command("verify")(upkeep.verify)

@@ -14,6 +14,7 @@ from cli.models.session import (
     EVERY,
     AsJson,
     Everything,
+    HubCache,
     LockTimeoutS,
     Mirror,
     Name,
@@ -50,10 +51,11 @@ def resolve_models(
     ] = False,
     registry: RegistryFiles = EVERY,
     store: Root = None,
+    hub_cache: HubCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Look up revisions, sizes and hashes at the origins, and write the lock file."""
-    with session(registry, as_json, store) as opened:
+    with session(registry, as_json, store, hub_cache=hub_cache) as opened:
 
         def work(entry: ArtefactSpec) -> Row:
             known = opened.lock.models.get(entry.name)
@@ -77,6 +79,7 @@ def pull(
     registry: RegistryFiles = EVERY,
     store: Root = None,
     mirror: Mirror = None,
+    hub_cache: HubCache = None,
     threads: Threads = None,
     max_bytes_per_s: Rate = None,
     lock_timeout_s: LockTimeoutS = None,
@@ -88,6 +91,7 @@ def pull(
         as_json,
         store,
         mirror=mirror,
+        hub_cache=hub_cache,
         threads=threads,
         max_bytes_per_s=max_bytes_per_s,
         lock_timeout_s=lock_timeout_s,
@@ -188,6 +192,7 @@ def publish_model(
     registry: RegistryFiles = EVERY,
     store: Root = None,
     mirror: Mirror = None,
+    hub_cache: HubCache = None,
     threads: Threads = None,
     max_bytes_per_s: Rate = None,
     lock_timeout_s: LockTimeoutS = None,
@@ -199,6 +204,7 @@ def publish_model(
         as_json,
         store,
         mirror=mirror,
+        hub_cache=hub_cache,
         threads=threads,
         max_bytes_per_s=max_bytes_per_s,
         lock_timeout_s=lock_timeout_s,
@@ -211,7 +217,7 @@ def _publish(opened: Session, name: str, target: str, smoke: bool) -> None:
     opened.catalogue.check_licence(entry)
     # A wrong target fails here, before a long pull.
     open_bucket(mirror_url(target, entry.name, ""), opened.settings)
-    digest = _bring(opened, entry)
+    digest = bring_entry(opened, entry)
     if smoke and isinstance(entry, ModelSpec):
         opened.output.say(f"{entry.name}: verifying, and loading without a network")
     with Meter(opened.output) as meter:
@@ -256,6 +262,7 @@ def convert_model(
     ] = False,
     registry: RegistryFiles = EVERY,
     store: Root = None,
+    hub_cache: HubCache = None,
     threads: Threads = None,
     max_bytes_per_s: Rate = None,
     lock_timeout_s: LockTimeoutS = None,
@@ -266,6 +273,7 @@ def convert_model(
         registry,
         as_json,
         store,
+        hub_cache=hub_cache,
         threads=threads,
         max_bytes_per_s=max_bytes_per_s,
         lock_timeout_s=lock_timeout_s,
@@ -285,8 +293,13 @@ def convert_model(
         opened.output.emit({"name": name, "status": status, "digest": digest, "folder": folder})
 
 
-def _bring(opened: Session, entry: ArtefactSpec) -> str:
-    """Make sure that a model is in the store, verified; returns its digest."""
+def bring_entry(opened: Session, entry: ArtefactSpec) -> str:
+    """Pull or convert a model unless it is in the store, whole; returns its digest.
+
+    Raises:
+        ConfigError: its origins are unresolved.
+        SetupError: a source or the store failed; see `Provider.ensure` and `convert`.
+    """
     digest = opened.digest(entry.name)
     if digest is None and not entry.convert:
         origins = locked_origins(entry, opened.lock)

@@ -69,6 +69,15 @@ LockTimeoutS = Annotated[
     float | None,
     typer.Option("--lock-timeout-s", help="How long another puller may make no progress"),
 ]
+HubCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--hub-cache",
+        parser=_root,
+        metavar="PATH",
+        help="A Hugging Face cache on this machine, to take files of hf:// from before the hub",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else")]
 
 

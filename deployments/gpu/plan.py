@@ -34,8 +34,8 @@ PEAK_SLACK = 0.10
 """On peaks of tensors: the allocator holds fragments and free blocks beside them."""
 ESTIMATE_MARGIN = 0.25
 """On peaks that were not measured on this GPU type: workspaces of convolutions and products."""
-TILE_OVERLAP_PX = 34
-"""The largest overlap of the GAN upscalers' tiles, on each side."""
+TILE_OVERLAP_PX = 64
+"""The largest overlap of a 4x GAN upscaler's tiles on each side; a 2x one's is twice as much."""
 MAX_ROWS = SEATS
 """No batch is larger, because a replica works on no more requests."""
 
@@ -162,7 +162,7 @@ class Plan:
 
 def plan(
     models: Sequence[ModelSpec],
-    gpu: GpuName,
+    gpu: GpuName | Gpu,
     gpus: int | None = None,
     profiles: Sequence[MemoryProfile] | None = None,
 ) -> Plan:
@@ -170,7 +170,7 @@ def plan(
 
     Args:
         models: to place.
-        gpu: the type.
+        gpu: the type, by its name in the table or as it is.
         gpus: how many there are. The batches are then the largest that these hold, grown in turns
             from one row each; more GPUs never make a batch smaller. None takes the registry's
             batches (or the largest that one GPU holds), and as many GPUs as first-fit decreasing
@@ -182,25 +182,30 @@ def plan(
         ConfigError: no profile knows a model.
     """
     known = load_profiles() if profiles is None else profiles
-    kind = GPUS[gpu]
-    demands = [_demand(spec, kind, known) for spec in models]
+    kind = gpu if isinstance(gpu, Gpu) else GPUS[gpu]
+    demands = [demand_of(spec, kind, known) for spec in models]
     for demand in demands:
         _check_alone(demand)
     rows = _grown(demands, gpus) if gpus else [_largest_alone(demand) for demand in demands]
     places = _pack([d.percent(n) for d, n in zip(demands, rows, strict=True)])
     placed = tuple(Placed(d, n, i) for d, n, i in zip(demands, rows, places, strict=True))
-    measured = any(p.source == "measured" and p.gpu == gpu for p in known)
+    measured = any(p.source == "measured" and p.gpu == kind.name for p in known)
     needed = max(places, default=-1) + 1
     return Plan(
         kind,
         gpus or needed,
-        context_bytes=context_reserve_bytes(known, gpu),
+        context_bytes=context_reserve_bytes(known, kind.name),
         context_measured=measured,
         placed=placed,
     )
 
 
-def _demand(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Demand:
+def demand_of(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Demand:
+    """What a model needs of a GPU type.
+
+    Raises:
+        ConfigError: no profile knows it.
+    """
     profile = choose_profile(profiles, spec.name, gpu.name).in_dtype(spec.dtype)
     row_px, vae_px = profile.px, profile.vae_px
     has_guidance = "guidance_scale" in spec.parameters
@@ -209,7 +214,8 @@ def _demand(spec: ModelSpec, gpu: Gpu, profiles: Sequence[MemoryProfile]) -> Dem
     elif spec.scale > 1 and has_guidance:  # the network sees whole pictures, the autoencoder tiles
         vae_px = spec.tile_px**2
     elif spec.scale > 1:
-        row_px = vae_px = (spec.tile_px + 2 * TILE_OVERLAP_PX) ** 2
+        overlap_px = TILE_OVERLAP_PX * (2 if spec.scale == 2 else 1)
+        row_px = vae_px = (spec.tile_px + 2 * overlap_px) ** 2
     network_rows = 2 if has_guidance else 1
     context = context_reserve_bytes(profiles, gpu.name)
     return Demand(

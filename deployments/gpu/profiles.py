@@ -31,14 +31,14 @@ class Gpu:
     """A GPU type.
 
     Attributes:
-        name: for `imagen plan --gpu`.
+        name: for `imagen plan --gpu`; of a device that is not in the table, its own in one word.
         label: for people.
         total_bytes: the device's memory as CUDA reports it. It is less than the data sheet and
             nvidia-smi say, because the driver and ECC keep some.
         pattern: regular expression of the device names that CUDA reports.
     """
 
-    name: GpuName
+    name: str
     label: str
     total_bytes: int
     pattern: str
@@ -47,14 +47,11 @@ class Gpu:
 # Each total is the lowest "total capacity" seen in torch's out-of-memory errors of that GPU. It
 # differs by a few hundred MiB with the driver. A replica asks its own device.
 GPUS: dict[GpuName, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("t4", "T4 16 GB", int(14.56 * _GIB), r"\bT4\b"),
-        Gpu("l4", "L4 24 GB", int(22.03 * _GIB), r"\bL4\b"),
-        Gpu("a100-40", "A100 40 GB", int(39.38 * _GIB), r"\bA100.*40GB"),
-        Gpu("h100", "H100 80 GB", int(79.10 * _GIB), r"\bH100\b"),
-        Gpu("h200", "H200 141 GB", int(139.72 * _GIB), r"\bH200\b"),
-    )
+    "t4": Gpu("t4", "T4 16 GB", int(14.56 * _GIB), r"\bT4\b"),
+    "l4": Gpu("l4", "L4 24 GB", int(22.03 * _GIB), r"\bL4\b"),
+    "a100-40": Gpu("a100-40", "A100 40 GB", int(39.38 * _GIB), r"\bA100.*40GB"),
+    "h100": Gpu("h100", "H100 80 GB", int(79.10 * _GIB), r"\bH100\b"),
+    "h200": Gpu("h200", "H200 141 GB", int(139.72 * _GIB), r"\bH200\b"),
 }
 
 

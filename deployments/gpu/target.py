@@ -1,4 +1,4 @@
-"""The kind of machine that compiled code is for."""
+"""The device at hand: its kind, and what code that is compiled for it depends on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from deployments.gpu.profiles import gpu_name
+from deployments.errors import ConfigError
+from deployments.gpu.profiles import Gpu, gpu_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,22 @@ def this_target(setting: str) -> Target:
         device = "cpu"
         machine = f"{machine}-{torch.backends.cpu.get_cpu_capability().lower()}"
     return Target(device, torch.__version__, _version("triton"), machine)
+
+
+def gpus_at_hand() -> tuple[Gpu, int]:
+    """The type of this machine's first GPU, with its own memory, and how many GPUs there are.
+    Imports torch.
+
+    Raises:
+        ConfigError: torch finds none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("torch finds no GPU here.", remedy="Name a type, such as --gpu l4.")
+    found = torch.cuda.get_device_properties(0)
+    name = gpu_name(found.name)
+    return Gpu(name, found.name, found.total_memory, ""), torch.cuda.device_count()
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""Background removal with IS-Net (RMBG-1.4 is one) and with the starter model's own network."""
+"""Background removal with IS-Net (RMBG-1.4 is one), U2-Net, and the starter model's own network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deployments.buckets import resize
+from deployments.buckets import resize, sample_bilinear
 from deployments.cutout import cut_out
 from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
@@ -16,6 +16,7 @@ from deployments.pipelines import networks
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
+from deployments.pipelines.nets.u2net import U2Net, U2NetWidths
 from deployments.pipelines.pictures import require_picture
 from deployments.transparency import WHITE, laid_over
 
@@ -47,12 +48,17 @@ class Mask:
     valid: torch.Tensor = field(init=False, repr=False)
 
 
+_RESIZE = {"bilinear": sample_bilinear, "lanczos": resize}
+
+
 class Matting:
     """One forward pass a row, at the network's own square size.
 
-    `config.json` may set `architecture` ("cutout"; everything else is an IS-Net), `input_px`
-    (default 1024), `widths` (of IS-Net: RMBG-1.4's) and `stretch` (true).
-    RMBG-1.4 stretches each mask to the full range; a calibrated network does without.
+    `config.json` may set `architecture` (isnet, u2net or cutout, the starter model's), `input_px`
+    (1024, 320, 320), `widths` (the published ones), `stretch` (true) and `resize`. The published
+    networks' own code stretches each mask to the full range; a calibrated network does without.
+    `resize` is how a picture gets to `input_px`: bilinear reads single pixels, as IS-Net's own code
+    does, and is its default with `stretch`; lanczos reads all of them, much as U2-Net's own does.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
@@ -62,8 +68,10 @@ class Matting:
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
-            self._input_px = int(config.get("input_px", 1024))
-            self._net = _network(config, self._input_px)
+            self._net = build_net(config)
+            self._input_px = int(config.get("input_px", self._net.input_px))
+            skips = self._stretch and isinstance(self._net, ISNet)
+            self._resize = _RESIZE[config.get("resize", "bilinear" if skips else "lanczos")]
         networks.load_weights(self._net, spec, folder, self._device)
         self.passes = Passes(self._lanes.spread(self._call))
 
@@ -71,7 +79,7 @@ class Matting:
         picture = require_picture(picture)
         # On white, because a foreground whose colours go on behind its edges has none to be found.
         rgb = picture.rgb if picture.alpha is None else laid_over(picture.rgb, picture.alpha, WHITE)
-        return resize(rgb, self._input_px, self._input_px)
+        return self._resize(rgb, self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -115,7 +123,7 @@ class Matting:
     @torch.inference_mode()
     def step(self, states: Sequence[Mask]) -> None:
         stacked = torch.stack([state.source for state in states])
-        x = stacked.permute(0, 3, 1, 2).to(self._dtype) / 255 - 0.5
+        x = self._net.normalised(stacked.permute(0, 3, 1, 2).to(self._dtype))
         # Half precision is fine for the network, but too coarse for a soft edge.
         alpha = self.passes({"picture": x}).float().sigmoid()[:, 0]
         if self._stretch:
@@ -144,14 +152,25 @@ class Matting:
         return cut_out(require_picture(picture), output, request)
 
 
-def _network(config: dict[str, Any], input_px: int) -> ISNet | CutoutNet:
-    """Raises TypeError or ValueError if there is no such network."""
-    widths = config.get("widths", {})
-    if config.get("architecture") != "cutout":
-        return ISNet(ISNetWidths(**widths))
-    if input_px % CutoutNet.STRIDE:
-        raise ValueError(f"input_px must be a multiple of {CutoutNet.STRIDE}")
-    return CutoutNet(CutoutWidths(**widths))
-
-
 PIPELINE = Matting
+
+
+def build_net(config: dict[str, Any]) -> ISNet | U2Net | CutoutNet:
+    """The network of a `config.json`, with random weights.
+
+    Raises:
+        KeyError, TypeError, ValueError: it describes none.
+    """
+    net, widths = _NETS[config.get("architecture", "isnet")]
+    input_px = int(config.get("input_px", net.input_px))
+    if net is CutoutNet and input_px % CutoutNet.STRIDE:
+        raise ValueError(f"input_px must be a multiple of {CutoutNet.STRIDE}")
+    return net(widths(**config.get("widths", {})))
+
+
+_NETS: dict[str, tuple[Any, Any]] = {
+    "isnet": (ISNet, ISNetWidths),
+    "u2net": (U2Net, U2NetWidths),
+    "cutout": (CutoutNet, CutoutWidths),
+}
+"""The class of each architecture, and that of its widths."""

@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from deployments.errors import AttentionUnavailable, ModelCorrupt, ModelNotCached
+from deployments.pipelines.networks import first_of
 from deployments.pipelines.schedules import check_scheduler
 
 if TYPE_CHECKING:
@@ -139,10 +140,15 @@ def _check_filled(pipeline: Any, spec: ModelSpec, folder: Path) -> None:
             stored = Counter[tuple[int, ...]]()
             for path in (folder / name).glob("*.safetensors"):
                 stored.update(_stored_shapes(spec, path))
-            missing = Counter(tuple(p.shape) for p in part.parameters()) - stored
-            if missing:
+            lost: list[str] = []
+            for key, tensor in part.named_parameters():
+                stored[shape := tuple(tensor.shape)] -= 1
+                if stored[shape] < 0:
+                    lost.append(f"{key} {shape} is missing")
+            if lost:
                 raise ModelCorrupt(
-                    f"The {name} of {spec.name} lacks {missing.total()} of its tensors.",
+                    f"The {name} of {spec.name} lacks {len(lost)} of its tensors, by their shapes:"
+                    f" {first_of(lost)}.",
                     value=folder,
                     remedy="Fetch it again.",
                 )

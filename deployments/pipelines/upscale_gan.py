@@ -1,4 +1,4 @@
-"""4x upscaling with Real-ESRGAN's networks, in overlapping tiles."""
+"""Upscaling with Real-ESRGAN's networks, in overlapping tiles."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Hashable, Sequence
     from pathlib import Path
 
-    from torch import nn
-
     from deployments.contract import UpscaleRequest
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.preparation import Preparation
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from deployments.images import Picture
     from deployments.registry import ModelSpec
 
-SCALE = 4
 _UNIT_PX = 32
 """Lengths of windows are multiples of it, so that there are few shapes."""
 
@@ -66,7 +63,8 @@ class Tiling:
     """A row on its way.
 
     Attributes:
-        source: the picture on the device, `H x W x 3` uint8.
+        source: the picture with the network's margin, on the device, `H x W x 3` uint8.
+        scale: of the network.
         tiles: all of them, in order.
         area: brings what the network makes down to the size that is wanted.
         rest: what `area` needs of the tiles so far.
@@ -77,6 +75,7 @@ class Tiling:
     """
 
     source: torch.Tensor
+    scale: int
     tiles: list[Tile]
     area: AreaFilter
     canvas: Pixels
@@ -87,6 +86,14 @@ class Tiling:
     @property
     def next_tile(self) -> Tile:
         return self.tiles[len(self.outputs)]
+
+    def kept(self, tile: Tile) -> tuple[Span, Span]:
+        """Rows and columns of the enlarged picture, without its margin, that are kept of a tile."""
+        rows, columns = (
+            Span(one.first * self.scale, min(one.end * self.scale, axis.source_px))
+            for one, axis in zip(tile, (self.area.rows, self.area.columns), strict=True)
+        )
+        return rows, columns
 
 
 class UpscaleGan:
@@ -102,14 +109,14 @@ class UpscaleGan:
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
-            self._net, self._overlap_px = build(spec, config)
+            self._net = build(spec, config)
         networks.load_weights(self._net, spec, folder, self._device)
 
     def fit(self, picture: Picture | None, request: UpscaleRequest) -> Pixels:
         return require_picture(picture).rgb
 
     def restore(self, output: Pixels, picture: Picture | None, request: UpscaleRequest) -> Picture:
-        return as_asked(require_picture(picture), output, request, SCALE)
+        return as_asked(require_picture(picture), output, request, self._net.scale)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -131,10 +138,12 @@ class UpscaleGan:
         yield from ()
         height, width = row.pixels.shape[:2]
         tiles = self._tiles(height, width)
-        width_px, height_px = row.request.result_size(width, height, SCALE)
-        area = AreaFilter((height * SCALE, width * SCALE), (height_px, width_px))
+        scale = self._net.scale
+        width_px, height_px = row.request.result_size(width, height, scale)
+        area = AreaFilter((height * scale, width * scale), (height_px, width_px))
         canvas = np.empty((height_px, width_px, 3), np.uint8)
-        return Tiling(torch.from_numpy(row.pixels).to(self._device), tiles, area, canvas)
+        source = torch.from_numpy(self._with_margin(row.pixels)).to(self._device)
+        return Tiling(source, scale, tiles, area, canvas)
 
     def steps(self, state: Tiling) -> int:
         return len(state.tiles)
@@ -175,38 +184,61 @@ class UpscaleGan:
             )
         for i, tile in enumerate(state.tiles):
             if (output := state.outputs[i]) is not None:
-                state.canvas[state.area.place(*_kept(tile))] = output.numpy()
+                state.canvas[state.area.place(*state.kept(tile))] = output.numpy()
                 state.outputs[i] = None  # the result is in memory once
             yield
         return state.canvas
+
+    def _with_margin(self, pixels: Pixels) -> Pixels:
+        """The picture with sides that the network takes, reflected as in Real-ESRGAN's own code."""
+        rest = [(0, -side % self._net.multiple_px) for side in pixels.shape[:2]]
+        return np.pad(pixels, (*rest, (0, 0)), mode="reflect") if any(map(any, rest)) else pixels
 
     def _tiles(self, height_px: int, width_px: int) -> list[Tile]:
         return [Tile(*pair) for pair in product(self._windows(height_px), self._windows(width_px))]
 
     def _windows(self, side_px: int) -> list[Window]:
-        return side_windows(side_px, self._tile_px, self._overlap_px)
+        side_px += -side_px % self._net.multiple_px
+        return side_windows(side_px, self._tile_px, self._net.tile_overlap_px)
 
 
 PIPELINE = UpscaleGan
 
 
-def build(spec: ModelSpec, config: dict[str, Any]) -> tuple[nn.Module, int]:
-    """The network that `config.json` names, and the tile overlap it needs, in px.
+def build(spec: ModelSpec, config: dict[str, Any]) -> RRDBNet | SRVGGNetCompact:
+    """The network that `config.json` names.
 
     Raises:
-        ModelCorrupt: an unknown architecture.
+        ModelCorrupt: an unknown architecture, or another scale than the registry's.
+        TypeError, ValueError: it describes no network.
     """
-    name = config.get("architecture")
-    if name == "srvgg":
-        net = SRVGGNetCompact(int(config["num_feat"]), int(config["num_conv"]))
-        return net, net.receptive_field_px
-    if name == "rrdb":
-        return RRDBNet(num_block=int(config.get("num_block", 23))), RRDBNet.tile_overlap_px
-    raise ModelCorrupt(
-        f"The config.json of {spec.name} names an unknown architecture.",
-        value=name,
-        remedy="Known: srvgg, rrdb.",
-    )
+    net = build_net(config)
+    if net is None:
+        raise ModelCorrupt(
+            f"The config.json of {spec.name} names an unknown architecture.",
+            value=config.get("architecture"),
+            remedy=f"Known: {', '.join(_NETS)}.",
+        )
+    if net.scale != spec.scale:
+        raise ModelCorrupt(
+            f"The network of {spec.name} enlarges {net.scale} times, its entry says {spec.scale}.",
+            value=f"times: {spec.scale}",
+            remedy=f"Write `times: {net.scale}` into its entry in the model registry.",
+        )
+    return net
+
+
+def build_net(config: dict[str, Any]) -> RRDBNet | SRVGGNetCompact | None:
+    """The network of a `config.json`, with random weights; None for an unknown architecture."""
+    net, keys = _NETS.get(str(config.get("architecture")), (None, ()))
+    return net and net(**{key: int(config[key]) for key in keys if key in config})
+
+
+_NETS: dict[str, tuple[type[RRDBNet] | type[SRVGGNetCompact], tuple[str, ...]]] = {
+    "srvgg": (SRVGGNetCompact, ("num_feat", "num_conv", "scale")),
+    "rrdb": (RRDBNet, ("num_feat", "num_block", "num_grow_ch", "scale")),
+}
+"""Of each architecture the class, and the keys of `config.json` that are its arguments."""
 
 
 def side_windows(side_px: int, tile_px: int, overlap_px: int) -> list[Window]:
@@ -241,12 +273,6 @@ def _cut(pixels: torch.Tensor, tile: Tile) -> torch.Tensor:
     return pixels[rows, columns]
 
 
-def _kept(tile: Tile) -> tuple[Span, Span]:
-    """Rows and columns of the enlarged picture that are kept of a tile."""
-    rows, columns = (Span(one.first * SCALE, one.end * SCALE) for one in tile)
-    return rows, columns
-
-
 def _completed(state: Tiling, window: torch.Tensor) -> tuple[torch.Tensor, Rest]:
     """What a tile completes of the result, and what is left of it for the next ones.
 
@@ -255,8 +281,8 @@ def _completed(state: Tiling, window: torch.Tensor) -> tuple[torch.Tensor, Rest]
         window: what the network made of the tile, `h x w x 3` in [0, 255].
     """
     tile = state.next_tile
-    rows, columns = _kept(tile)
-    top, left = (one.start * SCALE for one in tile)
+    rows, columns = state.kept(tile)
+    top, left = (one.start * state.scale for one in tile)
     piece = window[rows.first - top : rows.end - top, columns.first - left : columns.end - left]
     means, rest = state.area.add(piece, rows, columns, state.rest)
     pixels = means.round().to(torch.uint8)

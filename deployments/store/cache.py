@@ -66,6 +66,11 @@ class Store:
         self.staging = Staging(self.root, settings, listener)
 
     @property
+    def hub_cache(self) -> Path | None:
+        """Where conversions look first for files of hf://."""
+        return self._settings.hub_cache
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of everything in the store."""
         return folder_bytes(self.root)

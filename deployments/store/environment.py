@@ -32,6 +32,19 @@ def s3_over_http() -> bool:
     return os.environ.get("AWS_ALLOW_HTTP", "").lower() in _TRUE
 
 
+def s3_unsigned() -> bool:
+    """Whether `AWS_SKIP_SIGNATURE` asks for public buckets of S3 without credentials."""
+    return os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE
+
+
+def s3_endpoint(bucket: str) -> str:
+    """The URL of a bucket: below `AWS_ENDPOINT_URL`, else Amazon's in `AWS_REGION`."""
+    if given := os.environ.get("AWS_ENDPOINT_URL"):
+        return f"{given.rstrip('/')}/{bucket}"
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return f"https://s3.{region}.amazonaws.com/{bucket}"
+
+
 def ca_file() -> str | None:
     """A file of CA certificates to trust instead of certifi's: `REQUESTS_CA_BUNDLE`.
 

@@ -67,17 +67,7 @@ class FolderBucket:
     def read(
         self, file: RemoteFile, start: int, stop: int, write: Callable[[bytes], object]
     ) -> None:
-        path = self._place(file.path)
-        with _reading(path):
-            opened = path.open("rb", buffering=0)
-        with opened:
-            while start < stop:
-                with _reading(path):
-                    data = os.pread(opened.fileno(), min(_READ_BYTES, stop - start), start)
-                if not data:
-                    break
-                write(data)  # outside _reading: its errors are those of another disk
-                start += len(data)
+        read_file(self._place(file.path), start, stop, write)
 
     def place(self, path: str) -> tuple[Path, os.stat_result]:
         """Where a file is on this machine, with its size and time; raises as `Bucket`."""
@@ -184,6 +174,24 @@ class FolderBucket:
                 remedy="Give this user write access and disk space. The file system must support"
                 " hard links.",
             ) from error
+
+
+def read_file(path: Path, start: int, stop: int, write: Callable[[bytes], object]) -> None:
+    """Pass the bytes of a file from `start` up to `stop` to `write`, in pieces.
+
+    Raises:
+        Missing, SourceFailed: as `Reader.read`.
+    """
+    with _reading(path):
+        opened = path.open("rb", buffering=0)
+    with opened:
+        while start < stop:
+            with _reading(path):
+                data = os.pread(opened.fileno(), min(_READ_BYTES, stop - start), start)
+            if not data:
+                break
+            write(data)  # outside _reading: its errors are those of another disk
+            start += len(data)
 
 
 def _write(part: Path, content: Path | bytes) -> None:

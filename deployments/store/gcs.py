@@ -23,7 +23,7 @@ from google.api_core.exceptions import (
 )
 from google.auth import iam
 from google.auth.credentials import AnonymousCredentials, Signing
-from google.auth.exceptions import GoogleAuthError, TransportError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import Request
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
@@ -184,10 +184,7 @@ class _Account:
     """Google's client, and the same credentials for our own reads."""
 
     def __init__(self) -> None:
-        if environment.storage_emulator():
-            self._credentials: Any = AnonymousCredentials()
-        else:
-            self._credentials, _ = google.auth.default(scopes=storage.Client.SCOPE)
+        self._credentials: Any = _credentials()
         # Objects belong to a bucket, whatever the project.
         self.client: Any = storage.Client(project=None, credentials=self._credentials)
         self._request = partial(Request(), timeout=int(web.TIMEOUT_S[1]))
@@ -219,6 +216,19 @@ class _Account:
                 signer = iam.Signer(self._request, scoped, email)
                 self._signing = service_account.Credentials(signer, email, token_uri="")
             return self._signing
+
+
+def _credentials() -> Any:
+    """The application default credentials; else none, with which public buckets can be read."""
+    if environment.storage_emulator():
+        return AnonymousCredentials()
+    try:
+        return google.auth.default(scopes=storage.Client.SCOPE)[0]
+    except DefaultCredentialsError as error:
+        # This is how the library words that it found nothing, as opposed to a broken file.
+        if "were not found" not in str(error):
+            raise
+        return AnonymousCredentials()
 
 
 def _account() -> _Account:

@@ -14,6 +14,7 @@ from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
 from deployments.store.folder_bucket import FolderBucket
 from deployments.store.hub import HubReader
+from deployments.store.hub_cache import CachedHubReader, HubCache
 from deployments.store.lockfile import (
     LockedArtefact,
     LockedOrigin,
@@ -40,8 +41,11 @@ _COMPILED_ATTEMPTS = 2
 logger = logging.getLogger("ray.serve.imagen.store")
 
 
-def open_reader(url: str) -> Reader:
+def open_reader(url: str, hub_cache: Path | None = None) -> Reader:
     """The reader of a URL; makes no request yet.
+
+    Args:
+        hub_cache: where files of hf:// are looked for first.
 
     Raises:
         ConfigError: an unknown scheme, or a URL without a pinned revision.
@@ -52,7 +56,7 @@ def open_reader(url: str) -> Reader:
         case "https" | "http":
             return WebReader(url)
         case "hf":
-            return HubReader(url)
+            return CachedHubReader(url, HubCache(hub_cache)) if hub_cache else HubReader(url)
         case scheme:
             raise ConfigError(
                 f"Models cannot come from {scheme or 'a place without a scheme'}.",
@@ -241,15 +245,17 @@ class Provider:
                 f" {digest[:SHORT]}, actual {manifest.short}.",
                 remedy="Set store.mirror to where it is published, or correct the digest.",
             )
-        return manifest, origin_places(spec, origins)
+        return manifest, origin_places(spec, origins, self._settings.hub_cache)
 
 
-def origin_places(spec: ArtefactSpec, origins: tuple[LockedOrigin, ...]) -> Places:
+def origin_places(
+    spec: ArtefactSpec, origins: tuple[LockedOrigin, ...], hub_cache: Path | None
+) -> Places:
     """Where each file of an entry's folder comes from; raises as `open_reader`."""
     return {
         place.target(file.path): (reader, file.path)
         for place, origin in zip(spec.origins, origins, strict=True)
-        for reader in [open_reader(origin.source)]
+        for reader in [open_reader(origin.source, hub_cache)]
         for file in origin.files
     }
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,12 +10,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from deployments.errors import ModelCorrupt
 from deployments.origins import MANIFEST
 from deployments.registry import ArtefactSpec, ModelSpec
-from deployments.settings import ROOT, StoreSettings
+from deployments.settings import StoreSettings
 from deployments.store import compiled
 from deployments.store.bucket import Bucket, RemoteFile, find
 from deployments.store.events import Event, Listener, ignore
 from deployments.store.folder import Hashes, hash_file
 from deployments.store.provider import compiled_url, make_bucket, mirror_url, open_bucket
+from deployments.store.smoke import smoke_load
 from deployments.store.transfer import retrying
 
 if TYPE_CHECKING:
@@ -26,9 +24,7 @@ if TYPE_CHECKING:
     from deployments.store.lockfile import LockedModel
     from deployments.store.manifest import Manifest
 
-_SMOKE_TIMEOUT_S = 900
-
-
+_REFUSED = "has the right bytes but does not load, so it is not published"
 Upload = Literal["published", "present", "absent"]
 
 
@@ -82,7 +78,7 @@ def publish(
         folder = store.folder(spec.name, digest)
         known = retrying(lambda: find(bucket, MANIFEST), settings)
         if smoke and isinstance(spec, ModelSpec) and not known:
-            smoke_load(spec, folder)
+            smoke_load(spec, folder, _REFUSED)
         sizes = _upload(bucket, folder, manifest, settings, listener)
     return Published(url, len(sizes), sum(sizes))
 
@@ -167,35 +163,3 @@ def _crc32c(bucket: Bucket, file: RemoteFile) -> str:
     hashes = Hashes(sha256=False)
     bucket.read(file, 0, file.size, hashes.update)
     return hashes.crc32c
-
-
-def smoke_load(spec: ModelSpec, folder: Path) -> None:
-    """Load a model in another process, which cannot reach the network.
-
-    Raises:
-        ModelCorrupt: it does not load.
-    """
-    work = json.dumps({"spec": spec.model_dump(mode="json"), "folder": str(folder)})
-    command = [sys.executable, "-m", "deployments.smoke_load"]
-    try:
-        done = subprocess.run(  # noqa: S603 - ourselves
-            command,
-            input=work,
-            text=True,
-            capture_output=True,
-            cwd=ROOT,
-            timeout=_SMOKE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _unloadable(spec, f"not finished after {_SMOKE_TIMEOUT_S} s") from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise _unloadable(spec, lines[-1])
-
-
-def _unloadable(spec: ModelSpec, reason: str) -> ModelCorrupt:
-    return ModelCorrupt(
-        f"{spec.name} has the right bytes but does not load, so it is not published: {reason}",
-        remedy="Correct the entry in the model registry (files, family, variant, convert).",
-    )

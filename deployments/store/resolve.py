@@ -9,6 +9,7 @@ from deployments.origins import UNRESOLVED, parse_hub
 from deployments.store.bucket import Reader, RemoteFile, Transient
 from deployments.store.folder import Hashes
 from deployments.store.hub import resolve_revision
+from deployments.store.hub_cache import HubCache
 from deployments.store.lockfile import (
     LockedFile,
     LockedModel,
@@ -81,7 +82,7 @@ def _resolve_origin(
     settings: StoreSettings,
 ) -> LockedOrigin:
     url = _pin(name, place.source, held, settings)
-    reader = open_reader(url)
+    reader = open_reader(url, settings.hub_cache)
     remotes = retrying(lambda: reader.stat(place.files), settings)
     unknown = LockedFile(path="unknown")
     files = tuple(
@@ -95,7 +96,8 @@ def _pin(name: str, url: str, held: LockedOrigin | None, settings: StoreSettings
     if not url.endswith(f"@{UNRESOLVED}"):
         return url
     repo, _ = parse_hub(url)
-    main = f"hf://{repo}@{retrying(lambda: resolve_revision(repo), settings)}"
+    cached = HubCache(settings.hub_cache).revision(repo) if settings.hub_cache else None
+    main = f"hf://{repo}@{cached or retrying(lambda: resolve_revision(repo), settings)}"
     if held and held.source.startswith(f"hf://{repo}@") and held.source not in (url, main):
         raise SourceFailed(
             f"The main branch of a source of {name} has moved: expected {held.source},"

@@ -2,7 +2,8 @@
 
 obstore signs and lists; it reads the AWS_* variables, the token file of a pod's role, and the
 metadata services of containers and machines. Everything else is a request to a signed URL, so that
-files are streamed from and to the disk, and errors keep their status and Retry-After.
+files are streamed from and to the disk, and errors keep their status and Retry-After. With
+AWS_SKIP_SIGNATURE=true nothing is signed, for public buckets; these are only read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
+from urllib.parse import quote
 
 import httpx
 import obstore
@@ -47,7 +49,8 @@ _STATUS = re.compile(r"status code: (\d{3})")
 """obstore's errors have the status in their text only."""
 _REMEDY = (
     "Check the credentials (AWS_ACCESS_KEY_ID or a role, with s3:ListBucket, s3:GetObject,"
-    " s3:PutObject and s3:DeleteObject), AWS_REGION and AWS_ENDPOINT_URL."
+    " s3:PutObject and s3:DeleteObject), AWS_REGION and AWS_ENDPOINT_URL; a public bucket may be"
+    " read with AWS_SKIP_SIGNATURE=true."
 )
 
 
@@ -147,12 +150,23 @@ class S3Bucket:
 
     def _signed(self, method: _Method, path: str, life_s: int = _OWN_LINK_S) -> str:
         name = self._object(check_path(path))
+        if environment.s3_unsigned() and method in ("GET", "HEAD"):
+            return self._encrypted(f"{environment.s3_endpoint(self._name)}/{quote(name)}")
         try:
             url = obstore.sign(self._store(), method, name, timedelta(seconds=life_s))
         except BaseError as error:
             raise Transient(
-                f"{self.url}: no credentials, or no endpoint: {_line(error)}"
+                f"{self.url}: no credentials (AWS_SKIP_SIGNATURE=true reads a public bucket"
+                f" without), or no endpoint: {_line(error)}"
             ) from error
+        return self._encrypted(url)
+
+    def _encrypted(self, url: str) -> str:
+        """The URL.
+
+        Raises:
+            ConfigError: it is plain http, and nothing allows that.
+        """
         if url.startswith("http:") and not environment.s3_over_http():
             raise ConfigError(
                 "The endpoint of s3:// does not encrypt.",
@@ -177,7 +191,10 @@ class S3Bucket:
                 if ca_file := environment.ca_file():
                     options["root_certificate"] = Path(ca_file).read_bytes()
                 self._made = S3Store(
-                    self._name, client_options=options, retry_config={"max_retries": 0}
+                    self._name,
+                    client_options=options,
+                    retry_config={"max_retries": 0},
+                    skip_signature=environment.s3_unsigned(),
                 )
             return self._made
 

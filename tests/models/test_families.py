@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +12,19 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from stock import as_row
 from torch import nn
 
 from deployments import images
+from deployments.buckets import resize
 from deployments.contract import (
     BackgroundRequest,
     ComicRequest,
     EnhanceRequest,
     UpscaleRequest,
 )
-from deployments.errors import ModelFailed
+from deployments.errors import ModelCorrupt, ModelFailed
 from deployments.images import Picture
 from deployments.notes import Code, note
 from deployments.pipelines import upscale_gan
@@ -30,6 +33,7 @@ from deployments.settings import LimitSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Row
@@ -204,7 +208,7 @@ def test_the_network_pixels_of_a_step(
     [
         ("sd_ddim", ComicRequest(steps=10, strength=0.5, guidance_scale=5.0)),
         ("sd_v", ComicRequest(steps=7, strength=1.0, guidance_scale=1.0)),
-        ("refiner", EnhanceRequest(steps=10, strength=0.3, guidance_scale=5.0)),
+        ("refiner", EnhanceRequest(steps=10, strength=0.3, detail="working")),
         ("x4", UpscaleRequest(steps=3, guidance_scale=9.0)),
         ("srvgg", UpscaleRequest()),
         ("isnet", BackgroundRequest()),
@@ -255,6 +259,35 @@ def test_a_gan_upscales_exactly_four_times(
     assert result.alpha.shape == result.rgb.shape[:2]
 
 
+@pytest.mark.parametrize(("scale", "network"), [(2, "rrdb"), (2, "srvgg"), (3, "srvgg")])
+def test_a_network_of_another_scale_enlarges_by_it(
+    scale: int, network: str, tmp_path: Path, process: Callable[..., Picture]
+) -> None:
+    """Sizes that are no multiple of what the network folds, and asked for less or more."""
+    config = {"architecture": network, "num_feat": 8, "scale": scale}
+    config |= {"num_block": 1, "num_grow_ch": 4} if network == "rrdb" else {"num_conv": 2}
+    net = upscale_gan.build_net(config)
+    assert net is not None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    pipeline = tiny.pipeline(tiny.spec(network, tmp_path, times=scale, tile_px=32))
+    for height_px, width_px in ((1, 1), (31, 140)):
+        picture = tiny.picture(1, height_px, width_px, with_alpha=True)
+        result = process(pipeline, picture, UpscaleRequest())
+        assert size(result) == (height_px * scale, width_px * scale)
+        assert size(process(pipeline, picture, UpscaleRequest(scale=2))) == (
+            height_px * 2,
+            width_px * 2,
+        )
+
+
+def test_a_network_of_another_scale_than_its_entry_is_refused(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    with pytest.raises(ModelCorrupt, match="times: 4"):
+        tiny.pipeline(tiny.spec("srvgg", tiny_folder("srvgg"), times=2))
+
+
 @pytest.mark.parametrize("name", ["srvgg", "x4"])
 @pytest.mark.parametrize(
     ("fields", "expected"),
@@ -279,7 +312,9 @@ def test_less_than_four_times_is_the_models_result_shrunk(
     assert np.abs(less.rgb.mean((0, 1)) - whole.rgb.mean((0, 1))).max() < 1
 
 
-@pytest.mark.parametrize(("tile_px", "overlap_px"), [(32, 5), (64, 32), (256, 10), (512, 34)])
+@pytest.mark.parametrize(
+    ("tile_px", "overlap_px"), [(32, 5), (64, 32), (64, 64), (256, 10), (512, 34)]
+)
 def test_windows_keep_each_pixel_once_and_see_around_it(tile_px: int, overlap_px: int) -> None:
     for side_px in (*range(1, 3 * tile_px), 5000):
         windows = upscale_gan.side_windows(side_px, tile_px, overlap_px)
@@ -386,6 +421,27 @@ def test_matting_gives_the_pictures_size_in_every_form(
     share = rgba.alpha[..., None] / 255
     expected = picture.rgb * share + np.array([255, 128, 0]) * (1 - share)
     assert np.abs(colour.rgb - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("config", "bilinear"),
+    [({}, True), ({"stretch": False}, False), ({"resize": "lanczos"}, False)],
+)
+def test_matting_reads_a_picture_as_its_network_was_trained(
+    config: dict[str, Any], bilinear: bool, own_folder: Callable[[str], Path]
+) -> None:
+    folder = own_folder("isnet")
+    whole = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(whole))
+    picture = tiny.picture(3, 150, 97)
+    seen = tiny.pipeline(tiny.spec("isnet", folder)).fit(picture, BackgroundRequest())
+    side = tiny.ISNET_PX
+    x = torch.from_numpy(picture.rgb).permute(2, 0, 1)[None].float()
+    theirs = nn.functional.interpolate(x, (side, side), mode="bilinear")[0].permute(1, 2, 0).numpy()
+    if bilinear:
+        assert np.abs(seen - theirs).max() < 0.51
+    else:
+        assert (seen == resize(picture.rgb, side, side)).all()
 
 
 @pytest.mark.parametrize("name", ["sd_ddim", "srvgg", "x4"])

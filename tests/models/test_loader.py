@@ -151,6 +151,57 @@ def test_the_other_components_lack_a_tensor(file: str, own_folder: Callable[[str
     assert_refused(ModelCorrupt, "sd_ddim", folder)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_does_not_fit_is_named_with_its_shape(
+    name: str, own_folder: Callable[[str], Path]
+) -> None:
+    folder = own_folder(name)
+    tensors = load_file(weights(name, folder))
+    first, second, *_, last = tensors
+    shapes = {key: tuple(tensors[key].shape) for key in (first, second, last)}
+    del tensors[first], tensors[second]
+    tensors[last] = torch.zeros(7)
+    tensors["head.weight"] = torch.zeros(1, 2)
+    save_file(tensors, weights(name, folder))
+    text = str(assert_refused(ModelCorrupt, name, folder))
+    assert f"{first} {shapes[first]} is missing; " in text
+    assert f"{second} {shapes[second]} is missing; " in text
+    assert f"{last} is (7,) instead of {shapes[last]}; and 1 more" in text
+
+
+def test_a_tensor_that_diffusion_lacks_is_named_with_its_shape(
+    own_folder: Callable[[str], Path],
+) -> None:
+    folder = own_folder("sd_ddim")
+    path = weights("sd_ddim", folder)
+    tensors = load_file(path)
+    del tensors["conv_in.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    assert "(8, 4, 3, 3) is missing" in str(assert_refused(ModelCorrupt, "sd_ddim", folder))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folder_without_a_config_says_what_one_holds(
+    name: str, own_folder: Callable[[str], Path]
+) -> None:
+    folder = own_folder(name)
+    (folder / "config.json").unlink()
+    remedy = assert_refused(ModelNotCached, name, folder).remedy
+    assert '"architecture": "isnet"' in remedy if name == "isnet" else '"rrdb"' in remedy
+    assert "Fetch it again" not in remedy
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_a_variant_have_its_name(name: str, own_folder: Callable[[str], Path]) -> None:
+    folder = own_folder(name)
+    load_tiny(name, folder)
+    assert "model.fp16.safetensors" in str(
+        assert_refused(ModelNotCached, name, folder, variant="fp16")
+    )
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    load_tiny(name, folder, variant="fp16")
+
+
 def test_a_key_too_many_in_our_own_networks(own_folder: Callable[[str], Path]) -> None:
     folder = own_folder("isnet")
     tensors = load_file(weights("isnet", folder))

@@ -121,6 +121,20 @@ def test_weights_survive_a_file(build: Callable[[], nn.Module], tmp_path: Path) 
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scale", [2, 3])
+def test_srvgg_enlarges_by_its_scale(scale: int) -> None:
+    net = SRVGGNetCompact(num_feat=8, num_conv=3, scale=scale)
+    assert net(torch.rand(1, 3, 7, 12)).shape == (1, 3, 7 * scale, 12 * scale)
+
+
+def test_rrdb_doubles_what_it_folds() -> None:
+    net = RRDBNet(num_feat=8, num_block=1, num_grow_ch=4, scale=2)
+    assert net.conv_first.weight.shape == (8, 12, 3, 3), "as in RealESRGAN_x2plus"
+    assert net(torch.rand(1, 3, 6, 14)).shape == (1, 3, 12, 28)
+    with pytest.raises(ValueError, match="2 or 4"):
+        RRDBNet(scale=3)
+
+
 @pytest.mark.parametrize("build", [small_rrdb, small_srvgg])
 @pytest.mark.parametrize("size", [(1, 1), (7, 12), (16, 9)])
 def test_upscalers_quadruple_any_size(
@@ -193,6 +207,6 @@ def test_srvgg_tiles_equal_the_whole_from_the_receptive_field_on() -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    assert net.receptive_field_px == 5
-    assert seam_error(net, net.receptive_field_px) < 1e-5
-    assert seam_error(net, net.receptive_field_px - 1) > 1e-5
+    assert net.tile_overlap_px == 5
+    assert seam_error(net, net.tile_overlap_px) < 1e-5
+    assert seam_error(net, net.tile_overlap_px - 1) > 1e-5

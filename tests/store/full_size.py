@@ -38,6 +38,7 @@ WEIGHTS = {
         "vae/diffusion_pytorch_model.safetensors": 4 * 83_653_863 + HEADER,
     },
     "background-rmbg14": {"model.safetensors": 4 * 44_046_790 + HEADER},
+    "upscale-realesrgan-x4plus-anime": {"RealESRGAN_x4plus_anime_6B.pth": 18_000_000},
     "mms-lid-126": {"model.safetensors": 3_860_000_000},
 }
 """Bytes by model and file, from parameter counts, where the lock file has none yet."""

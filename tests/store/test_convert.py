@@ -15,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deployments.errors import ConfigError, ModelCorrupt, StoreUnwritable
-from deployments.registry import ArtefactSpec
+from deployments.loader import build
+from deployments.pipelines.upscale_gan import build_net
+from deployments.registry import ArtefactSpec, ModelSpec
+from deployments.settings import Settings
 from deployments.store.cache import Store
 from deployments.store.convert import convert
 from deployments.store.folder import list_files
@@ -29,18 +32,24 @@ NAME = "tiny"
 class Workshop:
     """A registry of one model, its origin folder, and a store."""
 
-    def __init__(self, tmp_path: Path, **conversion: Any) -> None:
+    def __init__(
+        self, tmp_path: Path, model: dict[str, Any] | None = None, **conversion: Any
+    ) -> None:
         self.origin = tmp_path / "origin"
         self.origin.mkdir()
         self.registry = tmp_path / "registry.yaml"
         self.settings = settings_of(tmp_path / "models")
         self.store = Store(self.settings)
         self._conversion = conversion
+        self._model = model
+        """What makes a model of the entry: task, family and more. None: an artefact."""
 
     def lock(self) -> ArtefactSpec:
         """Resolve whatever is in the origin folder."""
-        spec = ArtefactSpec.model_validate(
+        kind = ModelSpec if self._model else ArtefactSpec
+        spec = kind.model_validate(
             {
+                **(self._model or {}),
                 "name": NAME,
                 "summary": "tiny",
                 "licence": "MIT",
@@ -312,3 +321,54 @@ def test_two_checkpoints_are_refused(pth: Workshop) -> None:
     for name in ("a.pth", "b.pth"):
         torch.save({"params": {}}, pth.origin / name)
     pth.refused(ConfigError, "its origins name 2")
+
+
+SMALL = {"architecture": "srvgg", "num_feat": 4, "num_conv": 1}
+
+
+def small_net() -> dict[str, torch.Tensor]:
+    net = build_net(SMALL)
+    assert net is not None
+    return net.state_dict()
+
+
+def test_a_halved_upscaler_has_the_name_that_loading_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"task": "upscale", "family": "upscale_gan", "dtype": "float16"}
+    shop = Workshop(tmp_path, model, to="fp16")
+    (shop.origin / "config.json").write_text(json.dumps(SMALL))
+    save_file(small_net(), shop.origin / "model.safetensors")
+    folder = shop.convert()
+    assert list_files(folder) == ["config.json", "manifest.json", "model.safetensors"]
+    half = load_file(folder / "model.safetensors")["body.0.weight"]
+    assert half.dtype == torch.float16
+    monkeypatch.setattr("deployments.loader.enforce_offline", lambda _: None)
+    spec = shop.lock()
+    assert isinstance(spec, ModelSpec)
+    build(spec, folder, Settings(device="cpu"))
+
+
+def test_weights_that_do_not_fit_their_config_are_refused_before_they_are_kept(
+    tmp_path: Path,
+) -> None:
+    model = {"task": "upscale", "family": "upscale_gan"}
+    config = SMALL | {"num_feat": 5}
+    shop = Workshop(tmp_path, model, to="safetensors", key="params", config=config)
+    torch.save({"params": small_net()}, shop.origin / "net.pth")
+    wrong = r"does not load, so it is not kept: .*body\.0\.weight is \(4, 3, 3, 3\) instead of \(5,"
+    shop.refused(ModelCorrupt, wrong)
+
+
+def test_a_safetensors_file_of_any_name_gets_a_config(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, to="safetensors", config=SMALL)
+    save_file(small_net(), shop.origin / "mine.safetensors")
+    folder = shop.convert()
+    assert list_files(folder) == ["config.json", "manifest.json", "model.safetensors"]
+    assert set(load_file(folder / "model.safetensors")) == set(small_net())
+
+
+def test_a_safetensors_file_has_no_entries_to_name(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, to="safetensors", key="params", config=SMALL)
+    save_file(small_net(), shop.origin / "mine.safetensors")
+    shop.refused(ModelCorrupt, "no entry params")

@@ -149,7 +149,7 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
             if origin.source.startswith("hf://"):
                 repo, revision = parse_hub(origin.source)
                 for file in origin.files:
-                    small = not file.path.endswith((".safetensors", ".bin", ".onnx"))
+                    small = not file.path.endswith((".safetensors", ".bin", ".onnx", ".pth"))
                     asked = sent.pop(f"/{repo}/resolve/{revision}/{file.path}", 0)
                     assert asked == (file.size if small else 0)
             else:
@@ -197,7 +197,12 @@ def test_every_tokenizer_comes_whole() -> None:
 
 def test_non_commercial_models_are_refused_until_accepted_by_name() -> None:
     refused = [spec.name for spec in CATALOGUE.entries if not spec.commercial]
-    assert refused == ["background-rmbg14", "rmbg14-onnx", "mms-lid-126"]
+    assert refused == [
+        "background-rmbg14",
+        "background-isnet-general",
+        "rmbg14-onnx",
+        "mms-lid-126",
+    ]
     with pytest.raises(LicenceRefused, match="background-rmbg14"):
         CATALOGUE.served()
     accepted = CATALOGUE.model_copy(update={"accept_noncommercial": ("background-rmbg14",)})

@@ -24,7 +24,7 @@ from deployments.errors import (
 )
 from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import ROOT, StoreSettings
-from deployments.store import publish as publishing
+from deployments.store import smoke
 from deployments.store.cache import Store
 from deployments.store.folder import list_files
 from deployments.store.folder_bucket import FolderBucket
@@ -322,9 +322,9 @@ def test_the_smoke_load_cannot_reach_the_network() -> None:
 
 def test_a_smoke_load_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, digest, store, _ = starter(tmp_path)
-    monkeypatch.setattr(publishing, "_SMOKE_TIMEOUT_S", 0.01)
-    with pytest.raises(ModelCorrupt, match=r"not finished after 0\.01 s"):
-        publishing.smoke_load(spec, store.folder(spec.name, digest))
+    monkeypatch.setattr(smoke, "_TIMEOUT_S", 0.01)
+    with pytest.raises(ModelCorrupt, match=r"is not published: not finished after 0\.01 s"):
+        smoke.smoke_load(spec, store.folder(spec.name, digest), "is not published")
 
 
 def test_published_files_are_whole_even_where_links_are_refused(

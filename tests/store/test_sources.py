@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from google.auth.credentials import Credentials
+from google.auth.credentials import AnonymousCredentials, Credentials
 from google.auth.exceptions import (
     DefaultCredentialsError,
     GoogleAuthError,
@@ -17,12 +17,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from benchmarks.servers.files import FileServer
+from benchmarks.servers.s3 import S3Server
 from deployments.errors import ConfigError, ModelCorrupt, SourceFailed
 from deployments.origins import check_pinned, parse_hub
-from deployments.settings import ROOT
+from deployments.settings import ROOT, StoreSettings
 from deployments.store.bucket import RemoteFile, Transient
 from deployments.store.folder_bucket import FolderBucket, local_folder
-from deployments.store.provider import open_reader
+from deployments.store.provider import open_bucket, open_reader
 from deployments.store.web import WebReader, retry_after_s
 from tests.store import common
 from tests.store.common import LARGE, SCHEMES
@@ -244,3 +245,38 @@ def test_retry_after(value: str, seconds: float) -> None:
 
 def test_no_retry_after() -> None:
     assert retry_after_s({}) == 0
+
+
+def test_a_public_s3_bucket_is_read_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server(public=True) as server:
+        for path, data in FILES.items():
+            server.put(f"m/v 1/{path}", data)
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        bucket = open_bucket("s3://models/m/v 1", StoreSettings())
+        remotes = bucket.stat([LARGE, "model_index.json"])
+        assert [r.size for r in remotes] == [len(FILES[LARGE]), 9]
+        pieces = bytearray()
+        bucket.read(remotes[0], 5, 70_000, pieces.extend)
+        assert pieces == FILES[LARGE][5:70_000]
+        server.public = False
+        with pytest.raises(SourceFailed, match="403"):
+            bucket.stat([LARGE])
+
+
+def test_google_is_asked_anonymously_where_nothing_names_an_account(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from deployments.store import gcs
+
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # this machine is not asked either
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    assert isinstance(gcs._credentials(), AnonymousCredentials)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "gone.json"))
+    with pytest.raises(DefaultCredentialsError):
+        gcs._credentials()

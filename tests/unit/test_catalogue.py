@@ -54,13 +54,14 @@ def test_each_entry_keeps_its_file_and_its_lock(both: Catalogue) -> None:
 def test_a_catalogue_of_few_tasks_serves_them(tmp_path: Path) -> None:
     values = yaml.safe_load(PRODUCTION.read_text(encoding="utf-8"))
     values["models"] = [one for one in values["models"] if one["task"] == "upscale"]
+    del values["serving"]["background"]
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     assert named(load_registry(tmp_path / "one.yaml")) == {"upscale": ["upscale-sd-x4"]}
 
 
 def test_no_later_file_decides_what_an_earlier_one_leaves_open(tmp_path: Path) -> None:
     values = yaml.safe_load(PRODUCTION.read_text(encoding="utf-8"))
-    del values["serving"]
+    del values["serving"]["upscale"]
     (tmp_path / "open.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     catalogue = load_catalogue(tmp_path / "open.yaml", STARTER).accepting()
     with pytest.raises(ConfigError, match="several models for the task upscale"):

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.catalogue import load_catalogue
+from cli.config import settings_of
+from deployments.catalogue import Catalogue, load_catalogue, load_registry
 from deployments.errors import ConfigError, GpuTooSmall
 from deployments.gpu.cap import cap_device, enforce_share
+from deployments.gpu.choice import choose_fitting
 from deployments.gpu.plan import ESTIMATE_MARGIN, TILE_OVERLAP_PX, plan
 from deployments.gpu.profiles import (
     CONTEXT_BYTES,
     GPUS,
+    Gpu,
     MemoryProfile,
     choose_profile,
     context_reserve_bytes,
@@ -27,7 +31,7 @@ from deployments.gpu.profiles import (
     load_profiles,
 )
 from deployments.registry import ModelSpec
-from deployments.settings import SEATS
+from deployments.settings import ROOT, SEATS
 from deployments.tasks import Task
 from tests.fake_gpu import FakeDeviceMemory
 
@@ -393,3 +397,50 @@ def test_the_context_is_the_measured_one_where_there_is_one() -> None:
 
 def test_on_a_cpu_nothing_is_capped() -> None:
     assert cap_device(0.2, "cpu", "comic-ghibli") is None
+
+
+def everything() -> Catalogue:
+    catalogue = load_catalogue(PRODUCTION)
+    names = tuple(entry.name for entry in catalogue.entries)
+    return catalogue.model_copy(update={"accept_noncommercial": names})
+
+
+@pytest.mark.parametrize("total_gib", [7, 12, 16, 22, 24])
+def test_what_fits_a_card_is_planned_and_smaller_models_stand_in(total_gib: int) -> None:
+    card = Gpu("my-card", "My card", total_gib * 2**30, "")
+    catalogue = everything()
+    wanted = list(catalogue.served().values())
+    chosen, given_up = choose_fitting(wanted, catalogue.models, card, 1)
+    assert plan(chosen, card, 1).gpus == 1
+    tasks = {spec.task for spec in chosen}
+    assert len(tasks) == len(chosen), "one of each task"
+    for model, instead in given_up:
+        assert model in wanted
+        assert (instead in chosen) if instead else (model.task not in tasks)
+    # A task is left out only where none of its models is smaller.
+    assert "upscale" in tasks
+    assert "background" in tasks
+    assert (len(chosen) == 5) == (total_gib >= 22)
+
+
+def test_a_card_that_holds_everything_gives_nothing_up() -> None:
+    catalogue = everything()
+    wanted = list(catalogue.served().values())
+    assert choose_fitting(wanted, catalogue.models, GPUS["h100"], 1) == (wanted, [])
+
+
+def test_the_workstations_config_is_the_plan_of_a_card_of_24_gb() -> None:
+    path = ROOT / "configs/gpu.yaml"
+    settings = settings_of(path)
+    registry = load_registry(*settings.models, serve=settings.serve)  # accepts no licence by name
+    application = yaml.safe_load(path.read_text())["applications"][0]
+    options = {entry["name"]: entry for entry in application["deployments"]}
+    made = plan(registry.models, "l4", 1)
+    assert {str(placed.demand.spec.task) for placed in made.placed} == set(settings.serve)
+    for placed in made.placed:
+        entry = options[registry.deployment(placed.demand.spec)]
+        assert entry["ray_actor_options"]["num_gpus"] == placed.num_gpus
+        assert entry["user_config"] == {
+            "max_batch_size": placed.rows,
+            "budget_px": placed.budget_px,
+        }

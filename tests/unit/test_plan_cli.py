@@ -9,7 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from cli import plan as plan_module
 from cli.main import app
+from deployments.gpu.profiles import Gpu
 from deployments.settings import Settings, Tuning
 from deployments.tasks import Task
 
@@ -130,3 +132,27 @@ def test_a_further_model_of_a_task_is_planned_under_its_own_name(arguments: list
 )
 def test_a_mistake_in_serve_ends_the_plan(serve: str) -> None:
     assert run("--gpu", "h200", "--serve", serve).exit_code == 2
+
+
+# ------------------------------------------------------------------------------ the card at hand
+
+
+def test_without_a_gpu_one_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run()
+    assert done.exit_code == 2
+    assert "--gpu l4" in done.stderr
+
+
+def test_the_card_at_hand_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Gpu("my-card", "My card", 12 * 2**30, "")
+    monkeypatch.setattr(plan_module, "gpus_at_hand", lambda: (card, 1))
+    done = run("--json")
+    assert done.exit_code == 0, done.stderr
+    assert "enhance-sdxl-refiner does not fit beside the others: it is left out." in done.stderr
+    assert "upscale-sd-x4 does not fit beside the others: upscale-real" in done.stderr
+    values = json.loads(done.stdout)
+    assert values["gpu"] == "my-card"
+    assert sum(model["num_gpus"] for model in values["models"]) <= 1
+    named = run("upscale-sd-x4", "enhance-sdxl-refiner", "aged-sd21", "comic-ghibli")
+    assert named.exit_code == 9, "what is named is wanted as it is"

@@ -97,6 +97,8 @@ class CutoutNet(nn.Module):
     """
 
     STRIDE = 32
+    input_px = 320
+    """Height and width it was trained for."""
 
     def __init__(self, widths: CutoutWidths | None = None, *, norm: bool = False) -> None:
         super().__init__()
@@ -116,6 +118,11 @@ class CutoutNet(nn.Module):
         self.coarse = nn.Conv2d(c[2], 1, 1)
         self.edge = Unit(c[0] + 12, c[0], norm=norm)
         self.answer = nn.Conv2d(c[0], 4, 3, 1, 1)
+
+    @staticmethod
+    def normalised(pixels: Tensor) -> Tensor:
+        """Pixels from 0 to 255, `(B, 3, H, W)`, as the network takes them."""
+        return pixels / 255 - 0.5
 
     def forward(self, x: Tensor, sides: int = 2) -> list[Tensor]:
         """Logits of the side outputs, finest first.

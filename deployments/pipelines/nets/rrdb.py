@@ -1,8 +1,9 @@
-"""RRDBNet, the large upscaler behind RealESRGAN_x4plus.
+"""RRDBNet, the large upscaler behind RealESRGAN_x4plus and RealESRGAN_x2plus.
 
 Source: Wang et al., "ESRGAN: Enhanced Super-Resolution Generative Adversarial Networks", ECCVW
-2018: residual-in-residual dense blocks at the input's resolution, then two doublings. Module names
-equal those of the published weights, so that a strict load needs no key mapping.
+2018: residual-in-residual dense blocks at the input's resolution, then two doublings. A network for
+2 times first folds each 2 x 2 pixels into channels, and so works at half the input's resolution.
+Module names equal those of the published weights, so that a strict load needs no key mapping.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 _RESIDUAL_SCALE = 0.2
 _SLOPE = 0.2
+_UPSCALE = 4
+"""Of the two doublings."""
+_SEEN_PX = 64
+"""How far a deep network sees at the resolution of its blocks. What lies farther passes many
+residuals at 0.2: with the published weights of 23 blocks, tiles that overlap by 64 px differ from
+the whole picture by 2 levels of 255 at most, and by 53 where they overlap by 32 px."""
 
 
 class ResidualDenseBlock(nn.Module):
@@ -62,39 +69,41 @@ class RRDB(nn.Module):
 
 
 class RRDBNet(nn.Module):
-    """RGB to RGB, four times as high and wide.
+    """RGB to RGB, `scale` times as high and wide.
 
     Args:
-        num_in_ch, num_out_ch: picture channels in and out.
         num_feat: channels between the blocks.
         num_block: residual-in-residual blocks.
         num_grow_ch: channels a convolution adds inside a dense block.
+        scale: 4 or 2.
 
     The defaults build RealESRGAN_x4plus (16,697,987 parameters).
+
+    Attributes:
+        multiple_px: of which the height and width of every input must be multiples.
+        tile_overlap_px: in input px, by which tiles must overlap to show no seam.
+
+    Raises:
+        ValueError: another scale.
     """
 
-    scale = 4
-
-    tile_overlap_px = 32
-    """Practical tile overlap in input pixels. An output pixel may see 15 pixels a block, 345 in
-    all, but what lies farther than a few dozen passes many residuals at 0.2 and stays unseen."""
-
     def __init__(
-        self,
-        num_in_ch: int = 3,
-        num_out_ch: int = 3,
-        num_feat: int = 64,
-        num_block: int = 23,
-        num_grow_ch: int = 32,
+        self, num_feat: int = 64, num_block: int = 23, num_grow_ch: int = 32, scale: int = _UPSCALE
     ) -> None:
         super().__init__()
-        self.conv_first = _conv(num_in_ch, num_feat)
+        if scale not in (2, 4):
+            raise ValueError(f"scale is {scale}; an RRDBNet enlarges 2 or 4 times")
+        self.scale = scale
+        self.multiple_px = _UPSCALE // scale
+        # Exactly, 15 px a block and 4 px for the convolutions around them.
+        self.tile_overlap_px = min(15 * num_block + 4, _SEEN_PX) * self.multiple_px
+        self.conv_first = _conv(3 * self.multiple_px**2, num_feat)
         self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch) for _ in range(num_block)))
         self.conv_body = _conv(num_feat, num_feat)
         self.conv_up1 = _conv(num_feat, num_feat)
         self.conv_up2 = _conv(num_feat, num_feat)
         self.conv_hr = _conv(num_feat, num_feat)
-        self.conv_last = _conv(num_feat, num_out_ch)
+        self.conv_last = _conv(num_feat, 3)
 
     def forward(self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Upscale.
@@ -102,10 +111,14 @@ class RRDBNet(nn.Module):
         Args:
             x: `(B, 3, H, W)` float, RGB in [0, 1].
             sizes: height and width of each picture, at the top left among zeros; None: H and W.
+                All are multiples of `multiple_px`.
 
         Returns:
-            `(B, 3, 4 * H, 4 * W)`, RGB, not clamped; beyond a picture it means nothing.
+            `(B, 3, scale * H, scale * W)`, RGB, not clamped; beyond a picture it means nothing.
         """
+        if (fold := self.multiple_px) > 1:
+            x = F.pixel_unshuffle(x, fold)
+            sizes = sizes and [(height // fold, width // fold) for height, width in sizes]
         margin = Margin(x, sizes)
         shallow = hidden = margin.clear(self.conv_first(x))
         for block in self.body:

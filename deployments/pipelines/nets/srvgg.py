@@ -22,31 +22,32 @@ if TYPE_CHECKING:
 
 
 class SRVGGNetCompact(nn.Module):
-    """RGB to RGB, `upscale` times as high and wide.
+    """RGB to RGB, `scale` times as high and wide.
 
     Args:
         num_feat: channels between the convolutions.
         num_conv: convolutions between the first and the last.
-        upscale: factor.
+        scale: factor.
 
     The defaults build realesr-general-x4v3 (1,213,296 parameters).
+
+    Attributes:
+        multiple_px: of which the height and width of every input must be multiples.
+        tile_overlap_px: in input px, how far an output pixel sees: tiles that overlap by this equal
+            the whole picture exactly.
     """
 
-    def __init__(self, num_feat: int = 64, num_conv: int = 32, upscale: int = 4) -> None:
+    def __init__(self, num_feat: int = 64, num_conv: int = 32, scale: int = 4) -> None:
         super().__init__()
-        self.upscale = upscale
-        self.num_conv = num_conv
+        self.scale = scale
+        self.multiple_px = 1
+        self.tile_overlap_px = num_conv + 2
         layers: list[nn.Module] = [nn.Conv2d(3, num_feat, 3, padding=1), nn.PReLU(num_feat)]
         for _ in range(num_conv):
             layers += [nn.Conv2d(num_feat, num_feat, 3, padding=1), nn.PReLU(num_feat)]
-        layers.append(nn.Conv2d(num_feat, 3 * upscale**2, 3, padding=1))
+        layers.append(nn.Conv2d(num_feat, 3 * scale**2, 3, padding=1))
         self.body = nn.Sequential(*layers)
-        self.upsampler = nn.PixelShuffle(upscale)
-
-    @property
-    def receptive_field_px(self) -> int:
-        """How far, in input pixels, an output pixel sees: tiles that overlap by this are exact."""
-        return self.num_conv + 2
+        self.upsampler = nn.PixelShuffle(scale)
 
     def forward(self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Upscale.
@@ -56,7 +57,7 @@ class SRVGGNetCompact(nn.Module):
             sizes: height and width of each picture, at the top left among zeros; None: H and W.
 
         Returns:
-            `(B, 3, upscale * H, upscale * W)`, RGB, not clamped; beyond a picture it means nothing.
+            `(B, 3, scale * H, scale * W)`, RGB, not clamped; beyond a picture it means nothing.
         """
         margin, hidden = Margin(x, sizes), x
         for layer in self.body:
@@ -64,4 +65,4 @@ class SRVGGNetCompact(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 margin.clear(hidden)
         details = self.upsampler(hidden)
-        return details + F.interpolate(x, scale_factor=self.upscale, mode="nearest")
+        return details + F.interpolate(x, scale_factor=self.scale, mode="nearest")
