@@ -23,6 +23,7 @@ from scipy import ndimage
 
 from benchmarks import machine
 from benchmarks.output import console, make_table
+from deployments.catalogue import load_registry
 from deployments.contract import EnhanceRequest, UpscaleRequest, complete
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
@@ -30,8 +31,9 @@ from deployments.engine.row import RowInput
 from deployments.images import Picture
 from deployments.loader import build
 from deployments.making import Making
-from deployments.registry import ModelSpec, load_registry
+from deployments.registry import ModelSpec
 from deployments.settings import Settings
+from deployments.store.lockfile import load_lock
 from deployments.store.provider import Provider
 from deployments.tasks import Task
 from deployments.tiling import tiles_of
@@ -90,9 +92,9 @@ class Model:
 
 def load(task: Task, models: Path) -> Model:
     """The model that a registry serves for a task."""
-    settings = Settings(models=models, device="cpu", torch_threads=2)
+    settings = Settings(models=(models,), device="cpu", torch_threads=2)
     spec = load_registry(models)[task]
-    pipeline = build(spec, Provider(models, settings.store).ensure(spec), settings)
+    pipeline = build(spec, Provider(load_lock(models), settings.store).ensure(spec), settings)
     return Model(spec, pipeline)
 
 

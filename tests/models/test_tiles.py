@@ -16,6 +16,7 @@ from gathering import Together
 from test_model import Deployment
 
 from deployments import images
+from deployments.catalogue import load_registry
 from deployments.contract import ComicRequest, EnhanceRequest, ImageJob, JobProgress
 from deployments.engine.engine import Engine
 from deployments.engine.grouping import GroupLimits
@@ -24,7 +25,6 @@ from deployments.images import Picture
 from deployments.loader import build
 from deployments.making import Making
 from deployments.pipelines.noise import NoiseField
-from deployments.registry import load_registry
 from deployments.settings import LimitSettings, Settings
 from deployments.store.folder_bucket import local_folder
 from deployments.tasks import Task

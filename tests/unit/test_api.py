@@ -332,7 +332,7 @@ async def test_an_upscale_beyond_the_largest_result_is_refused_with_what_fits(
 async def test_a_model_that_sees_all_of_a_picture_at_once_takes_no_larger_one() -> None:
     backends = FakeBackends()
     spec = REGISTRY[Task.UPSCALE].model_copy(update={"max_picture_px": 64 * 64})
-    app = create_app(backends, {**REGISTRY, Task.UPSCALE: spec}, Settings(access=OPEN_TO_ALL))
+    app = create_app(backends, Registry([spec], {}), Settings(access=OPEN_TO_ALL))
     for fields in ({}, {"scale": "2"}):
         response = await post(app, Task.UPSCALE.route, png_of(80, 60), data=fields)
         problem = refused(response, 413, backends)
