@@ -160,6 +160,14 @@ def test_a_picture_that_is_given_up_leaves_the_engine(comic: AnyPipeline) -> Non
     assert len(run.passes) < 20 < making.steps
 
 
+def test_the_work_of_tiles_is_estimated_as_what_it_is(comic: AnyPipeline) -> None:
+    run = Run(comic)
+    run.results([tiny.picture(1, 200, 260)], [FULL])
+    work = comic.work(260, 200, FULL)
+    assert work.steps == sum(map(len, run.passes)) == 20 * 2
+    assert (work.step_px, work.stage_px) == (64 * 64, 20 * 64 * 64)
+
+
 # --- what tiles agree on ---
 
 
