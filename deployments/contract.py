@@ -290,7 +290,7 @@ class SizedRequest(ImageRequest):
 
 
 class UpscaleRequest(DiffusionRequest, SizedRequest):
-    """Enlarge 4 times in each direction, or less. A GAN upscaler takes no diffusion parameter."""
+    """Enlarge."""
 
     task = "upscale"
     keeps_grey = True

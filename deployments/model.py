@@ -1,4 +1,4 @@
-"""ModelDeployment: one Serve class for every model, bound once for each task."""
+"""ModelDeployment: one Serve class for every model, bound once for each model."""
 
 from __future__ import annotations
 

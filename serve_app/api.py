@@ -134,7 +134,7 @@ def _middleware(
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Every error as problem+json."""
+    """Every error as a document: problem+json, or OpenAI's below /v1/."""
     if isinstance(error, ImagenError):
         if isinstance(error, ServiceError) and error.retry_after_s is None:
             error.retry_after_s = request.app.state.retry_after_s

@@ -67,7 +67,7 @@ class Start:
 class Diffusion(ABC, Generic[RequestT]):
     """A UNet between two ends of an autoencoder.
 
-    Rows of one working size share every UNet pass, whatever else their requests say. A family says
+    Rows of one working size and number of prompt chunks share every UNet pass, whatever else their requests say. A family says
     which size that is, where the latents start, and how the result fits the picture: `fit`,
     `restore` and the abstract methods below.
 

@@ -60,7 +60,7 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data":
         raise UnsupportedMedia(
-            "The body must be multipart/form-data.",
+            "The body must be multipart/form-data or JSON.",
             value=kind.decode("latin-1") or "no content-type",
             remedy=_FORM_REMEDY,
         )

@@ -32,7 +32,7 @@ _STATUSES = {
     408: "The upload did not end in time",
     409: "The Idempotency-Key came before with another request",
     413: "Too many bytes or pixels",
-    415: "Not an image, or not multipart",
+    415: "Not an image, or neither a form nor JSON",
     422: "A parameter is unknown, out of range or contradictory, or asks for too much work",
     429: "Every queue slot is taken; see Retry-After",
     503: "The model is not ready; see Retry-After",
