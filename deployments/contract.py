@@ -434,7 +434,8 @@ class ImageJob:
         image: the uploaded file; None where the task needs no picture.
         output_format: of the result.
         timeout_s: seconds from sending to the request's deadline.
-        request_id: for the log.
+        request_id: for the log; clients choose it.
+        job_id: of a job that is kept; empty for another request. A job runs once at a time.
         width_px, height_px: of the picture in the file, upright; without one, of what is made.
         sent_unix_s: when it was sent, on the clock of `time.time`; 0 if unknown.
         n: results, of seeds that follow one another; above 1 only for models that use chance.
@@ -449,6 +450,7 @@ class ImageJob:
     output_format: OutputFormat
     timeout_s: float
     request_id: str = ""
+    job_id: str = ""
     width_px: int = 0
     height_px: int = 0
     sent_unix_s: float = 0.0

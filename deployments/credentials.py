@@ -39,7 +39,7 @@ _OFFLINE: dict[str, Any] = {
     "builder": {"thumbnail": {"enabled": False}},
 }
 _MOST_MANIFEST_BYTES = 2**20
-"""Of the manifests that an upload brings along; larger ones would swell every result."""
+"""Of the manifests in a result, with those that the upload brought along. Larger ones stay out."""
 logger = logging.getLogger("ray.serve.imagen.model")
 
 
@@ -114,7 +114,11 @@ class Signing:
             ModelFailed: it cannot be signed, such as when the time-stamping authority is away.
         """
         try:
-            return self._signed(body, media_type, origin, self._settings.timestamp_url)
+            signed = self._signed(body, media_type, origin, self._settings.timestamp_url)
+            if origin.carried and len(signed) - len(body) > _MOST_MANIFEST_BYTES:
+                alone = origin._replace(carried=False)
+                signed = self._signed(body, media_type, alone, self._settings.timestamp_url)
+            return signed
         except self._c2pa.C2paError as error:
             logger.error("A result could not be signed: %s", error)
             raise ModelFailed(
@@ -151,7 +155,7 @@ class Signing:
         return builder
 
     def _may_carry(self, origin: Origin) -> bool:
-        """Whether the upload's manifests can be read, and are few; also if it has none."""
+        """Whether the upload's manifests can be read; also if it has none."""
         file = io.BytesIO(origin.picture or b"")
         try:
             reader = self._c2pa.Reader.try_create(
@@ -160,7 +164,7 @@ class Signing:
             if reader is None:
                 return True
             with reader:
-                return len(reader.json()) <= _MOST_MANIFEST_BYTES
+                return bool(reader.json())
         except self._c2pa.C2paError:
             return False
 

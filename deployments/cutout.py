@@ -66,12 +66,14 @@ def laid_on(cutout: Picture, background: Picture) -> Picture:
         below = laid_over(below, background.alpha, WHITE)
     width, height = cutout.width_px, cutout.height_px
     share = min(background.width_px / width, background.height_px / height)
-    left = (background.width_px - width * share) / 2
-    top = (background.height_px - height * share) / 2
+    # Rounding may reach a little over the edge, which Pillow refuses.
+    kept_width = min(width * share, background.width_px)
+    kept_height = min(height * share, background.height_px)
+    left, top = (background.width_px - kept_width) / 2, (background.height_px - kept_height) / 2
     scene = Image.fromarray(below).resize(
         (width, height),
         Image.Resampling.LANCZOS,
-        box=(left, top, left + width * share, top + height * share),
+        box=(left, top, left + kept_width, top + kept_height),
         reducing_gap=3.0,
     )
     notes = [note(Code(one.code), f"Of the background: {one.text}") for one in background.notes]

@@ -177,15 +177,17 @@ class ModelDeployment:
         """Process a request of `job.n` results, and tell how far it is; the results come last.
 
         The first word comes at once, so that the caller knows that a replica has the request. A
-        request that comes again ends the former one: Ray does not, if the caller died meanwhile.
+        job that comes again ends its former run: Ray does not, if the caller died meanwhile.
 
         Raises as `__call__`. A caller who stops reading gives the request up.
         """
         makings: list[Making] = []
         told = JobProgress(0, 0)
-        if former := self._streams.pop(job.request_id, None):
+        if former := self._streams.pop(job.job_id, None):
             former.cancel()
-        work = self._streams[job.request_id] = asyncio.ensure_future(self._run(job, makings))
+        work = asyncio.ensure_future(self._run(job, makings))
+        if job.job_id:
+            self._streams[job.job_id] = work
         try:
             yield told
             while not (await asyncio.wait({work}, timeout=_PROGRESS_S))[0]:
@@ -195,8 +197,8 @@ class ModelDeployment:
             yield work.result()
         finally:
             work.cancel()
-            if self._streams.get(job.request_id) is work:
-                del self._streams[job.request_id]
+            if self._streams.get(job.job_id) is work:
+                del self._streams[job.job_id]
 
     # --- one request, from admission to its result ---
 

@@ -34,7 +34,12 @@ _READABLE = (
     *("X-Imagen-Determinism", "X-Imagen-Size", "X-Imagen-Note"),
 )
 """Headers of answers that pages of other origins may read."""
-_SENDABLE = ("Authorization", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-Request-Id")
+_OPENAI = ("Arch", "Helper-Method", "Lang", "OS", "Package-Version", "Poll-Helper", "Retry-Count")
+_SENDABLE = (
+    *("Authorization", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-Request-Id"),
+    # What OpenAI's client sends from a browser.
+    *(f"X-Stainless-{name}" for name in (*_OPENAI, "Runtime", "Runtime-Version", "Timeout")),
+)
 
 
 def around(access: AccessSettings) -> list[Middleware]:

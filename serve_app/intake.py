@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 from deployments import images
-from deployments.contract import PICTURE, ImageJob, OutputFormat, check_used, parse
+from deployments.contract import PICTURE, ImageJob, JobProgress, OutputFormat, check_used, parse
 from deployments.errors import (
     ImagenError,
     InvalidParameter,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from deployments.catalogue import Registry
-    from deployments.contract import ImageRequest, ImageResult, JobProgress
+    from deployments.contract import ImageRequest, ImageResult
     from deployments.notes import Note
     from deployments.registry import ModelSpec
     from deployments.settings import Settings
@@ -210,6 +210,9 @@ class Intake:
                 checked = await self.check(call)
                 answers = self._backends[name].stream(self._job(call, checked, deadline_s))
                 first = await anext(answers)
+                # Until it has begun, so that a refusal has a status of its own.
+                while isinstance(first, JobProgress) and not first.steps:
+                    first = await anext(answers)
         except TimeoutError as error:
             raise await self._why_late(name) from error
         return self._followed(name, first, answers, deadline_s)
@@ -451,17 +454,22 @@ def choose_format(wanted: OutputFormat | None, accept: str, *, transparent: bool
     return best
 
 
-def _quality(accept: str, name: str) -> float:
-    """How much an Accept header wants `image/<name>`: 0, not at all, to 1."""
-    if not accept.strip():
-        return 1.0
-    quality, specificity = 0.0, -1
+def accepted(accept: str) -> dict[str, float]:
+    """The media ranges of an Accept header, and how much each is wanted: 0, not at all, to 1."""
+    found: dict[str, float] = {}
     for item in accept.split(","):
         kind, *parameters = (part.strip().lower() for part in item.split(";"))
-        match = {f"image/{name}": 2, "image/*": 1, "*/*": 0}.get(kind, -1)
-        if match > specificity:
-            quality, specificity = _q(parameters), match
-    return quality
+        found.setdefault(kind, _q(parameters))
+    return found
+
+
+def _quality(accept: str, name: str) -> float:
+    """How much an Accept header wants `image/<name>`."""
+    if not accept.strip():
+        return 1.0
+    wanted = accepted(accept)
+    ranges = (f"image/{name}", "image/*", "*/*")
+    return next((wanted[kind] for kind in ranges if kind in wanted), 0.0)
 
 
 def _q(parameters: list[str]) -> float:

@@ -67,9 +67,9 @@ class Start:
 class Diffusion(ABC, Generic[RequestT]):
     """A UNet between two ends of an autoencoder.
 
-    Rows of one working size and number of prompt chunks share every UNet pass, whatever else their requests say. A family says
-    which size that is, where the latents start, and how the result fits the picture: `fit`,
-    `restore` and the abstract methods below.
+    Rows of one working size and number of prompt chunks share every UNet pass, whatever else their
+    requests say. A family says which size that is, where the latents start, and how the result fits
+    the picture: `fit`, `restore` and the abstract methods below.
 
     Args:
         stock: a stock diffusers pipeline.

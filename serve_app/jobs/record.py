@@ -131,6 +131,7 @@ class JobSpec:
             output_format=self.output_format,
             timeout_s=timeout_s,
             request_id=self.job_id,
+            job_id=self.job_id,
             width_px=self.width_px,
             height_px=self.height_px,
             sent_unix_s=time.time(),

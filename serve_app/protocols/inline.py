@@ -9,27 +9,38 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 
 from deployments.errors import InvalidParameter, MalformedRequest, UnsupportedMedia
-from serve_app.protocols.multipart import Form
+from serve_app.protocols.multipart import MAX_FIELD_BYTES, MAX_PARTS, Form
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 MEDIA_TYPE = "application/json"
-_DATA_URL = re.compile(r"data:(?P<kind>[^;,]*)(?P<options>(?:;[^;,]*)*),(?P<data>.*)", re.DOTALL)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 40
 """Characters of a wrong value that an error shows."""
+_MOST_HEAD = 200
+"""Characters of a data URL before its data."""
+_MOST_NESTED = 1000
+"""Objects and lists of a body: far more than any request has."""
+_BLANKS = dict.fromkeys(map(ord, "\t\n\r "))
 
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The JSON object that a request's body holds.
 
     Raises:
-        MalformedRequest: it is no JSON, or no object.
+        MalformedRequest: it is no JSON, no object, or holds far too much.
+        InvalidParameter: a name comes twice.
     """
     body = await request.body()
+    if body.count(b"{") + body.count(b"[") > _MOST_NESTED or body.count(b":") > _MOST_NESTED:
+        raise MalformedRequest(
+            "The body holds more than any request has.",
+            value=f"{len(body)} bytes",
+            remedy="Send each parameter once.",
+        )
     try:
-        found: object = json.loads(body)
+        found: object = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(
             "The body is not JSON.",
@@ -43,6 +54,25 @@ async def read_object(request: Request) -> dict[str, Any]:
             remedy='Send {"name": value, …}.',
         )
     return cast("dict[str, Any]", found)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(pairs) > MAX_PARTS:
+        raise MalformedRequest(
+            f"An object of the body has more than {MAX_PARTS} names.",
+            value=f"{len(pairs)}",
+            remedy="Send each parameter once.",
+        )
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidParameter(
+            f"The field {twice[:100]} comes more than once.",
+            value=f"{names.count(twice)} times",
+            remedy="Send it once.",
+        )
+    return found
 
 
 async def read_form(request: Request, *, needs_image: bool = True) -> Form:
@@ -88,11 +118,11 @@ def picture_of(name: str, value: object) -> bytes:
             value=text[:_SHOWN],
             remedy="Send the picture itself, as base64 or as a data URL.",
         )
-    if found := _DATA_URL.fullmatch(text):
-        _check_kind(name, found)
-        text = found["data"]
+    if text.startswith("data:"):
+        head, _, text = text[len("data:") :].partition(",")
+        _check_head(name, head)
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(text.translate(_BLANKS), validate=True)
     except (binascii.Error, ValueError):
         data = b""
     if not data:
@@ -104,17 +134,19 @@ def picture_of(name: str, value: object) -> bytes:
     return data
 
 
-def _check_kind(name: str, url: re.Match[str]) -> None:
-    if url["kind"] and not url["kind"].lower().startswith("image/"):
+def _check_head(name: str, head: str) -> None:
+    """Check what a data URL says of its data."""
+    kind, *options = head[:_MOST_HEAD].lower().split(";")
+    if kind and not kind.startswith("image/"):
         raise UnsupportedMedia(
             f"The data URL in {name} is of another kind.",
-            value=url["kind"][:_SHOWN],
+            value=kind[:_SHOWN],
             remedy="Send a picture: data:image/png;base64,….",
         )
-    if "base64" not in url["options"].lower().split(";"):
+    if "base64" not in options or len(head) > _MOST_HEAD:
         raise InvalidParameter(
             f"The data URL in {name} is not base64.",
-            value=url.group()[:_SHOWN],
+            value=head[:_SHOWN],
             remedy="Send data:image/png;base64,….",
         )
 
@@ -123,9 +155,15 @@ def text_of(name: str, value: object) -> str:
     """A parameter's value as the text that a form would have.
 
     Raises:
-        InvalidParameter: it is a list, an object or null.
+        InvalidParameter: it is a list, an object, null, or too long.
     """
     if isinstance(value, str):
+        if len(value) > MAX_FIELD_BYTES:
+            raise InvalidParameter(
+                f"The field {name[:100]} is longer than {MAX_FIELD_BYTES} characters.",
+                value=f"{len(value)} characters",
+                remedy="Shorten it.",
+            )
         return value
     if isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -133,6 +133,8 @@ class _FormReader:
         self._data = bytearray()
         self._name = ""
         self._background_is_file = False
+        self._filename: bytes | None = None
+        self._files: set[str] = set()
         self._parts: list[tuple[str, bytes]] = []
         self._ended = False
 
@@ -174,6 +176,8 @@ class _FormReader:
                 form.image = data
             elif name == _BACKGROUND_FIELD and self._background_is_file:
                 form.background, form.fields[name] = data, PICTURE
+            elif name in self._files:
+                raise _no_file(name)
             else:
                 form.fields[name] = _text(name, data)
         return form
@@ -204,6 +208,7 @@ class _FormReader:
         self._name = _IMAGE_FIELD if name == _ALSO_IMAGE else name
         if self._name == _BACKGROUND_FIELD:
             self._background_is_file = b"filename" in options
+        self._filename = options.get(b"filename")
         if not self._name:
             raise MalformedRequest(
                 "A part of the form has no name.",
@@ -217,6 +222,8 @@ class _FormReader:
             self._name == _BACKGROUND_FIELD and self._background_is_file
         )
         if not is_file and len(self._data) > MAX_FIELD_BYTES:
+            if self._filename:
+                raise _no_file(self._name)
             raise InvalidParameter(
                 f"The field {self._name[:100]} is longer than {MAX_FIELD_BYTES} bytes.",
                 value=f"at least {len(self._data)} bytes",
@@ -224,10 +231,22 @@ class _FormReader:
             )
 
     def _on_part_end(self) -> None:
+        if self._filename == b"" and not self._data:
+            return  # what a page sends of a file that nobody chose
         self._parts.append((self._name, bytes(self._data)))
+        if self._filename:
+            self._files.add(self._name)
 
     def _on_end(self) -> None:
         self._ended = True
+
+
+def _no_file(name: str) -> InvalidParameter:
+    return InvalidParameter(
+        f"The field {name[:100]} takes no file.",
+        value="a file",
+        remedy="Send it as text, or leave it out. The picture itself goes into the field image.",
+    )
 
 
 def _text(name: str, data: bytes) -> str:

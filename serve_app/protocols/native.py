@@ -10,7 +10,7 @@ from starlette.responses import Response
 from deployments.contract import OutputFormat
 from deployments.errors import InvalidParameter
 from deployments.tasks import Task
-from serve_app.intake import Call, Intake
+from serve_app.intake import Call, Intake, accepted
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import inline, jobs, multipart
@@ -162,9 +162,10 @@ def _accept(request: Request) -> str:
 
 
 def _wants_json(request: Request) -> bool:
-    """Whether the client names JSON, and no picture, as what it accepts."""
-    accept = _accept(request).lower()
-    return inline.MEDIA_TYPE in accept and "image/" not in accept
+    """Whether the client accepts JSON, and neither a picture nor anything."""
+    wanted = {kind for kind, quality in accepted(_accept(request)).items() if quality}
+    others = any(kind == "*/*" or kind.startswith("image/") for kind in wanted)
+    return inline.MEDIA_TYPE in wanted and not others
 
 
 def _check_query(request: Request) -> None:

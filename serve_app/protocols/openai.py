@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.contract import ImageResult, validated
@@ -58,6 +58,63 @@ class Wishes(Strict):
     partial_images: int = Field(default=0, ge=0, le=_MOST_PARTIAL_IMAGES)
 
 
+class Refusal(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str
+
+
+class Refused(BaseModel):
+    """Every answer of 400 and above."""
+
+    error: Refusal
+
+
+class Picture(BaseModel):
+    """One result."""
+
+    b64_json: str
+    imagen: dict[str, Any] = Field(description="model, seed, batch_size, timings_s, notes")
+
+
+class Pictures(BaseModel):
+    """The results."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str
+
+
+_EVENTS = "text/event-stream"
+_JSON = ("application/json",)
+_STATUSES = (400, 401, 404, 406, 408, 413, 415, 429, 503, 504)
+_ONE: dict[int | str, dict[str, Any]] = {404: {"model": Refused}}
+_NAME = {
+    "parameters": [
+        {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}},
+    ]
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Pictures, "content": {_EVENTS: {"schema": {"type": "string"}}}},
+    **{status: {"model": Refused} for status in _STATUSES},
+}
+
+
+def _body(*kinds: str) -> dict[str, Any]:
+    """What the reference says of a body: OpenAI's own fields. Others are the model's."""
+    picture = {"type": "string", "description": "The picture: a file; in JSON, base64."}
+    fields = {"prompt": {"type": "string"}, **Wishes.model_json_schema()["properties"]}
+    if len(kinds) > 1:
+        fields["image"] = picture
+    schema = {"type": "object", "properties": fields, "additionalProperties": True}
+    return {"requestBody": {"required": True, "content": {k: {"schema": schema} for k in kinds}}}
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """What a request holds.
@@ -94,7 +151,12 @@ async def intake_of(request: Request) -> Intake:
 TheIntake = Annotated[Intake, Depends(intake_of)]
 
 
-@router.post(GENERATIONS, summary="Pictures from a text, as OpenAI's clients ask for them")
+@router.post(
+    GENERATIONS,
+    summary="Pictures from a text, as OpenAI's clients ask for them",
+    responses=_ANSWERS,
+    openapi_extra=_body(*_JSON),
+)
 async def generate(request: Request, intake: TheIntake) -> Response:
     """JSON in, JSON or a stream of events out."""
     deadline_s = intake.deadline_s()
@@ -103,15 +165,24 @@ async def generate(request: Request, intake: TheIntake) -> Response:
         raise InvalidParameter(
             "prompt must not be empty.", value="no text", remedy="Say what the picture shows."
         )
-    return await _answer(_order(request, body, "image_generation"), intake, deadline_s)
+    return await _answer(
+        _order(request, body, "image_generation"), intake, deadline_s, request.scope["state"]
+    )
 
 
-@router.post(EDITS, summary="A picture changed, as OpenAI's clients ask for it")
+@router.post(
+    EDITS,
+    summary="A picture changed, as OpenAI's clients ask for it",
+    responses=_ANSWERS,
+    openapi_extra=_body(*_JSON, "multipart/form-data"),
+)
 async def edit(request: Request, intake: TheIntake) -> Response:
     """A form or JSON in, JSON or a stream of events out."""
     deadline_s = intake.deadline_s()
     body = await intake.read(_read_edit(request), deadline_s)
-    return await _answer(_order(request, body, "image_edit"), intake, deadline_s)
+    return await _answer(
+        _order(request, body, "image_edit"), intake, deadline_s, request.scope["state"]
+    )
 
 
 @router.get("/v1/models", summary="What may stand in the field model")
@@ -120,10 +191,10 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_model(spec) for spec in _served(request).models]}
 
 
-@router.get("/v1/models/{name}", summary="One model")
-async def get_model(request: Request, name: str) -> dict[str, Any]:
+@router.get("/v1/models/{name}", summary="One model", responses=_ONE, openapi_extra=_NAME)
+async def get_model(request: Request) -> dict[str, Any]:
     """A model by its name or its task."""
-    return _model(_named(name, _served(request)))
+    return _model(_named(request.path_params["name"], _served(request)))
 
 
 # --- in ---
@@ -274,12 +345,14 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
 # --- out ---
 
 
-async def _answer(order: Order, intake: Intake, deadline_s: float) -> Response:
+async def _answer(
+    order: Order, intake: Intake, deadline_s: float, state: dict[str, Any]
+) -> Response:
     answers = await intake.follow(order.call, deadline_s)
     if order.wishes.stream:
-        events = _events(order, answers)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            _events(order, answers, state), media_type=_EVENTS, headers=headers
         )
     results = [result async for result in _results(answers)]
     document = {"created": int(time.time()), "data": [_datum(one) for one in results]}
@@ -293,7 +366,7 @@ async def _results(answers: Answers) -> AsyncGenerator[ImageResult]:
                 yield result
 
 
-async def _events(order: Order, answers: Answers) -> AsyncGenerator[str]:
+async def _events(order: Order, answers: Answers, state: dict[str, Any]) -> AsyncGenerator[str]:
     """Server-sent events: previews as they come, and then the pictures, or an error."""
     sent, wanted = 0, order.wishes.partial_images
     try:
@@ -307,6 +380,10 @@ async def _events(order: Order, answers: Answers) -> AsyncGenerator[str]:
                 yield _event(f"{order.event}.partial_image", body | {"output_format": "jpeg"})
                 sent += 1
     except ImagenError as error:
+        # The status is sent; what the service failed is not charged, and is counted as such.
+        state["reason"] = error.code
+        if error.status == 429 or error.status >= 500:
+            await state["refund"]()
         yield _event("error", openai_document(error, order.call.request_id))
 
 

@@ -47,6 +47,7 @@ class FakeBackends:
 
     Attributes:
         error: raised instead of answering.
+        refusal: raised by a stream before its first step.
         delay_s: how long each answer takes.
         result: what comes back; None: the job's own image, as the format it asks for.
         state: of every model, but for those in `other_states`, by name.
@@ -54,6 +55,7 @@ class FakeBackends:
     """
 
     error: Exception | None = None
+    refusal: Exception | None = None
     delay_s: float = 0.0
     result: ImageResult | None = None
     state: State = "ready"
@@ -91,7 +93,9 @@ class FakeBackend:
 
     async def stream(self, job: ImageJob) -> AsyncIterator[JobProgress | tuple[ImageResult, ...]]:
         """Four steps, each with a preview, and then the results."""
-        yield JobProgress(0, 4)
+        yield JobProgress(0, 0)
+        if self.backends.refusal is not None:
+            raise self.backends.refusal
         for done in range(1, 5):
             yield JobProgress(done, 4, preview=b"preview" if job.preview else None)
         first = await self(job)

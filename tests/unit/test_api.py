@@ -133,9 +133,11 @@ async def test_a_picture_may_come_and_go_as_base64_in_json(task: Task) -> None:
     found = answer.json()
     assert base64.b64decode(found["image"]) == PHOTO
     assert (found["seed"], found["model"]) == (7, f"{task}-starter@0123abcd")
-    # Without that header the picture itself comes back.
-    answer = await send(app_of(backends), "POST", task.route, json=body)
-    assert answer.headers["content-type"] == "image/png"
+    # Clients that take anything, as most do by default, get the picture itself.
+    for accept in ("*/*", "application/json, text/plain, */*", "application/json;q=0, image/png"):
+        headers = {"Accept": accept}
+        answer = await send(app_of(backends), "POST", task.route, json=body, headers=headers)
+        assert answer.headers["content-type"] == "image/png", accept
 
 
 @pytest.mark.parametrize("task", SERVED)

@@ -130,3 +130,15 @@ def test_what_a_background_loses_is_said_and_its_gaps_are_white() -> None:
     assert dict(found.notes) == {
         "frames_dropped": "Of the background: The first of 2 frames was used."
     }
+
+
+def test_a_background_of_any_size_covers_the_result() -> None:
+    """Rounding must not reach over its edge."""
+    rng = np.random.default_rng(1)
+    for width, height, below_width, below_height in (
+        (361, 52, 246, 312),
+        *rng.integers(1, 400, (60, 4)).tolist(),
+    ):
+        subject = Picture(np.zeros((height, width, 3), np.uint8), None)
+        below = Picture(np.zeros((below_height, below_width, 3), np.uint8), None)
+        assert laid_on(subject, below).rgb.shape == (height, width, 3)

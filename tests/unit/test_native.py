@@ -72,6 +72,13 @@ def part(name: str | bytes, data: bytes, *, filename: str = "") -> bytes:
     return head + b"\r\n\r\n" + data + b"\r\n"
 
 
+def test_a_file_that_nobody_chose_is_no_file() -> None:
+    """A page sends an empty part with an empty name for it."""
+    unset = b'--cut\r\nContent-Disposition: form-data; name="background"; filename=""\r\n\r\n\r\n'
+    form = asyncio.run(read([body_of(PHOTO, unset)]))
+    assert form == multipart.Form(IMAGE)
+
+
 def body_of(*parts: bytes) -> bytes:
     return b"".join(parts) + b"--cut--\r\n"
 

@@ -183,6 +183,7 @@ async def test_mistakes_are_openais_errors(
         ("not base64!", "invalid_parameter"),
         ("data:text/plain;base64,aGk=", "unsupported_media"),
         ("data:image/png,raw", "invalid_parameter"),
+        ("data:" + ";" * 1_000_000, "invalid_parameter"),
         ("https://169.254.169.254/latest", "invalid_parameter"),
         (7, "invalid_parameter"),
         ([DRAWN, DRAWN], "invalid_parameter"),
@@ -214,6 +215,37 @@ async def test_a_full_service_says_when_to_come_again(
         await client.images.generate(prompt="a red ball")
     assert caught.value.response.headers["retry-after"] == "3"
     assert caught.value.code == "full"
+
+
+async def test_a_stream_that_never_begins_has_its_status(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    backends.refusal = Full("The queue is full.", value="comic", remedy="Wait.", retry_after_s=3)
+    with pytest.raises(openai.RateLimitError):
+        await client.images.generate(prompt="a red ball", stream=True)
+
+
+async def test_a_mask_is_refused_by_its_name(client: openai.AsyncOpenAI) -> None:
+    file = ("photo.png", PICTURE, "image/png")
+    with pytest.raises(openai.BadRequestError, match="mask takes no file"):
+        await client.images.edit(model="comic", image=file, mask=file, prompt="ink")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "' + b"a" * 70_000 + b'"}',
+        b"{" + b",".join(b'"%d": 1' % i for i in range(50)) + b"}",
+        b"{" + b",".join(b'"%d": 1' % i for i in range(5_000)) + b"}",
+        b'{"prompt": ' + b"[" * 2_000 + b"]" * 2_000 + b"}",
+    ],
+    ids=["twice", "long", "many", "very many", "nested"],
+)
+async def test_json_has_the_limits_of_a_form(body: bytes, app: FastAPI) -> None:
+    answer = await send(app, "POST", GENERATIONS, content=body)
+    assert answer.status_code == 400
+    assert len(answer.content) < 2_000
 
 
 async def test_an_error_in_mid_stream_is_an_event(
