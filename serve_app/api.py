@@ -10,7 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.routing import Match
+from starlette.routing import Match, Mount
+from starlette.staticfiles import StaticFiles
 
 from deployments.errors import (
     ImagenError,
@@ -98,7 +99,12 @@ def create_app(
 def _add_routes(app: FastAPI, registry: Registry, *, with_jobs: bool) -> None:
     for router in (native.router(registry, with_jobs=with_jobs), *_ROUTERS):
         app.include_router(router)
-    app.mount(page.PATH, page.Files())
+    page.add_page(app)
+    # FastAPIOffline mounts the files of its page; `page.add_files` says what is wrong with that.
+    for mount in [route for route in app.routes if isinstance(route, Mount)]:
+        assert isinstance(mount.app, StaticFiles)  # noqa: S101 - nothing else is mounted
+        app.routes.remove(mount)
+        page.add_files(app, mount.path, mount.app)
 
 
 def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serve_app.access.keys import Key, KeyFile
     from serve_app.access.limits import Limits, Visit
 
-OPEN = frozenset({"", "/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN = frozenset({"", "/", "/healthz", "/readyz", "/docs", "/openapi.json", "/playground"})
 OPEN_BELOW = ("/docs/", "/files/", "/playground/")
 """Links below /files/ are signed; everything else here is for probes and readers."""
 _SCHEME = "key"

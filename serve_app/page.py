@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from starlette.responses import RedirectResponse
 from starlette.staticfiles import StaticFiles
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
     from starlette.responses import Response
     from starlette.types import Scope
 
@@ -46,3 +48,27 @@ class Files(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers.update(_HEADERS)
         return response
+
+
+def add_page(app: FastAPI) -> None:
+    """The page's files below `PATH`. The page itself is at the root, where `PATH` leads."""
+
+    async def to_root(request: Request) -> Response:
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/")
+
+    for path in (PATH, f"{PATH}/"):
+        app.add_route(path, to_root, methods=["GET"], include_in_schema=False)
+    add_files(app, PATH, Files())
+
+
+def add_files(app: FastAPI, path: str, files: StaticFiles) -> None:
+    """Serve files below a path, by a route.
+
+    A mount would write its path into the request's `root_path`. Middleware and errors read that
+    afterwards, to tell the application's prefix from the path below it.
+    """
+
+    async def file(request: Request) -> Response:
+        return await files.get_response(request.path_params["path"], request.scope)
+
+    app.add_route(f"{path}/{{path:path}}", file, methods=["GET"], include_in_schema=False)

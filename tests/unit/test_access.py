@@ -99,7 +99,9 @@ async def test_routes_that_do_not_exist_need_a_key_too(path: str, file: Path, to
     assert (await send(guarded(file), "GET", path)).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/docs", "/openapi.json", "/"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/docs", "/openapi.json", "/", "/playground", "/playground/"]
+)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_probes_and_pages_need_none(path: str, method: str, file: Path) -> None:
     if (path, method) in (("/docs", "HEAD"), ("/openapi.json", "HEAD")):

@@ -65,6 +65,7 @@ ROUTES = {*(task.route for task in SERVED), "/api/v1/models", "/healthz", "/read
 ROUTES |= JOB_ROUTES | OPENAI_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
+BELOW_FILES = ("/playground/", "/docs/static/")
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
 OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
 LEAKS = ("Traceback", "/work", "/home", "/usr", ".py", "ZeroDivisionError", "0x")
@@ -628,14 +629,17 @@ async def test_parameters_behind_the_question_mark_are_refused() -> None:
         "/api/v1/images/sharpen",
         "/docs/static/x",
         "/docs/static/%00",
+        "/playground/nope",
+        "/playground/v1/models",
         "/a%0Ab",
     ],
 )
 async def test_an_unknown_route_is_refused_with_the_known_ones(method: str, path: str) -> None:
-    if method != "GET" and path.startswith("/docs"):
+    if method != "GET" and path.startswith(BELOW_FILES):
         return
     problem = refused(await send(app_of(), method, path), 404)
-    assert all(route in problem["remedy"] for route in (task.route for task in SERVED))
+    routes = ", ".join(task.route for task in REGISTRY)
+    assert problem["remedy"] == f"Image routes: {routes}."
 
 
 @pytest.mark.parametrize("path", [*(task.route for task in SERVED), "/healthz"])
@@ -651,6 +655,9 @@ async def test_a_slash_too_many_is_an_unknown_route(path: str) -> None:
         ("POST", "/healthz", "GET, HEAD"),
         ("PUT", "/api/v1/jobs/0", "GET, DELETE"),
         ("DELETE", "/api/v1/models", "GET"),
+        ("POST", "/playground/app.js", "GET, HEAD"),
+        ("POST", "/playground", "GET, HEAD"),
+        ("DELETE", "/docs/static/swagger-ui.css", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_is_refused_with_the_right_one(
@@ -764,6 +771,25 @@ async def test_answers_are_counted_by_the_route_below_the_prefix() -> None:
     for root in ("", "/below"):
         await raw(app, f"{root}/healthz", chunks([b""]), method="GET", root_path=root)
     assert paths == ["/healthz", "/healthz"]
+
+
+@pytest.mark.parametrize("root", ["", "/below"])
+@pytest.mark.parametrize("below", BELOW_FILES)
+@pytest.mark.parametrize("rest", ["healthz", "api/v1/images/enhance", "v1/models"])
+async def test_a_path_below_the_pages_files_is_taken_for_no_other_route(
+    root: str, below: str, rest: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths: list[str] = []
+    app = app_of(on_answer=lambda path, *_: paths.append(path))
+    with caplog.at_level(logging.INFO, "ray.serve.imagen.access"):
+        [start, body, *_] = await raw(
+            app, f"{root}{below}{rest}", chunks([b""]), method="GET", root_path=root
+        )
+    assert start["status"] == 404
+    assert dict(start["headers"])[b"content-type"] == b"application/problem+json"
+    assert f"Image routes: {root}/api/v1/" in json.loads(body["body"])["remedy"]
+    assert paths == [below + rest]
+    assert len(caplog.records) == 1
 
 
 # Documentation

@@ -44,6 +44,16 @@ async def test_without_its_slash_a_prefix_leads_to_the_page() -> None:
     assert (start["status"], dict(start["headers"])[b"location"]) == (307, b"/below/")
 
 
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/"])
+@pytest.mark.parametrize("root", ["", "/below"])
+async def test_the_pages_own_path_leads_to_it(path: str, root: str) -> None:
+    [start, *_] = await raw(
+        app_of(), root + path, chunks([b""]), HTML, method="GET", root_path=root
+    )
+    assert start["status"] == 307
+    assert dict(start["headers"])[b"location"] == f"{root}/".encode()
+
+
 @pytest.mark.parametrize("file", sorted(FILES.glob("*.*")), ids=lambda file: file.name)
 async def test_each_file_may_load_only_its_neighbours_and_is_not_sent_twice(file: Path) -> None:
     answer = await send(app_of(), "GET", f"{PATH}/{file.name}")
@@ -58,7 +68,7 @@ async def test_each_file_may_load_only_its_neighbours_and_is_not_sent_twice(file
 
 
 async def test_only_the_pages_files_are_served_and_docs_keep_their_own_policy() -> None:
-    for path in ("../page.py", "%2e%2e/page.py", "", "nothing.js", "samples"):
+    for path in ("../page.py", "%2e%2e/page.py", "/etc/passwd", "nothing.js", "samples"):
         assert (await send(app_of(), "GET", f"{PATH}/{path}")).status_code == 404
     assert "content-security-policy" not in (await send(app_of(), "GET", "/docs")).headers
 
