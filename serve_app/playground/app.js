@@ -35,7 +35,8 @@ async function addFiles(files) {
   const said = files.length === 1 && only.size < 64e6 ? await metadataOf(only) : null;
   const known = said && tasks.find((task) => task.id === said.task);
   if (known) {
-    restoreValues(known, said.parameters);
+    // Whoever made the file wrote them. They may say how a picture looks, but not where a job reports.
+    restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
     toast(`The settings of ${only.name} are back in the form.`);
   }
   if (!known || !sources.length) sources = [...sources, ...files.map((blob) => ({ blob, name: blob.name }))];
@@ -46,12 +47,12 @@ async function addFiles(files) {
   if (!known) $("run").focus({ preventScroll: true });
 }
 
-/** Put settings into the form: text of fields that the task has, whoever wrote them. */
-function restoreValues(task, parameters) {
+/** Put settings into the form, as text. Fields other than these keep their values. */
+function restoreValues(task, parameters, fields = task.fields) {
   chosen = new Set([task.id]);
   const into = valuesOf(task);
-  for (const name of Object.keys(into)) delete into[name];
-  for (const field of task.fields) {
+  for (const field of fields) {
+    delete into[field.name];
     const value = parameters[field.name];
     if (value instanceof Blob) into[field.name] = value;
     else if (value !== undefined && value !== null && String(value) !== field.value) into[field.name] = String(value);

@@ -182,13 +182,16 @@ def test_pictures_come_by_paste_camera_and_drop_and_a_result_brings_its_settings
     page.get_by_role("button", name="Show camera.jpg").wait_for()
     hostile = {
         "task": "aged",
-        "parameters": {"strength": 0.35, "prompt": "<img src=x onerror=alert(1)>", "odd": {}},
+        "parameters": {"strength": 0.35, "prompt": "<img src=x onerror=alert(1)>", "odd": {}}
+        | {"webhook": "https://example.com/", "priority": "high", "strict": True},
     }
     dropped = png(json.dumps(hostile))
     page.evaluate(GIVE, ["drop", list(dropped), "earlier.png"])
     page.get_by_label("Prompt", exact=True).wait_for()
     assert page.get_by_label("Prompt", exact=True).input_value().startswith("<img")
     assert page.get_by_label("Strength", exact=True).input_value() == "0.35"
+    assert page.locator("#field-aged-strict").is_checked()
+    assert page.locator("#field-aged-webhook").input_value() == "", "of a job"
     assert page.locator("#tray li").count() == 2
 
 
