@@ -1,6 +1,7 @@
 // The call that repeats a result, for a terminal and for Python.
 
-const PLAIN = /^[\w.+%:/@=-]+$/;
+// Without @ and <, which begin the name of a local file in curl's -F.
+const PLAIN = /^[\w.+%:/=-]+$/;
 const NAME = "photo.jpg";
 
 const shell = (text) => (PLAIN.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);

@@ -195,6 +195,16 @@ def test_pictures_come_by_paste_camera_and_drop_and_a_result_brings_its_settings
     assert page.locator("#tray li").count() == 2
 
 
+def test_a_copied_call_sends_no_file_that_a_value_names(address: str, visit: Visit) -> None:
+    fields = {"prompt": "@/etc/passwd", "negative_prompt": "</etc/passwd"}
+    task = {"url": f"{address}/api/v1/images/style/comic"}
+    made = "async ([t, i]) => (await import('./playground/calls.js')).curl(t, i)"
+    call = visit(address).evaluate(made, [task, {"task": "comic", "fields": fields}])
+    assert "--form-string 'prompt=@/etc/passwd'" in call
+    assert "--form-string 'negative_prompt=</etc/passwd'" in call
+    assert "-F" not in call
+
+
 def test_a_job_is_shown_step_by_step_survives_a_killed_server_and_a_slow_link_and_is_canceled(
     address: str, visit: Visit
 ) -> None:
