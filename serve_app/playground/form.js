@@ -92,19 +92,24 @@ function control(task, field, set) {
 
 function numberControl(field, common, label, help, wrap, set) {
   const { min, max, step } = field;
+  // A default such as 0 may stand for something else, as "by height": no number is shown for it.
+  const meaning = field.choices[field.value];
+  const text = (value) => (meaning && value === field.value ? "" : value);
   // A seed may be larger than a JavaScript number is exact, so that it stays text.
   const kind = field.hasSlider ? { type: "number", min, max, step: "any" } : { inputMode: "numeric" };
-  const input = el("input", { ...common, ...kind, oninput: () => set(input.value) });
+  const input = el("input", { ...common, ...kind,
+    oninput: () => set(input.value === "" && meaning ? field.value : input.value) });
+  input.placeholder = meaning ? words(meaning) : field.value || (field.role ? "random" : "");
   if (!field.hasSlider) {
-    input.placeholder = field.value || (field.role ? "random" : "");
-    return [wrap("text", label, input, help), (value) => (input.value === value || (input.value = value))];
+    return [wrap("text", label, input, help),
+      (value) => (input.value === text(value) || (input.value = text(value)))];
   }
   const slider = el("input", {
     type: "range", min, max, step, ariaLabel: `${words(field.name)}, slider`,
     oninput: () => set(slider.value),
   });
   const show = (value) => {
-    if (document.activeElement !== input) input.value = value;
+    if (document.activeElement !== input) input.value = text(value);
     slider.value = value;
     slider.style.setProperty("--filled", `${((slider.value - min) / (max - min)) * 100}%`);
   };

@@ -21,9 +21,9 @@ def hints(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
     """The extension `x-imagen` of a field.
 
     Its `group` says whom the field concerns: `task`, `file` (the result's file; every task has
-    these) or `job`. Optional are `role`, `choices` (what each value of an enumeration means) and
-    `needs` (values of other fields without which it means nothing, and its `default` does not
-    count).
+    these) or `job`. Optional are `role`, `choices` (what each value of an enumeration means, or the
+    default of a number that stands for something else) and `needs` (values of other fields
+    without which it means nothing, and its `default` does not count).
 
     Args:
         name: of the field.
@@ -47,6 +47,8 @@ def _group(name: str) -> str:
 
 def _choices(field: Mapping[str, Any]) -> dict[str, str]:
     """Each value's words in the description, which has them as `value: words.`"""
-    text, values = field.get("description", ""), field.get("enum", ())
-    said = {value: re.search(rf"\b{value}: (.+?)\.(?: |$)", text) for value in values}
+    text, values = field.get("description", ""), map(str, field.get("enum", ()))
+    if field.get("type") in ("integer", "number"):
+        values = [str(field.get("default"))]
+    said = {value: re.search(rf"\b{re.escape(value)}: (.+?)\.(?: |$)", text) for value in values}
     return {value: found[1] for value, found in said.items() if found}

@@ -205,6 +205,20 @@ def test_a_copied_call_sends_no_file_that_a_value_names(address: str, visit: Vis
     assert "-F" not in call
 
 
+def test_a_size_that_goes_by_another_is_empty_and_can_be_emptied(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address)
+    width = page.get_by_label("Width", exact=True)
+    assert width.input_value() == ""
+    assert width.get_attribute("placeholder") == "By height or scale"
+    reset = page.get_by_role("button", name="Reset Upscale")
+    width.fill("640")
+    assert reset.is_visible()
+    width.fill("")
+    assert not reset.is_visible(), "no value is sent"
+
+
 def test_a_job_is_shown_step_by_step_survives_a_killed_server_and_a_slow_link_and_is_canceled(
     address: str, visit: Visit
 ) -> None:

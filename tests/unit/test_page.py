@@ -96,6 +96,9 @@ def test_fields_say_whom_they_concern_what_they_are_and_what_their_values_mean()
     assert hints["color"]["default"] == "#ffffff"
     assert "default" not in background["color"], "a form that sends it by default is refused"
     assert set(hints["output"]["choices"]) == set(background["output"]["enum"])
+    upscale = fields_of("upscale")
+    assert upscale["width"]["x-imagen"]["choices"] == {"0": "by height or scale"}
+    assert "choices" not in upscale["scale"]["x-imagen"]
     assert background["color"]["format"] == "color"
 
 
