@@ -14,9 +14,11 @@ export function el(tag, props = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** "guidance_scale" as "Guidance scale". */
+const SHORT = /\b(vae|png|jpeg|webp)\b/g;
+
+/** "guidance_scale" as "Guidance scale", "vae" as "VAE". */
 export function words(name) {
-  const text = name.replaceAll("_", " ").trim();
+  const text = name.replaceAll("_", " ").trim().replace(SHORT, (short) => short.toUpperCase());
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 

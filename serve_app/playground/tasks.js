@@ -12,7 +12,7 @@ export function tasksOf(document, root) {
   const found = [];
   for (const [path, { post }] of Object.entries(document.paths)) {
     const schema = post?.requestBody?.content?.[FORM]?.schema;
-    // Doors of other services have forms too; theirs say nothing to this page.
+    // Forms of other protocols say nothing to this page.
     if (!Object.values(schema?.properties ?? {}).some((field) => HINTS in field)) continue;
     const required = schema.required ?? [];
     const fields = Object.entries(schema.properties).map(([name, raw]) => fieldOf(name, raw));

@@ -152,6 +152,7 @@ def test_seeds_side_by_side_again_with_another_strength_and_on_to_another_task(
     page.locator("#grid li", has_text="seed").first.locator("button").click()
     page.wait_for_selector(SEEN)
     seed = facts(page)["Seed"]
+    assert "VAE" in page.inner_text("#timings")
     page.click("#again")
     strength = page.get_by_label("Strength", exact=True)
     strength.fill("0.4")
