@@ -70,25 +70,26 @@ def nothing_yet(page: Page) -> None:
     page.wait_for_selector(".status.ready")
 
 
+def choose(page: Page, sample: str, task: str) -> None:
+    page.locator("#samples button", has_text=sample).click()
+    page.locator(".task-name").filter(has_text=task).click()
+
+
 def result(page: Page) -> None:
-    sample, task = page.locator("#samples button"), page.locator(".task-name")
-    sample.nth(0).click()
-    task.filter(has_text="Comic").click()
+    choose(page, "astronaut", "Comic")
     page.click("#run")
     page.wait_for_selector(_DONE)
 
 
 def seeds(page: Page) -> None:
-    page.locator("#samples button").nth(1).click()
-    page.locator(".task-name").filter(has_text="Aged").click()
+    choose(page, "astronaut", "Aged")
     page.fill("#count", "3")
     page.click("#run")
     page.wait_for_selector("#grid .completed")
 
 
 def cut_out(page: Page) -> None:
-    page.locator("#samples button").nth(0).click()
-    page.locator(".task-name").filter(has_text="Background").click()
+    choose(page, "astronaut", "Background")
     page.click("#run")
     page.wait_for_selector(_DONE)
 
