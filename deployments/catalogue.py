@@ -64,8 +64,10 @@ class Registry(Mapping[Task, ModelSpec]):
         """The model of a task that a request names, or its default.
 
         Raises:
-            InvalidParameter: no model of that name serves the task.
+            InvalidParameter: no model of that name, or none at all, serves the task.
         """
+        if task not in self:
+            raise self._unserved(task)
         if name is None:
             return self[task]
         for model in self.of(task):
@@ -85,6 +87,14 @@ class Registry(Mapping[Task, ModelSpec]):
         value = (name or "nothing")[:200]
         problem = Problem(parameter="model", fact=fact, value=value, remedy=remedy)
         raise InvalidParameter(fact, value=value, remedy=remedy, problems=(problem,))
+
+    def _unserved(self, task: Task) -> InvalidParameter:
+        return InvalidParameter(
+            f"No model serves the task {task} here.",
+            value=task,
+            remedy=f"Served: {', '.join(self)}. The operator can add a model for it with"
+            f" `imagen run --serve {task}=NAME`; `imagen models list` has the names.",
+        )
 
     def on_cpu(self) -> Registry:
         """The same models without a share of a GPU, in float32, which every CPU computes fast."""

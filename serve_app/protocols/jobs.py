@@ -438,6 +438,7 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
     | problems(
         s400="The Idempotency-Key is malformed",
         s409="It has not failed, or the Idempotency-Key came before with another request",
+        s422="Its task or its model is served no longer",
         s429="There is no room in the queue; see Retry-After",
     ),
     response_model=AcceptedJob,
@@ -445,7 +446,9 @@ async def cancel_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner)
 )
 async def retry_job(request: Request, job_id: str, jobs: TheJobs, owner: Owner) -> Response:
     """The same picture and parameters, with attempts of its own."""
-    state = request.scope["state"]
+    state, registry = request.scope["state"], request.app.state.registry
+    spec = (await jobs.get(owner, job_id)).spec
+    registry.choose(spec.task, spec.model or None)
     accepted = await jobs.retry(
         owner,
         job_id,

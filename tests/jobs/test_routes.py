@@ -633,6 +633,24 @@ async def test_a_job_whose_model_is_not_served_any_more_fails_and_says_so(
         assert "comic-starter" in job["error"]["remedy"]
 
 
+async def test_a_retry_for_a_model_that_is_not_served_any_more_is_refused(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    second = REGISTRY[Task.COMIC].model_copy(update={"name": "comic-second"})
+    two = Registry([*REGISTRY.models, second], {"comic-second": Task.COMIC})
+    none = Registry([one for one in REGISTRY.models if one.task != Task.COMIC], {})
+    same: dict[str, Any] = {"namespace": "refused", "working": False}
+    async with application(server.url, tmp_path, registry=two, **same) as app:
+        job_ids = [await app.submit(), await app.submit(model="comic-second")]
+        for job_id in job_ids:
+            assert (await app.client.delete(f"/api/v1/jobs/{job_id}")).status_code == 200
+    async with application(server.url, tmp_path, registry=none, **same) as app:
+        for job_id in job_ids:
+            answer = await app.client.post(f"/api/v1/jobs/{job_id}/retry")
+            problem = refused(answer, 422, "invalid_parameter")
+            assert "No model serves the task comic here" in problem["detail"]
+
+
 async def test_a_lost_worker_s_job_is_run_again(server: RedisServer, tmp_path: Path) -> None:
     async with application(server.url, tmp_path, namespace="lost", lease_s=1) as app:
         app.models.step_s = 0.2

@@ -142,6 +142,16 @@ def test_a_model_that_is_not_served_is_refused_with_the_way_to_it(
     assert remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize("name", [None, "generate-gone"])
+def test_a_task_that_no_model_serves_is_refused_with_the_way_to_one(
+    name: str | None, both: Catalogue
+) -> None:
+    with pytest.raises(InvalidParameter, match="No model serves the task generate here") as caught:
+        both.served().choose(Task.GENERATE, name)
+    assert "Served: upscale, " in caught.value.remedy
+    assert "`imagen run --serve generate=NAME`" in caught.value.remedy
+
+
 def test_a_production_model_can_run_on_a_machine_without_a_gpu(both: Catalogue) -> None:
     (model,) = both.served({"upscale": [X4PLUS]}).on_cpu().of(Task.UPSCALE)
     assert (model.num_gpus, model.dtype) == (0, "float32")
