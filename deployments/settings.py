@@ -177,8 +177,7 @@ class JobSettings(Strict):
         lease_s: a worker that does not renew its claim for so long has lost the job.
         attempts: of a model at a job, after which one that loses its worker or its model again and
             again has failed.
-        per_model: jobs that one worker carries at a time for each model; a task with two models has
-            twice as many, whichever of the two they name.
+        per_model: jobs that one worker carries at a time for each model.
         max_held_bytes: of pictures in one worker's memory, divided equally among the models. A job
             waits with its picture in storage until there is room; one is always allowed.
         max_queued: jobs in the queue; more get 429.

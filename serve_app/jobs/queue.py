@@ -1,8 +1,8 @@
 """The queue of jobs in Redis. Each change of a job is one script, so that it happens whole or not.
 
-A job is `queued` in a lane of its task, `processing` under a claim that its worker renews, or has
-ended. A claim that is not renewed is void: the job goes back to the queue, and whatever the lost
-worker still says of it is ignored.
+A job is `queued` in a line of its task and model, `processing` under a claim that its worker
+renews, or has ended. A claim that is not renewed is void: the job goes back to the queue, and
+whatever the lost worker still says of it is ignored.
 """
 
 from __future__ import annotations
@@ -236,14 +236,16 @@ class JobQueue:
 
     # --- for workers ---
 
-    async def claim(self, room: Mapping[Task, int]) -> list[Job]:
+    async def claim(self, room: Mapping[str, int], others: int = 0) -> list[Job]:
         """Take jobs to run.
 
         Args:
-            room: how many of each task.
+            room: how many of each line (see `record.line_of`), or of several lines together, whose
+                names have spaces between them; 0 or more.
+            others: how many of all the lines that `room` does not name.
         """
-        pairs = [text for task, count in room.items() for text in (str(task), count)]
-        found = await self._run("claim", self._lease_s, *pairs)
+        pairs = [text for lines, count in room.items() for text in (str(lines), count)]
+        found = await self._run("claim", self._lease_s, others, *pairs)
         jobs = {found[i]: _loaded(found[i + 1]) for i in range(0, len(found), 2)}
         for job_id in (job_id for job_id, job in jobs.items() if job is None):
             await self.discard(job_id)

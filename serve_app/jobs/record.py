@@ -38,6 +38,16 @@ def new_job_id() -> str:
     return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
+def line_of(task: Task, model: str = "") -> str:
+    """The line of the queue in which jobs of a task wait.
+
+    Args:
+        task: of the jobs.
+        model: that they name; empty for those that name none.
+    """
+    return f"{task}@{model}" if model else str(task)
+
+
 def is_job_id(text: str) -> bool:
     """Whether a text has the form of a job id."""
     return len(text) == _ID_DIGITS and set(text) <= set("0123456789abcdef")
@@ -92,6 +102,11 @@ class JobSpec:
     retry_of: str = ""
     notes: tuple[Note, ...] = ()
 
+    @property
+    def line(self) -> str:
+        """Where it waits in the queue, see `line_of`."""
+        return line_of(self.task, self.model)
+
     def fields(self) -> dict[str, str]:
         """As Redis keeps it: scripts read what stands beside `spec`."""
         values = {name: getattr(self, name) for name in self.__slots__}
@@ -99,6 +114,7 @@ class JobSpec:
             "spec": json.dumps(values),
             "owner": self.owner,
             "task": self.task,
+            "line": self.line,
             "priority": self.priority,
             "deadline_s": f"{self.deadline_s:.3f}",
             "webhook": self.webhook,

@@ -10,17 +10,20 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from deployments.errors import JobsUnavailable, ModelFailed, too_late
 from serve_app.jobs.carrier import AGAIN_S, Carrier
+from serve_app.jobs.record import line_of
 from serve_app.jobs.run import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from deployments.catalogue import Registry
+    from deployments.registry import ModelSpec
     from deployments.settings import JobSettings
     from deployments.tasks import Task
     from serve_app.jobs.carrier import Model
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 _BEAT_S = 0.25
 _REAP_S = 1.0
+_UNSERVED = 4
+"""Jobs at a time whose task or model is not served: each fails as soon as it is looked at."""
 _IDLE_S = 1.0
 """How long a worker with nothing to do waits for a word before it looks by itself."""
 logger = logging.getLogger("ray.serve.imagen.jobs")
@@ -58,8 +63,9 @@ class Worker:
         on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self._queue = queue
-        # Jobs of one task share a lane, whichever of its models they name.
-        self._most = {task: settings.per_model * len(registry.of(task)) for task in registry}
+        # The lines of each model. One that is away holds up only those who wait for it.
+        self._lines = {model.name: _lines(registry, model) for model in registry.models}
+        self._served = {line: name for name, lines in self._lines.items() for line in lines}
         self._settings = settings
         self._carrier = Carrier(queue, files, models, registry, settings, on_end)
         self._runs: dict[str, Run] = {}
@@ -117,7 +123,7 @@ class Worker:
     async def _claim(self) -> None:
         self._wake.clear()
         async with self._claiming:
-            jobs = await self._queue.claim(room) if (room := self._room()) else []
+            jobs = [] if self._is_draining else await self._queue.claim(*self._room())
             for job in jobs:
                 self._begin(job)
         if not jobs:
@@ -132,15 +138,17 @@ class Worker:
         run = self._runs[job.spec.job_id] = Run(job, job.attempts, time.monotonic())
         run.work = asyncio.create_task(self._carry(run))
 
-    def _room(self) -> dict[Task, int]:
-        """How many more jobs of each task fit; in any order, so that none always goes first."""
-        if self._is_draining:
-            return {}
-        room = dict(self._most)
-        for run in self._runs.values():
-            room[run.job.spec.task] -= 1
-        tasks = random.sample(list(room), len(room))
-        return {task: room[task] for task in tasks if room[task] > 0}
+    def _room(self) -> tuple[dict[str, int], int]:
+        """How many more jobs fit: of each model, by its lines, and of what is not served.
+
+        Models and lines are in any order, so that none always goes first.
+        """
+        taken = Counter(self._served.get(run.job.spec.line, "") for run in self._runs.values())
+        room = {
+            " ".join(_shuffled(self._lines[name])): max(self._settings.per_model - taken[name], 0)
+            for name in _shuffled(self._lines)
+        }
+        return room, max(_UNSERVED - taken[""], 0)
 
     async def _beat(self) -> None:
         now_s = time.monotonic()
@@ -192,6 +200,17 @@ class Worker:
         finally:
             self._forget(run)
             self._wake.set()
+
+
+def _lines(registry: Registry, model: ModelSpec) -> list[str]:
+    """Where jobs for a model wait: those that name it, and those of its task that name none."""
+    lines = [line_of(model.task, model.name)]
+    return [*lines, line_of(model.task)] if registry.is_default(model) else lines
+
+
+def _shuffled(names: Iterable[str]) -> list[str]:
+    given = list(names)
+    return random.sample(given, len(given))
 
 
 def _lost() -> ModelFailed:

@@ -6,10 +6,11 @@ import asyncio
 import json
 from contextlib import asynccontextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deployments.catalogue import Registry
 from deployments.contract import ImageResult, JobProgress
 from deployments.errors import Full, ImagenError, NotReady
 from deployments.settings import JobSettings
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 LEASE_S = 2.0
 _PAUSES = ("REAP", "IDLE", "BEAT")
 RESULT = ImageResult(b"picture", "image/png", 8, 8, "comic@0", 7, 1, 0.0)
+COMIC = COMIC_ALONE[Task.COMIC]
+TWO_COMICS = Registry([COMIC, COMIC.model_copy(update={"name": "comic-further"})], {})
 LOST = NotReady("The replica was lost.", value="comic", remedy="Try again.")
 
 
@@ -91,10 +94,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def at_work(queue: JobQueue, settings: JobSettings, model: Model) -> AsyncGenerator[Worker]:
-    worker = Worker(
-        queue, open_job_files(settings), {"comic-starter": model}, COMIC_ALONE, settings
-    )
+async def at_work(
+    queue: JobQueue, settings: JobSettings, model: Model, further: Model | None = None
+) -> AsyncGenerator[Worker]:
+    """A worker with one model, or with a further one of the same task."""
+    models, registry = {"comic-starter": model}, COMIC_ALONE
+    if further:
+        models["comic-further"] = further
+        registry = TWO_COMICS
+    worker = Worker(queue, open_job_files(settings), models, registry, settings)
     loops = asyncio.create_task(worker.run())
     try:
         yield worker
@@ -166,6 +174,57 @@ async def test_a_job_waits_for_a_model_however_long_it_is_away(
         [job_id] = await submit(queue, spec(has_image=False))
         job = await when(queue, job_id, lambda job: job.has_ended)
     assert (job.status, job.attempts, model.taken) == ("completed", 1, 5)
+
+
+async def test_a_model_that_is_away_holds_up_no_other_model_of_its_task(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model, away = Model(), Model()
+    away.errors = [(LOST, False)] * 10_000
+    named = [spec(has_image=False, model="comic-further") for _ in range(settings.per_model + 2)]
+    first = [spec(has_image=False), spec(has_image=False, model="comic-starter")]
+    async with at_work(queue, settings, model, away) as worker:
+        await submit(queue, *named)
+        await until(lambda: worker.carried == settings.per_model)
+        ended = [
+            await when(queue, job_id, lambda job: job.has_ended)
+            for job_id in await submit(queue, *first)
+        ]
+        assert worker.carried == settings.per_model
+        away.errors.clear()
+        ended += [await when(queue, one.job_id, lambda job: job.has_ended) for one in named]
+    assert {job.status for job in ended} == {"completed"}
+    assert model.taken == len(first)
+
+
+async def test_jobs_that_name_the_default_share_its_places_with_those_that_name_none(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model, most = Model(), settings.per_model
+    model.may.clear()
+    both = [spec(has_image=False, model=name) for name in ("", "comic-starter") * most]
+    async with at_work(queue, settings, model) as worker:
+        await submit(queue, *both)
+        await until(lambda: worker.carried == most and model.inside == most)
+        await asyncio.sleep(0.3)  # in which more would come, too
+        assert worker.carried == most
+        model.may.set()
+        ended = [await when(queue, one.job_id, lambda job: job.has_ended) for one in both]
+    assert {job.status for job in ended} == {"completed"}
+    assert model.most == most
+
+
+@pytest.mark.parametrize("gone", [{"task": Task.GENERATE}, {"model": "comic-gone"}])
+async def test_a_job_whose_task_or_model_is_served_no_longer_fails_at_once(
+    gone: dict[str, Any], queue: JobQueue, settings: JobSettings
+) -> None:
+    jobs = [spec(has_image=False, **gone) for _ in range(9)]
+    async with at_work(queue, settings, Model()):
+        await submit(queue, *jobs)
+        ended = [await when(queue, one.job_id, lambda job: job.has_ended) for one in jobs]
+    assert {job.status for job in ended} == {"failed"}
+    assert {job.error["code"] for job in ended if job.error} == {"invalid_parameter"}
+    assert not await queue.dead()  # sent again unchanged, it fails again
 
 
 async def test_a_claim_without_work_is_no_attempt(queue: JobQueue, settings: JobSettings) -> None:

@@ -26,7 +26,12 @@ local function emit_status(id, status)
   emit(id, status, cjson.encode({job_id = id, status = status}))
 end
 
--- Weighted fair queueing (Demers, Keshav and Shenker, 1989): each owner has a lane, in which
+-- Jobs of one task that name the same model, or none, wait in one line: the queue of that model.
+local function line_of(job)
+  return job.line or job.task -- records of former versions have none
+end
+
+-- Weighted fair queueing (Demers, Keshav and Shenker, 1989): in each line an owner has a lane, in which
 -- interactive jobs (score 0) come before batch jobs (1), and older ones before younger ones. A lane's
 -- tag is when it was served last, plus the weight of its first job; the lowest tag is served next.
 local function weight_of_first(lane)
@@ -35,15 +40,20 @@ local function weight_of_first(lane)
 end
 
 local function change_lane(job, command, ...)
-  local lane, lanes = key('lane', job.task, job.owner), key('lanes', job.task)
+  local line = line_of(job)
+  local lane, lanes = key('lane', line, job.owner), key('lanes', line)
   local before = weight_of_first(lane)
   redis.call(command, lane, ...)
   local after = weight_of_first(lane)
   if not after then
     redis.call('ZREM', lanes, job.owner)
+    if redis.call('EXISTS', lanes) == 0 then
+      redis.call('SREM', key('lines'), line)
+    end
     return
   end
-  local tag = tonumber(redis.call('GET', key('turn', job.task)) or 0) + after
+  redis.call('SADD', key('lines'), line)
+  local tag = tonumber(redis.call('GET', key('turn', line)) or 0) + after
   if before then
     local old = tonumber(redis.call('ZSCORE', lanes, job.owner))
     -- Whoever waited with a batch job has saved no turns for interactive ones.
@@ -63,14 +73,14 @@ local function remove(id, job)
   redis.call('ZREM', key('queued', job.task), id)
 end
 
-local function pop(task)
-  local owner, tag = unpack(redis.call('ZRANGE', key('lanes', task), 0, 0, 'WITHSCORES'))
+local function pop(line)
+  local owner, tag = unpack(redis.call('ZRANGE', key('lanes', line), 0, 0, 'WITHSCORES'))
   if not owner then
     return nil
   end
-  local lane = key('lane', task, owner)
-  redis.call('SET', key('turn', task), tag)
-  redis.call('ZINCRBY', key('lanes', task), weight_of_first(lane), owner)
+  local lane = key('lane', line, owner)
+  redis.call('SET', key('turn', line), tag)
+  redis.call('ZINCRBY', key('lanes', line), weight_of_first(lane), owner)
   return redis.call('ZRANGE', lane, 0, 0)[1]
 end
 

@@ -2,20 +2,20 @@
 -- Returns for each: its record (as HGETALL gives it; empty if there is none), its position (0
 -- unless queued), running jobs of its task, mean seconds of a job of its task ('' if unknown).
 
--- The lanes of a task: when each was served last, and how many interactive and batch jobs it has.
+-- The lanes of a line: when each was served last, and how many interactive and batch jobs it has.
 local seen = {}
-local function lanes_of(task)
-  if not seen[task] then
-    seen[task] = {}
-    local tags = redis.call('ZRANGE', key('lanes', task), 0, -1, 'WITHSCORES')
+local function lanes_of(line)
+  if not seen[line] then
+    seen[line] = {}
+    local tags = redis.call('ZRANGE', key('lanes', line), 0, -1, 'WITHSCORES')
     for i = 1, #tags, 2 do
-      local lane = key('lane', task, tags[i])
+      local lane = key('lane', line, tags[i])
       local quick = redis.call('ZCOUNT', lane, 0, 0)
       local first = quick > 0 and WEIGHT[0] or WEIGHT[1]
-      seen[task][tags[i]] = {tags[i + 1] - first, quick, redis.call('ZCARD', lane) - quick}
+      seen[line][tags[i]] = {tags[i + 1] - first, quick, redis.call('ZCARD', lane) - quick}
     end
   end
-  return seen[task]
+  return seen[line]
 end
 
 -- How many of so many jobs, whose tags follow `from` at equal distances, have one below `tag`.
@@ -24,9 +24,10 @@ local function below(tag, from, distance, most)
 end
 
 local function position_of(id, job)
-  local lanes = lanes_of(job.task)
+  local line = line_of(job)
+  local lanes = lanes_of(line)
   local from, quick = unpack(lanes[job.owner])
-  local place = redis.call('ZRANK', key('lane', job.task, job.owner), id) + 1
+  local place = redis.call('ZRANK', key('lane', line, job.owner), id) + 1
   local tag = from + math.min(place, quick) * WEIGHT[0] + math.max(place - quick, 0) * WEIGHT[1]
   for owner, lane in pairs(lanes) do
     if owner ~= job.owner then
