@@ -29,6 +29,12 @@ def _pinned(source: str) -> str:
     return source
 
 
+def _no_task(name: str) -> str:
+    if name in list(Task):
+        raise ValueError(f"{name} is the name of a task, so a model needs another one")
+    return name
+
+
 # YAML reads a bare `off` as False.
 CompileMode = Annotated[
     Literal["off", "blocks", "full"],
@@ -77,7 +83,7 @@ class ArtefactSpec(Strict):
     """Files the store keeps, verified, for this application or for another service.
 
     Attributes:
-        name: unique in the registry.
+        name: unique in the registry, and no task's: commands take either.
         summary: one line for people.
         licence: as an SPDX id or a name.
         commercial: whether the licence allows commercial use.
@@ -88,7 +94,7 @@ class ArtefactSpec(Strict):
     pickles: ClassVar[frozenset[str]] = frozenset({".pth", ".pt", ".ckpt", ".pkl", ".pickle"})
     """Suffixes of files that may run code when they are read."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$"), AfterValidator(_no_task)]
     summary: str
     licence: str
     commercial: bool

@@ -11,8 +11,8 @@ import typer
 
 from cli.console import Meter, Output
 from cli.ending import ending
-from cli.models.registry_file import add_entry, catalogue_of
-from cli.models.session import AsJson, Root, store_settings
+from cli.models.registry_file import add_entry, catalogue_of, restored_on_failure
+from cli.models.session import EVERY, AsJson, Root, store_settings
 from cli.paths import user_path
 from deployments.errors import ConfigError, ModelCorrupt
 from deployments.registry import ModelSpec
@@ -68,18 +68,16 @@ def add_model(
 def _add(file: Path, registry: Path, given: Given, settings: StoreSettings, output: Output) -> None:
     key, found = _inspect(file, given.task)
     spec = _entry(file, key, found, given)
-    if spec.name in {entry.name for entry in catalogue_of(registry).entries}:
-        raise ConfigError(
-            "The registry has a model of this name.", value=spec.name, remedy="Give another --name."
-        )
+    _check_new(spec.name, registry)
     output.say(f"{spec.name}: {spec.summary}, {found.tensors} tensors, all as they must be")
     for line in (missing := _missing(found, spec)):
         output.say(f"  not known: {line}", "yellow")
     locked = resolve(spec, settings)
-    add_entry(registry, spec)
-    update_lock(registry, lambda lock: lock.with_model(spec.name, locked))
-    with Meter(output) as meter:
-        manifest = convert(spec, registry, Store(settings, meter.on_event))
+    with restored_on_failure(registry):
+        add_entry(registry, spec)
+        update_lock(registry, lambda lock: lock.with_model(spec.name, locked))
+        with Meter(output) as meter:
+            manifest = convert(spec, registry, Store(settings, meter.on_event))
     output.say(f"{spec.name}: added to {registry} and the store: {manifest.short}", "green")
     output.emit(
         {
@@ -94,6 +92,17 @@ def _add(file: Path, registry: Path, given: Given, settings: StoreSettings, outp
             "folder": str(Store(settings).folder(spec.name, manifest.digest[:SHORT])),
         }
     )
+
+
+def _check_new(name: str, registry: Path) -> None:
+    """Raises ConfigError if a registry has the name: files with it could not be loaded together."""
+    for path in (*EVERY, registry):
+        if name in {entry.name for entry in catalogue_of(path).entries}:
+            raise ConfigError(
+                f"The registry {path.name} has a model of this name.",
+                value=name,
+                remedy="Give another --name.",
+            )
 
 
 def _inspect(file: Path, task: Task) -> tuple[str | None, Recognised]:
@@ -140,6 +149,8 @@ def _rank(key: str | None) -> int:
 
 def _entry(file: Path, key: str | None, found: Recognised, given: Given) -> ModelSpec:
     named = given.name or re.sub(r"[^a-z0-9.-]+", "-", file.stem.lower()).strip("-.")
+    if given.name is None and named in list(Task):
+        named += "-own"  # a task's name is none for a model
     scale = f", {found.scale} times" if found.scale else ""
     values: dict[str, Any] = {
         "name": named,

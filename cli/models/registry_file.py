@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from deployments.catalogue import Catalogue, load_catalogue
 from deployments.errors import ConfigError
 from deployments.registry import ModelSpec
 from deployments.settings import parse_settings, resolve
+from deployments.store.lockfile import lock_path, write_whole
 
 _MODELS = re.compile(r"^models:[ \t]*(?:\[[ \t]*\])?[ \t]*(?:#.*)?$", re.MULTILINE)
 _FIRST = re.compile(r"(?:[ \t]*(?:#.*)?\n)*([ ]*)- ")
@@ -48,11 +51,47 @@ def add_entry(path: Path, spec: ModelSpec) -> None:
                 remedy="Name another file with --registry, or begin the list there.",
             )
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(str(after), encoding="utf-8")
+        write_whole(file.resolve(), str(after))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def restored_on_failure(path: Path) -> Generator[None]:
+    """Put a registry file and its lock file back as they were if what is done meanwhile fails.
+
+    Raises:
+        ConfigError: they cannot be read, or not be put back.
+    """
+    files = (resolve(path).resolve(), lock_path(path))
+    try:
+        before = {
+            file: file.read_text(encoding="utf-8") if file.exists() else None for file in files
+        }
     except OSError as error:
         raise ConfigError(
-            f"The registry file cannot be written: {error.strerror}.", value=path
+            f"The registry or its lock file cannot be read: {error.strerror}.", value=path
         ) from error
+    try:
+        yield
+    except BaseException:  # a Ctrl-C, too
+        try:
+            for file, text in before.items():
+                _restore(file, text)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        raise
+
+
+def _restore(file: Path, text: str | None) -> None:
+    if text is None:
+        file.unlink(missing_ok=True)
+    elif file.read_text(encoding="utf-8") != text:
+        write_whole(file, text)
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"The registry file cannot be written: {error.strerror}.", value=path)
 
 
 def _values(spec: ModelSpec) -> dict[str, Any]:

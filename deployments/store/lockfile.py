@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -161,16 +162,23 @@ def save_lock(registry: Path, lock: Lock) -> None:
     for model in values["models"].values():
         if not model["compiled"]:
             del model["compiled"]
-    new = path.with_suffix(f".{uuid.uuid4().hex}.new")
     with _writing(path):
-        try:
-            with new.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(values, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+        write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises OSError."""
+    new = path.with_suffix(f".{uuid.uuid4().hex}.new")
+    try:
+        with new.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def update_lock(registry: Path, change: Callable[[Lock], Lock]) -> None:

@@ -25,7 +25,7 @@ from deployments.catalogue import load_catalogue
 from deployments.pipelines import matting, upscale_gan
 from deployments.pipelines.recognise import recognise
 from deployments.registry import ModelSpec
-from deployments.store.lockfile import load_lock
+from deployments.store.lockfile import load_lock, lock_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -280,6 +280,43 @@ def test_add_refuses_another_task_and_code_in_a_file(desk: Desk) -> None:
     assert done.exit_code == 4
     assert not (desk.folder / "ran").exists()
     assert desk.run("add", desk.folder / "none.pth", "--task", "upscale").exit_code == 2
+
+
+def test_add_refuses_a_name_that_imagen_s_own_registries_have(desk: Desk) -> None:
+    torch.save(tensors(SRVGG), desk.folder / "upscale-starter.pth")
+    done = desk.run("add", desk.folder / "upscale-starter.pth", "--task", "upscale")
+    assert done.exit_code == 2
+    assert "starter.yaml has a model of this name" in done.stderr
+    assert not desk.registry.exists()
+
+
+def test_add_names_no_model_as_a_task(desk: Desk) -> None:
+    torch.save(tensors(SRVGG), desk.folder / "upscale.pth")
+    words = ("add", desk.folder / "upscale.pth", "--task", "upscale")
+    done = desk.run(*words, "--name", "comic")
+    assert done.exit_code == 2
+    assert "comic is the name of a task" in done.stderr
+    assert not desk.registry.exists()
+    done = desk.run(*words)
+    assert done.exit_code == 0, done.stderr
+    (entry,) = load_catalogue(desk.registry).models
+    assert entry.name == "upscale-own"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_add_that_fails_leaves_registry_and_lock_as_they_were(is_new: bool, desk: Desk) -> None:
+    torch.save(tensors(SRVGG), desk.folder / "first.pth")
+    if not is_new:
+        assert desk.run("add", desk.folder / "first.pth", "--task", "upscale").exit_code == 0
+        desk.store.rename(desk.folder / "moved")
+    files = (desk.registry, lock_path(desk.registry))
+    before = [file.read_bytes() if file.exists() else None for file in files]
+    desk.store.write_text("No folder, so that nothing can be stored in it.")
+    torch.save(tensors(RRDB), desk.folder / "second.pth")
+    done = desk.run("add", desk.folder / "second.pth", "--task", "upscale")
+    assert done.exit_code == 5, done.stderr
+    assert [file.read_bytes() if file.exists() else None for file in files] == before
+    assert not list(desk.folder.glob("*.new"))
 
 
 def test_add_leaves_a_registry_that_it_does_not_understand(desk: Desk) -> None:
