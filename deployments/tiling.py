@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,22 @@ class Blend:
         self._band[rest:] = 0
 
 
+class _Layout(NamedTuple):
+    """How many tiles of a size cover a picture."""
+
+    tile: tuple[int, int]
+    columns: int
+    rows: int
+
+    @property
+    def count(self) -> int:
+        return self.columns * self.rows
+
+    @property
+    def work_px(self) -> int:
+        return self.count * math.prod(self.tile)
+
+
 def tiles_of(
     request: ImageRequest, width_px: int, height_px: int, buckets: Sequence[tuple[int, int]]
 ) -> Grid | None:
@@ -125,6 +141,18 @@ def tiles_of(
         None if the model works on the whole picture at once: the request asks for its working size,
         or the picture fits a bucket as it is.
     """
+    layout = _layout(request, width_px, height_px, buckets)
+    if layout is None:
+        return None
+    width, height = layout.tile
+    lefts, tops = _starts(width_px, width), _starts(height_px, height)
+    return Grid(width_px, height_px, layout.tile, lefts, tops)
+
+
+def _layout(
+    request: ImageRequest, width_px: int, height_px: int, buckets: Sequence[tuple[int, int]]
+) -> _Layout | None:
+    """As `tiles_of`, by arithmetic alone: a picture of 1 px height may have 100,000 tiles."""
     if getattr(request, "detail", "working") != "full" or not (buckets and width_px and height_px):
         return None
     bucket = choose_bucket(width_px, height_px, buckets)
@@ -132,48 +160,61 @@ def tiles_of(
         return None
     largest = max(map(math.prod, buckets))
     wide = [one for one in buckets if math.prod(one) >= _LEAST_AREA * largest]
-    grids = [
-        Grid(width_px, height_px, one, _starts(width_px, one[0]), _starts(height_px, one[1]))
-        for one in wide
-    ]
-    least_px = min(grid.work_px for grid in grids)
-    near = [grid for grid in grids if grid.work_px <= _NEAR * least_px]
-    return min(near, key=lambda grid: abs(math.log(grid.tile[0] / grid.tile[1])))
+    layouts = [_Layout(one, _along(width_px, one[0]), _along(height_px, one[1])) for one in wide]
+    least_px = min(one.work_px for one in layouts)
+    near = [one for one in layouts if one.work_px <= _NEAR * least_px]
+    return min(near, key=lambda one: abs(math.log(one.tile[0] / one.tile[1])))
 
 
 def check_tiles(request: ImageRequest, width_px: int, height_px: int, spec: ModelSpec) -> None:
     """Whether a request that asks for full detail takes no more tiles than its model allows.
 
     Raises:
-        TooLarge: it takes more; the error names the largest picture that does not.
+        TooLarge: it takes more; the error names a large picture of its aspect ratio that does not.
     """
-    grid = tiles_of(request, width_px, height_px, spec.buckets)
-    if grid is None or grid.count <= spec.max_tiles or "detail" not in request.model_fields_set:
+    if "detail" not in request.model_fields_set:
         return
-    smaller = [
-        (max(width_px * percent // 100, 1), max(height_px * percent // 100, 1))
-        for percent in range(99, 0, -1)
-    ]
-    width, height = next(
-        (size for size in smaller if _count(request, size, spec) <= spec.max_tiles), smaller[-1]
-    )
+    layout = _layout(request, width_px, height_px, spec.buckets)
+    if layout is None or layout.count <= spec.max_tiles:
+        return
+    width, height = _largest(request, width_px, height_px, spec)
     raise TooLarge(
         f"With detail=full the picture takes more than {spec.max_tiles} tiles.",
-        value=f"{grid.count} tiles of {grid.tile[0]} x {grid.tile[1]} px",
+        value=f"{layout.count} tiles of {layout.tile[0]} x {layout.tile[1]} px",
         remedy=f"Send detail=working, or a picture of at most {width} x {height} px.",
     )
 
 
-def _count(request: ImageRequest, size: tuple[int, int], spec: ModelSpec) -> int:
-    grid = tiles_of(request, *size, spec.buckets)
-    return 1 if grid is None else grid.count
+def _largest(
+    request: ImageRequest, width_px: int, height_px: int, spec: ModelSpec
+) -> tuple[int, int]:
+    """Width and height of a picture that takes no more tiles than allowed, by bisection."""
+    longest = max(width_px, height_px)
+    low, above, fitting = 1, longest, (1, 1)
+    while low + 1 < above:
+        middle = (low + above) // 2
+        size = max(width_px * middle // longest, 1), max(height_px * middle // longest, 1)
+        layout = _layout(request, *size, spec.buckets)
+        if layout is None or layout.count <= spec.max_tiles:
+            low, fitting = middle, size
+        else:
+            above = middle
+    return fitting
+
+
+def _along(side_px: int, tile_px: int) -> int:
+    """How many tiles a side takes: as few as possible."""
+    return 1 + -(-_last(side_px, tile_px) // (tile_px - tile_px // _OVERLAP))
+
+
+def _last(side_px: int, tile_px: int) -> int:
+    """Where the last tile along a side starts, px."""
+    return max(side_px + -side_px % UNIT_PX - tile_px, 0)
 
 
 def _starts(side_px: int, tile_px: int) -> tuple[int, ...]:
-    """Where the tiles along a side start: as few as possible, at about equal distances."""
-    overlap_px = tile_px // _OVERLAP
-    last = max(side_px + -side_px % UNIT_PX - tile_px, 0)
-    count = 1 + -(-last // (tile_px - overlap_px))
+    """Where the tiles along a side start: at about equal distances."""
+    last, count = _last(side_px, tile_px), _along(side_px, tile_px)
     gaps = max(count - 1, 1)
     return tuple(i * last // gaps // UNIT_PX * UNIT_PX for i in range(count))
 

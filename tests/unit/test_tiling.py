@@ -113,6 +113,19 @@ def test_more_tiles_than_allowed_are_refused_with_the_largest_picture_that_fits(
         check_tiles(request, 4000, 3000, SPEC)
 
 
+@pytest.mark.parametrize("size", [(50_000_000, 1), (1, 50_000_000), (65_500, 700)])
+def test_a_thin_picture_is_refused_by_arithmetic_with_a_size_that_fits(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Starts of 100,000 tiles for each trial size would hold up the ingress for seconds.
+    monkeypatch.setattr("deployments.tiling._starts", None)
+    with pytest.raises(TooLarge) as caught:
+        check_tiles(FULL, *size, SPEC)
+    width, height = (int(one) for one in caught.value.remedy.rstrip(" px.").split()[-3::2])
+    check_tiles(FULL, width, height, SPEC)
+    assert max(width, height) > 5000
+
+
 def why_late(request: EnhanceRequest) -> str:
     return "about 80 s of work; a request may take 60 s"
 
