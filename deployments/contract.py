@@ -125,7 +125,8 @@ class ImageRequest(BaseModel):
             scale: side of the model's result over side of the picture.
 
         Raises:
-            InvalidParameter: the request asks for more than the model's result has.
+            InvalidParameter: the request asks for more than the model's result has, or an upscaler
+                for less than the picture has.
         """
         return width_px * scale, height_px * scale
 
@@ -250,7 +251,7 @@ class SizedRequest(ImageRequest):
         ge=0,
         le=65535,
         description="The result is at most so wide, in place of scale, with the picture's aspect "
-        "ratio. 0: by height or scale.",
+        "ratio, and at least as wide as the picture. 0: by height or scale.",
         json_schema_extra={"unit": "px"},
     )
     height: int = Field(
@@ -258,7 +259,7 @@ class SizedRequest(ImageRequest):
         ge=0,
         le=65535,
         description="The result is at most so high, in place of scale, with the picture's aspect "
-        "ratio. 0: by width or scale.",
+        "ratio, and at least as high as the picture. 0: by width or scale.",
         json_schema_extra={"unit": "px"},
     )
 
@@ -285,6 +286,16 @@ class SizedRequest(ImageRequest):
                 f"The model enlarges {scale} times at most.",
                 value=f"width={self.width}, height={self.height} for {width_px} x {height_px} px",
                 remedy=f"Ask for at most {width_px * scale} x {height_px * scale} px.",
+            )
+        # Shrunk, the whole enlarged picture would have to be kept until its last row has come.
+        if factor < 1:
+            least_px = f"width={width_px}" if self.width else f"height={height_px}"
+            if self.width and self.height:
+                least_px = f"width={width_px} and height={height_px}"
+            raise InvalidParameter(
+                "The result would be smaller than the picture.",
+                value=f"width={self.width}, height={self.height} for {width_px} x {height_px} px",
+                remedy=f"Ask for at least {least_px}.",
             )
         return max(round(width_px * factor), 1), max(round(height_px * factor), 1)
 

@@ -344,10 +344,13 @@ def check_output(picture_px: tuple[int, int], result_px: tuple[int, int], limit:
     width, height = _largest(*picture_px, limit)
     fitting = [scale for scale in (3, 2) if math.prod(picture_px) * scale**2 <= limit]
     scaled = f"scale={fitting[0]} at most, or " if fitting else ""
+    remedy = f"Send {scaled}width={width} at most, which gives {width} x {height} px."
+    if width < picture_px[0]:  # and a result is no smaller than its picture
+        remedy = f"Send a picture of at most {width} x {height} px."
     raise TooLarge(
         f"The result may have at most {limit} px.",
         value=f"{result_px[0]} x {result_px[1]} = {math.prod(result_px)} px",
-        remedy=f"Send {scaled}width={width} at most, which gives {width} x {height} px.",
+        remedy=remedy,
     )
 
 

@@ -313,6 +313,7 @@ async def test_a_decompression_bomb_is_refused(task: Task) -> None:
         ((120, 128), {"scale": "3"}, "360 x 384 = 138240 px", "scale=2 at most, or width=247"),
         ((200, 200), {"scale": "2"}, "400 x 400 = 160000 px", "Send width=256 at most"),
         ((65, 64), {"width": "260"}, "260 x 256 = 66560 px", "gives 258 x 254 px"),
+        ((300, 300), {"scale": "2"}, "600 x 600 = 360000 px", "a picture of at most 256 x 256 px"),
     ],
 )
 async def test_an_upscale_beyond_the_largest_result_is_refused_with_what_fits(

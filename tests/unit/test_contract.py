@@ -304,7 +304,7 @@ def test_what_is_no_color_is_refused(color: str) -> None:
         ({"height": "90"}, (120, 90)),
         ({"width": "250", "height": "90"}, (120, 90)),
         ({"scale": "4", "width": "400", "height": "300"}, (400, 300)),
-        ({"width": "1"}, (1, 1)),
+        ({"width": "100"}, (100, 75)),
     ],
 )
 def test_an_upscaled_picture_has_the_size_that_was_asked_for(
@@ -318,6 +318,23 @@ def test_more_than_the_model_enlarges_is_refused_with_what_would_do() -> None:
     with pytest.raises(InvalidParameter, match="4 times at most") as caught:
         request.result_size(100, 75, 4)
     assert "400 x 300" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "least"),
+    [
+        ({"width": "99"}, "width=100"),
+        ({"height": "1"}, "height=75"),
+        ({"width": "400", "height": "60"}, "width=100 and height=75"),
+    ],
+)
+def test_a_result_smaller_than_the_picture_is_refused_with_the_least_size(
+    fields: dict[str, str], least: str
+) -> None:
+    request = parse(Task.UPSCALE.request, fields)
+    with pytest.raises(InvalidParameter, match="smaller than the picture") as caught:
+        request.result_size(100, 75, 4)
+    assert caught.value.remedy == f"Ask for at least {least}."
 
 
 def test_two_ways_to_say_a_size_contradict_each_other() -> None:
