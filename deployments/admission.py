@@ -109,7 +109,7 @@ class Admission:
                 value=f"about {ticket.seconds:.0f} s of work with {timeout_s:.0f} s left",
                 remedy="Try again. The upload, or waiting for a replica, took the rest.",
             )
-        if len(self._tickets) >= MAX_REQUESTS or not self._fits(ticket, now_s):
+        if not self._has_room(ticket, now_s):
             raise self._full(ticket, now_s)
         if not self._tickets:
             self._since_s = now_s
@@ -121,6 +121,14 @@ class Admission:
             self._record_end(ticket)
             self._give_up_late()
 
+    def takes(self, seconds: float, timeout_s: float) -> bool:
+        """Whether `admit` would take such a request now."""
+        now_s = self._clock()
+        ticket = Ticket(seconds, now_s + timeout_s, lambda: None)
+        if not self._tickets:
+            return seconds <= timeout_s
+        return self._has_room(ticket, now_s)
+
     @property
     def slowdown(self) -> float:
         """Time that work takes at present over the time it takes on an idle replica."""
@@ -129,6 +137,9 @@ class Admission:
         if done_s <= 0:
             return 1.0
         return min(max(spent_s / done_s, _LEAST_SLOWDOWN), _MOST_SLOWDOWN)
+
+    def _has_room(self, new: Ticket, now_s: float) -> bool:
+        return len(self._tickets) < MAX_REQUESTS and self._fits(new, now_s)
 
     def _fits(self, new: Ticket, now_s: float) -> bool:
         """Whether the new request ends in time, and makes no request of later deadline late."""

@@ -219,15 +219,17 @@ class ModelDeployment:
         self, job: ImageJob, request: ImageRequest
     ) -> tuple[ImageRequest, tuple[Note, ...]]:
         def why_late(request: ImageRequest) -> str:
-            """By what the replica does at present, because a refusal would help nobody."""
+            """By what the replica has to do at present, because a refusal would help nobody."""
             try:
                 idle_s = self._estimate_s(job, request) or 0.0
             except TooMuchWork as error:
                 return error.value
             seconds, left_s = idle_s * max(self._admission.slowdown, 1), job.left_s(time.time())
-            if fits(seconds, left_s):
-                return ""
-            return f"about {seconds:.0f} s at present, with {left_s:.0f} s left"
+            if not fits(seconds, left_s):
+                return f"about {seconds:.0f} s at present, with {left_s:.0f} s left"
+            if not self._admission.takes(idle_s, left_s):
+                return f"about {seconds:.0f} s behind other requests, with {left_s:.0f} s left"
+            return ""
 
         return settled(request, _size(job), self._spec, why_late)
 

@@ -382,6 +382,47 @@ async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None
     assert {type(answer) for answer in answers} <= {TooLate, Full}
 
 
+def test_full_detail_that_would_be_refused_behind_accepted_work_becomes_the_working_size() -> None:
+    class Busy(ModelDeployment):
+        """Full detail takes 30 s, the working size 1 s."""
+
+        def __init__(self) -> None:
+            self._admission = Admission(TIMEOUT_S)
+            self._spec: Any = SimpleNamespace(scale=1, buckets=((512, 512),), max_tiles=99)
+
+        def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float:
+            assert isinstance(request, EnhanceRequest)
+            return 30.0 if request.detail == "full" else 1.0
+
+    def chosen() -> str:
+        request, _ = model._settled(job, EnhanceRequest())
+        assert isinstance(request, EnhanceRequest)
+        return str(request.detail)
+
+    model = Busy()
+    job = ImageJob(EnhanceRequest(), b"", "png", timeout_s=TIMEOUT_S, width_px=2000, height_px=1500)
+    assert chosen() == "full"
+    with model._admission.admit(15.0, TIMEOUT_S, do_nothing):
+        assert chosen() == "working"
+        with pytest.raises(Full), model._admission.admit(30.0, TIMEOUT_S, do_nothing):
+            pass
+        with model._admission.admit(1.0, TIMEOUT_S, do_nothing):
+            pass
+
+
+@given(st.lists(st.floats(0.1, 70), max_size=20))
+def test_asking_first_gives_the_answer_of_admission(seconds: list[float]) -> None:
+    replica = Replica()
+    for one_s in seconds:
+        takes = replica.admission.takes(one_s, TIMEOUT_S)
+        try:
+            replica.take(one_s)
+        except (Full, TooLate):
+            assert not takes
+        else:
+            assert takes
+
+
 def test_waiting_for_a_replica_takes_from_the_time_that_is_left() -> None:
     job = ImageJob(ComicRequest(), b"", "png", timeout_s=60, sent_unix_s=1000.0)
     assert job.left_s(1025.0) == 35
