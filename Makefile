@@ -19,21 +19,26 @@ setup: $(VENV)/.done ## Make .venv with everything, pinned by constraints.txt
 run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 	$(BIN)/imagen run configs/local.yaml
 
-# Three processes keep two cores busy, because tests with Ray or Redis often wait. tests/conftest.py says
-# which tests one process has.
-PYTEST := $(BIN)/python -m pytest -n 3
+# Two processes: one has every test on a cluster (tests/conftest.py). The commands that serve come after
+# them and alone, because their deadlines are those of a machine with nothing else to do.
+PYTEST := $(BIN)/python -m pytest
+COMMANDS := tests/serve/run tests/test_readme.py
+NOT_COMMANDS := $(addprefix --ignore=,$(COMMANDS))
 
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(PYTEST) -m "not slow and not chaos and not browser"
+	$(PYTEST) -n 2 $(NOT_COMMANDS) -m "not slow and not chaos and not browser"
+	$(PYTEST) $(COMMANDS) -m "not slow"
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 $(NOT_COMMANDS) -m slow
+	$(PYTEST) $(COMMANDS) -m slow
 
 .PHONY: test-all
 test-all: setup ## Both at once, which is quicker: one Ray serves them all
-	$(PYTEST) -m "(slow or not chaos) and not browser"
+	$(PYTEST) -n 2 $(NOT_COMMANDS) -m "(slow or not chaos) and not browser"
+	$(PYTEST) $(COMMANDS)
 
 .PHONY: test-chaos
 test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)

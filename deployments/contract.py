@@ -84,6 +84,10 @@ Background = Annotated[
 ]
 
 
+def _none_if_empty(text: object) -> object:
+    return text or None
+
+
 class ImageRequest(BaseModel):
     """What every task accepts besides the picture.
 
@@ -392,8 +396,9 @@ class BackgroundRequest(ImageRequest):
         examples=["#2060a0"],
         description="Background with output=color, in sRGB: #rrggbb, #rgb or a CSS colour name.",
     )
-    background: Background | None = Field(
+    background: Annotated[Background | None, BeforeValidator(_none_if_empty)] = Field(
         default=None,
+        examples=[""],
         description="What lies below the foreground: a colour, as in `color`, or a picture that "
         "is sent as a file in this field and scaled to cover the result.",
     )

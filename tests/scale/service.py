@@ -47,7 +47,9 @@ _IMPATIENT = {
 }
 
 
-MODELS = frozenset(task.deployment for task in Task if task.needs_picture)
+TASKS = [task for task in Task if task.needs_picture]
+"""Those that prod serves."""
+MODELS = frozenset(task.deployment for task in TASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,8 @@ class Service:
 
     def wake(self) -> list[Answer]:
         """A picture of each model, all five at a time."""
-        with ThreadPoolExecutor(len(Task)) as pool:
-            answers = list(pool.map(self.ask, (task for task in Task if task.needs_picture)))
+        with ThreadPoolExecutor(len(TASKS)) as pool:
+            answers = list(pool.map(self.ask, TASKS))
         assert all(answer.is_picture for answer in answers), answers
         return answers
 

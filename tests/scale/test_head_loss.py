@@ -13,7 +13,7 @@ from tests.scale.cluster import wait_until
 from tests.scale.conftest import ROUNDS
 from tests.scale.load import Load
 from tests.scale.pods import Pods
-from tests.scale.service import CLIENT_S, LONG_S, Service, Stages
+from tests.scale.service import CLIENT_S, LONG_S, TASKS, Service, Stages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,10 +49,10 @@ def test_a_lost_head_costs_no_replica_and_no_request(
 ) -> None:
     service.stay_awake()
     before = service.processes()
-    load = Load(service.url, 2, tasks=list(Task), timeout_s=CLIENT_S, seed=seed)
+    load = Load(service.url, 2, tasks=TASKS, timeout_s=CLIENT_S, seed=seed)
     with Stages(f"The head lost under load, round {seed}") as stages:
         with load:
-            wait_until(lambda: load.served_since(0) == set(Task), LONG_S, "pictures of all")
+            wait_until(lambda: load.served_since(0) == set(TASKS), LONG_S, "pictures of all")
             killed_s = time.monotonic()
             pods(service).kill_head()
             pods(service).gate.is_open = not late_s
@@ -65,7 +65,7 @@ def test_a_lost_head_costs_no_replica_and_no_request(
             wait_until(lambda: is_settled(service), LONG_S, "it knows its replicas")
             stages.add("it knows its replicas", time.monotonic() - back_s)
             seen_s = time.monotonic()
-            wait_until(lambda: load.served_since(seen_s) == set(Task), LONG_S, "pictures of all")
+            wait_until(lambda: load.served_since(seen_s) == set(TASKS), LONG_S, "pictures of all")
         stages.say(load.summary())
     assert service.processes() == before
     assert all(answer.is_picture for answer in load.answers), load.summary()
@@ -76,17 +76,17 @@ def test_a_node_that_is_lost_with_the_head_is_replaced(service: Service, seed: i
     before, shares = service.processes(), service.shares()
     lost = max(shares, key=lambda node: len(shares[node]))
     kept = {one for one in before if one.deployment not in dict(shares[lost])}
-    load = Load(service.url, 2, tasks=list(Task), timeout_s=CLIENT_S, seed=seed)
+    load = Load(service.url, 2, tasks=TASKS, timeout_s=CLIENT_S, seed=seed)
     with Stages(f"The head and a node lost under load, round {seed}") as stages:
         with load:
-            wait_until(lambda: load.served_since(0) == set(Task), LONG_S, "pictures of all")
+            wait_until(lambda: load.served_since(0) == set(TASKS), LONG_S, "pictures of all")
             pods(service).kill_head()
             service.cluster.kill(lost)
             pods(service).start_head()
             pods(service).start_node("models")
             wait_until(service.processes, LONG_S, "Serve's controller is back")
             back_s = time.monotonic()
-            wait_until(lambda: load.served_since(back_s) == set(Task), LONG_S, "pictures of all")
+            wait_until(lambda: load.served_since(back_s) == set(TASKS), LONG_S, "pictures of all")
             names = ", ".join(name for name, _ in shares[lost])
             stages.add(f"lost {names}: all back", time.monotonic() - back_s)
         stages.say(load.summary())

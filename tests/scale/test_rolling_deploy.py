@@ -10,7 +10,7 @@ from deployments import images
 from deployments.tasks import Task
 from tests.scale.cluster import wait_until
 from tests.scale.load import Load
-from tests.scale.service import CLIENT_S, LONG_S, MODELS, Service, Stages, by_name
+from tests.scale.service import CLIENT_S, LONG_S, MODELS, TASKS, Service, Stages, by_name
 
 if TYPE_CHECKING:
     from kuberay.render.environment import Values
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def test_no_request_fails_while_everything_is_replaced(service: Service, seed: int) -> None:
     service.stay_awake()
-    load = Load(service.url, 4, tasks=list(Task), timeout_s=CLIENT_S, seed=seed)
+    load = Load(service.url, 4, tasks=TASKS, timeout_s=CLIENT_S, seed=seed)
     with Stages(f"Rolling deploy under load, round {seed}") as stages:
         with load:
             before = service.replicas()
@@ -31,7 +31,7 @@ def test_no_request_fails_while_everything_is_replaced(service: Service, seed: i
             )
             wait_until(lambda: are_new(service.replicas(), before), LONG_S, "all are replaced")
             seen_s = time.monotonic()
-            wait_until(lambda: load.served_since(seen_s) == set(Task), LONG_S, "pictures of all")
+            wait_until(lambda: load.served_since(seen_s) == set(TASKS), LONG_S, "pictures of all")
         stages.say(load.summary())
     assert all(answer.is_picture for answer in load.answers), load.summary()
 

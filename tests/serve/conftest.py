@@ -26,6 +26,7 @@ from tests.serve.scripted import BrokenModel, ScriptedModel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SERVED = [task for task in Task if task.needs_picture]
 UPLOAD_PAUSE_S = 4
 """Shorter than the default, so that tests wait less for it."""
 STARTER = Path("configs/models/starter.yaml")
@@ -144,14 +145,14 @@ def wait_until_running(name: str) -> None:
 @pytest.fixture(scope="package")
 def scripted(cluster: str) -> str:
     """The URL of an application whose models follow the prompt; two Ingress replicas."""
-    run_models("scripted", dict.fromkeys(Task, ScriptedModel), replicas=2, wait=True)
+    run_models("scripted", dict.fromkeys(SERVED, ScriptedModel), replicas=2, wait=True)
     return f"{cluster}/scripted"
 
 
 @pytest.fixture(scope="package")
 def broken(cluster: str) -> str:
     """The URL of an application whose comic model never starts."""
-    kinds = {**dict.fromkeys(Task, ScriptedModel), Task.COMIC: BrokenModel}
+    kinds = {**dict.fromkeys(SERVED, ScriptedModel), Task.COMIC: BrokenModel}
     run_models("broken", kinds, replicas=1, wait=False)
     return f"{cluster}/broken"
 

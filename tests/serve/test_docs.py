@@ -71,7 +71,7 @@ def test_try_it_out_in_a_browser(
             answered[response.value.url] = response.value.status
             block.query_selector(".opblock-summary-control").click()
         browser.close()
-    assert len(answered) == len(ROUTES) + 5
+    assert len(answered) == len(ROUTES) + 8
     of_jobs = {
         url
         for url in answered
