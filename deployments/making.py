@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deployments.engine.row import Place, Row, RowInput, Whole
 from deployments.tiling import Blend
@@ -41,23 +42,13 @@ class Making:
             self.rows = [Row(one)]
             return
         self._whole = Whole(grid.count, time.monotonic(), grid.count)
-        self.rows = [self._tile(grid, *corner) for corner in grid.corners]
+        self.rows = [self._tile(*corner) for corner in grid.corners]
         for row in self.rows:
             row.progress.steps = row.progress.steps_left = steps
 
-    def _tile(self, grid: Grid, left: int, top: int) -> Row:
-        one = self.input
-        return Row(
-            RowInput(
-                one.request,
-                grid.cut(one.pixels, left, top),
-                one.seed,
-                one.deadline_s,
-                one.trace,
-                one.notes,
-                Place(left, top, self._whole),
-            )
-        )
+    def _tile(self, left: int, top: int) -> Row:
+        """The row of a tile, which is cut only when the engine gets it."""
+        return Row(replace(self.input, place=Place(left, top, self._whole)))
 
     async def output(self, put: Put, ahead: int, on_pool: OnPool) -> Pixels:
         """The pixels that the model makes.
@@ -75,18 +66,23 @@ class Making:
         if self._grid is None:
             await put(self.rows[0])
             return await asyncio.wrap_future(self.rows[0].future)
-        blend = self._blend = await on_pool(Blend, self._grid, self.input.pixels)
+        grid, whole = self._grid, self.input.pixels
+        blend = self._blend = await on_pool(Blend, grid, whole)
         waiting, begun = iter(self.rows), deque[Row]()
         while True:
             for row in islice(waiting, ahead - len(begun)):
                 self._whole.waiting -= 1
                 begun.append(row)
+                left, top, _ = cast("Place", row.input.place)
+                tile = await on_pool(grid.cut, whole, left, top)
+                row.input = replace(row.input, pixels=tile)
                 await put(row)
             if not begun:
                 return blend.canvas
             row = begun.popleft()
             await on_pool(blend.add, await asyncio.wrap_future(row.future))
             row.forget()
+            row.input = replace(row.input, pixels=whole)  # lets go of the tile
 
     def cancel(self) -> None:
         """Give it up: the engine drops its rows before their next step."""

@@ -269,8 +269,10 @@ class ModelDeployment:
                 raise ticket.refusal or too_late() from error
 
     def _taken(self, job: ImageJob, request: ImageRequest) -> AbstractAsyncContextManager[None]:
-        # A background is one more picture in memory.
-        px = max(file_px(request, _size(job), self._spec.scale), job.background_px)
+        # A background is one more picture in memory. Tiles reach beyond a thin picture.
+        grid = self._grid(job, request)
+        work_px = 0 if grid is None else grid.work_px
+        px = max(file_px(request, _size(job), self._spec.scale), job.background_px, work_px)
         return self._seats.taken(px, job.n + (job.background is not None))
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:

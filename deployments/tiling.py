@@ -92,15 +92,18 @@ class Blend:
         self._grid = grid
         self._columns = _shares(grid.lefts, grid.tile[0])
         self._rows = _shares(grid.tops, grid.tile[1])
-        self._band = np.zeros((grid.tile[1], grid.lefts[-1] + grid.tile[0], 3), np.float32)
+        # What tiles have beyond the picture is left out: of a thin one it is almost all.
+        self._band = np.zeros((min(grid.tile[1], len(rgb)), rgb.shape[1], 3), np.float32)
         self._done = 0
 
     def add(self, pixels: Array) -> None:
         """Take in the next tile's result."""
         row, column = divmod(self._done, len(self._grid.lefts))
         left = self._grid.lefts[column]
-        share = self._rows[row][:, None, None] * self._columns[column][:, None]
-        self._band[:, left : left + self._grid.tile[0]] += pixels * share
+        part = self._band[:, left : left + self._grid.tile[0]]
+        height, width = part.shape[:2]
+        down, across = self._rows[row][:height, None, None], self._columns[column][:width, None]
+        part += pixels[:height, :width] * (down * across)
         self._done += 1
         if column == len(self._grid.lefts) - 1:
             self._write(row)
@@ -110,7 +113,7 @@ class Blend:
         top = self._grid.tops[row]
         end = (*self._grid.tops, top + len(self._band))[row + 1]
         part = self.canvas[top:end]
-        part[:] = self._band[: len(part), : part.shape[1]].round()
+        part[:] = self._band[: len(part)].round()
         rest = len(self._band) - (end - top)
         self._band[:rest] = self._band[end - top :].copy()
         self._band[rest:] = 0
@@ -124,12 +127,12 @@ class _Layout(NamedTuple):
     rows: int
 
     @property
-    def count(self) -> int:
+    def tiles(self) -> int:
         return self.columns * self.rows
 
     @property
     def work_px(self) -> int:
-        return self.count * math.prod(self.tile)
+        return self.tiles * math.prod(self.tile)
 
 
 def tiles_of(
@@ -175,12 +178,12 @@ def check_tiles(request: ImageRequest, width_px: int, height_px: int, spec: Mode
     if "detail" not in request.model_fields_set:
         return
     layout = _layout(request, width_px, height_px, spec.buckets)
-    if layout is None or layout.count <= spec.max_tiles:
+    if layout is None or layout.tiles <= spec.max_tiles:
         return
     width, height = _largest(request, width_px, height_px, spec)
     raise TooLarge(
         f"With detail=full the picture takes more than {spec.max_tiles} tiles.",
-        value=f"{layout.count} tiles of {layout.tile[0]} x {layout.tile[1]} px",
+        value=f"{layout.tiles} tiles of {layout.tile[0]} x {layout.tile[1]} px",
         remedy=f"Send detail=working, or a picture of at most {width} x {height} px.",
     )
 
@@ -195,7 +198,7 @@ def _largest(
         middle = (low + above) // 2
         size = max(width_px * middle // longest, 1), max(height_px * middle // longest, 1)
         layout = _layout(request, *size, spec.buckets)
-        if layout is None or layout.count <= spec.max_tiles:
+        if layout is None or layout.tiles <= spec.max_tiles:
             low, fitting = middle, size
         else:
             above = middle

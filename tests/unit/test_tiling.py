@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from deployments.contract import ComicRequest, EnhanceRequest
 from deployments.detail import settled
+from deployments.engine.row import RowInput
 from deployments.errors import TooLarge
 from deployments.estimate import Size
+from deployments.making import Making
 from deployments.tiling import Blend, Grid, check_tiles, tiles_of
 
 BUCKETS = ((512, 512), (576, 448), (448, 576), (704, 384), (384, 704), (256, 256), (320, 128))
@@ -96,6 +98,21 @@ def test_a_row_of_tiles_is_all_that_a_blend_keeps_beside_its_result() -> None:
     blend = Blend(grid, np.zeros((5000, 1200, 3), np.uint8))
     held = sum(value.nbytes for value in vars(blend).values() if isinstance(value, np.ndarray))
     assert held <= blend.canvas.nbytes + grid.tile[1] * (1200 + grid.tile[0]) * 3 * 4
+
+
+def test_a_thin_picture_takes_the_memory_of_its_own_pixels() -> None:
+    width, height = 8000, 10
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    grid = grid_of(width, height)
+    assert grid.tile[1] > 10 * height
+    blend = Blend(grid, np.zeros_like(picture))
+    held = sum(value.nbytes for value in vars(blend).values() if isinstance(value, np.ndarray))
+    assert held == picture.nbytes * (1 + 4)
+    making = Making(RowInput(FULL, picture, 0, 0.0), grid)
+    assert all(np.shares_memory(row.input.pixels, picture) for row in making.rows)
+    for corner in grid.corners:
+        blend.add(grid.cut(picture, *corner))
+    assert np.abs(blend.canvas.astype(int) - picture).max() <= 1
 
 
 # --- how many ---
