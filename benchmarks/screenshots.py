@@ -96,7 +96,7 @@ def cut_out(page: Page) -> None:
 
 PICTURES: dict[str, tuple[Callable[[Page], None], str, int, int]] = {
     "empty": (nothing_yet, "light", 1280, 800),
-    "result": (result, "light", 1440, 1180),
+    "result": (result, "light", 1320, 1350),
     "seeds": (seeds, "dark", 1440, 760),
     "phone": (cut_out, "light", 390, 844),
 }
