@@ -100,7 +100,7 @@ _NAME = {
     ]
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": Pictures, "content": {_EVENTS: {"schema": {"type": "string"}}}},
+    200: {"model": Pictures, "content": {_EVENTS: {}}},
     **{status: {"model": Refused} for status in _STATUSES},
 }
 
