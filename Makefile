@@ -19,25 +19,25 @@ setup: $(VENV)/.done ## Make .venv with everything, pinned by constraints.txt
 run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 	$(BIN)/imagen run configs/local.yaml
 
-# Two processes: one has every test on a cluster (tests/conftest.py). The commands that serve come after
-# them and alone, because their deadlines are those of a machine with nothing else to do.
+# Three processes keep two cores busy; one has every test on a cluster (tests/conftest.py), which mostly
+# wait. The commands that serve come after them and alone, because their deadlines are those of a machine with nothing else to do.
 PYTEST := $(BIN)/python -m pytest
 COMMANDS := tests/serve/run tests/test_readme.py
 NOT_COMMANDS := $(addprefix --ignore=,$(COMMANDS))
 
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(PYTEST) -n 2 $(NOT_COMMANDS) -m "not slow and not chaos and not browser"
+	$(PYTEST) -n 3 $(NOT_COMMANDS) -m "not slow and not chaos and not browser"
 	$(PYTEST) $(COMMANDS) -m "not slow"
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
-	$(PYTEST) -n 2 $(NOT_COMMANDS) -m slow
+	$(PYTEST) -n 3 $(NOT_COMMANDS) -m slow
 	$(PYTEST) $(COMMANDS) -m slow
 
 .PHONY: test-all
 test-all: setup ## Both at once, which is quicker: one Ray serves them all
-	$(PYTEST) -n 2 $(NOT_COMMANDS) -m "(slow or not chaos) and not browser"
+	$(PYTEST) -n 3 $(NOT_COMMANDS) -m "(slow or not chaos) and not browser"
 	$(PYTEST) $(COMMANDS)
 
 .PHONY: test-chaos

@@ -175,7 +175,7 @@ async def test_a_job_that_comes_again_ends_the_run_whose_caller_died() -> None:
     pipeline = HeldUp()
     deployment = Deployment(pipeline)
     request = ComicRequest(prompt="a fox", seed=40, steps=2, strength=1.0)
-    job = ImageJob(request, None, "png", timeout_s=60, request_id="a" * 32)
+    job = ImageJob(request, None, "png", timeout_s=60, job_id="a" * 32)
     try:
         orphan, again = deployment.stream(job), deployment.stream(job)
         assert await anext(orphan) == JobProgress(0, 0)

@@ -165,7 +165,7 @@ def grow(service: Service, watch: Watch, stages: Stages, seed: int) -> None:
     assert all(answer.is_picture for answer in load.answers), load.summary()
     added = watch.first(lambda m: m.gpu_nodes > nodes, start_s) - start_s
     stages.add(f"16 clients: node {nodes + 1} is there", added)
-    up = watch.first(lambda m: m.replicas >= len(Task) + 2, start_s) - start_s
+    up = watch.first(lambda m: m.replicas >= len(MODELS) + 2, start_s) - start_s
     stages.add("16 clients: three replicas of the model", up)
     stages.say(load.summary())
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import ray
 
+from deployments.tasks import Task
 from tests.promql import alerts, panels, selectors, shown
 from tests.serve.conftest import FURTHER
 from tests.serve.test_http import ROUTES, jpeg, post
@@ -130,7 +131,7 @@ def lines_about(request_id: str, file_name: str) -> list[dict[str, Any]]:
 def test_jobs_are_counted_by_outcome_and_their_queue_is_told(samples: Samples) -> None:
     ended = samples["ray_imagen_jobs_ended_total"]
     assert ("comic", "completed") in {(one["task"], one["outcome"]) for one in ended}
-    assert values(samples, "ray_imagen_jobs_waiting", "task") == set(ROUTES)
+    assert values(samples, "ray_imagen_jobs_waiting", "task") == set(Task)
 
 
 def test_logs_are_json_and_carry_the_id_of_the_request(address: str) -> None:
