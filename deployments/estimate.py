@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _RESERVE = 1.2
 """An estimate is multiplied by this before it is compared with a limit."""
 _SAMPLES = 20
+_LEAST_PX = 2**18
+"""Smaller pictures tell nothing of larger ones: most of their time is the same for any size."""
 
 
 class Size(NamedTuple):
@@ -52,8 +54,10 @@ class Forecast:
             file_px: pixels of its upload or its result, whichever has more.
             timings_s: seconds by stage, see `ImageResult.timings_s`.
         """
-        self._stage_s_per_px.append(timings_s["vae"] / work.stage_px)
-        self._file_s_per_px.append((timings_s["decode"] + timings_s["encode"]) / file_px)
+        if work.stage_px >= _LEAST_PX:
+            self._stage_s_per_px.append(timings_s["vae"] / work.stage_px)
+        if file_px >= _LEAST_PX:
+            self._file_s_per_px.append((timings_s["decode"] + timings_s["encode"]) / file_px)
 
     def seconds(self, work: Work, file_px: int) -> float | None:
         """About what a request takes; None if the replica has timed no pass yet."""

@@ -253,11 +253,21 @@ def timed(pace: Pace, cost_px: int, seconds: float, times: int = 3) -> Pace:
 
 def test_a_forecast_is_made_of_what_was_measured() -> None:
     forecast = Forecast(timed(Pace(), 1000, 0.5))
-    work = Work(steps=10, step_px=1000, stage_px=100)
-    assert forecast.seconds(work, 100) == pytest.approx(5.0)
-    forecast.record(work, 100, {"vae": 1.0, "decode": 0.15, "encode": 0.1, "queue": 9.0})
-    assert forecast.seconds(work, 100) == pytest.approx(6.25)
-    assert forecast.seconds(work, 400) == pytest.approx(7.0)
+    px = 2**20
+    work = Work(steps=10, step_px=1000, stage_px=px)
+    assert forecast.seconds(work, px) == pytest.approx(5.0)
+    forecast.record(work, px, {"vae": 1.0, "decode": 0.15, "encode": 0.1, "queue": 9.0})
+    assert forecast.seconds(work, px) == pytest.approx(6.25)
+    assert forecast.seconds(work, 4 * px) == pytest.approx(7.0)
+
+
+def test_small_pictures_tell_nothing_of_large_ones() -> None:
+    """Most of a thumbnail's time is the same for any size: it must not refuse a photo."""
+    forecast = Forecast(timed(Pace(), 1000, 0.5))
+    small = Work(steps=10, step_px=1000, stage_px=64 * 64)
+    forecast.record(small, 64 * 64, {"vae": 0.1, "decode": 0.01, "encode": 0.02})
+    photo = Work(steps=10, step_px=1000, stage_px=12_000_000)
+    assert forecast.seconds(photo, 12_000_000) == pytest.approx(5.0)
 
 
 def test_a_forecast_waits_for_three_passes_of_a_row_alone() -> None:
