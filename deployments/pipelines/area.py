@@ -63,17 +63,18 @@ class Axis:
         """
         if self.source_px == self.result_px:
             return values
-        ratio = self.source_px / self.result_px
-        begin = np.arange(self.done(span.first), self.done(span.end)) * ratio
-        begin -= self.needed(span.first)
+        # In steps of 1 / result_px of a source pixel: whole numbers, so that no edge is rounded.
+        step, width = self.result_px, self.source_px
+        begin = np.arange(self.done(span.first), self.done(span.end)) * width
+        begin -= self.needed(span.first) * step
         shape = [-1 if i == dim else 1 for i in range(values.dim())]
         total = torch.zeros_like(values.narrow(dim, 0, 1)).repeat_interleave(len(begin), dim)
-        for tap in range(math.ceil(ratio) + 1):
-            place = np.floor(begin) + tap
-            share = np.minimum(place + 1, begin + ratio) - np.maximum(place, begin)
-            share = torch.from_numpy((share.clip(0) / ratio).astype(np.float32))
+        for tap in range(math.ceil(width / step) + 1):
+            place = begin // step + tap
+            share = np.minimum((place + 1) * step, begin + width) - np.maximum(place * step, begin)
+            share = torch.from_numpy((share.clip(0) / width).astype(np.float32))
             # A place beyond the end has no share.
-            at = torch.from_numpy(np.minimum(place, values.shape[dim] - 1).astype(np.int64))
+            at = torch.from_numpy(np.minimum(place, values.shape[dim] - 1))
             total += share.to(values.device).view(shape) * values.index_select(
                 dim, at.to(values.device)
             )

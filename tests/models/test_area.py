@@ -80,6 +80,13 @@ def test_pieces_give_the_same_pixels_as_the_whole(data: st.DataObject) -> None:
     torch.testing.assert_close(in_pieces(source, (size[0], size[1]), cuts), whole)
 
 
+def test_a_cut_on_the_edge_of_a_pixel_of_the_result_is_exact() -> None:
+    """45 of 60 pixels are 39 of 52, where 39 * (60 / 52) rounds to less than 45."""
+    source = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0)) * 255
+    whole = in_pieces(source, (52, 1), [[], []])
+    torch.testing.assert_close(in_pieces(source, (52, 1), [[1, 45], []]), whole)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"scale": 2}, {"scale": 3}, {"width": 401}, {"width": 210}, {"height": 155}],
