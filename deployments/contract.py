@@ -583,6 +583,14 @@ def unused_notes(request: ImageRequest, parameters: frozenset[str]) -> tuple[Not
     )
 
 
+def scale_notes(request: ImageRequest, most: int) -> tuple[Note, ...]:
+    """A note if the client asked for a larger `scale` than the `most` times a model enlarges."""
+    if "scale" not in request.model_fields_set or getattr(request, "scale", most) <= most:
+        return ()
+    told = f"The model enlarges {most} times, which is the scale of the result."
+    return (note(Code.SCALE_REDUCED, told),)
+
+
 def draw_seed() -> tuple[int, Note]:
     """A seed for a request without one, and the note that says so."""
     told = "No seed was sent; one was drawn at random, which the result states."

@@ -152,9 +152,9 @@ def read_header(data: bytes, limits: LimitSettings) -> Header:
     image, kind, _ = _open(data, limits)
     with _reading(kind, data):
         width, height = image.size
-        # Not `image.getexif()`: a PNG would decode all its pixels to look behind them. A TIFF
-        # reports its size already turned.
-        if kind != "TIFF" and _orientation(partial(Image.Image.getexif, image)) >= 5:
+        # Not `image.getexif()`: a PNG would decode all its pixels to look behind them.
+        turned = _orientation(partial(Image.Image.getexif, image)) >= 5
+        if turned and not _is_size_turned(image):
             width, height = height, width
         return Header(kind, width, height, _frames(image, kind))
 
@@ -375,6 +375,11 @@ def _orientation(read_exif: Callable[[], Image.Exif]) -> int:
     except Exception:  # Broken EXIF raises many types, and does not matter to the picture.
         return 1
     return found if isinstance(found, int) and found in _UPRIGHT else 1
+
+
+def _is_size_turned(image: ImageFile) -> bool:
+    """Whether Pillow has turned the size: it does by the tag of a TIFF, and not by its XMP."""
+    return isinstance(image, Tiff.TiffImageFile) and ExifTags.Base.Orientation in image.tag_v2
 
 
 def media_type(output_format: OutputFormat) -> str:

@@ -30,6 +30,7 @@ class Code(StrEnum):
     GREY_KEPT = "grey_kept"
     ALPHA_DROPPED = "alpha_dropped"
     NO_FOREGROUND = "no_foreground"
+    SCALE_REDUCED = "scale_reduced"
     WORKING_SIZE = "working_size"
     TILED = "tiled"
     DETAIL_REDUCED = "detail_reduced"

@@ -233,10 +233,13 @@ class Diffusion(ABC, Generic[RequestT]):
         """What the model does not read of the prompts and the seed."""
         wanted, unwanted = wordings(request)
         notes = cut_note("prompt", wanted, self._tokenizers)
-        if request.guidance_scale > 1:
+        if self._guided(request):
             notes += cut_note("negative_prompt", unwanted, self._tokenizers)
         elif request.negative_prompt:
-            told = "negative_prompt had no effect, because guidance_scale is not above 1."
+            why = "guidance_scale is not above 1"
+            if self._guidance_dim is not None:
+                why = "the model was distilled with guidance"
+            told = f"negative_prompt had no effect, because {why}."
             notes.append(note(Code.NEGATIVE_PROMPT_UNUSED, told))
         if seed >= _GENERATOR_SEEDS:
             told = (

@@ -153,7 +153,7 @@ class Carrier:
                 await asyncio.sleep(next(pauses))
 
     async def _once(self, run: Run, model: Model, inputs: Inputs) -> tuple[ImageResult, ...]:
-        job = run.job.spec.image_job(inputs, self._settings.run_timeout_s)
+        job = run.job.spec.image_job(inputs, self._timeout_s(run.job))
         async with aclosing(model.stream(job)) as answers:
             async for told in answers:
                 run.is_taken = True
@@ -162,6 +162,11 @@ class Carrier:
                 if told.steps:
                     run.progress = told
         raise ModelFailed("The model gave no result.", value="none", remedy="Try again.")
+
+    def _timeout_s(self, job: Job) -> float:
+        """How long a run may take. The model chooses the detail of a picture by it."""
+        left_s = job.created_s + job.spec.deadline_s - time.time()
+        return min(self._settings.run_timeout_s, max(left_s, 1.0))
 
     async def _complete(self, run: Run, documents: list[dict[str, Any]]) -> None:
         details = [document["metadata"] for document in documents]

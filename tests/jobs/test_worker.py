@@ -44,6 +44,7 @@ class Model:
 
     Attributes:
         inside, most, taken: requests at this moment, at most at a time, and in all.
+        timeouts_s: of the requests.
         errors: raised by the next requests, before or after the model has taken them.
     """
 
@@ -51,10 +52,12 @@ class Model:
         self.may = asyncio.Event()
         self.may.set()
         self.inside = self.most = self.taken = 0
+        self.timeouts_s: list[float] = []
         self.errors: list[tuple[ImagenError, bool]] = []
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[JobProgress | tuple[ImageResult, ...]]:
         self.taken += 1
+        self.timeouts_s.append(job.timeout_s)
         self.inside += 1
         self.most = max(self.most, self.inside)
         try:
@@ -250,6 +253,18 @@ async def test_a_busy_model_has_not_begun_the_job(queue: JobQueue, settings: Job
         [job_id] = await submit(queue, spec(has_image=False))
         job = await when(queue, job_id, lambda job: job.has_ended)
     assert (job.status, job.attempts, model.taken) == ("completed", 1, 6)
+
+
+async def test_a_model_knows_how_long_a_job_may_take(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model = Model()
+    async with at_work(queue, settings, model):
+        for deadline_s in (50, 10 * settings.run_timeout_s):
+            [job_id] = await submit(queue, spec(has_image=False, deadline_s=deadline_s))
+            await when(queue, job_id, lambda job: job.has_ended)
+    assert 0 < model.timeouts_s[0] <= 50
+    assert model.timeouts_s[1] == settings.run_timeout_s
 
 
 async def test_a_worker_holds_no_more_pictures_than_it_may(

@@ -89,6 +89,9 @@ def test_a_negative_prompt_is_said_to_have_no_effect_without_guidance(
     long = guided.model_copy(update={"negative_prompt": "blur " * 300})
     told = lost(tiny_pipeline("sd_ddim"), long)
     assert "of negative_prompt" in told["prompt_cut"]
+    distilled = lost(tiny_pipeline("sd_lcm"), long)
+    assert "distilled" in distilled["negative_prompt_unused"]
+    assert "prompt_cut" not in distilled
 
 
 def test_a_seed_beyond_the_generator_is_said_to_equal_a_shorter_one(

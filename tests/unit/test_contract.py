@@ -14,6 +14,7 @@ from deployments.contract import (
     complete,
     describe,
     parse,
+    scale_notes,
     unused_notes,
 )
 from deployments.errors import InvalidParameter
@@ -390,6 +391,15 @@ def test_completing_twice_changes_nothing() -> None:
 
 def test_jpg_is_jpeg() -> None:
     assert parse(Task.COMIC.request, {"output_format": "jpg"}).output_format == "jpeg"
+
+
+@pytest.mark.parametrize(("fields", "codes"), [({"scale": "4"}, ["scale_reduced"]), ({}, [])])
+def test_a_scale_beyond_the_model_is_noted_if_the_client_asked_for_it(
+    fields: dict[str, str], codes: list[str]
+) -> None:
+    request = parse(Task.UPSCALE.request, fields)
+    assert [one.code for one in scale_notes(request, 2)] == codes
+    assert not scale_notes(request, 4)
 
 
 @pytest.mark.parametrize("name", ["prompt", "steps", "seed", "noise_level"])

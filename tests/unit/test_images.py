@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.torture import heic
@@ -175,6 +175,21 @@ def test_every_exif_orientation_gives_the_same_upright_picture(kind: str, orient
     header = images.read_header(data, LIMITS)
     assert (header.width_px, header.height_px) == (96, 64)
     assert distance(rgb_of(data), scene()) < 5
+
+
+@pytest.mark.parametrize(("tag", "size"), [(None, (64, 96)), (1, (96, 64)), (6, (64, 96))])
+def test_the_header_and_the_pixels_of_a_tiff_agree_on_its_orientation(
+    tag: int | None, size: tuple[int, int]
+) -> None:
+    """Only XMP says 6: it counts where the tag is missing."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if tag is not None:
+        tags[ExifTags.Base.Orientation] = tag
+    data = file_of(scene(), "TIFF", tiffinfo=tags)
+    header, picture = images.read_header(data, LIMITS), images.decode(data, LIMITS)
+    assert (header.width_px, header.height_px) == size
+    assert (picture.width_px, picture.height_px) == size
 
 
 def test_a_png_whose_exif_follows_its_pixels_is_turned() -> None:
