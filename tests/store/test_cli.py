@@ -642,7 +642,7 @@ def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Op
         assert time.monotonic() < deadline_s, "no file is begun"
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopped." in said
     assert operator.store.models() == []
