@@ -28,15 +28,14 @@ if TYPE_CHECKING:
 _LIME: Final[Colour] = (0, 255, 0)
 _BLUE: Final[Colour] = (30, 60, 200)
 _BACKGROUNDS: Final = {
-    "magenta": (MAGENTA, 50),
-    "black": (BLACK, 70),
-    "white": (WHITE, 70),
-    "green": (_LIME, 50),
-    "blue": (_BLUE, 50),
+    "magenta": MAGENTA,
+    "black": BLACK,
+    "white": WHITE,
+    "green": _LIME,
+    "blue": _BLUE,
 }
-"""What lies behind the subject, and how many percent of it may be left at the edge. Black and white
-are near some of the subject's own colours, so that there is less to remove.
-"""
+_MOST_LEFT_PERCENT: Final = 50
+"""Of the old background, along the edge."""
 
 
 @cache
@@ -57,16 +56,15 @@ def _found(truth: Scene, alpha: Alpha) -> str:
     return limit("the share of pixels on the wrong side of the edge, in percent,", wrong, 5)
 
 
-def is_gone(background: Colour, most_percent: int, rgba: Pixels) -> str:
-    """Along the edge, colours are at most so far from the subject's, of what the picture's are."""
+def is_gone(background: Colour, rgba: Pixels) -> str:
+    """Along the edge, colours are at most half as far from the subject's as the picture's are."""
     truth = _scene(background)
     if wrong := _found(truth, rgba[..., 3]):
         return wrong
     before = truth.edge_error(truth.seen, rgba[..., 3])
     after = truth.edge_error(rgba[..., :3], rgba[..., 3])
-    return limit(
-        "what is left of the old background, in percent,", after / before * 100, most_percent
-    )
+    left = after / before * 100
+    return limit("what is left of the old background, in percent,", left, _MOST_LEFT_PERCENT)
 
 
 def nothing_hidden(background: Colour, rgba: Pixels) -> str:
@@ -131,11 +129,11 @@ def _case(
 _ON_MAGENTA: Final = partial(_photo, MAGENTA)
 CASES: Final = (
     *(
-        _case(f"edge before {name}", partial(_photo, colour), partial(is_gone, colour, most))
-        for name, (colour, most) in _BACKGROUNDS.items()
+        _case(f"edge before {name}", partial(_photo, colour), partial(is_gone, colour))
+        for name, colour in _BACKGROUNDS.items()
     ),
     _case("nothing hidden", _ON_MAGENTA, partial(nothing_hidden, MAGENTA)),
-    _case("WebP", _ON_MAGENTA, partial(is_gone, MAGENTA, 50), output_format="webp"),
+    _case("WebP", _ON_MAGENTA, partial(is_gone, MAGENTA), output_format="webp"),
     _case("on lime", _ON_MAGENTA, partial(lies_on_lime, MAGENTA), output="color", color="#00ff00"),
     _case("mask", _ON_MAGENTA, mask_is_grey, output="mask"),
     _case("crop", _ON_MAGENTA, tight, crop="subject"),

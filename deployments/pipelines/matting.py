@@ -13,6 +13,7 @@ from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
 from deployments.errors import ModelFailed
 from deployments.pipelines import networks
+from deployments.pipelines.guided import refined
 from deployments.pipelines.lanes import Lanes
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels, RowInput
-    from deployments.images import Picture
+    from deployments.images import Array, Picture
     from deployments.registry import ModelSpec
 
 
@@ -55,8 +56,9 @@ class Matting:
     """One forward pass a row, at the network's own square size.
 
     `config.json` may set `architecture` (isnet, u2net or cutout, the starter model's), `input_px`
-    (1024, 320, 320), `widths` (the published ones), `stretch` (true) and `resize`. The published
-    networks' own code stretches each mask to the full range; a calibrated network does without.
+    (1024, 320, 320), `widths` (the published ones), `stretch` (true), `refine` (false) and
+    `resize`. The published networks' own code stretches each mask to the full range; a calibrated
+    network does without. `refine` moves the mask's edges to the picture's, for a small network.
     `resize` is how a picture gets to `input_px`: bilinear reads single pixels, as IS-Net's own code
     does, and is its default with `stretch`; lanczos reads all of them, much as U2-Net's own does.
     """
@@ -64,6 +66,7 @@ class Matting:
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         config = networks.read_config(spec, folder)
         self._stretch = bool(config.get("stretch", True))
+        self._refine = bool(config.get("refine", False))
         self._device = "cpu"
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
@@ -76,10 +79,7 @@ class Matting:
         self.passes = Passes(self._lanes.spread(self._call))
 
     def fit(self, picture: Picture | None, request: BackgroundRequest) -> Pixels:
-        picture = require_picture(picture)
-        # On white, because a foreground whose colours go on behind its edges has none to be found.
-        rgb = picture.rgb if picture.alpha is None else laid_over(picture.rgb, picture.alpha, WHITE)
-        return self._resize(rgb, self._input_px, self._input_px)
+        return self._resize(_on_white(require_picture(picture)), self._input_px, self._input_px)
 
     def to(self, device: str) -> None:
         self._net.to(device)
@@ -149,7 +149,17 @@ class Matting:
     def restore(
         self, output: Pixels, picture: Picture | None, request: BackgroundRequest
     ) -> Picture:
-        return cut_out(require_picture(picture), output, request)
+        picture = require_picture(picture)
+        if self._refine:
+            output = refined(output, self.fit(picture, request), _on_white(picture))
+        return cut_out(picture, output, request)
+
+
+def _on_white(picture: Picture) -> Array:
+    """What the model sees: colours that go on behind a foreground's edges would hide it."""
+    if picture.alpha is None:
+        return picture.rgb
+    return laid_over(picture.rgb, picture.alpha, WHITE)
 
 
 PIPELINE = Matting

@@ -141,7 +141,13 @@ def save(net: CutoutNet, out: Path) -> None:
     state = {k: v.half().cpu().contiguous() for k, v in folded(net).state_dict().items()}
     save_file(state, out / "model.safetensors")
     widths = {k: v if isinstance(v, int) else list(v) for k, v in vars(WIDTHS).items()}
-    config = {"architecture": "cutout", "input_px": INPUT_PX, "stretch": False, "widths": widths}
+    config = {
+        "architecture": "cutout",
+        "input_px": INPUT_PX,
+        "stretch": False,
+        "refine": True,
+        "widths": widths,
+    }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
