@@ -412,6 +412,10 @@ class BackgroundRequest(ImageRequest):
         description="none: the result has the picture's size. subject: it is cut to the smallest "
         "rectangle that holds all of the foreground.",
     )
+    shadow: Literal["none", "soft"] = Field(
+        default="none",
+        description="none: nothing but the foreground. soft: a blurred shadow falls below it.",
+    )
 
     @property
     def needs_alpha(self) -> bool:

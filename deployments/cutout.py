@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from deployments.contract import PICTURE
 from deployments.foreground import estimate_foreground
 from deployments.images import Picture
 from deployments.notes import Code, note
-from deployments.transparency import WHITE, laid_over, scaled
+from deployments.transparency import BLACK, WHITE, laid_over, scaled, strips
 
 if TYPE_CHECKING:
     from deployments.contract import BackgroundRequest
@@ -25,6 +26,11 @@ _FOREGROUND: Final = 128
 
 _PLAIN: Final = 8
 """Levels, of 255, by which a picture must vary to show anything."""
+_SHADOW_OPACITY: Final = 0.45
+_SHADOW_DOWN: Final = 0.03
+_SHADOW_BLUR: Final = 0.035
+"""How far a shadow falls, and the deviation of its blur; of the side of a square of the subject's
+size."""
 _WHOLE: Final = (slice(None), slice(None))
 
 
@@ -40,12 +46,14 @@ def cut_out(picture: Picture, mask: Array, request: BackgroundRequest) -> Pictur
     if alpha.max() < _FOREGROUND:
         told = "No foreground was found: nothing in the result is more than half opaque."
         notes += (note(Code.NO_FOREGROUND, told),)
-    box = _subject(alpha) if request.crop == "subject" else _WHOLE
     if request.output == "mask":
-        return Picture(alpha[box], None, notes)
+        return Picture(alpha[_box(alpha, request)], None, notes)
     rgb = picture.rgb
     if request.edges == "estimated":
         rgb = estimate_foreground(rgb, alpha)
+    if request.shadow == "soft":
+        rgb, alpha = _with_shadow(rgb, alpha)
+    box = _box(alpha, request)
     rgb, alpha = np.ascontiguousarray(rgb[box]), np.ascontiguousarray(alpha[box])
     color = request.color if request.output == "color" else request.background
     if color is None or color == PICTURE:
@@ -81,6 +89,31 @@ def laid_on(cutout: Picture, background: Picture) -> Picture:
     if cutout.alpha is not None:
         rgb = laid_over(cutout.rgb, cutout.alpha, rgb)
     return Picture(rgb, None, (*cutout.notes, *notes))
+
+
+def _with_shadow(rgb: Array, alpha: Array) -> tuple[Array, Array]:
+    """Straight colours and alpha of a subject and of its shadow, soft and black, below it."""
+    rows, columns = _subject(alpha)
+    seen = alpha[rows, columns]
+    if not seen.any():
+        return rgb, alpha
+    side_px = math.sqrt(seen.size)
+    lower = np.zeros_like(alpha)
+    down_px = min(round(_SHADOW_DOWN * side_px), len(alpha) - 1)
+    lower[down_px:] = alpha[: len(alpha) - down_px]
+    blur = ImageFilter.GaussianBlur(_SHADOW_BLUR * side_px)
+    cast = np.asarray(Image.fromarray(lower).filter(blur))
+    both, share = np.empty_like(alpha), np.empty_like(alpha)
+    for part in strips(len(alpha)):
+        own = alpha[part].astype(np.float32)
+        joint = own + cast[part] * _SHADOW_OPACITY * (1 - own / 255)
+        both[part] = joint.round()
+        share[part] = (own * 255 / np.maximum(joint, 1)).clip(0, 255).round()
+    return laid_over(rgb, share, BLACK), both
+
+
+def _box(alpha: Array, request: BackgroundRequest) -> tuple[slice, slice]:
+    return _subject(alpha) if request.crop == "subject" else _WHOLE
 
 
 def _alpha(picture: Picture, mask: Array) -> Array:

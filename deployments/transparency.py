@@ -15,6 +15,7 @@ Array = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Colour = tuple[int, int, int]
 WHITE: Final[Colour] = (255, 255, 255)
+BLACK: Final[Colour] = (0, 0, 0)
 _TRUSTED: Final = 16
 """A pixel of less alpha, of 255, takes part of its colour from its surroundings: most programs keep
 such colours with few bits, or none. Its own weight falls with the variance of that rounding."""
@@ -57,7 +58,7 @@ def laid_over(rgb: Array, alpha: Array, background: Colour | Array) -> Array:
     """
     below = np.broadcast_to(np.asarray(background, np.uint8), rgb.shape)
     mixed = np.empty_like(rgb)
-    for rows in _strips(len(rgb)):
+    for rows in strips(len(rgb)):
         share = alpha[rows, :, None].astype(np.float32) / 255
         part = rgb[rows] * share + below[rows] * (1 - share)
         mixed[rows] = part.round()
@@ -91,7 +92,7 @@ def _halved(rgb: Array, alpha: Floats) -> tuple[Array, Floats]:
     height, width = ((side + 1) // 2 for side in alpha.shape)
     colours = np.empty((height, width, 3), np.uint8)
     coverage = np.empty((height, width), np.float32)
-    for rows in _strips(height):
+    for rows in strips(height):
         source = slice(rows.start * 2, rows.stop * 2)
         weights = _even(alpha[source, :, None])
         total = _sum_of_four(weights)
@@ -107,7 +108,7 @@ def _pushed(coarse: Array, rgb: Array, alpha: Floats) -> Array:
     twice = coarse.shape[1] * 2, coarse.shape[0] * 2
     filled = np.array(Image.fromarray(coarse).resize(twice, Image.Resampling.BILINEAR))
     filled = filled[:height, :width]
-    for rows in _strips(height):
+    for rows in strips(height):
         share = np.minimum((alpha[rows, :, None] / _TRUSTED) ** 2, 1)
         filled[rows] = (rgb[rows] * share + filled[rows] * (1 - share)).round()
     return np.ascontiguousarray(filled)
@@ -126,6 +127,7 @@ def _sum_of_four(values: Floats) -> Floats:
     return np.add(rows[:, 0::2], rows[:, 1::2])
 
 
-def _strips(height: int) -> Iterator[slice]:
+def strips(height: int) -> Iterator[slice]:
+    """Rows of a picture, in parts that bound the memory of arithmetic on them."""
     for start in range(0, height, _STRIP_ROWS):
         yield slice(start, min(start + _STRIP_ROWS, height))

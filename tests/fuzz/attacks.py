@@ -170,6 +170,7 @@ _PLAUSIBLE: dict[bytes, tuple[bytes, ...]] = {
     b"prompt_weights": (b"true", b"false", b"1.3"),
     b"model": (b"comic-starter", b"upscale-starter", b"none"),
     b"crop": (b"none", b"subject", b"0"),
+    b"shadow": (b"none", b"soft", b"1"),
     b"scale": (b"2", b"3", b"4", b"8"),
     b"width": (b"64", b"1", b"100000"),
     b"height": (b"64", b"1", b"100000"),

@@ -74,6 +74,29 @@ def test_a_crop_holds_the_subject_and_no_more(output: str) -> None:
     assert not found.notes
 
 
+def test_a_shadow_falls_below_the_subject_and_does_not_touch_it() -> None:
+    mask, picture = box(200, 300, slice(60, 120), slice(100, 200)), noise(200, 300)
+    plain = cut(picture, mask)
+    found = cut(picture, mask, shadow="soft")
+    assert plain.alpha is not None
+    assert found.alpha is not None
+    assert (found.rgb[mask > 0] == plain.rgb[mask > 0]).all()
+    assert (found.alpha[mask > 0] == 255).all()
+    around = np.where(mask, 0, found.alpha)
+    assert (found.rgb[around > 0] == 0).all()
+    assert 40 < around[120:124, 150].max() < 128
+    assert around[120:130].sum() > 2 * around[50:60].sum()
+    assert not around[:30].any()
+
+
+def test_nothing_casts_no_shadow() -> None:
+    nothing = np.zeros((20, 20), np.uint8)
+    found = cut(noise(40, 50), nothing, shadow="soft", background="#ffffff")
+    assert (found.rgb == 255).all()
+    mask = box(40, 50, slice(10, 20), slice(10, 20))
+    assert (cut(noise(40, 50), mask, shadow="soft", output="mask").rgb == mask).all()
+
+
 @pytest.mark.parametrize("level", [0, 255, 128])
 def test_in_a_plain_picture_there_is_nothing_to_find(level: int) -> None:
     """Whatever the model imagines there."""
