@@ -30,6 +30,8 @@ _JOBS = "~/.cache/imagen-jobs"
 KEYS_VARIABLE = "IMAGEN_KEYS"
 """Names the file of API keys where `access.keys` is unset."""
 _KEYS = "~/.config/imagen/keys.yaml"
+_HUB_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
+"""The hub's cache by its present name, and by those that older versions of its libraries read."""
 SEATS = 16
 """Requests a model replica works on at a time: each holds a decoded picture."""
 
@@ -422,12 +424,17 @@ def parse_settings(kind: type[S], values: Any, where: str) -> S:
 
 
 def framework_caches(root: Path) -> dict[str, str]:
-    """Environment variables that keep every framework's own cache below one root."""
+    """Environment variables that keep every framework's own cache below one root.
+
+    Also those by which older versions go, because one that is set elsewhere would win over the
+    present name. XDG_CACHE_HOME is for all that have no variable of their own.
+    """
     caches = root / ".cache"
     return {
         ROOT_VARIABLE: str(root),
+        "XDG_CACHE_HOME": str(caches),
         "HF_HOME": str(caches / "huggingface"),
-        "HF_HUB_CACHE": str(caches / "huggingface" / "hub"),
+        **dict.fromkeys(_HUB_CACHES, str(caches / "huggingface" / "hub")),
         "TORCH_HOME": str(caches / "torch"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
@@ -462,7 +469,7 @@ def enforce_offline(root: Path | None = None) -> None:
     caches = framework_caches(root if root and writable else temporary)
     # Models are loaded by absolute path: the hub's own cache stays empty.
     caches["HF_HOME"] = str(temporary / "empty-hub")
-    caches["HF_HUB_CACHE"] = str(temporary / "empty-hub" / "hub")
+    caches |= dict.fromkeys(_HUB_CACHES, str(temporary / "empty-hub" / "hub"))
     if not root:
         del caches[ROOT_VARIABLE]
     elif not writable:

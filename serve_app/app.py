@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -10,6 +11,7 @@ from ray.serve.config import AutoscalingPolicy, BackpressureConfig
 
 from deployments.catalogue import load_registry
 from deployments.credentials import Signing
+from deployments.former import unheeded
 from deployments.model import ModelDeployment
 from deployments.settings import Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
@@ -50,6 +52,8 @@ def build(args: dict[str, Any]) -> Application:
         Signing(settings.c2pa)  # Here, because a replica that fails to start is started again.
     for spec in registry.models:
         locked_digest(lock, spec)
+    for line in unheeded(os.environ):
+        logger.warning("%s", line)
     if absent := [str(task) for task in Task if task not in registry]:
         logger.warning("No model serves: %s", ", ".join(absent))
     if settings.device == "cpu":

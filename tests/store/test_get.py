@@ -181,6 +181,20 @@ def test_a_hugging_face_cache_is_a_source_without_a_network(
     assert origin.source == f"hf://org/cut@{COMMIT}"
 
 
+def test_pull_reads_a_filled_cache_of_from_pretrained(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `cache_dir` is the folder of models--… itself, such as /models on a volume."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    volume = fill_cache(desk.folder / "cache", hub_files(), COMMIT) / "hub"
+    desk.write(HUB_MODEL)
+    assert desk.run("resolve", "cut-out", "--hub-cache", volume).exit_code == 0
+    done = desk.run("pull", "cut-out", "--hub-cache", volume)
+    assert done.exit_code == 0, done.stderr
+    assert desk.file("cut-out").read_bytes() == hub_files()["model.safetensors"]
+    assert desk.run("pull", "cut-out").exit_code == 0  # and needs the volume no more
+
+
 def test_a_damaged_cache_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     cache = fill_cache(desk.folder / "cache", hub_files(), COMMIT)

@@ -74,12 +74,15 @@ def test_relative_paths_count_from_the_project_wherever_one_stands(
 
 def test_no_model_hub_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
-    for name in (*offline, "HF_HOME", "HF_TOKEN"):
+    caches = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
+    for name in (*offline, *caches, "XDG_CACHE_HOME", "HF_TOKEN"):
         monkeypatch.setenv(name, "as the user had it")
     enforce_offline()
     assert [os.environ[name] for name in offline] == ["1", "1", "1"]
     assert "HF_TOKEN" not in os.environ
-    assert not Path(os.environ["HF_HOME"]).exists()
+    for name in caches:
+        assert Path(os.environ[name]).is_absolute()
+        assert not Path(os.environ[name]).exists()
 
 
 def test_the_store_lies_below_an_absolute_path(

@@ -70,6 +70,7 @@ def environment(models_root: Path) -> Iterator[dict[str, str]]:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "COLUMNS": str(COLUMNS),
+            "TRITON_URL": "triton:8001",
         }
 
 
