@@ -95,7 +95,7 @@ def imagen(
         applications = yaml.safe_load(LOCAL_CONFIG.read_text(encoding="utf-8"))["applications"]
         applications[0]["args"] |= args or {}
         for deployment in applications[0]["deployments"]:
-            if "user_config" in deployment:
+            if "user_config" in deployment and deployment["name"] != "Ingress":
                 deployment["user_config"] |= user_config or {}
             if deployment["name"] in asleep:
                 deployment["autoscaling_config"] = {"min_replicas": 0, "max_replicas": 1}

@@ -10,7 +10,7 @@ import yaml
 
 from deployments.catalogue import load_registry
 from deployments.errors import ConfigError
-from deployments.settings import AccessSettings, Settings, parse_settings, resolve
+from deployments.settings import ClientSettings, Settings, parse_settings, resolve
 from deployments.store.lockfile import load_lock, locked_digest
 
 if TYPE_CHECKING:
@@ -39,22 +39,36 @@ def address_of(config: Path) -> str:
         return address
 
 
-def access_of(config: Path) -> AccessSettings | None:
-    """Who may call the application of a Serve config file; None if it is not ours.
+def clients_of(config: Path) -> ClientSettings | None:
+    """What clients of the application of a Serve config file may do; None if it is not ours.
 
     Raises:
-        ConfigError: the file cannot be read, a setting is wrong, or others than this machine could
-            call without a key.
+        ConfigError: the file cannot be read, or a setting is wrong.
+    """
+    with _reading(config) as values:
+        found = [dict(one) for one in values.get("applications") or ()]
+        ours = [one for one in found if str(one.get("import_path", "")).startswith(_OURS)]
+        given = [
+            one.get("user_config") or {}
+            for application in ours
+            for one in application.get("deployments") or ()
+            if one["name"] == "Ingress"
+        ]
+    if not ours:
+        return None
+    _settings(ours[0])  # which refuses them in `args`
+    return parse_settings(ClientSettings, next(iter(given), {}), "The user_config of Ingress")
+
+
+def check_reach(config: Path, clients: ClientSettings) -> None:
+    """Refuse a service without keys that others than this machine can reach.
+
+    Raises:
+        ConfigError: it is one; or the file cannot be read.
     """
     with _reading(config) as values:
         host = str((values.get("http_options") or {}).get("host", "0.0.0.0"))  # noqa: S104 - Serve's
-        found = [dict(one) for one in values.get("applications") or ()]
-    access = None
-    for one in found:
-        if str(one.get("import_path", "")).startswith(_OURS):
-            access = _settings(one).access
-            access.check_host(host)
-    return access
+    clients.access.check_host(host)
 
 
 def settings_of(config: Path) -> Settings:

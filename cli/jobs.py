@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.config import settings_of
+from cli.config import clients_of, settings_of
 from cli.console import Output, make_table
 from cli.ending import ending
 from deployments.errors import ConfigError, JobsUnavailable, NoSuchJob
+from deployments.settings import ClientSettings
 from deployments.tasks import Task
 from serve_app.jobs.connection import RedisLink, connect, url_of_environment
 from serve_app.jobs.record import timestamp
@@ -129,7 +130,7 @@ async def _requeue(config: Path, job_id: str) -> str:
 
 @asynccontextmanager
 async def _open(config: Path) -> AsyncGenerator[Jobs]:
-    settings = settings_of(config).jobs
+    settings, clients = settings_of(config).jobs, clients_of(config) or ClientSettings()
     url = url_of_environment() or await _own_url(settings)
 
     async def found() -> str:
@@ -138,7 +139,7 @@ async def _open(config: Path) -> AsyncGenerator[Jobs]:
     link = RedisLink(found)
     await link.refresh()
     try:
-        yield open_jobs(link, Signals(link, settings.namespace), settings)
+        yield open_jobs(link, Signals(link, settings.namespace), settings, clients.jobs)
     finally:
         await link().aclose()
 

@@ -18,7 +18,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from cli.config import access_of, address_of, config_serving
+from cli.config import address_of, check_reach, clients_of, config_serving
 from cli.console import Output
 from cli.ending import ending
 from cli.serving import Serve, serve_of
@@ -43,7 +43,9 @@ def run(
 ) -> None:
     """Serve on this machine until Ctrl-C. Says when it is ready, and where."""
     with ending(Output(as_json=False)):
-        address, access = address_of(config), access_of(config)
+        address, clients = address_of(config), clients_of(config)
+        if clients is not None:
+            check_reach(config, clients)
         changed = config_serving(config, serve_of(serve))
         if _answers(address):
             raise ConfigError(
@@ -62,6 +64,7 @@ def run(
         try:
             if _wait_ready(server, address, timeout_s):
                 seconds = time.monotonic() - start_s
+                access = clients and clients.access
                 _announce(address, dashboard.read_text(encoding="utf-8"), access, seconds)
                 failed = server.wait() != 0
         except KeyboardInterrupt:

@@ -43,6 +43,7 @@ class Ticket:
         seconds: of work on an idle replica; 0 if unknown.
         deadline_s: on the clock of `time.monotonic`.
         give_up: ends the wait of a request that has no row yet.
+        whole_s: that such a request has in all.
         rows: of the engine, once there are some.
         refusal: the error of a request that was given up.
         counted_s: seconds of work that `Admission.slowdown` has counted already.
@@ -51,6 +52,7 @@ class Ticket:
     seconds: float
     deadline_s: float
     give_up: Callable[[], None]
+    whole_s: float
     rows: Sequence[Row] = ()
     refusal: Full | None = None
     counted_s: float = 0.0
@@ -73,12 +75,10 @@ class Admission:
     """What a replica has accepted, and whether it can accept more. For one event loop.
 
     Args:
-        timeout_s: that a client's request has in all.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._tickets: dict[Ticket, None] = {}
         self._since_s = 0.0
@@ -87,7 +87,7 @@ class Admission:
 
     @contextmanager
     def admit(
-        self, seconds: float | None, timeout_s: float, give_up: Callable[[], None]
+        self, seconds: float | None, timeout_s: float, give_up: Callable[[], None], whole_s: float
     ) -> Generator[Ticket]:
         """Hold a place for a request until the end of the context.
 
@@ -96,13 +96,14 @@ class Admission:
             timeout_s: until the request's deadline.
             give_up: called once if the work before an accepted request takes longer than estimated;
                 `Ticket.refusal` then holds the error to raise.
+            whole_s: that such a request has in all, when it comes again.
 
         Raises:
             Full: it would end too late, or make an accepted request end too late.
             TooLate: the replica is idle, and still too little time is left.
         """
         now_s = self._clock()
-        ticket = Ticket(seconds or 0.0, now_s + timeout_s, give_up)
+        ticket = Ticket(seconds or 0.0, now_s + timeout_s, give_up, whole_s)
         if not self._tickets and ticket.seconds > timeout_s:
             raise TooLate(
                 "Too little of the request's time is left to finish it.",
@@ -124,7 +125,7 @@ class Admission:
     def takes(self, seconds: float, timeout_s: float) -> bool:
         """Whether `admit` would take such a request now."""
         now_s = self._clock()
-        ticket = Ticket(seconds, now_s + timeout_s, lambda: None)
+        ticket = Ticket(seconds, now_s + timeout_s, lambda: None, timeout_s)
         if not self._tickets:
             return seconds <= timeout_s
         return self._has_room(ticket, now_s)
@@ -184,10 +185,10 @@ class Admission:
         """When there is room for the request, after all that were told to come back before it."""
         own_s = self.slowdown * refused.seconds
         before_s = sum(seconds for back_s, seconds in self._announced if back_s > now_s)
-        room_s = self._timeout_s / _QUEUE_RESERVE - own_s
+        room_s = refused.whole_s / _QUEUE_RESERVE - own_s
         if len(self._tickets) >= MAX_REQUESTS:
             room_s = min(room_s, ahead_s * (1 - 1 / len(self._tickets)))
-        retry_s = min(max(ahead_s + before_s - room_s, 1.0), self._timeout_s)
+        retry_s = min(max(ahead_s + before_s - room_s, 1.0), refused.whole_s)
         self._announced.append((now_s + retry_s, own_s))
         return retry_s
 

@@ -454,6 +454,7 @@ class ImageJob:
         image: the uploaded file; None where the task needs no picture.
         output_format: of the result.
         timeout_s: seconds from sending to the request's deadline.
+        whole_s: that such a request has in all, its upload too; 0 for `timeout_s`.
         request_id: for the log; clients choose it.
         job_id: of a job that is kept; empty for another request. A job runs once at a time.
         width_px, height_px: of the picture in the file, upright; without one, of what is made.
@@ -469,6 +470,7 @@ class ImageJob:
     image: bytes | None
     output_format: OutputFormat
     timeout_s: float
+    whole_s: float = 0.0
     request_id: str = ""
     job_id: str = ""
     width_px: int = 0
@@ -479,6 +481,11 @@ class ImageJob:
     notes: tuple[Note, ...] = ()
     background: bytes | None = None
     background_px: int = 0
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds that such a request may take at most."""
+        return max(self.whole_s, self.timeout_s)
 
     def left_s(self, now_unix_s: float) -> float:
         """Seconds until the deadline, without the time that the request waited for a replica.

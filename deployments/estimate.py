@@ -81,27 +81,30 @@ class Estimator:
         pipeline: knows what a request costs.
         forecast: knows what that takes.
         scale: side of the result over side of the picture.
-        limit_s: that a request may take.
     """
 
-    def __init__(
-        self, pipeline: AnyPipeline, forecast: Forecast, scale: int, limit_s: float
-    ) -> None:
+    def __init__(self, pipeline: AnyPipeline, forecast: Forecast, scale: int) -> None:
         self._pipeline = pipeline
         self._forecast = forecast
         self._scale = scale
-        self._limit_s = limit_s
 
     def seconds(
-        self, request: ImageRequest, size: Size, n: int = 1, timeout_s: float = 0
+        self,
+        request: ImageRequest,
+        size: Size,
+        limit_s: float,
+        n: int = 1,
+        *,
+        is_job: bool = False,
     ) -> float | None:
         """Of work on an idle replica; None if passes of this size were not timed yet.
 
         Args:
             request: complete.
             size: of its picture.
+            limit_s: that such a request may take in all.
             n: how often it runs.
-            timeout_s: that it has; a job may have more than other requests.
+            is_job: whether it may take so long because it is a job.
 
         Raises:
             TooMuchWork: more than a request may take.
@@ -109,12 +112,12 @@ class Estimator:
         if not self._forecast.is_certain(self._pipeline.work(*size, request)):
             return None
         seconds = self._extrapolated_s(request, size) * n
-        limit_s = max(self._limit_s, timeout_s)
         if not fits(seconds, limit_s):
+            remedy = self._smaller_request(request, size, limit_s / n, is_job=is_job)
             raise TooMuchWork(
                 "The model cannot finish this request in time, even with nothing else to do.",
                 value=f"about {seconds:.0f} s of work; a request may take {limit_s:g} s",
-                remedy=self._smaller_request(request, size, limit_s / n),
+                remedy=remedy,
             )
         return seconds
 
@@ -127,7 +130,9 @@ class Estimator:
         work = self._pipeline.work(*size, request)
         return self._forecast.seconds(work, file_px(request, size, self._scale)) or 0.0
 
-    def _smaller_request(self, request: ImageRequest, size: Size, limit_s: float) -> str:
+    def _smaller_request(
+        self, request: ImageRequest, size: Size, limit_s: float, *, is_job: bool
+    ) -> str:
         """The largest similar request that fits: of less detail or fewer steps, else of a smaller
         picture.
         """
@@ -135,7 +140,6 @@ class Estimator:
             working = request.model_copy(update={"detail": "working"})
             seconds = self._extrapolated_s(working, size)
             if fits(seconds, limit_s):
-                is_job = limit_s > self._limit_s
                 job = "" if is_job else ", or make a job of it (Prefer: respond-async)"
                 return f"Send detail=working, which takes about {seconds:.0f} s{job}."
         for steps in range(getattr(request, "steps", 1) - 1, 0, -1):

@@ -289,8 +289,7 @@ class Host:
         prepare_replica(self._spec, loaded, self.limits, self._settings, self._provider)
 
     def _estimator(self, pipeline: AnyPipeline, engine: Engine) -> Estimator:
-        limit_s = self._settings.request_timeout_s
-        return Estimator(pipeline, Forecast(engine.pace), self._spec.scale, limit_s)
+        return Estimator(pipeline, Forecast(engine.pace), self._spec.scale)
 
     def _warm_size(self, served: Served, width_px: int, height_px: int) -> None:
         """Run pictures of one size until its passes are timed: three for a model of few steps."""

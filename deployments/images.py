@@ -89,8 +89,8 @@ _BITS_PER_SAMPLE: Final = 258
 _ASCII: Final = b"ASCII\0\0\0"
 
 
-_OWN_RESULTS: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
-"""A result may be larger than any upload."""
+CHECKED: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
+"""For what needs no check: results of ours, and uploads that the Ingress has checked."""
 
 _THUMBNAIL_PX = 192
 
@@ -478,7 +478,7 @@ def read_metadata(data: bytes) -> dict[str, object]:
     Raises:
         RequestError: as from `read_header`.
     """
-    image, kind, _ = _open(data, _OWN_RESULTS)
+    image, kind, _ = _open(data, CHECKED)
     with _reading(kind, data):
         text = image.info.get("imagen", "")
         if kind != "PNG":

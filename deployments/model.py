@@ -37,7 +37,14 @@ from deployments.making import Making, left_s
 from deployments.notes import documents
 from deployments.registry import ModelSpec, check_defaults
 from deployments.seats import Seats
-from deployments.settings import SEATS, Settings, Tuning, parse_settings, set_thread_limits
+from deployments.settings import (
+    SEAT_PX,
+    SEATS,
+    Settings,
+    Tuning,
+    parse_settings,
+    set_thread_limits,
+)
 from deployments.tiling import tiles_of
 
 if TYPE_CHECKING:
@@ -99,16 +106,14 @@ class ModelDeployment:
 
         spec = spec.model_copy(update={"num_gpus": _gpu_share()})
         self._spec = spec
-        self._limits = settings.limits
         self._pool = ThreadPoolExecutor(settings.pixel_threads, thread_name_prefix="pixels")
-        limits = settings.limits
-        self._seats = Seats(SEATS, max(limits.max_input_px, limits.max_output_px))
+        self._seats = Seats(SEATS, SEAT_PX)
         self._configured = False
         self._defaults = spec.defaults
         self._in_flight = 0
         self._streams: dict[str, asyncio.Future[tuple[ImageResult, ...]]] = {}
         self._host = Host(spec, settings)
-        self._admission = Admission(settings.request_timeout_s)
+        self._admission = Admission()
         self._signing = None if settings.c2pa is None else Signing(settings.c2pa)
 
     # --- what Serve calls ---
@@ -262,7 +267,7 @@ class ModelDeployment:
                 deadline.reschedule(loop.time())
 
         seconds = self._estimate_s(job, request)
-        with self._admission.admit(seconds, timeout_s, give_up) as ticket:
+        with self._admission.admit(seconds, timeout_s, give_up, job.limit_s) as ticket:
             try:
                 async with deadline, self._taken(job, request):
                     return await self._process(job, request, ticket, makings, arrived_s)
@@ -280,7 +285,9 @@ class ModelDeployment:
         served = self._host.served
         if served is None:
             return None
-        return served.estimator.seconds(request, _size(job), job.n, job.timeout_s)
+        return served.estimator.seconds(
+            request, _size(job), job.limit_s, job.n, is_job=bool(job.job_id)
+        )
 
     async def _process(
         self,
@@ -368,7 +375,7 @@ class ModelDeployment:
     def _open(
         self, job: ImageJob, request: ImageRequest, pipeline: AnyPipeline
     ) -> tuple[Picture | None, Pixels]:
-        picture = None if job.image is None else images.decode(job.image, self._limits)
+        picture = None if job.image is None else images.decode(job.image, images.CHECKED)
         if picture is not None and self._grid(job, request):
             return picture, picture.rgb
         return picture, pipeline.fit(picture, request)
@@ -399,7 +406,7 @@ class ModelDeployment:
     ) -> tuple[Picture, bytes]:
         restored = served.pipeline.restore(output, picture, making.input.request)
         if job.background is not None:
-            restored = laid_on(restored, images.decode(job.background, self._limits))
+            restored = laid_on(restored, images.decode(job.background, images.CHECKED))
         # A row that began twice may have said the same twice.
         notes = tuple(dict.fromkeys((*making.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)

@@ -16,16 +16,15 @@ class Seats:
     Otherwise hostile uploads could fill the memory with as many pictures of the largest size.
 
     Args:
-        count: of places; four pictures of the largest size take all of them.
-        largest_px: width x height of a picture, at most.
+        count: of places. A picture for which they are too few takes all of them.
+        seat_px: width x height of a picture that takes one.
     """
 
-    def __init__(self, count: int, largest_px: int) -> None:
+    def __init__(self, count: int, seat_px: int) -> None:
         self._count = count
         self._free = asyncio.Semaphore(count)
         self._first_in_line = asyncio.Lock()
-        self._most = max(count // 4, 1)
-        self._seat_px = max(largest_px // self._most, 1)
+        self._seat_px = seat_px
 
     @asynccontextmanager
     async def taken(self, px: int, results: int = 1) -> AsyncGenerator[None]:
@@ -38,4 +37,4 @@ class Seats:
             yield
 
     def _of(self, px: int) -> int:
-        return min(max(-(-px // self._seat_px), 1), self._most)
+        return max(-(-px // self._seat_px), 1)

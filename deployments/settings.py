@@ -34,6 +34,10 @@ _HUB_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
 """The hub's cache by its present name, and by those that older versions of its libraries read."""
 SEATS = 16
 """Requests a model replica works on at a time: each holds a decoded picture."""
+SEAT_PX = 12_500_000
+"""Pixels of a picture for each of these places, width x height; a larger one takes several."""
+MOST_AT_A_TIME = 10_000
+"""Requests that one Ingress replica may have at a time, beside those that are short."""
 
 
 class Strict(BaseModel):
@@ -46,11 +50,13 @@ class LimitSettings(Strict):
     """How large a request, a picture and a result may be."""
 
     max_body_bytes: int = Field(
-        default=32 * 2**20, ge=1024, description="whole request body, bytes"
+        default=32 * 2**20, ge=1024, le=2**30, description="whole request body, bytes"
     )
-    max_input_px: int = Field(default=50_000_000, ge=1, description="width x height of an upload")
+    max_input_px: int = Field(
+        default=50_000_000, ge=1, le=2**30, description="width x height of an upload"
+    )
     max_output_px: int = Field(
-        default=50_000_000, ge=16, description="width x height of an upscaled image"
+        default=50_000_000, ge=16, le=2**30, description="width x height of an upscaled image"
     )
 
 
@@ -160,8 +166,31 @@ class WebhookSettings(Strict):
     give_up_s: float = Field(default=86_400, gt=0)
 
 
+class ClientJobSettings(Strict):
+    """What clients may do with jobs: read by the Ingress alone.
+
+    Attributes:
+        respond_async_by_default: whether a request without a preference becomes a job.
+        link_s: how long a signed link to a result works.
+        max_queued: jobs in the queue; more get 429.
+        max_streams: event streams of one Ingress replica at a time, and as many downloads of
+            pictures in a folder; more get 429.
+        max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
+        stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
+            own request_timeout_s.
+    """
+
+    respond_async_by_default: bool = False
+    link_s: int = Field(default=900, ge=1, le=7 * 86_400)
+    max_queued: int = Field(default=10_000, ge=1)
+    max_streams: int = Field(default=200, ge=1)
+    max_waits: int = Field(default=100, ge=1)
+    stream_s: float = Field(default=50, gt=0)
+
+
 class JobSettings(Strict):
-    """Jobs: requests that outlive their client (docs/jobs.md).
+    """Jobs: requests that outlive their client (docs/jobs.md); what clients may do with them is in
+    `ClientJobSettings`.
 
     Attributes:
         enabled: whether image routes take `Prefer: respond-async`.
@@ -170,11 +199,9 @@ class JobSettings(Strict):
             if `storage` is unset; None takes $IMAGEN_JOBS, else ~/.cache/imagen-jobs.
         storage: file://, gs:// or s3:// folder of pictures and results; None takes `folder`/files.
             `imagen storage init` and `check` prepare and prove it.
-        respond_async_by_default: whether a request without a preference becomes a job.
         keep_s: how long jobs, pictures and results are kept after a job's end.
         max_kept: ended jobs of one API key that are kept; the oldest go early. One takes about 4 KB
             of Redis.
-        link_s: how long a signed link to a result works.
         run_timeout_s: of one attempt of a job on a model.
         lease_s: a worker that does not renew its claim for so long has lost the job.
         attempts: of a model at a job, after which one that loses its worker or its model again and
@@ -182,12 +209,6 @@ class JobSettings(Strict):
         per_model: jobs that one worker carries at a time for each model.
         max_held_bytes: of pictures in one worker's memory, divided equally among the models. A job
             waits with its picture in storage until there is room; one is always allowed.
-        max_queued: jobs in the queue; more get 429.
-        max_streams: event streams of one Ingress replica at a time, and as many downloads of
-            pictures in a folder; more get 429.
-        max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
-        stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
-            own request_timeout_s.
         gpu_second_price: for the `cost` of a job; None leaves it out.
         webhooks: how they are delivered.
     """
@@ -196,19 +217,13 @@ class JobSettings(Strict):
     namespace: str = Field(default="imagen", pattern=r"^[a-z0-9-]{1,40}$")
     folder: Path | None = None
     storage: str | None = Field(default=None, pattern=r"^(file|gs|s3)://.+")
-    respond_async_by_default: bool = False
     keep_s: int = Field(default=7 * 86_400, ge=1, le=7 * 86_400)
     max_kept: int = Field(default=10_000, ge=1)
-    link_s: int = Field(default=900, ge=1, le=7 * 86_400)
     run_timeout_s: float = Field(default=600, gt=0)
     lease_s: float = Field(default=8, gt=0)
     attempts: int = Field(default=5, ge=1)
     per_model: int = Field(default=8, ge=1, le=64)
     max_held_bytes: int = Field(default=512 * 2**20, ge=2**20)
-    max_queued: int = Field(default=10_000, ge=1)
-    max_streams: int = Field(default=200, ge=1)
-    max_waits: int = Field(default=100, ge=1)
-    stream_s: float = Field(default=50, gt=0)
     gpu_second_price: float | None = Field(default=None, ge=0)
     webhooks: WebhookSettings = WebhookSettings()
 
@@ -322,8 +337,48 @@ class C2paSettings(Strict):
     timestamp_url: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
 
 
+class ClientSettings(Strict):
+    """The Ingress's `user_config`: who may call, how much, and how long. A change is taken within
+    seconds and replaces no replica; requests at hand end by the settings that they began with.
+
+    Attributes:
+        request_timeout_s: deadline of a request. Keep it below Serve's own request_timeout_s.
+        max_uploads: complete uploads that one Ingress replica works on at a time; more get 429.
+        retry_after_s: the shortest `Retry-After` of a refused client.
+        limits: sizes of requests, pictures and results.
+        uploads: limits of uploads while they arrive.
+        jobs: what clients may do with jobs.
+        access: who may call, and how much.
+    """
+
+    request_timeout_s: float = Field(default=60, gt=0)
+    max_uploads: int = Field(default=150, ge=1)
+    retry_after_s: int = Field(default=2, ge=1)
+    limits: LimitSettings = LimitSettings()
+    uploads: UploadSettings = UploadSettings()
+    jobs: ClientJobSettings = ClientJobSettings()
+    access: AccessSettings = AccessSettings()
+
+    @model_validator(mode="after")
+    def _holds_the_largest_body(self) -> Self:
+        if self.uploads.max_held_bytes < self.limits.max_body_bytes:
+            raise ValueError("uploads.max_held_bytes must not be below limits.max_body_bytes")
+        return self
+
+    @model_validator(mode="after")
+    def _refuses_before_serve_does(self) -> Self:
+        at_a_time = self.max_uploads + self.uploads.max_arriving + self.jobs.max_waits
+        at_a_time += 2 * self.jobs.max_streams
+        if at_a_time > MOST_AT_A_TIME:
+            raise ValueError(
+                f"max_uploads + uploads.max_arriving + jobs.max_waits + 2 x jobs.max_streams is"
+                f" {at_a_time}, above {MOST_AT_A_TIME}"
+            )
+        return self
+
+
 class Settings(Strict):
-    """Everything `serve_app.app:build` needs.
+    """Everything `serve_app.app:build` needs. A change of any of it replaces every replica.
 
     Attributes:
         models: registries, YAML files of models. The first file that has a model for a task decides
@@ -336,14 +391,8 @@ class Settings(Strict):
         pixel_threads: threads of each replica that decode and encode image files.
         model_num_cpus: CPUs that each model replica reserves. With the default, five models and the
             Ingress fit two cores. A GPU share is the model's own (`num_gpus` in the registry).
-        request_timeout_s: deadline of a request. Keep it below Serve's own request_timeout_s.
-        max_uploads: complete uploads that one Ingress replica works on at a time; more get 429.
-        uploads: limits of uploads while they arrive.
-        retry_after_s: the shortest `Retry-After` of a refused client.
-        limits: sizes of requests, pictures and results.
         store: the model store of a node.
         jobs: requests that outlive their client.
-        access: who may call, and how much.
         c2pa: whose Content Credentials results carry; None signs nothing.
     """
 
@@ -357,21 +406,24 @@ class Settings(Strict):
     torch_threads: int = Field(default=1, ge=1, le=256)
     pixel_threads: int = Field(default=2, ge=1, le=64)
     model_num_cpus: float = Field(default=0.2, ge=0)
-    request_timeout_s: float = Field(default=60, gt=0)
-    max_uploads: int = Field(default=150, ge=1)
-    retry_after_s: int = Field(default=2, ge=1)
-    limits: LimitSettings = LimitSettings()
-    uploads: UploadSettings = UploadSettings()
     store: StoreSettings = StoreSettings()
     jobs: JobSettings = JobSettings()
-    access: AccessSettings = AccessSettings()
     c2pa: C2paSettings | None = None
 
-    @model_validator(mode="after")
-    def _holds_the_largest_body(self) -> Self:
-        if self.uploads.max_held_bytes < self.limits.max_body_bytes:
-            raise ValueError("uploads.max_held_bytes must not be below limits.max_body_bytes")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _leaves_clients_to_the_ingress(cls, args: Any) -> Any:
+        given: dict[str, Any] = args if isinstance(args, dict) else {}
+        jobs = given.get("jobs")
+        inside: dict[str, Any] = jobs if isinstance(jobs, dict) else {}
+        moved = [name for name in given if name in ClientSettings.model_fields and name != "jobs"]
+        moved += [f"jobs.{name}" for name in inside if name in ClientJobSettings.model_fields]
+        if moved:
+            raise ValueError(
+                f"{', '.join(moved)}: what clients may do is in the user_config of the deployment"
+                " Ingress, where a change replaces no replica; move it there"
+            )
+        return args
 
 
 class Tuning(Strict):

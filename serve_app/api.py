@@ -40,10 +40,8 @@ from serve_app.protocols import files, native, openai
 from serve_app.protocols import jobs as job_routes
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from deployments.catalogue import Registry
-    from deployments.settings import Settings
+    from deployments.settings import ClientSettings
     from serve_app.intake import Backends
     from serve_app.jobs.service import Jobs
 
@@ -58,22 +56,22 @@ DESCRIPTION = (
 def create_app(
     backends: Backends,
     registry: Registry,
-    settings: Settings,
+    clients: ClientSettings,
     on_answer: OnAnswer | None = None,
     jobs: Jobs | None = None,
-    redis: Callable[[], Redis | None] = lambda: None,
+    limits: Limits | None = None,
 ) -> FastAPI:
     """The whole HTTP API around the models. Knows neither Ray nor torch.
 
     Args:
         backends: the models.
         registry: what each model is.
-        settings: limits and deadlines.
+        clients: limits and deadlines.
         on_answer: called after each answer.
         jobs: of the application; None if it keeps none.
-        redis: gives the server that counts what API keys use; without one this process counts.
+        limits: counts what API keys use; None counts in this process.
     """
-    limits = Limits(redis, settings.jobs.namespace, retry_after_s=settings.retry_after_s)
+    limits = limits or Limits(lambda: None, "imagen", retry_after_s=clients.retry_after_s)
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
@@ -82,16 +80,16 @@ def create_app(
         title="Imagen",
         version=version("imagen"),
         description=DESCRIPTION,
-        middleware=_middleware(settings, on_answer, _access(settings, registry, limits)),
+        middleware=_middleware(clients, on_answer, _access(clients, registry, limits)),
     )
     app.state.backends, app.state.registry = backends, registry
-    app.state.intake = Intake(backends, registry, settings)
+    app.state.intake = Intake(backends, registry, clients)
     app.state.jobs = jobs
-    app.state.retry_after_s = settings.retry_after_s
+    app.state.retry_after_s = clients.retry_after_s
     _add_routes(app, registry, with_jobs=jobs is not None)
     app.add_exception_handler(ImagenError, on_error)
     app.add_exception_handler(HTTPException, on_error)
-    if settings.access.auth == "keys":
+    if clients.access.auth == "keys":
         app.openapi = authorization.describe(app.openapi)
     return app
 
@@ -107,34 +105,34 @@ def _add_routes(app: FastAPI, registry: Registry, *, with_jobs: bool) -> None:
         page.add_files(app, mount.path, mount.app)
 
 
-def _access(settings: Settings, registry: Registry, limits: Limits) -> Middleware:
-    access = settings.access
+def _access(clients: ClientSettings, registry: Registry, limits: Limits) -> Middleware:
+    access = clients.access
     keys = KeyFile(access.keys_file, access.limits) if access.auth == "keys" else None
     routes = frozenset((*(task.route for task in registry), *openai.IMAGE_ROUTES))
     return Middleware(Access, keys=keys, limits=limits, image_routes=routes)
 
 
 def _middleware(
-    settings: Settings, on_answer: OnAnswer | None, access: Middleware
+    clients: ClientSettings, on_answer: OnAnswer | None, access: Middleware
 ) -> list[Middleware]:
     """From the outside in."""
     return [
         Middleware(RequestId),
         Middleware(AccessLog, on_answer=on_answer),
-        *authorization.around(settings.access),
+        *authorization.around(clients.access),
         Middleware(ErrorBoundary),
         Middleware(Home, page=f"{page.PATH}/index.html", reference="/docs"),
         access,
         Middleware(
             BodyLimit,
-            max_body_bytes=settings.limits.max_body_bytes,
-            uploads=settings.uploads,
-            retry_after_s=settings.retry_after_s,
+            max_body_bytes=clients.limits.max_body_bytes,
+            uploads=clients.uploads,
+            retry_after_s=clients.retry_after_s,
         ),
         Middleware(
             InFlightLimit,
-            max_uploads=settings.max_uploads,
-            retry_after_s=settings.retry_after_s,
+            max_uploads=clients.max_uploads,
+            retry_after_s=clients.retry_after_s,
         ),
     ]
 

@@ -13,7 +13,7 @@ from deployments.catalogue import load_registry
 from deployments.credentials import Signing
 from deployments.former import unheeded
 from deployments.model import ModelDeployment
-from deployments.settings import Settings, parse_settings
+from deployments.settings import MOST_AT_A_TIME, Settings, parse_settings
 from deployments.store.lockfile import load_lock, locked_digest
 from deployments.tasks import Task
 from serve_app.backends import HEALTH_CHECK_PERIOD_S
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.imagen")
 _MOST_WORKERS = 4
+_SHORT_ONES = 50
+"""Requests that hold nothing, such as probes, beside those that the settings limit."""
+_BACKPRESSURE = BackpressureConfig(status_code=429, retry_after_s=2)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -63,26 +66,14 @@ def build(args: dict[str, Any]) -> Application:
     ingress = ingress.options(
         name="Ingress",
         # High enough that our middleware refuses first: Serve's own refusals are plain text.
-        max_ongoing_requests=_most_ongoing(settings),
-        max_queued_requests=settings.uploads.max_arriving,
+        max_ongoing_requests=MOST_AT_A_TIME + _SHORT_ONES,
+        max_queued_requests=1000,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        backpressure_config=_backpressure(settings),
+        backpressure_config=_BACKPRESSURE,
         ray_actor_options={"num_cpus": 0.1},
         user_config={},
     )
     return ingress.bind(models, registry, settings, _beside(models, registry, settings))
-
-
-def _most_ongoing(settings: Settings) -> int:
-    """Uploads, streams, downloads and waits at a time, and some more for what is short."""
-    jobs = settings.jobs
-    return (
-        settings.max_uploads
-        + settings.uploads.max_arriving
-        + 2 * jobs.max_streams
-        + jobs.max_waits
-        + 50
-    )
 
 
 def __getattr__(name: str) -> Application:
@@ -174,7 +165,7 @@ def _model(spec: ModelSpec, registry: Registry, settings: Settings) -> Applicati
         # requests queue in front of it only while there is no replica.
         max_ongoing_requests=1000,
         max_queued_requests=40,
-        backpressure_config=_backpressure(settings),
+        backpressure_config=_BACKPRESSURE,
         # Long enough for the jobs at hand.
         graceful_shutdown_timeout_s=max(60, settings.jobs.run_timeout_s),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -182,7 +173,3 @@ def _model(spec: ModelSpec, registry: Registry, settings: Settings) -> Applicati
         ray_actor_options={"num_cpus": settings.model_num_cpus, "num_gpus": spec.num_gpus},
         user_config={},
     ).bind(spec, settings)
-
-
-def _backpressure(settings: Settings) -> BackpressureConfig:
-    return BackpressureConfig(status_code=429, retry_after_s=settings.retry_after_s)

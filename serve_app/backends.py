@@ -43,12 +43,16 @@ logger = logging.getLogger("ray.serve.imagen.ingress")
 
 
 class HandleBackend:
-    """A model deployment behind its Serve handle."""
+    """A model deployment behind its Serve handle.
 
-    def __init__(self, name: str, handle: Handle, retry_after_s: float) -> None:
+    Attributes:
+        retry_after_s: the shortest pause that a refused caller is told.
+    """
+
+    def __init__(self, name: str, handle: Handle, retry_after_s: float = 2) -> None:
         self._name = name
         self._handle = handle
-        self._retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s
         self._start_s: float | None = None
         self._lost_s: float | None = None
         self._query: asyncio.Task[Any] | None = None
@@ -61,7 +65,7 @@ class HandleBackend:
         """
         whole_s = HEALTH_CHECK_PERIOD_S + _PROCESS_START_S + (self._start_s or _MODEL_START_S)
         since_s = 0 if self._lost_s is None else time.monotonic() - self._lost_s
-        return max(whole_s - since_s, self._retry_after_s)
+        return max(whole_s - since_s, self.retry_after_s)
 
     async def replicas(self) -> list[Any] | None:
         """The status of each running replica; None if that is unknown."""
@@ -129,7 +133,7 @@ class HandleBackend:
                 f"The queue of {self._name} is full.",
                 value=self._name,
                 remedy="Try again after Retry-After seconds.",
-                retry_after_s=self._retry_after_s if self._lost_s is None else self.recovery_s,
+                retry_after_s=self.retry_after_s if self._lost_s is None else self.recovery_s,
             )
         if isinstance(error, DeploymentUnavailableError):
             return not_ready(self._name, "failed", self.recovery_s)
@@ -157,10 +161,8 @@ def _unexpected(name: str, error: RayTaskError) -> ModelFailed:
 class ServeBackends:
     """The models of a Serve application by name, and how they are."""
 
-    def __init__(
-        self, handles: Mapping[str, Handle], registry: Registry, retry_after_s: float
-    ) -> None:
-        self._backends = {n: HandleBackend(n, h, retry_after_s) for n, h in handles.items()}
+    def __init__(self, handles: Mapping[str, Handle], registry: Registry) -> None:
+        self._backends = {n: HandleBackend(n, h) for n, h in handles.items()}
         self._deployment = {spec.name: registry.deployment(spec) for spec in registry.models}
         self._application = serve.get_replica_context().app_name
         self._states: Mapping[str, State] = {}
@@ -171,6 +173,11 @@ class ServeBackends:
 
     def __getitem__(self, name: str) -> HandleBackend:
         return self._backends[name]
+
+    def set_retry_after(self, seconds: float) -> None:
+        """From now on refused callers are told to wait at least so long."""
+        for backend in self._backends.values():
+            backend.retry_after_s = seconds
 
     def recovery_s(self, name: str) -> float:
         return self._backends[name].recovery_s

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from starlette.datastructures import Headers, MutableHeaders
 
+from deployments.errors import ConfigError
+from deployments.settings import ClientJobSettings, ClientSettings, parse_settings
 from deployments.telemetry import HttpMetrics, JobMetrics
+from serve_app.access.limits import Limits
 from serve_app.api import create_app
 from serve_app.backends import ServeBackends
 from serve_app.jobs.connection import open_link
@@ -22,11 +26,15 @@ from serve_app.worker import own_url
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from fastapi import FastAPI
     from starlette.types import Message, Receive, Scope, Send
 
     from deployments.catalogue import Registry
     from deployments.settings import Settings
     from serve_app.backends import Handle
+    from serve_app.jobs.service import Jobs
+
+logger = logging.getLogger("ray.serve.imagen.ingress")
 
 
 class _ReplicaApp:
@@ -66,7 +74,7 @@ class Ingress:
     Args:
         handles: by model.
         registry: what each model is.
-        settings: limits and deadlines.
+        settings: of the application; what clients may do is in the `user_config`.
         beside: the deployments of jobs, by name: `worker`, and `redis` unless REDIS_URL names one.
             Empty without jobs.
     """
@@ -78,27 +86,48 @@ class Ingress:
         settings: Settings,
         beside: dict[str, Handle],
     ) -> None:
-        backends = ServeBackends(handles, registry, settings.retry_after_s)
         self._metrics = HttpMetrics()
+        self._backends, self._registry = ServeBackends(handles, registry), registry
         link = open_link(own_url(beside.get("redis")))
-        signals, jobs = Signals(link, settings.jobs.namespace), None
+        signals = Signals(link, settings.jobs.namespace)
+        self._limits = Limits(lambda: link.current, settings.jobs.namespace)
+        self._jobs: Jobs | None = None
         self._loops: list[Callable[[], Coroutine[Any, Any, None]]] = [signals.listen]
         self._running: list[asyncio.Task[None]] = []
         if beside:
-            metrics = JobMetrics()
-            jobs = open_jobs(link, signals, settings.jobs, metrics.count_end)
+            metrics, keep_s = JobMetrics(), settings.jobs.keep_s
+            jobs = open_jobs(link, signals, settings.jobs, ClientJobSettings(), metrics.count_end)
             self._loops.append(partial(watch, jobs.queue, metrics))
-            keep_s = settings.jobs.keep_s
             self._loops.append(partial(keep_sweeping, jobs.queue, jobs.files, keep_s))
-        self.api = create_app(
-            backends, registry, settings, self._count, jobs, redis=lambda: link.current
-        )
-        self._routes = frozenset(self.api.openapi()["paths"])
+            self._jobs = jobs
+        self.api: FastAPI | None = None
+        self._routes: frozenset[str] = frozenset()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve on the event loop, after `__init__`."""
+        """Called by Serve on the event loop, after `__init__` and whenever it changes.
+
+        Each call makes the API anew, so that requests at hand end by the settings that they began
+        with. The first may raise, which stops the start of the replica. A later one never raises,
+        because Serve would replace a working replica by a failed one: the former settings stay.
+        """
+        try:
+            clients = parse_settings(ClientSettings, user_config, "user_config of Ingress")
+        except ConfigError as error:
+            if self.api is None:
+                raise
+            logger.error("user_config refused, the former one stays in force: %s", error)
+            return
+        self.api = await asyncio.to_thread(self._api, clients)
+        self._backends.set_retry_after(clients.retry_after_s)
+        self._limits.retry_after_s = clients.retry_after_s
         if not self._running:
             self._running = [asyncio.create_task(loop()) for loop in self._loops]
+
+    def _api(self, clients: ClientSettings) -> FastAPI:
+        jobs = self._jobs and self._jobs.under(clients.jobs)
+        api = create_app(self._backends, self._registry, clients, self._count, jobs, self._limits)
+        self._routes = frozenset(api.openapi()["paths"])
+        return api
 
     def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
         route = path if path in self._routes else "other"  # unknown paths share one label

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from deployments.contract import ImageRequest, ImageResult
     from deployments.notes import Note
     from deployments.registry import ModelSpec
-    from deployments.settings import Settings
+    from deployments.settings import ClientSettings
     from deployments.tasks import Task
 
     State = Literal["ready", "idle", "starting", "failed"]
@@ -44,6 +44,8 @@ T = TypeVar("T")
 Answers: TypeAlias = "AsyncGenerator[JobProgress | tuple[ImageResult, ...]]"
 _OPERATOR_S = 60
 """`Retry-After` of a model that failed to start: it waits for an operator."""
+_HEADER_THREADS = 2
+"""Few, because a hostile header can keep a thread busy for seconds."""
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 
 
@@ -144,16 +146,15 @@ class Intake:
     Args:
         backends: the models.
         registry: what each model is.
-        settings: limits and deadlines.
+        clients: limits and deadlines.
     """
 
-    def __init__(self, backends: Backends, registry: Registry, settings: Settings) -> None:
+    def __init__(self, backends: Backends, registry: Registry, clients: ClientSettings) -> None:
         self._backends = backends
         self._registry = registry
-        self._timeout_s = settings.request_timeout_s
-        self._limits = settings.limits
-        # Few, because a hostile header can keep a thread busy for seconds.
-        self._header_threads = ThreadPoolExecutor(settings.pixel_threads, "headers")
+        self._timeout_s = clients.request_timeout_s
+        self._limits = clients.limits
+        self._header_threads = ThreadPoolExecutor(_HEADER_THREADS, "headers")
 
     def deadline_s(self) -> float:
         """When a request that arrives now must be answered, on the event loop's clock."""
@@ -263,6 +264,7 @@ class Intake:
             image=call.image,
             output_format=checked.output_format,
             timeout_s=deadline_s - asyncio.get_running_loop().time(),
+            whole_s=self._timeout_s,
             request_id=call.request_id,
             width_px=checked.width_px,
             height_px=checked.height_px,

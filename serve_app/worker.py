@@ -52,7 +52,7 @@ class JobWorker:
         self._settings = jobs
         self._queue = open_queue(link, jobs)
         self._outbox = Outbox(link, jobs.namespace, jobs.webhooks, jobs.lease_s)
-        models = {n: HandleBackend(n, h, settings.retry_after_s) for n, h in handles.items()}
+        models = {n: HandleBackend(n, h) for n, h in handles.items()}
         files, metrics = open_job_files(jobs), JobMetrics()
         self._worker = Worker(self._queue, files, models, registry, jobs, metrics.count_end)
         self._signals = Signals(link, jobs.namespace, self._worker.hear)

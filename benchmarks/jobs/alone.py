@@ -25,7 +25,14 @@ import uvicorn
 from benchmarks.jobs.clients import TASK
 from deployments.catalogue import Registry, load_registry
 from deployments.contract import ImageJob, ImageResult, JobProgress
-from deployments.settings import AccessSettings, JobSettings, Settings
+from deployments.settings import (
+    AccessSettings,
+    ClientJobSettings,
+    ClientSettings,
+    JobSettings,
+    Settings,
+)
+from serve_app.access.limits import Limits
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.connection import RedisLink
@@ -89,9 +96,14 @@ class Ready:
 
 
 def settings_of(folder: Path) -> Settings:
-    """As an application on loopback has them; all jobs of a benchmark fit, and are kept."""
-    jobs = JobSettings(folder=folder, max_queued=1_000_000, max_kept=1_000_000)
-    return Settings(jobs=jobs, access=AccessSettings(auth="off"))
+    """All jobs of a benchmark are kept."""
+    return Settings(jobs=JobSettings(folder=folder, max_kept=1_000_000))
+
+
+CLIENTS = ClientSettings(
+    jobs=ClientJobSettings(max_queued=1_000_000), access=AccessSettings(auth="off")
+)
+"""As an application on loopback has them; all jobs of a benchmark fit the queue."""
 
 
 async def linked(redis: str) -> RedisLink:
@@ -109,7 +121,7 @@ async def linked(redis: str) -> RedisLink:
 async def jobs_of(redis: str, folder: Path) -> AsyncGenerator[Jobs]:
     """Jobs as an Ingress opens them; nobody listens to their signals."""
     link, settings = await linked(redis), settings_of(folder).jobs
-    jobs = open_jobs(link, Signals(link, settings.namespace), settings)
+    jobs = open_jobs(link, Signals(link, settings.namespace), settings, CLIENTS.jobs)
     try:
         yield jobs
     finally:
@@ -125,8 +137,9 @@ def ingress(redis: Redis, folder: Folder, port: int) -> None:
         link, settings = await linked(redis), settings_of(folder)
         signals = Signals(link, settings.jobs.namespace)
         registry = load_registry(*settings.models)
-        jobs = open_jobs(link, signals, settings.jobs)
-        api = create_app(Ready(), registry, settings, jobs=jobs, redis=lambda: link.current)
+        limits = Limits(lambda: link.current, settings.jobs.namespace)
+        jobs = open_jobs(link, signals, settings.jobs, CLIENTS.jobs)
+        api = create_app(Ready(), registry, CLIENTS, jobs=jobs, limits=limits)
         server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error", lifespan="off"))
         sweeping = keep_sweeping(jobs.queue, jobs.files, settings.jobs.keep_s)
         loops = [asyncio.create_task(loop) for loop in (signals.listen(), sweeping)]

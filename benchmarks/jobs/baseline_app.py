@@ -13,7 +13,7 @@ from ray import serve
 
 from benchmarks.jobs.clients import TASK
 from deployments.catalogue import load_registry
-from deployments.settings import AccessSettings, Settings
+from deployments.settings import AccessSettings, ClientSettings, Settings
 from serve_app.api import create_app
 from serve_app.intake import Call, Checked, Intake
 from serve_app.jobs.options import split
@@ -28,7 +28,7 @@ def open_intake() -> Intake:
     """The checks of an application whose settings are the default ones."""
     settings = Settings()
     nobody: Any = None  # no request goes on to a model
-    return Intake(nobody, load_registry(*settings.models), settings)
+    return Intake(nobody, load_registry(*settings.models), ClientSettings())
 
 
 async def read_call(request: Request, intake: Intake) -> tuple[Call, Checked]:
@@ -68,12 +68,12 @@ class Baseline:
     """Answers 204."""
 
     def __init__(self) -> None:
-        settings = Settings(access=AccessSettings(auth="off"))
+        clients = ClientSettings(access=AccessSettings(auth="off"))
         nobody: Any = None
         self.bare = FastAPI()
         self.bare.state.intake = open_intake()
         self.bare.add_api_route("/upload", upload, methods=["POST"])
-        self.whole = create_app(nobody, load_registry(*settings.models), settings)
+        self.whole = create_app(nobody, load_registry(*Settings().models), clients)
         self.whole.add_api_route("/whole", upload, methods=["POST"])
 
 

@@ -62,8 +62,10 @@ def system(redis: str, *, celery: bool) -> System:
 def _imagen(name: str, prefix: str, asleep: set[str]) -> dict[str, Any]:
     made = yaml.safe_load(LOCAL_CONFIG.read_text(encoding="utf-8"))["applications"][0]
     made |= {"name": name, "route_prefix": prefix}
-    made["args"]["jobs"] = {"namespace": name, "max_queued": 1_000_000}
+    made["args"]["jobs"] = {"namespace": name}
     for deployment in made["deployments"]:
+        if deployment["name"] == "Ingress":
+            deployment["user_config"]["jobs"] = {"max_queued": 1_000_000}
         deployment |= {"autoscaling_config": _ASLEEP} if deployment["name"] in asleep else {}
     worker = _ASLEEP if "JobWorker" in asleep else {"min_replicas": 1, "max_replicas": 1}
     made["deployments"].append({"name": "JobWorker", "autoscaling_config": worker})

@@ -146,6 +146,16 @@ class Manifests:
         applications = self.serve_config.get("applications") or []
         return [one for application in applications for one in application.get("deployments") or []]
 
+    @property
+    def ingress(self) -> Document:
+        """The Serve deployment that speaks HTTP; empty if the config does not name it."""
+        return next((one for one in self.deployments if one.get("name") == "Ingress"), {})
+
+    @property
+    def clients(self) -> Document:
+        """What clients may do, as the config says; see `ClientSettings`."""
+        return self.ingress.get("user_config") or {}
+
 
 def where(document: Document, path: str = "") -> str:
     """Kind and name of an object, and a path inside it."""

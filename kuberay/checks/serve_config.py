@@ -20,7 +20,7 @@ from ray.serve.schema import (
 
 from deployments.catalogue import load_catalogue
 from deployments.errors import ConfigError, LicenceRefused, SetupError
-from deployments.settings import Settings, Tuning, parse_settings
+from deployments.settings import ClientSettings, Settings, Tuning, parse_settings
 from deployments.store.lockfile import known_digest, load_lock
 from kuberay.checks.manifests import Document, Finding, Manifests, where
 
@@ -83,16 +83,14 @@ def _application(place: str, application: Document, http: Document) -> Iterator[
     except ConfigError as error:
         yield Finding("args", f"{place} args", error.message)
         return
-    try:
-        settings.access.check_host(str(http.get("host", "0.0.0.0")))  # noqa: S104 - the default
-    except ConfigError as error:
-        yield Finding("auth", f"{place} args.access", f"{error.message} {error.remedy}")
     deployments = {one["name"]: one for one in application.get("deployments") or []}
     for name, one in deployments.items():
+        kind = ClientSettings if name == "Ingress" else Tuning
         try:
-            parse_settings(Tuning, one.get("user_config") or {}, "user_config")
+            parse_settings(kind, one.get("user_config") or {}, "user_config")
         except ConfigError as error:
             yield Finding("user-config", f"{place} {name}", error.message)
+    yield from _access(f"{place} Ingress", deployments.get("Ingress", {}), http)
     try:
         catalogue, lock = load_catalogue(*settings.models), load_lock(*settings.models)
         served = catalogue.accepting().served(settings.serve)
@@ -106,6 +104,18 @@ def _application(place: str, application: Document, http: Document) -> Iterator[
         known = "the application has no such deployment"
         yield Finding("deployments", f"{place} {name}", known if name in deployments else "missing")
     yield from _models(f"{place} args.models", catalogue, served.models, lock)
+
+
+def _access(place: str, ingress: Document, http: Document) -> Iterator[Finding]:
+    """Whether a service that others reach asks for keys."""
+    try:
+        clients = parse_settings(ClientSettings, ingress.get("user_config") or {}, "user_config")
+    except ConfigError:
+        return  # which is a finding already
+    try:
+        clients.access.check_host(str(http.get("host", "0.0.0.0")))  # noqa: S104 - the default
+    except ConfigError as error:
+        yield Finding("auth", f"{place} user_config.access", f"{error.message} {error.remedy}")
 
 
 def _models(

@@ -28,8 +28,7 @@ def timeouts(manifests: Manifests) -> dict[str, float | None]:
     for policy in manifests.of("GCPBackendPolicy"):
         waits["load balancer"] = _backend(policy).get("timeoutSec", _GOOGLE_DEFAULT_S)
     waits["Serve"] = manifests.http_options.get("request_timeout_s")
-    for application in manifests.serve_config.get("applications") or []:
-        waits["engine"] = (application.get("args") or {}).get("request_timeout_s", 60)
+    waits["engine"] = manifests.clients.get("request_timeout_s", 60)
     return {who: None if waits_s is None else float(waits_s) for who, waits_s in waits.items()}
 
 

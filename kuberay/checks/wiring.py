@@ -153,18 +153,15 @@ def _serve(manifests: Manifests) -> Iterator[Finding]:
 
 def _keys(manifests: Manifests) -> Iterator[Finding]:
     """The file of API keys is in every pod that may hold an ingress replica."""
-    args = [one.get("args") or {} for one in manifests.serve_config.get("applications") or []]
-    ingress = next((one for one in manifests.deployments if one.get("name") == "Ingress"), {})
-    selector = (ingress.get("ray_actor_options") or {}).get("label_selector") or {}
-    for access in (one.get("access") or {} for one in args):
-        file = access.get("keys")
-        for pod in (one for one in manifests.pods if one.role == "worker"):
-            mounts = [one["mountPath"] for one in pod.main.get("volumeMounts") or []]
-            inside = file and any(PurePosixPath(file).is_relative_to(mount) for mount in mounts)
-            asks = access.get("auth", "keys") == "keys"
-            if asks and not inside and selector.items() <= pod.labels.items():
-                message = f"access.keys {file} is in no mounted volume: no key would work"
-                yield Finding("keys-file", pod.where, message)
+    selector = (manifests.ingress.get("ray_actor_options") or {}).get("label_selector") or {}
+    access = manifests.clients.get("access") or {}
+    file, asks = access.get("keys"), access.get("auth", "keys") == "keys"
+    for pod in (one for one in manifests.pods if one.role == "worker" and asks):
+        mounts = [one["mountPath"] for one in pod.main.get("volumeMounts") or []]
+        inside = file and any(PurePosixPath(file).is_relative_to(mount) for mount in mounts)
+        if not inside and selector.items() <= pod.labels.items():
+            message = f"access.keys {file} is in no mounted volume: no key would work"
+            yield Finding("keys-file", pod.where, message)
 
 
 def _ports(manifests: Manifests, port: int) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deployments.settings import ClientSettings, parse_settings
 from kuberay.quantity import as_bytes
 from kuberay.render.environment import Values, merged
 from kuberay.render.sizing import Sizing, application_args
@@ -33,7 +34,7 @@ def serve_config(sizing: Sizing) -> Values:
                 "route_prefix": "/",
                 "import_path": "serve_app.app:build",
                 "args": _args(sizing),
-                "deployments": [{"name": "Ingress"} | serve.ingress, *models, *_jobs(sizing)],
+                "deployments": [_ingress(sizing), *models, *_jobs(sizing)],
             }
         ],
     }
@@ -45,6 +46,19 @@ def _args(sizing: Sizing) -> Values:
         # The kubelet evicts a pod that uses more, and the free space of the disk does not show it.
         args["store"] = {"max_bytes": as_bytes(sizing.cache_size)} | args.get("store", {})
     return args
+
+
+def _ingress(sizing: Sizing) -> Values:
+    """What clients may do is checked here, because the application only logs a later mistake.
+
+    Raises:
+        ConfigError: the `user_config` is wrong.
+    """
+    environment = sizing.environment
+    derived: Values = {"request_timeout_s": environment.timeouts_s.engine}
+    clients = derived | environment.serve.ingress.get("user_config", {})
+    parse_settings(ClientSettings, clients, "serve.ingress.user_config")
+    return {"name": "Ingress"} | environment.serve.ingress | {"user_config": clients}
 
 
 def _jobs(sizing: Sizing) -> list[Values]:

@@ -124,5 +124,4 @@ def application_args(environment: Environment) -> Values:
     store: Any = args.pop("store", {})
     if mirror and isinstance(store, dict):
         store = store | {"mirror": mirror}
-    args["request_timeout_s"] = environment.timeouts_s.engine
     return args | ({} if store == {} else {"store": store})

@@ -25,7 +25,7 @@ from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from deployments.settings import JobSettings
+    from deployments.settings import ClientJobSettings, JobSettings
     from deployments.tasks import Task
     from serve_app.jobs.connection import RedisLink
     from serve_app.jobs.files import JobFiles
@@ -64,6 +64,7 @@ class Jobs:
         files: their pictures.
         signals: what happens to them; somebody must run its `listen`.
         settings: of jobs.
+        clients: what clients may do with them.
         on_end: called with the task, outcome and seconds of each job that is canceled here.
 
     Attributes:
@@ -76,17 +77,23 @@ class Jobs:
         files: JobFiles,
         signals: Signals,
         settings: JobSettings,
+        clients: ClientJobSettings,
         on_end: Callable[[Task, str, float], object] | None = None,
     ) -> None:
         self.settings = settings
+        self.clients = clients
         self.files = files
         self.queue = queue
         self._signals = signals
         self._on_end = on_end
-        self.streams = Places(settings.max_streams)
-        self.downloads = Places(settings.max_streams)
-        self._waits = Places(settings.max_waits)
+        self.streams = Places(clients.max_streams)
+        self.downloads = Places(clients.max_streams)
+        self._waits = Places(clients.max_waits)
         self._ask_first = True
+
+    def under(self, clients: ClientJobSettings) -> Jobs:
+        """The same jobs, for whom these settings hold; requests at hand keep theirs."""
+        return Jobs(self.queue, self.files, self._signals, self.settings, clients, self._on_end)
 
     # --- submitting ---
 
@@ -116,7 +123,7 @@ class Jobs:
             Full: the queue is full.
             RateLimited: the owner's share of the queue is, or `charge` refuses.
         """
-        limit = self.settings.max_queued
+        limit = self.clients.max_queued
         limits = {"max_queued": limit, "max_of_owner": max(int(limit * share), 1)}
         submit = partial(self.queue.submit, spec, idempotency_key=idempotency_key, **limits)
         # After a refusal, or with Redis away, the next ones cost no storage.
@@ -227,7 +234,7 @@ class Jobs:
     async def link(self, owner: str, job_id: str, k: int) -> str:
         """A fresh link to a result; raises as `completed`."""
         await self.completed(owner, job_id, k)
-        return await self.files.link(job_id, k, self.settings.link_s)
+        return await self.files.link(job_id, k, self.clients.link_s)
 
     def view(self, job: Job, prefix: str = "") -> dict[str, Any]:
         """A job as clients see it."""
@@ -309,7 +316,7 @@ class Jobs:
                     yield Event("", "preview", latest)
                 if job.has_ended:
                     return  # the client has had its last event
-                if not await _set_within(word, min(_LOOK_S, self.settings.stream_s)):
+                if not await _set_within(word, min(_LOOK_S, self.clients.stream_s)):
                     yield None
 
 
@@ -317,10 +324,12 @@ def open_jobs(
     link: RedisLink,
     signals: Signals,
     settings: JobSettings,
+    clients: ClientJobSettings,
     on_end: Callable[[Task, str, float], None] | None = None,
 ) -> Jobs:
     """The jobs behind a link to Redis, with their pictures where the settings say."""
-    return Jobs(open_queue(link, settings), open_job_files(settings), signals, settings, on_end)
+    queue, files = open_queue(link, settings), open_job_files(settings)
+    return Jobs(queue, files, signals, settings, clients, on_end)
 
 
 async def _set_within(word: asyncio.Event, seconds: float) -> bool:

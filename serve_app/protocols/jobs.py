@@ -147,7 +147,7 @@ def preference_of(request: Request, jobs: Jobs | None) -> Preference | None:
             return Preference(wait_s, f"wait={wait_s:.0f}")
     if "respond-async" in given:
         return Preference(0, "respond-async")
-    by_default = jobs is not None and jobs.settings.respond_async_by_default
+    by_default = jobs is not None and jobs.clients.respond_async_by_default
     return Preference(0, "") if by_default else None
 
 
@@ -556,7 +556,7 @@ async def _stream(
     request: Request, jobs: Jobs, owner: str, job_id: str, after: str
 ) -> AsyncGenerator[str]:
     """Server-sent events, until the job has ended or the client should come back."""
-    prefix, until_s = request.scope.get("root_path", ""), time.monotonic() + jobs.settings.stream_s
+    prefix, until_s = request.scope.get("root_path", ""), time.monotonic() + jobs.clients.stream_s
     yield "retry: 1000\n\n"
     # The status of the answer is out: a job that was forgotten, or a Redis that went away, can only
     # end the stream. The client comes back, and then the status says why.

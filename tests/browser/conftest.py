@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import RunTarget
 
 from deployments.catalogue import load_registry
-from deployments.settings import AccessSettings, KeyLimits, Settings
+from deployments.settings import KeyLimits, Settings
 from serve_app.access.editing import create_key
 from serve_app.ingress import Ingress
 from tests.serve.conftest import (
@@ -117,14 +117,18 @@ class Guarded:
 def guarded(address: str, tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     key, token = create_key(keys, "a person", KeyLimits())
-    settings = Settings(access=AccessSettings(keys=keys))
+    settings = Settings()
     registry = load_registry(*settings.models)
     handles = {
         model.name: serve.get_deployment_handle(model.task.deployment, "imagen")
         for model in registry.values()
     }
     kind: Any = serve.deployment(Ingress)
-    ingress = kind.options(name="Ingress", ray_actor_options={"num_cpus": 0})
+    ingress = kind.options(
+        name="Ingress",
+        ray_actor_options={"num_cpus": 0},
+        user_config={"access": {"keys": str(keys)}},
+    )
     bound = ingress.bind(handles, registry, settings, {})
     serve.run_many([RunTarget(bound, "guarded", "/guarded")], wait_for_applications_running=True)
     return Guarded(f"{address}/guarded/", token, key.id, keys)

@@ -16,8 +16,15 @@ from PIL import Image
 from benchmarks.server import free_port
 from deployments.contract import ImageJob, ImageResult, JobProgress
 from deployments.errors import NotReady
-from deployments.settings import AccessSettings, JobSettings, Settings, UploadSettings
+from deployments.settings import (
+    AccessSettings,
+    ClientJobSettings,
+    ClientSettings,
+    JobSettings,
+    UploadSettings,
+)
 from deployments.tasks import Task
+from serve_app.access.limits import Limits
 from serve_app.api import create_app
 from serve_app.intake import Details
 from serve_app.jobs.connection import RedisLink
@@ -206,10 +213,12 @@ async def application(
         changes: of the settings of jobs.
     """
     access = AccessSettings(auth="off") if keys is None else AccessSettings(keys=keys)
-    settings = Settings(
-        jobs=JobSettings(folder=folder, **changes),
-        access=access,
-        uploads=uploads or UploadSettings(),
+    of_clients = {
+        name: changes.pop(name) for name in ClientJobSettings.model_fields if name in changes
+    }
+    settings = JobSettings(folder=folder, **changes)
+    clients = ClientSettings(
+        jobs=ClientJobSettings(**of_clients), access=access, uploads=uploads or UploadSettings()
     )
     models = models or StandInModels()
 
@@ -217,10 +226,11 @@ async def application(
         return redis_url
 
     link = RedisLink(url)
-    queue = open_queue(link, settings.jobs)
-    signals = Signals(link, settings.jobs.namespace)
-    jobs = open_jobs(link, signals, settings.jobs)
-    app = create_app(models, registry, settings, jobs=jobs, redis=lambda: link.current)
+    queue = open_queue(link, settings)
+    signals = Signals(link, settings.namespace)
+    jobs = open_jobs(link, signals, settings, clients.jobs)
+    limits = Limits(lambda: link.current, settings.namespace)
+    app = create_app(models, registry, clients, jobs=jobs, limits=limits)
     port = free_port()
     config = uvicorn.Config(
         app, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
@@ -230,7 +240,7 @@ async def application(
     # be told to a later test.
     async with AsyncExitStack() as ending:
         ending.push_async_callback(_disconnect, link)
-        sweeping = keep_sweeping(queue, jobs.files, settings.jobs.keep_s, every_s=0.5)
+        sweeping = keep_sweeping(queue, jobs.files, settings.keep_s, every_s=0.5)
         for loop in (signals.listen(), sweeping):
             ending.push_async_callback(_cancel, asyncio.create_task(loop))
         serving = asyncio.create_task(server.serve())
@@ -238,7 +248,7 @@ async def application(
         base = f"http://127.0.0.1:{port}"
         client = httpx.AsyncClient(base_url=base, timeout=30, trust_env=False)
         await ending.enter_async_context(client)
-        made = Application(base, models, client, queue, jobs, settings.jobs, signals, registry)
+        made = Application(base, models, client, queue, jobs, settings, signals, registry)
         ending.push_async_callback(made.lose_worker)
         while not server.started or link.current is None:
             assert not serving.done(), "the server does not start"

@@ -10,7 +10,7 @@ import pytest
 
 from deployments.contract import ImageResult
 from deployments.errors import DamagedImage
-from deployments.settings import JobSettings
+from deployments.settings import ClientJobSettings, JobSettings
 from deployments.tasks import Task
 from serve_app.jobs.connection import connect
 from serve_app.jobs.files import open_job_files
@@ -118,7 +118,7 @@ async def test_each_end_of_a_job_is_counted_once_with_its_outcome(
     files = open_job_files(settings)
     models = {"comic-starter": Model()}
     worker = Worker(queue, files, models, COMIC_ALONE, settings, told.count_end)
-    jobs = Jobs(queue, files, None, settings, told.count_end)  # type: ignore[arg-type]
+    jobs = Jobs(queue, files, None, settings, ClientJobSettings(), told.count_end)  # type: ignore[arg-type]
     [canceled] = await submit(queue, spec(task=Task.AGED, has_image=False))
     for _ in range(2):
         await jobs.cancel("a", canceled)

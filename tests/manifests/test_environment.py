@@ -67,6 +67,8 @@ def refused(tmp_path: Path) -> Refused:
         ("models|group|minReplicas", -1, "-1"),
         ("serve|args|store", [1], "store"),
         ("serve|args|devise", "cpu", "devise"),
+        ("serve|args|access", {"auth": "off"}, "user_config of the deployment Ingress"),
+        ("serve|ingress|user_config|limits", {"max_input_px": 0}, "limits.max_input_px"),
         ("serve|args|models", "nowhere.yaml", "nowhere"),
         ("serve|models", {"cartoon": {}}, "cartoon"),
         ("serve|tracing_config", "on", "tracing_config: Input should be a valid dictionary"),

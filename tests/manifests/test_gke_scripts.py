@@ -691,12 +691,12 @@ def test_the_runbook_has_the_times_of_prod(overlay: Overlay) -> None:
     text = (ROOT / "kuberay" / "README.md").read_text()
     cold = text[text.index("## Cold start") : text.index("## Cost")]
     service = overlay("prod").of("RayService")[0]["spec"]
-    args = yaml.safe_load(service["serveConfigV2"])["applications"][0]
-    scaling = args["deployments"][1]["autoscaling_config"]
+    ingress, model, *_ = yaml.safe_load(service["serveConfigV2"])["applications"][0]["deployments"]
+    scaling = model["autoscaling_config"]
     models = service["rayClusterConfig"]["workerGroupSpecs"][1]
     delay = overlay("prod").of("ComputeClass")[0]["spec"]["autoscalingPolicy"]
     for words in (
-        f"The engine waits {args['args']['request_timeout_s']} s",
+        f"The engine waits {ingress['user_config']['request_timeout_s']} s",
         f"{scaling['upscale_delay_s']} s (`upscale_delay_s`)",
         f"{scaling['downscale_to_zero_delay_s']} s until a model's replicas end",
         f"{models['idleTimeoutSeconds']} s until Ray gives the pod",

@@ -92,7 +92,7 @@ class FakeHost:
     def __init__(self, pipeline: Any) -> None:
         self.work = FakeWork()
         engine = Engine(pipeline)
-        estimator = Estimator(pipeline, Forecast(engine.pace), scale=1, limit_s=60)
+        estimator = Estimator(pipeline, Forecast(engine.pace), scale=1)
         loaded = SimpleNamespace(digest="d" * 16, device="cpu")
         self.served = SimpleNamespace(
             pipeline=pipeline, engine=engine, estimator=estimator, loaded=loaded
@@ -119,14 +119,13 @@ class Deployment(ModelDeployment):
             buckets=(),
             max_tiles=128,
         )
-        self._limits = LimitSettings()
         self._pool = ThreadPoolExecutor(1)
         self._seats = Seats(4, 100)
         self._defaults: dict[str, Any] = {}
         self._in_flight = 0
         self._streams: dict[str, Any] = {}
         self._host: Any = FakeHost(pipeline)
-        self._admission = Admission(60)
+        self._admission = Admission()
         self._signing = None
 
     async def _admission_window(self, row: Any) -> None:  # Serve's batching needs a replica

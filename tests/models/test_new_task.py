@@ -21,7 +21,7 @@ from PIL import Image
 from deployments import images
 from deployments.contract import ImageResult, complete
 from deployments.catalogue import load_registry
-from deployments.settings import LimitSettings, Settings
+from deployments.settings import ClientSettings, LimitSettings, Settings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.app import build
@@ -39,8 +39,8 @@ class Backends:
         return answer
 
 async def main():
-    settings = Settings(access={"auth": "off"})
-    app = create_app(Backends(), load_registry(*settings.models), settings)
+    settings, clients = Settings(), ClientSettings(access={"auth": "off"})
+    app = create_app(Backends(), load_registry(*settings.models), clients)
     file = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(file, "PNG")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:

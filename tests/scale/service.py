@@ -215,12 +215,14 @@ def _small(config: Values, port: int) -> Values:
     config["http_options"] |= {"port": port, "request_timeout_s": DEADLINE_S + 30}
     # Two threads each of many replicas would mostly wait for each other on two cores.
     few = {"torch_threads": 1, "pixel_threads": 1}
-    args = local["applications"][0]["args"] | few | {"request_timeout_s": DEADLINE_S}
+    args = local["applications"][0]["args"] | few
     config["applications"][0]["args"] = args
     for name, deployment in by_name(config).items():
         if name == "Ingress":
             # One node for it, rather than two to four.
             deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+            clients: Values = by_name(local)[name]["user_config"]
+            deployment["user_config"] = clients | {"request_timeout_s": DEADLINE_S}
         elif name == "JobWorker":
             deployment["autoscaling_config"] |= _IMPATIENT
         else:

@@ -47,13 +47,14 @@ def tuned(config: Values) -> Values:
     changed = deepcopy(config)
     tuning = {"batch_window_s": 0.01, "max_batch_size": 2, "defaults": {"steps": 3}}
     by_name(changed)["Comic"]["user_config"] = tuning
+    by_name(changed)["Ingress"]["user_config"]["retry_after_s"] += 1
     return changed
 
 
 def renewed(config: Values) -> Values:
     """With other args and other actors: every replica is of a new version, Ingress and models."""
     changed = deepcopy(config)
-    changed["applications"][0]["args"]["retry_after_s"] += 1
+    changed["applications"][0]["args"]["pixel_threads"] += 1
     for deployment in by_name(changed).values():
         deployment["ray_actor_options"]["num_cpus"] *= 0.5
     return changed

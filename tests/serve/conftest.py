@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from benchmarks.server import free_port
 from deployments.catalogue import load_registry
-from deployments.settings import ROOT, AccessSettings, Settings, StoreSettings
+from deployments.settings import ROOT, Settings, StoreSettings
 from deployments.store.lockfile import Lock, save_lock
 from deployments.store.resolve import resolve
 from deployments.tasks import Task
@@ -110,7 +110,7 @@ def address(cluster: str, local_config: dict[str, Any], further_registry: Path) 
     """
     application = local_config["applications"][0]
     args = application["args"]
-    args["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
+    clients_of(application)["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
     args["models"] = [*args["models"], str(further_registry)]
     args["serve"] = {"upscale": f"upscale-starter,{FURTHER}"}
     for deployment in application["deployments"]:
@@ -120,6 +120,12 @@ def address(cluster: str, local_config: dict[str, Any], further_registry: Path) 
     application["deployments"] += [{"name": FURTHER, "autoscaling_config": one_replica}]
     deploy(application)
     return cluster
+
+
+def clients_of(application: dict[str, Any]) -> dict[str, Any]:
+    """The `user_config` of its Ingress: what clients may do."""
+    [ingress] = [one for one in application["deployments"] if one["name"] == "Ingress"]
+    return ingress["user_config"]
 
 
 def deploy(application: dict[str, Any]) -> None:
@@ -159,7 +165,8 @@ def broken(cluster: str) -> str:
 
 def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
     """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    settings = Settings(request_timeout_s=6, retry_after_s=7, access=AccessSettings(auth="off"))
+    clients = {"request_timeout_s": 6, "retry_after_s": 7, "access": {"auth": "off"}}
+    settings = Settings()
     registry = load_registry(*settings.models)
     models: dict[str, Any] = {}
     for task, kind in kinds.items():
@@ -175,7 +182,10 @@ def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool)
         ).bind()
     ingress: Any = serve.deployment(Ingress)
     ingress = ingress.options(
-        name="Ingress", num_replicas=replicas, ray_actor_options={"num_cpus": 0}
+        name="Ingress",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": 0},
+        user_config=clients,
     )
     target = RunTarget(ingress.bind(models, registry, settings, {}), name, f"/{name}")
     serve.run_many([target], wait_for_applications_running=wait)

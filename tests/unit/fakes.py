@@ -13,7 +13,7 @@ from PIL import Image
 
 from deployments.catalogue import Registry, load_registry
 from deployments.contract import ImageJob, ImageResult, JobProgress
-from deployments.settings import AccessSettings, LimitSettings, Settings
+from deployments.settings import AccessSettings, ClientSettings, LimitSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
@@ -123,10 +123,10 @@ def app_of(
     on_answer: OnAnswer | None = None,
     **limits: int,
 ) -> FastAPI:
-    settings = Settings(
+    clients = ClientSettings(
         request_timeout_s=timeout_s, limits=LimitSettings(**limits), access=OPEN_TO_ALL
     )
-    return create_app(backends or FakeBackends(), REGISTRY, settings, on_answer)
+    return create_app(backends or FakeBackends(), REGISTRY, clients, on_answer)
 
 
 async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:

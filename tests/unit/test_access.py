@@ -13,7 +13,7 @@ import pytest
 from fastapi.openapi.models import OpenAPI
 
 from deployments.errors import ConfigError, Full
-from deployments.settings import AccessSettings, KeyLimits, Settings, parse_settings
+from deployments.settings import AccessSettings, ClientSettings, KeyLimits, parse_settings
 from deployments.tasks import Task
 from serve_app.access import keys as keys_module
 from serve_app.access.editing import create_key, revoke_key
@@ -53,8 +53,8 @@ def made(file: Path, **limits: Any) -> str:
 
 
 def guarded(file: Path, backends: FakeBackends | None = None, **access: Any) -> FastAPI:
-    settings = Settings(access=AccessSettings(keys=file, **access))
-    return create_app(backends or FakeBackends(), REGISTRY, settings)
+    clients = ClientSettings(access=AccessSettings(keys=file, **access))
+    return create_app(backends or FakeBackends(), REGISTRY, clients)
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -429,9 +429,9 @@ def test_keys_can_be_off_on_this_machine_only(host: str) -> None:
 
 
 def test_the_bare_off_of_yaml_is_understood() -> None:
-    assert parse_settings(Settings, {"access": {"auth": False}}, "x").access.auth == "off"
+    assert parse_settings(ClientSettings, {"access": {"auth": False}}, "x").access.auth == "off"
     with pytest.raises(ConfigError, match=r"access.auth"):
-        parse_settings(Settings, {"access": {"auth": True}}, "x")
+        parse_settings(ClientSettings, {"access": {"auth": True}}, "x")
 
 
 def test_the_keys_are_where_the_settings_or_the_environment_say(
@@ -479,7 +479,7 @@ async def test_no_origin_is_listed_by_default(file: Path, token: str) -> None:
 @pytest.mark.parametrize("origin", ["app.example.com", "https://a.example/path", "https://a b"])
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match=r"access.cors_origins"):
-        parse_settings(Settings, {"access": {"cors_origins": [origin]}}, "x")
+        parse_settings(ClientSettings, {"access": {"cors_origins": [origin]}}, "x")
 
 
 @pytest.mark.parametrize(("trusted", "client"), [((), "10.0.0.9"), (("10.0.0.0/8",), "1.2.3.4")])

@@ -48,13 +48,15 @@ class Replica:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.admission = Admission(TIMEOUT_S, self.clock)
+        self.admission = Admission(self.clock)
         self.inside: dict[Ticket, ExitStack] = {}
         self.given_up = 0
 
     def take(self, seconds: float | None, timeout_s: float = TIMEOUT_S) -> Ticket:
         stack = ExitStack()
-        ticket = stack.enter_context(self.admission.admit(seconds, timeout_s, self._give_up))
+        ticket = stack.enter_context(
+            self.admission.admit(seconds, timeout_s, self._give_up, TIMEOUT_S)
+        )
         self.inside[ticket] = stack
         return ticket
 
@@ -291,19 +293,19 @@ class FakePipeline:
         return Work(request.steps, width_px * height_px or 1000, 1)
 
 
-def estimator(limit_s: float) -> Estimator:
+def estimator() -> Estimator:
     pipeline: Any = FakePipeline()
-    return Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1, limit_s=limit_s)
+    return Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1)
 
 
 def test_a_request_that_no_replica_could_finish_is_refused_with_the_largest_that_fits() -> None:
     size, request = Size(50, 20), ComicRequest(steps=10, strength=1.0)
-    assert estimator(6.0).seconds(request, size) == pytest.approx(5.0)
+    assert estimator().seconds(request, size, 6.0) == pytest.approx(5.0)
     with pytest.raises(TooMuchWork) as caught:
-        estimator(5.9).seconds(request, size)
+        estimator().seconds(request, size, 5.9)
     assert caught.value.remedy == "Send steps=9 at most, which takes about 4 s."
     with pytest.raises(TooMuchWork) as caught:
-        estimator(0.3).seconds(request.model_copy(update={"steps": 1}), size)
+        estimator().seconds(request.model_copy(update={"steps": 1}), size, 0.3)
     assert caught.value.remedy == "Send a picture of at most 35 x 14 px."
 
 
@@ -313,25 +315,25 @@ def test_full_detail_that_takes_too_long_is_refused_with_what_takes_less() -> No
             return Work(10 if request.detail == "full" else 1, 1000, 1)
 
     pipeline: Any = Tiled()
-    estimator = Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1, limit_s=2)
+    estimator = Estimator(pipeline, Forecast(timed(Pace(), 1000, 0.5)), scale=1)
     size, request = Size(50, 20), EnhanceRequest(detail="full")
     with pytest.raises(TooMuchWork) as caught:
-        estimator.seconds(request, size)
+        estimator.seconds(request, size, 2)
     assert caught.value.remedy == (
         "Send detail=working, which takes about 0 s, or make a job of it (Prefer: respond-async)."
     )
-    assert estimator.seconds(request, size, timeout_s=600) == pytest.approx(5.0)  # a job
+    assert estimator.seconds(request, size, 600, is_job=True) == pytest.approx(5.0)
     with pytest.raises(TooMuchWork) as caught:
-        estimator.seconds(request, size, timeout_s=5)
+        estimator.seconds(request, size, 5, is_job=True)
     assert caught.value.remedy == "Send detail=working, which takes about 0 s."
 
 
 def test_a_request_without_a_picture_is_estimated_and_refused_likewise() -> None:
     size, request = Size(0, 0), ComicRequest(steps=10, strength=1.0)
-    assert estimator(6.0).seconds(request, size) == pytest.approx(5.0)
-    estimator(6.0).record(request, size, {"vae": 1.0, "decode": 0.0, "encode": 0.1})
+    assert estimator().seconds(request, size, 6.0) == pytest.approx(5.0)
+    estimator().record(request, size, {"vae": 1.0, "decode": 0.0, "encode": 0.1})
     with pytest.raises(TooMuchWork) as caught:
-        estimator(0.1).seconds(request, size)
+        estimator().seconds(request, size, 0.1)
     assert caught.value.remedy == "Use another model, or a faster machine."
 
 
@@ -344,14 +346,16 @@ def test_a_pass_that_shared_the_machine_does_not_raise_the_forecast() -> None:
 def test_a_long_request_ends_in_time_however_many_short_ones_are_accepted() -> None:
     """The order prefers short work, but turns to deadlines before one is missed."""
     clock, px_s = Clock(), 0.1
-    admission = Admission(TIMEOUT_S, clock)
+    admission = Admission(clock)
     pace = timed(Pace(), 1, px_s)
     rows: dict[Row, ExitStack] = {}
 
     def take(steps: int) -> Row | None:
         stack = ExitStack()
         try:
-            ticket = stack.enter_context(admission.admit(steps * px_s, TIMEOUT_S, do_nothing))
+            ticket = stack.enter_context(
+                admission.admit(steps * px_s, TIMEOUT_S, do_nothing, TIMEOUT_S)
+            )
         except Full:
             return None
         taken = row(steps, steps, deadline_s=ticket.deadline_s)
@@ -377,7 +381,7 @@ async def test_requests_whose_time_is_up_at_one_moment_all_end_as_late() -> None
         """Its only seat is taken, and every request takes a millisecond."""
 
         def __init__(self) -> None:
-            self._admission = Admission(TIMEOUT_S)
+            self._admission = Admission()
             self._seats = Seats(1, 1)
             self._spec: Any = SimpleNamespace(scale=1, buckets=())
 
@@ -397,7 +401,7 @@ def test_full_detail_that_would_be_refused_behind_accepted_work_becomes_the_work
         """Full detail takes 30 s, the working size 1 s."""
 
         def __init__(self) -> None:
-            self._admission = Admission(TIMEOUT_S)
+            self._admission = Admission()
             self._spec: Any = SimpleNamespace(scale=1, buckets=((512, 512),), max_tiles=99)
 
         def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float:
@@ -412,11 +416,11 @@ def test_full_detail_that_would_be_refused_behind_accepted_work_becomes_the_work
     model = Busy()
     job = ImageJob(EnhanceRequest(), b"", "png", timeout_s=TIMEOUT_S, width_px=2000, height_px=1500)
     assert chosen() == "full"
-    with model._admission.admit(15.0, TIMEOUT_S, do_nothing):
+    with model._admission.admit(15.0, TIMEOUT_S, do_nothing, TIMEOUT_S):
         assert chosen() == "working"
-        with pytest.raises(Full), model._admission.admit(30.0, TIMEOUT_S, do_nothing):
+        with pytest.raises(Full), model._admission.admit(30.0, TIMEOUT_S, do_nothing, TIMEOUT_S):
             pass
-        with model._admission.admit(1.0, TIMEOUT_S, do_nothing):
+        with model._admission.admit(1.0, TIMEOUT_S, do_nothing, TIMEOUT_S):
             pass
 
 

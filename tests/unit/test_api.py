@@ -22,7 +22,7 @@ from deployments.catalogue import Registry
 from deployments.contract import complete, parse
 from deployments.errors import ImagenError, Problem, RequestError, ServiceError
 from deployments.notes import Code, note
-from deployments.settings import Settings
+from deployments.settings import ClientSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Details
@@ -336,7 +336,7 @@ async def test_an_upscale_beyond_the_largest_result_is_refused_with_what_fits(
 async def test_a_model_that_sees_all_of_a_picture_at_once_takes_no_larger_one() -> None:
     backends = FakeBackends()
     spec = REGISTRY[Task.UPSCALE].model_copy(update={"max_picture_px": 64 * 64})
-    app = create_app(backends, Registry([spec], {}), Settings(access=OPEN_TO_ALL))
+    app = create_app(backends, Registry([spec], {}), ClientSettings(access=OPEN_TO_ALL))
     for fields in ({}, {"scale": "2"}):
         response = await post(app, Task.UPSCALE.route, png_of(80, 60), data=fields)
         problem = refused(response, 413, backends)
@@ -905,7 +905,7 @@ def test_the_bomb_of_these_tests_is_a_real_png() -> None:
 
 async def test_a_task_without_a_model_answers_404_with_the_remedy() -> None:
     registry = Registry([spec for spec in REGISTRY.models if spec.task != Task.AGED], {})
-    app = create_app(FakeBackends(), registry, Settings(access=OPEN_TO_ALL))
+    app = create_app(FakeBackends(), registry, ClientSettings(access=OPEN_TO_ALL))
     problem = refused(await post(app, Task.AGED.route, PHOTO), 404)
     assert problem["fact"] == "No model serves the task aged here."
     assert "imagen run --serve aged=" in problem["remedy"]
@@ -925,7 +925,7 @@ TWO = Registry([*REGISTRY.models, SECOND], KNOWN)
 
 
 def app_of_two(**options: Any) -> Any:
-    return create_app(FakeBackends(**options), TWO, Settings(access=OPEN_TO_ALL))
+    return create_app(FakeBackends(**options), TWO, ClientSettings(access=OPEN_TO_ALL))
 
 
 @pytest.mark.parametrize("model", [None, "upscale-starter", "upscale-second"])

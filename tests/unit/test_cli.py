@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.config import access_of, address_of, config_serving
+from cli.config import address_of, clients_of, config_serving
 from cli.main import app
 from cli.serving import serve_of
 from deployments.catalogue import load_catalogue
@@ -89,6 +89,7 @@ def test_a_broken_config_ends_the_command_with_one_clear_message(
 
 
 OURS = "import_path: serve_app.app:build"
+OPEN = "deployments: [{name: Ingress, user_config: {access: {auth: off}}}]"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,7 @@ OURS = "import_path: serve_app.app:build"
         (f"applications: [{{{OURS}}}]", "keys"),
         (f"http_options: {{host: 0.0.0.0}}\napplications: [{{{OURS}}}]", "keys"),
         (
-            f"http_options: {{host: 127.0.0.1}}\n"
-            f"applications: [{{{OURS}, args: {{access: {{auth: off}}}}}}]",
+            f"http_options: {{host: 127.0.0.1}}\napplications: [{{{OURS}, {OPEN}}}]",
             "off",
         ),
         ("applications: [{import_path: other:app, args: {access: 3}}]", None),
@@ -107,8 +107,8 @@ OURS = "import_path: serve_app.app:build"
 def test_whether_keys_are_asked_for_is_known_before_the_start(
     text: str, auth: str | None, tmp_path: Path
 ) -> None:
-    access = access_of(config(tmp_path, text))
-    assert (access and access.auth) == auth
+    clients = clients_of(config(tmp_path, text))
+    assert (clients and clients.access.auth) == auth
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_whether_keys_are_asked_for_is_known_before_the_start(
 def test_a_service_without_keys_that_others_reach_is_not_started(
     options: str, tmp_path: Path
 ) -> None:
-    text = f"{options}\napplications: [{{{OURS}, args: {{access: {{auth: off}}}}}}]"
+    text = f"{options}\napplications: [{{{OURS}, {OPEN}}}]"
     outcome = CliRunner().invoke(app, ["run", str(config(tmp_path, text))])
     assert outcome.exit_code == 2
     shown = " ".join(outcome.output.split())

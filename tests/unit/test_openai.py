@@ -14,7 +14,7 @@ from deployments.catalogue import Registry, load_catalogue
 from deployments.contract import ImageJob
 from deployments.errors import Full
 from deployments.notes import Code, note
-from deployments.settings import Settings
+from deployments.settings import ClientSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from tests.unit.fakes import OPEN_TO_ALL, REGISTRY, FakeBackends, picture_file, result_of, send
@@ -45,7 +45,7 @@ def backends() -> FakeBackends:
 @pytest.fixture
 def app(backends: FakeBackends) -> FastAPI:
     registry = Registry([*REGISTRY.models, text_to_image()], {})
-    return create_app(backends, registry, Settings(access=OPEN_TO_ALL))
+    return create_app(backends, registry, ClientSettings(access=OPEN_TO_ALL))
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ async def test_an_error_in_mid_stream_is_an_event(
 
 
 async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> None:
-    app = create_app(FakeBackends(), REGISTRY, Settings(access=OPEN_TO_ALL))
+    app = create_app(FakeBackends(), REGISTRY, ClientSettings(access=OPEN_TO_ALL))
     answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
     assert answer.status_code == 404
     assert "generate" in answer.json()["error"]["message"]

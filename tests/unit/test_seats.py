@@ -23,7 +23,7 @@ async def places_left(seats: Seats) -> int:
 
 
 async def test_large_pictures_take_several_places() -> None:
-    seats = Seats(16, LARGEST_PX)
+    seats = Seats(16, LARGEST_PX // 4)
     assert await places_left(seats) == 16
     async with seats.taken(LARGEST_PX // 4):
         assert await places_left(seats) == 15
@@ -37,7 +37,7 @@ async def test_large_pictures_take_several_places() -> None:
 
 
 async def test_several_results_take_the_places_of_as_many_pictures() -> None:
-    seats = Seats(16, LARGEST_PX)
+    seats = Seats(16, LARGEST_PX // 4)
     async with seats.taken(1, results=8):
         assert await places_left(seats) == 8
     async with seats.taken(LARGEST_PX, results=8):
@@ -46,12 +46,12 @@ async def test_several_results_take_the_places_of_as_many_pictures() -> None:
 
 
 async def test_a_replica_of_few_places_takes_the_largest_picture() -> None:
-    async with Seats(1, LARGEST_PX).taken(10 * LARGEST_PX):
+    async with Seats(1, LARGEST_PX // 4).taken(10 * LARGEST_PX):
         pass
 
 
 async def test_who_leaves_the_queue_leaves_no_place_taken() -> None:
-    seats = Seats(16, LARGEST_PX)
+    seats = Seats(16, LARGEST_PX // 4)
 
     async def work() -> None:
         async with seats.taken(LARGEST_PX):

@@ -11,6 +11,7 @@ import pytest
 from deployments.errors import ConfigError
 from deployments.settings import (
     ROOT,
+    ClientSettings,
     Settings,
     StoreSettings,
     Tuning,
@@ -27,11 +28,8 @@ from deployments.settings import (
         ({"device": "tpu"}, "device: "),
         ({"torch_threads": 0}, "torch_threads: "),
         ({"pixel_threads": 65}, "pixel_threads: "),
-        ({"request_timeout_s": 0}, "request_timeout_s: "),
-        ({"retry_after_s": 0}, "retry_after_s: "),
-        ({"limits": {"max_body_byte": 1}}, "limits.max_body_byte: Extra inputs"),
-        ({"limits": {"max_input_px": 0}}, "limits.max_input_px: "),
-        ({"limits": None}, "limits: "),
+        ({"jobs": {"keep_s": 0}}, "jobs.keep_s: "),
+        ({"store": None}, "store: "),
         ([], "the file: "),
         (None, "the file: "),
         ("cpu", "the file: "),
@@ -45,6 +43,41 @@ def test_a_wrong_setting_is_named_with_its_file(values: Any, named: str) -> None
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"request_timeout_s": 0}, "request_timeout_s: "),
+        ({"retry_after_s": 0}, "retry_after_s: "),
+        ({"limits": {"max_body_byte": 1}}, "limits.max_body_byte: Extra inputs"),
+        ({"limits": {"max_input_px": 0}}, "limits.max_input_px: "),
+        ({"limits": {"max_input_px": 2**31}}, "limits.max_input_px: "),
+        ({"limits": None}, "limits: "),
+        ({"uploads": {"max_held_bytes": 1024}}, "uploads.max_held_bytes must not be below"),
+        # Beyond this Serve would refuse first, in plain text.
+        ({"max_uploads": 9000}, "is 10500, above 10000"),
+    ],
+)
+def test_what_clients_may_do_has_bounds(values: Any, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(ClientSettings, values, "The user_config")
+    assert named in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"limits": {}}, "limits: "),
+        ({"access": {"auth": "off"}, "request_timeout_s": 9}, "access, request_timeout_s: "),
+        ({"jobs": {"max_queued": 5, "keep_s": 60}}, "jobs.max_queued: "),
+    ],
+)
+def test_the_former_place_of_a_setting_is_refused_with_the_new_one(args: Any, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(Settings, args, "args")
+    assert named in caught.value.message
+    assert "is in the user_config of the deployment Ingress" in caught.value.message
+
+
 def test_every_wrong_setting_is_named_at_once() -> None:
     values = {"batch_window_s": -1, "max_batch_size": 0, "windou": 1}
     with pytest.raises(ConfigError, match=r"batch_window_s.*max_batch_size.*windou"):
@@ -54,10 +87,11 @@ def test_every_wrong_setting_is_named_at_once() -> None:
 def test_settings_may_all_be_left_out() -> None:
     assert parse_settings(Settings, {}, "here") == Settings()
     assert parse_settings(Tuning, {}, "here") == Tuning()
+    assert parse_settings(ClientSettings, {}, "here") == ClientSettings()
 
 
-@pytest.mark.parametrize("kind", [Settings, Tuning])
-def test_settings_cannot_be_changed(kind: type[Settings | Tuning]) -> None:
+@pytest.mark.parametrize("kind", [Settings, Tuning, ClientSettings])
+def test_settings_cannot_be_changed(kind: type[Settings | Tuning | ClientSettings]) -> None:
     for name in kind.model_fields:
         with pytest.raises(ValueError, match="frozen"):
             setattr(kind(), name, 1)

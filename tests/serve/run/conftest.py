@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from benchmarks.server import free_port
 from deployments.settings import ROOT
 from deployments.tasks import Task
 from tests.chaos.application import with_models
+from tests.serve.conftest import clients_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,6 +76,13 @@ def environment(models_root: Path) -> Iterator[dict[str, str]]:
         }
 
 
+def hurried(application: dict[str, Any]) -> dict[str, Any]:
+    """The same application with a short deadline."""
+    changed = deepcopy(application)
+    clients_of(changed)["request_timeout_s"] = DEADLINE_S
+    return changed
+
+
 @contextmanager
 def serving(
     command: list[str], port: int, log: Path, environment: dict[str, str]
@@ -101,7 +110,7 @@ def pair(environment: dict[str, str], tmp_path_factory: Any) -> Iterator[list[Se
     local_config: dict[str, Any] = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     usual = local_config["applications"][0]
     applications = {
-        "first": usual | {"args": usual["args"] | {"request_timeout_s": DEADLINE_S}},
+        "first": hurried(usual),
         "second": with_models(usual, (Task.COMIC, Task.BACKGROUND), folder)
         | {"route_prefix": "/second"},
     }
