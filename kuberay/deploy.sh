@@ -189,7 +189,7 @@ crd=$(kube get crd rayservices.ray.io --ignore-not-found --output name) ||
   refuse "the cluster has no KubeRay. Install the operator first: see kuberay/README.md."
 
 validate=(imagen kuberay validate "$manifests")
-if [ "$google" != google ]; then # GKE adds nodes as they are needed
+if [ -n "$local_images" ]; then # other clusters may add nodes as they are needed
   nodes=$(kube get nodes --output go-template='{{range .items -}}
     cpu={{.status.allocatable.cpu}},memory={{.status.allocatable.memory}}{{"\n"}}{{end}}') ||
     refuse "the nodes cannot be listed (above)."

@@ -1,6 +1,6 @@
-"""The way in on GKE: HTTPS only, Identity-Aware Proxy on, and a route that leads to the service.
+"""The way in: HTTPS only, a route that leads to the service, and on GKE Identity-Aware Proxy.
 
-Google accepts a Gateway that is open to everybody; nothing but this check refuses one.
+A cluster accepts a Gateway that is open to everybody; nothing but this check refuses one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 _CERTIFICATES = "networking.gke.io/certmap"
-_NEEDED = {
+_NEEDED = {"HTTPRoute": "no request gets in"}
+_NEEDED_BY_GOOGLE = {
     "GCPBackendPolicy": "the service is open to everybody",
     "HealthCheckPolicy": "Google probes `/`, which answers 404",
-    "HTTPRoute": "no request gets in",
 }
 
 
@@ -25,7 +25,8 @@ def check(manifests: Manifests) -> Iterator[Finding]:
     """Every way in that is open, unencrypted or a dead end."""
     for gateway in manifests.of("Gateway"):
         yield from _gateway(gateway)
-        for kind, without in _NEEDED.items():
+        google = str(gateway["spec"].get("gatewayClassName")).startswith("gke-")
+        for kind, without in (_NEEDED | (_NEEDED_BY_GOOGLE if google else {})).items():
             if not manifests.of(kind):
                 yield Finding("way-in", where(gateway), f"there is no {kind}: {without}")
     for policy in manifests.of("GCPBackendPolicy"):

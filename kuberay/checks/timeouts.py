@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ _RAY_DRAIN_S = 30.0
 _POD_GRACE_S = 30
 _SERVE_GRACE_S = 20
 _GOOGLE_DEFAULT_S = 30
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?(?:(\d+)ms)?")
+"""Of the Gateway API: its proposal GEP-2257."""
 _GOOGLE_DRAIN_S = 3600
 _GOOGLE_IDLE_S = 600
 """Google's load balancers keep idle connections this long; a client gets 502 if Serve does not."""
@@ -27,6 +30,8 @@ def timeouts(manifests: Manifests) -> dict[str, float | None]:
     waits = {"client": (manifests.service["metadata"].get("annotations") or {}).get(CLIENT)}
     for policy in manifests.of("GCPBackendPolicy"):
         waits["load balancer"] = _backend(policy).get("timeoutSec", _GOOGLE_DEFAULT_S)
+    for route in [] if manifests.of("GCPBackendPolicy") else manifests.of("HTTPRoute"):
+        waits["load balancer"] = _of_route(route)
     waits["Serve"] = manifests.http_options.get("request_timeout_s")
     waits["engine"] = manifests.clients.get("request_timeout_s", 60)
     return {who: None if waits_s is None else float(waits_s) for who, waits_s in waits.items()}
@@ -88,6 +93,21 @@ def _shutdown(pod: PodView, deployments: list[Document]) -> Iterator[Finding]:
         message = f"terminationGracePeriodSeconds {grace} > {_DRAIN} {drain:g} >="
         message += f" graceful_shutdown_timeout_s {slowest:g} does not hold"
         yield Finding("shutdown-order", pod.where, message)
+
+
+def _of_route(route: Document) -> float | None:
+    """The shortest timeout of its rules, in seconds; None if the proxy's own default counts.
+
+    In the Gateway API a duration of 0 waits for ever.
+    """
+    texts = [(one.get("timeouts") or {}).get("request", "") for one in route["spec"]["rules"]]
+    found = [_DURATION.fullmatch(text) if text else None for text in texts]
+    if None in found or not found:
+        return None
+    units = (3600, 60, 1, 0.001)
+    parts = [one.groups(default="0") for one in found if one]
+    waits_s = [sum(int(n) * unit for n, unit in zip(part, units, strict=True)) for part in parts]
+    return min(waits_s) or float("inf")
 
 
 def _backend(policy: Document) -> Document:

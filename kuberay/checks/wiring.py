@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 _CLUSTER_WIDE = frozenset({"Namespace", "ComputeClass"})
+_SELECTING = ("PodDisruptionBudget", "PodMonitoring", "PodMonitor", "NetworkPolicy", "Service")
 _HEALTH = "/-/healthz"
 _NOT_ON_GPUS = ("Ingress", "JobWorker", "Redis")
 _GPU = "nvidia.com/gpu"
 _CLASS = "cloud.google.com/compute-class"
+_GOOGLE = (".gke.io", "cloud.google.com", "monitoring.googleapis.com")
 _TOKEN = "automountServiceAccountToken"  # noqa: S105 - a key, no token
 _ALL_INTERFACES = ("0.0.0.0", "::")  # noqa: S104 - pods, behind network policies
 
@@ -65,7 +67,7 @@ def _namespaces(manifests: Manifests) -> Iterator[Finding]:
 
 def _selectors(manifests: Manifests) -> Iterator[Finding]:
     """A selector without a match protects, monitors and routes nothing, without an error."""
-    for one in manifests.of("PodDisruptionBudget", "PodMonitoring", "NetworkPolicy", "Service"):
+    for one in manifests.of(*_SELECTING):
         spec = one["spec"]
         selector = spec.get("podSelector" if one["kind"] == "NetworkPolicy" else "selector") or {}
         if one["kind"] == "Service":
@@ -73,7 +75,7 @@ def _selectors(manifests: Manifests) -> Iterator[Finding]:
         matched = [pod for pod in manifests.pods if matches(selector, pod.labels)]
         if not matched:
             yield Finding("selector", where(one), f"no pod matches its selector: {selector}")
-        for endpoint in spec.get("endpoints") or []:
+        for endpoint in spec.get("endpoints") or spec.get("podMetricsEndpoints") or []:
             for pod in matched:
                 if endpoint["port"] not in pod.port_names:
                     message = f"{pod.where} has no port named {endpoint['port']}"
@@ -101,10 +103,20 @@ def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Finding]:
     if classes and name not in classes and (name or gpus):
         message = f"there is no ComputeClass {name}" if name else f"its nodeSelector lacks {_CLASS}"
         yield Finding("compute-class", pod.where, message)
+    foreign = not any(part in str(one) for one in _groups(manifests) for part in _GOOGLE)
+    for key in pod.spec.get("nodeSelector") or {} if foreign else {}:
+        if key.partition("/")[0].endswith(_GOOGLE):
+            message = f"only Google's nodes have the label {key}, and nothing here is for GKE"
+            yield Finding("google-label", pod.where, message)
     for node in classes.get(name, {}).get("priorities") or []:
         if gpus > (most := node.get("gpu", {}).get("count", gpus)):
             message = f"it asks for {gpus} GPUs; a node of {name} has {most}"
             yield Finding("gpu-count", pod.where, message)
+
+
+def _groups(manifests: Manifests) -> set[str]:
+    """The API groups of the objects."""
+    return {str(one.get("apiVersion")).partition("/")[0] for one in manifests.documents}
 
 
 def _cluster(manifests: Manifests) -> Iterator[Finding]:

@@ -57,11 +57,13 @@ class Site(Strict):
     """Names of one installation.
 
     Attributes:
-        mirror: gs:// folder of published models; None pulls them from their origins.
+        mirror: gs:// or s3:// folder of published models; None pulls them from their origins.
         host: DNS name of the service.
         certificate_map: in Certificate Manager, for that name.
         oauth_client: client id for Identity-Aware Proxy; the Secret imagen-oauth has its secret.
         security_policy: in Cloud Armor.
+        gateway_class: of the Gateway, off GKE.
+        issuer: cert-manager's ClusterIssuer for that name, off GKE.
         jobs_account: Google's service account of the ingress pods; None gives them none.
     """
 
@@ -70,6 +72,8 @@ class Site(Strict):
     certificate_map: str
     oauth_client: str
     security_policy: str
+    gateway_class: str
+    issuer: str
     jobs_account: str | None = None
 
 
@@ -94,7 +98,7 @@ class GpuNodes(Strict):
 
     Attributes:
         type: a name that `imagen plan --gpu` takes.
-        machine: machine type of Compute Engine with one such GPU.
+        machine: machine type of Compute Engine with one such GPU; only GKE reads it.
         max_nodes: of one cluster, at a time.
         spot_first: spot nodes, or on-demand nodes if there are none; False is on-demand only.
         boot_disk_type: of a node. A hostPath is on the boot disk, an emptyDir is not.
@@ -216,7 +220,7 @@ class Environment(Strict):
     Attributes:
         name: of the RayService; KubeRay names Services after it.
         namespace: of every object.
-        gke: kuberay/gke is part of it.
+        platform: which of kuberay/gke and kuberay/portable is part of it; None has neither.
         images: by the name that manifests use.
         gpu: None runs on CPUs.
         ray_service: raw fields of the RayService's spec.
@@ -226,7 +230,7 @@ class Environment(Strict):
 
     name: str = Field(max_length=47, pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")
     namespace: str
-    gke: bool = False
+    platform: Literal["gke", "portable"] | None = None
     site: Site
     images: dict[str, Image]
     gpu: GpuNodes | None = None

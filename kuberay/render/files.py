@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import as_bytes, as_gi, parse_quantity
+from kuberay.render import gke, portable
 from kuberay.render.environment import BASE, Environment, Values, load_environments
-from kuberay.render.gke import compute_class, gateway, rules
 from kuberay.render.images import load_digests
 from kuberay.render.kustomize import GENERATED, component, dump
 from kuberay.render.rayservice import metadata, ray_service
@@ -37,11 +37,13 @@ def render(source: Path, lock: Path) -> Files:
     """
     environments, digests = load_environments(source), load_digests(lock)
     base = environments.pop(BASE)
-    documents = _objects(base, gke=True)
-    documents["gke/rules.yaml"] = [rules(base, lock.parent / "monitoring/alerts.yaml")]
+    documents = _objects(base, "gke", "portable")
+    alerts = lock.parent / "monitoring/alerts.yaml"
+    documents["gke/rules.yaml"] = [gke.rules(base, alerts)]
+    documents["portable/prometheus-rule.yaml"] = [portable.rules(base, alerts)]
     for name, environment in environments.items():
-        before = _objects(base, gke=environment.gke)
-        after = _objects(environment, gke=environment.gke)
+        before = _objects(base, environment.platform)
+        after = _objects(environment, environment.platform)
         pairs = [
             pair for path in before for pair in zip(before[path], after.get(path, ()), strict=False)
         ]
@@ -50,18 +52,20 @@ def render(source: Path, lock: Path) -> Files:
     return {path: GENERATED + dump(*objects) for path, objects in documents.items()}
 
 
-def _objects(environment: Environment, *, gke: bool) -> dict[str, list[Values]]:
-    """The objects of an environment, by the file that has those of the base."""
+def _objects(environment: Environment, *platforms: str | None) -> dict[str, list[Values]]:
+    """The objects of an environment on these platforms, by the file that has those of the base."""
     sizing = Sizing(environment)
     objects = {
         "base/rayservice.yaml": [ray_service(sizing)],
         "base/resource-quota.yaml": [_quota(environment)],
         "base/site.yaml": [_site(sizing), _jobs_account(environment)],
     }
-    if gke:
-        objects["gke/gateway.yaml"] = gateway(environment)
+    if "gke" in platforms:
+        objects["gke/gateway.yaml"] = gke.gateway(environment)
         if environment.gpu:
-            objects["gke/compute-class.yaml"] = [compute_class(environment, environment.gpu)]
+            objects["gke/compute-class.yaml"] = [gke.compute_class(environment, environment.gpu)]
+    if "portable" in platforms:
+        objects["portable/gateway.yaml"] = portable.gateway(environment)
     return objects
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import GIB, as_bytes, parse_quantity
+from kuberay.render.entry import entry, serve_service
 from kuberay.render.environment import Environment, GpuNodes, Values, read_yaml
 from kuberay.render.rayservice import SERVE_PORT, metadata
 from kuberay.render.sizing import Sizing
@@ -37,6 +38,7 @@ _SSD_BYTES = 375 * GIB - 375 * GIB // 10 - 50 * GIB
 _BOOT_KEPT_BYTES = 20 * 10**9
 """Of a boot disk: the system and the images. An estimate."""
 COMPUTE_CLASS = "imagen-gpu"
+_GATEWAY_CLASS = "gke-l7-global-external-managed"
 # Serve's own route. By default Google probes `/`, gets 404, and answers every client 503.
 _HEALTH = {
     "checkIntervalSec": 10,
@@ -50,32 +52,17 @@ _HEALTH = {
 
 def gateway(environment: Environment) -> list[Values]:
     """HTTPS from the internet to the ingress pods, behind Identity-Aware Proxy."""
-    site, about = environment.site, metadata(environment)
-    service = f"{environment.name}-serve-svc"
-    target = {"targetRef": {"group": "", "kind": "Service", "name": service}}
-    listener = {
-        "name": "https",
-        "protocol": "HTTPS",
-        "port": 443,
-        "hostname": site.host,
-        "allowedRoutes": {"namespaces": {"from": "Same"}},
+    about = metadata(environment)
+    target = {"targetRef": {"group": "", "kind": "Service", "name": serve_service(environment)}}
+    certificate = {"networking.gke.io/certmap": environment.site.certificate_map}
+    policies = {
+        "HealthCheckPolicy": {"default": _HEALTH} | target,
+        "GCPBackendPolicy": {"default": _backend(environment)} | target,
     }
-    entry = {"gatewayClassName": "gke-l7-global-external-managed", "listeners": [listener]}
-    route = {
-        "parentRefs": [{"name": environment.name}],
-        "hostnames": [site.host],
-        "rules": [{"backendRefs": [{"name": service, "port": SERVE_PORT}]}],
-    }
-    certificate = {"annotations": {"networking.gke.io/certmap": site.certificate_map}}
-    api, google = "gateway.networking.k8s.io/v1", "networking.gke.io/v1"
-    objects = [
-        (api, "Gateway", about | certificate, entry),
-        (api, "HTTPRoute", about, route),
-        (google, "HealthCheckPolicy", about, {"default": _HEALTH} | target),
-        (google, "GCPBackendPolicy", about, {"default": _backend(environment)} | target),
+    google = {"apiVersion": "networking.gke.io/v1"}
+    return entry(environment, _GATEWAY_CLASS, certificate) + [
+        google | {"kind": kind, "metadata": about, "spec": spec} for kind, spec in policies.items()
     ]
-    keys = ("apiVersion", "kind", "metadata", "spec")
-    return [dict(zip(keys, values, strict=True)) for values in objects]
 
 
 def _backend(environment: Environment) -> Values:

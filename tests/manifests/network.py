@@ -36,11 +36,14 @@ redis          Ingress  headgroup           6379
 redis          Ingress  redis-cleanup       6379
 ingress        Egress   redis               6379
 redis          Ingress  ingress             6379
-ingress        Ingress  130.211.0.0/22      8000
-ingress        Ingress  35.191.0.0/16       8000
 models         Egress   142.250.0.0/16      443
 ingress        Egress   142.250.0.0/16      443
 publish        Egress   142.250.0.0/16      443
+"""
+# And on the platform of the overlay.
+NEEDED_BY_GKE = """
+ingress        Ingress  130.211.0.0/22      8000
+ingress        Ingress  35.191.0.0/16       8000
 models         Egress   169.254.169.252/32  988
 models         Egress   169.254.169.254/32  80
 ingress        Egress   169.254.169.252/32  988
@@ -50,6 +53,23 @@ headgroup      Ingress  namespace/gke-gmp-system  44217
 headgroup      Ingress  namespace/gke-gmp-system  44227
 models         Ingress  namespace/gke-gmp-system  8080
 """
+NEEDED_ELSEWHERE = """
+ingress        Ingress  namespace/gateway         8000
+headgroup      Ingress  namespace/monitoring      8080
+headgroup      Ingress  namespace/monitoring      44217
+headgroup      Ingress  namespace/monitoring      44227
+models         Ingress  namespace/monitoring      8080
+models         Egress   169.254.20.10/32          53/UDP
+ingress        Egress   169.254.170.23/32         80
+publish        Egress   169.254.170.23/32         80
+"""
+_PLATFORMS = {"prod": NEEDED_BY_GKE, "prod-hostpath": NEEDED_BY_GKE, "portable": NEEDED_ELSEWHERE}
+"""By overlay."""
+_NAMESPACES = {
+    "gateway": {"imagen.dev/gateway": "true"},
+    "monitoring": {"imagen.dev/monitoring": "true"},
+}
+"""Labels of namespaces, beside their name."""
 # A connection to one of these ports can run code, or read the state of the cluster.
 FORBIDDEN = [
     f"{pod} Ingress {stranger} {port}"
@@ -67,7 +87,8 @@ _PODS = {"stranger": {}, "redis-cleanup": {"ray.io/node-type": "redis-cleanup"}}
 
 def closed(manifests: Manifests) -> list[str]:
     """The connections that we need and the policies do not allow."""
-    return [line for line in NEEDED.strip().splitlines() if not _allowed(manifests, line)]
+    lines = [*NEEDED.strip().splitlines(), *_PLATFORMS[manifests.name].strip().splitlines()]
+    return [line for line in lines if not _allowed(manifests, line)]
 
 
 def opened(manifests: Manifests) -> list[str]:
@@ -123,6 +144,5 @@ def _is(entry: dict[str, Any], peer: str, labels: dict[str, str]) -> bool:
         return False
     if "namespaceSelector" not in entry:
         return not kind
-    return matches(
-        entry["namespaceSelector"], {"kubernetes.io/metadata.name": name if kind else ""}
-    )
+    named = {"kubernetes.io/metadata.name": name if kind else ""}
+    return matches(entry["namespaceSelector"], named | _NAMESPACES.get(name, {}))

@@ -256,6 +256,14 @@ def test_the_cluster_of_prod_is_never_deleted(filled: Path, deploy: Deploy) -> N
     assert not [line for line in done.asked if "raycluster" in line.split()]
 
 
+def test_the_nodes_of_another_cluster_need_not_be_there_yet(filled: Path, deploy: Deploy) -> None:
+    """Its own autoscaler adds them."""
+    secrets = SECRETS.replace("imagen-oauth:key ", "")
+    done = deploy(filled, "portable", FAKE_CONTEXT="eks", FAKE_SECRETS=secrets)
+    assert (done.code, done.applied) == (0, True), done.err
+    assert not [line for line in done.asked if line.startswith("get nodes")]
+
+
 def test_an_image_that_is_not_built_is_refused(filled: Path, deploy: Deploy) -> None:
     done = deploy(filled, "dev", FAKE_IMAGE_ID="")
     assert (done.code, done.applied) == (1, False)
@@ -282,6 +290,7 @@ def test_a_node_without_room_for_an_upgrade_is_refused(spoiled: Path, deploy: De
         ("prod", "gke_my-project_us-central1_imagen", f"kubectl config use-context {GKE}"),
         ("prod-hostpath", "minikube", f"kubectl config use-context {GKE}"),
         ("dev", GKE, "dev is not for GKE"),
+        ("portable", GKE, "portable is not for GKE"),
     ],
 )
 def test_an_overlay_is_refused_on_another_cluster(
@@ -378,7 +387,7 @@ def test_an_unknown_overlay_is_refused_with_the_known_ones(
 ) -> None:
     done = deploy(filled, *arguments)
     assert (done.code, done.asked) == (2, [])
-    assert "one of: dev prod-hostpath prod" in done.verdict
+    assert "one of: dev portable prod-hostpath prod" in done.verdict
 
 
 def test_without_kubectl_it_says_so(filled: Path, deploy: Deploy, tmp_path: Path) -> None:

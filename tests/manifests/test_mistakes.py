@@ -30,8 +30,8 @@ MISTAKES = {name: (check, row) for check, rows in TABLE.items() for name, row in
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_under_its_rule(name: str, overlay: Overlay) -> None:
-    check, (rule, word, part, change) = MISTAKES[name]
-    prod = Prod(overlay("prod"))
+    check, (rule, word, part, change, *which) = MISTAKES[name]
+    prod = Prod(overlay(*which or ["prod"]))
     prod.change(part, change)
     findings = [one for one in CHECKS[check].check(prod.manifests) if one.rule == rule]
     assert [one for one in findings if word in str(one)], findings

@@ -62,8 +62,9 @@ def test_labels_of_refusals_are_those_that_replicas_give() -> None:
                     assert set(matcher.value.split("|")) <= codes | {"ok", "gone"}
 
 
-def test_google_gets_the_same_rules() -> None:
-    rules = yaml.safe_load((ROOT / "kuberay/gke/rules.yaml").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("file", ["gke/rules.yaml", "portable/prometheus-rule.yaml"])
+def test_every_platform_gets_the_same_rules(file: str) -> None:
+    rules = yaml.safe_load((ROOT / "kuberay" / file).read_text(encoding="utf-8"))
     given = yaml.safe_load((ROOT / "kuberay/monitoring/alerts.yaml").read_text(encoding="utf-8"))
     assert rules["spec"]["groups"] == given["groups"]
 
