@@ -101,6 +101,8 @@ class GpuNodes(Strict):
         machine: machine type of Compute Engine with one such GPU; only GKE reads it.
         max_nodes: of one cluster, at a time.
         spot_first: spot nodes, or on-demand nodes if there are none; False is on-demand only.
+        share: of a GPU, for each model; None takes the shares of the GPU plan (docs/gpu.md), which
+            knows large models only.
         boot_disk_type: of a node. A hostPath is on the boot disk, an emptyDir is not.
         boot_disk_gb: its size.
     """
@@ -109,6 +111,7 @@ class GpuNodes(Strict):
     machine: str
     max_nodes: int = Field(ge=1, le=1000)
     spot_first: bool = True
+    share: float | None = Field(default=None, gt=0, le=1)
     boot_disk_type: str = "pd-balanced"
     boot_disk_gb: int = Field(default=100, ge=50)
 

@@ -79,7 +79,7 @@ def _model(spec: ModelSpec, sizing: Sizing) -> Values:
     environment, placed = sizing.environment, sizing.placed.get(spec.name)
     actor: Values = {
         "num_cpus": sizing.settings.model_num_cpus,
-        "num_gpus": placed.num_gpus if placed else 0,
+        "num_gpus": sizing.num_gpus(spec),
         "memory": sizing.replica_memory_bytes(spec),
     }
     derived: Values = {"name": sizing.registry.deployment(spec), "ray_actor_options": actor}

@@ -51,14 +51,14 @@ class Sizing:
 
     @cached_property
     def placed(self) -> dict[str, Placed]:
-        """The GPU plan by model; empty without GPUs.
+        """The GPU plan by model; empty without GPUs, or with one share for all models.
 
         Raises:
             ConfigError: an unknown GPU, or a model no profile knows.
             GpuTooSmall: a model does not fit, or there are too few GPUs for one replica of each.
         """
         gpu = self.environment.gpu
-        if gpu is None:
+        if gpu is None or gpu.share is not None:
             return {}
         made = plan(self.registry.models, as_gpu(gpu.type))
         if made.gpus > gpu.max_nodes:
@@ -68,6 +68,11 @@ class Sizing:
                 remedy="Raise gpu.max_nodes, take a larger gpu.type, or serve smaller models.",
             )
         return {placed.name: placed for placed in made.placed}
+
+    def num_gpus(self, spec: ModelSpec) -> float:
+        """GPUs that Ray reserves for one replica; 0 without GPUs."""
+        gpu, placed = self.environment.gpu, self.placed.get(spec.name)
+        return placed.num_gpus if placed else (gpu.share if gpu and gpu.share else 0)
 
     @cached_property
     def _lock(self) -> Lock:

@@ -63,8 +63,6 @@ models         Egress   169.254.20.10/32          53/UDP
 ingress        Egress   169.254.170.23/32         80
 publish        Egress   169.254.170.23/32         80
 """
-_PLATFORMS = {"prod": NEEDED_BY_GKE, "prod-hostpath": NEEDED_BY_GKE, "portable": NEEDED_ELSEWHERE}
-"""By overlay."""
 _NAMESPACES = {
     "gateway": {"imagen.dev/gateway": "true"},
     "monitoring": {"imagen.dev/monitoring": "true"},
@@ -87,13 +85,25 @@ _PODS = {"stranger": {}, "redis-cleanup": {"ray.io/node-type": "redis-cleanup"}}
 
 def closed(manifests: Manifests) -> list[str]:
     """The connections that we need and the policies do not allow."""
-    lines = [*NEEDED.strip().splitlines(), *_PLATFORMS[manifests.name].strip().splitlines()]
-    return [line for line in lines if not _allowed(manifests, line)]
+    platform = NEEDED_ELSEWHERE if manifests.name == "portable" else NEEDED_BY_GKE
+    return [line for line in _lines(manifests, NEEDED + platform) if not _allowed(manifests, line)]
 
 
 def opened(manifests: Manifests) -> list[str]:
     """The forbidden connections that the policies allow."""
     return [line for line in FORBIDDEN if _allowed(manifests, line)]
+
+
+def _lines(manifests: Manifests, text: str) -> list[str]:
+    """Those of pods that the overlay has."""
+    there = _labels(manifests).keys()
+    return [line for line in text.splitlines() if line and line.split()[0] in there]
+
+
+def _labels(manifests: Manifests) -> dict[str, dict[str, str]]:
+    """The labels of each kind of pod, by a short name."""
+    pods = {one.group or one.where.rpartition("-")[2]: one.labels for one in manifests.pods}
+    return pods | _PODS
 
 
 def denied_by_default(manifests: Manifests) -> set[str]:
@@ -106,8 +116,7 @@ def denied_by_default(manifests: Manifests) -> set[str]:
 def _allowed(manifests: Manifests, line: str) -> bool:
     """Without a policy a direction is open; with some, it is open to what one of them names."""
     pod, direction, peer, port = line.split()
-    labels = {one.group or one.where.rpartition("-")[2]: one.labels for one in manifests.pods}
-    labels |= _PODS
+    labels = _labels(manifests)
     policies = [
         one["spec"]
         for one in manifests.of("NetworkPolicy")

@@ -108,6 +108,14 @@ def test_a_node_that_is_not_readable_is_refused(node: str) -> None:
     assert "Write it like cpu=4,memory=12Gi" in " ".join(done.output.split())
 
 
+def test_a_rehearsal_needs_images_and_nothing_else_to_be_filled_in(overlay: Overlay) -> None:
+    """No bucket, no licence, no digest of a model, no host name."""
+    report = validate(overlay("gke-smoke"))
+    assert {one.rule for one in report.placeholders} == {"placeholder"}
+    assert all("@sha256:unresolved" in one.message for one in report.placeholders)
+    assert report.secrets.keys() == {"imagen-keys", "imagen-ray-token", "imagen-redis"}
+
+
 def test_the_dev_overlay_has_no_placeholder(overlay: Overlay) -> None:
     assert validate(overlay("dev")).placeholders == []
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from kuberay.checks.manifests import build
+from kuberay.checks.validate import validate
 from kuberay.quantity import parse_quantity
 from kuberay.render.environment import load_environments, merged
 from kuberay.render.files import Files, out_of_date, render, write
@@ -204,6 +205,28 @@ def test_the_prefetch_job_fills_the_folder_that_pods_read(tmp_path: Path, built:
         for container in pod.containers:
             assert container["volumeMounts"][0]["mountPath"] == "/models"
         assert "/models" in pod.containers[0]["command"]
+
+
+def _edited(values: Any, lines: Any, path: str = "") -> Any:
+    """As somebody edits the file: mappings line by line, null stays, a nodeSelector is replaced."""
+    if not (isinstance(values, dict) and isinstance(lines, dict)) or path == "nodeSelector":
+        return lines
+    return values | {key: _edited(values.get(key), one, key) for key, one in lines.items()}
+
+
+def test_a_rehearsal_needs_no_gpu(tmp_path: Path, built: object) -> None:
+    """With the lines of the README."""
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```yaml\n(gpu: null\n.*?)```", readme, re.S)
+    values = yaml.safe_load(SOURCE.read_text())
+    overlays = values["overlays"]
+    overlays["gke-smoke"] = _edited(overlays["gke-smoke"], yaml.safe_load(lines))
+    (tmp_path / "gke.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(FOLDER, tmp_path / "kuberay")
+    write(render(tmp_path / "gke.yaml", LOCK), tmp_path / "kuberay")
+    manifests = build(tmp_path / "kuberay" / "overlays" / "gke-smoke")
+    assert [str(one) for one in validate(manifests).errors] == []
+    assert not [pod.where for pod in manifests.pods if "nvidia.com/gpu" in pod.limits]
 
 
 def test_merging_removes_what_is_null_and_replaces_lists() -> None:
