@@ -37,9 +37,6 @@ def check(manifests: Manifests) -> Iterator[Finding]:
             yield from _one_pod(manifests, jobs)
             yield from _grace(manifests, jobs)
             yield from _scaling(manifests, jobs)
-    for pod in manifests.pods:
-        if pod.labels.get("app.kubernetes.io/component") == "redis":
-            yield from _durable(pod)
 
 
 def _redis(manifests: Manifests) -> Iterator[Finding]:
@@ -115,14 +112,6 @@ def _scaling(manifests: Manifests, jobs: JobSettings) -> Iterator[Finding]:
         elif scaling and not policy and not scaling.get("min_replicas", 1):
             message = "min_replicas is 0 and there is no policy: no job would ever wake a worker"
             yield Finding("job-scaling", place, message)
-
-
-def _durable(pod: PodView) -> Iterator[Finding]:
-    command = " ".join([*(pod.main.get("command") or []), *(pod.main.get("args") or [])])
-    for option in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
-        if option not in command:
-            message = f"{option} is missing: jobs that clients were told of could be lost"
-            yield Finding("redis-durable", pod.where, message)
 
 
 def _has_jobs(manifests: Manifests, pod: PodView) -> bool:

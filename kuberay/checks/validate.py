@@ -15,6 +15,7 @@ from kuberay.checks import (
     gateway,
     jobs,
     pods,
+    redis,
     serve_config,
     timeouts,
     wiring,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 
-CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway, jobs)
+CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway, jobs, redis)
 # What a check, or Ray in it, raises on a field of another type than the schemas allow.
 _SHAPE = (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from kuberay.checks.manifests import Finding, Manifests, PodView, matches, walk, where
 from kuberay.quantity import parse_quantity
@@ -127,11 +126,6 @@ def _cluster(manifests: Manifests) -> Iterator[Finding]:
     if str(cluster.get("rayVersion")) != installed:
         message = f"rayVersion {cluster.get('rayVersion')} is not the application's {installed}"
         yield Finding("ray-version", place, message)
-    if address := (cluster.get("gcsFaultToleranceOptions") or {}).get("redisAddress"):
-        url = urlsplit(address)
-        services = [s for s in manifests.of("Service") if s["metadata"]["name"] == url.hostname]
-        if url.port not in {port["port"] for one in services for port in one["spec"]["ports"]}:
-            yield Finding("redis", place, f"no Service answers at {address}")
     accounts = {one["metadata"]["name"]: one for one in manifests.of("ServiceAccount")}
     for pod in (one for one in manifests.pods if one.role == "head"):
         account = accounts.get(pod.spec.get("serviceAccountName", "default"), {})

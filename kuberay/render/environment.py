@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 BASE = "base"
+OWN_REDIS = "imagen-redis"
+"""The Service of kuberay/base/redis.yaml."""
 _GPU = "nvidia.com/gpu"
 _NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 # Absolute, below a folder of the root, and without `..`.
@@ -146,6 +150,52 @@ class Cache(Strict):
     scratch: Memory
 
 
+class RedisSource(Strict):
+    """Redis, for Ray's state and for jobs. The Secret imagen-redis has its password.
+
+    Attributes:
+        address: redis://HOST:PORT, or rediss:// with TLS. The host `imagen-redis` is that of
+            kuberay/base/redis.yaml; with any other one, the overlay has no Redis.
+        own_ca: the server's certificate is signed by an authority of its own, whose certificate is
+            in the same Secret, under `ca.pem`.
+        storage_class: of the disk of kuberay/base/redis.yaml; None takes the cluster's default.
+        disk: its size; None takes that of the file.
+    """
+
+    address: str = Field(pattern=r"^rediss?://[\w.-]+:[0-9]{1,5}$")
+    own_ca: bool = False
+    storage_class: str | None = None
+    disk: Memory | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is that of kuberay/base/redis.yaml."""
+        return urlsplit(self.address).hostname == OWN_REDIS
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.address).port or 0
+
+    @property
+    def ip(self) -> IPv4Address | None:
+        """The address in numbers; None if it is a name."""
+        try:
+            return IPv4Address(urlsplit(self.address).hostname or "")
+        except AddressValueError:
+            return None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        tls = self.address.startswith("rediss:")
+        if self.inside and (tls or self.own_ca):
+            raise ValueError(f"{OWN_REDIS} has no TLS: write redis://, without own_ca")
+        if self.own_ca and not tls:
+            raise ValueError("own_ca is for TLS: write rediss://")
+        if not self.inside and (self.storage_class or self.disk):
+            raise ValueError(f"storage_class and disk are those of {OWN_REDIS}: remove them")
+        return self
+
+
 class Timeouts(Strict):
     """Seconds, outermost first; `imagen kuberay validate` checks that each is above the next.
 
@@ -226,6 +276,7 @@ class Environment(Strict):
         platform: which of kuberay/gke and kuberay/portable is part of it; None has neither.
         images: by the name that manifests use.
         gpu: None runs on CPUs.
+        redis: None keeps Ray's state in the head, and the application starts its own for jobs.
         ray_service: raw fields of the RayService's spec.
         ray_cluster: raw fields of its rayClusterConfig.
         every_pod: beneath all Ray pods.
@@ -239,6 +290,7 @@ class Environment(Strict):
     gpu: GpuNodes | None = None
     memory: ReplicaMemory
     cache: Cache
+    redis: RedisSource | None = None
     timeouts_s: Timeouts
     serve: ServeSource
     ray_service: Values = Field(default={})
@@ -247,11 +299,6 @@ class Environment(Strict):
     head: PodSource
     ingress: PodSource
     models: PodSource
-
-    @property
-    def has_redis(self) -> bool:
-        """Whether pods have a REDIS_URL, so that the application starts no Redis of its own."""
-        return "REDIS_URL" in self.ingress.env
 
     @property
     def clusters(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import as_bytes, as_gi, parse_quantity
-from kuberay.render import gke, portable
+from kuberay.render import gke, portable, redis
 from kuberay.render.environment import BASE, Environment, Values, load_environments
 from kuberay.render.images import load_digests
 from kuberay.render.kustomize import GENERATED, component, dump
@@ -48,7 +48,7 @@ def render(source: Path, lock: Path) -> Files:
             pair for path in before for pair in zip(before[path], after.get(path, ()), strict=False)
         ]
         path = f"overlays/{name}/generated/kustomization.yaml"
-        documents[path] = [component(environment, digests, pairs)]
+        documents[path] = [component(environment, digests, pairs, redis.patches(environment))]
     return {path: GENERATED + dump(*objects) for path, objects in documents.items()}
 
 

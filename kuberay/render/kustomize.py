@@ -10,7 +10,7 @@ from deployments.errors import ConfigError
 from kuberay.render.images import UNRESOLVED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from kuberay.render.environment import Environment, Image, Values
 
@@ -50,7 +50,10 @@ def dump(*documents: Any) -> str:
 
 
 def component(
-    environment: Environment, digests: Mapping[str, str], pairs: Iterable[tuple[Values, Values]]
+    environment: Environment,
+    digests: Mapping[str, str],
+    pairs: Iterable[tuple[Values, Values]],
+    further: Sequence[Values],
 ) -> Values:
     """The component that turns each object of the base into that of the environment.
 
@@ -58,6 +61,7 @@ def component(
         environment: whose images it names.
         digests: of the images.
         pairs: the base's object, and the environment's.
+        further: patches, of objects that are written by hand.
 
     Raises:
         ConfigError: an image has no digest.
@@ -70,6 +74,7 @@ def component(
         for one, other in pairs
         if (operations := difference(one, other))
     ]
+    patches += further
     images = [(name, image) for name, image in environment.images.items() if not image.base]
     return {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",

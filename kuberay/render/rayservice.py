@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kuberay.render.environment import Cache, Environment, PodSource, Values, merged
 from kuberay.render.kustomize import Text, dump
+from kuberay.render.redis import connected, fault_tolerance
 from kuberay.render.serve_config import serve_config
 
 if TYPE_CHECKING:
@@ -36,15 +37,17 @@ _READINESS = {
 def ray_service(sizing: Sizing) -> Values:
     """The RayService of an environment."""
     environment = sizing.environment
-    head = _container("ray-head", environment.head, environment, _HEAD_PORTS)
-    ingress = _container("ray-worker", environment.ingress, environment, _WORKER_PORTS)
-    cluster = environment.ray_cluster | {
-        "headGroupSpec": _group(environment.head, environment, head),
-        "workerGroupSpecs": [
-            _worker_group(environment.ingress, environment, ingress),
-            _models(sizing),
-        ],
+    # The head's Serve controller counts jobs, ingress pods take and carry them.
+    heads, ingresses = (
+        connected(pods, environment.redis) for pods in (environment.head, environment.ingress)
+    )
+    head = _container("ray-head", heads, environment, _HEAD_PORTS)
+    ingress = _container("ray-worker", ingresses, environment, _WORKER_PORTS)
+    groups = {
+        "headGroupSpec": _group(heads, environment, head),
+        "workerGroupSpecs": [_worker_group(ingresses, environment, ingress), _models(sizing)],
     }
+    cluster = environment.ray_cluster | fault_tolerance(environment.redis) | groups
     # For readers and for the check of timeouts; nothing in the cluster reads it.
     client = {"imagen.dev/client-timeout-s": str(environment.timeouts_s.client)}
     return {

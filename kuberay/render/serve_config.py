@@ -67,7 +67,7 @@ def _jobs(sizing: Sizing) -> list[Values]:
     if not jobs.enabled:
         return []
     worker: Values = {"name": "JobWorker"}
-    if not environment.has_redis:
+    if environment.redis is None:
         return [worker | environment.serve.worker, {"name": "Redis"} | environment.serve.redis]
     # A config file's autoscaling_config replaces that of the code as a whole.
     policy = {"policy_function": JOB_POLICY, "policy_kwargs": {"namespace": jobs.namespace}}

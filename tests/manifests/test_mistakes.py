@@ -47,6 +47,10 @@ def test_the_readme_counts_the_mistakes() -> None:
     assert f"{len(CLOSED) + len(OPEN) + 1} mistakes in network policies" in text
 
 
+_OUT = {
+    "to": [{"ipBlock": {"cidr": "10.0.0.3/32"}}],
+    "ports": [{"protocol": "TCP", "port": 6380}],
+}
 RIGHT: dict[str, list[tuple[str, Any]]] = {
     "one cluster at a time, and a quota for one": [
         ("RayService", {"spec upgradeStrategy type": "None"}),
@@ -57,9 +61,15 @@ RIGHT: dict[str, list[tuple[str, Any]]] = {
     ],
     "a quota of GPUs only": [("ResourceQuota", {"spec hard": {"requests.nvidia.com/gpu": "8"}})],
     "jobs on S3": [("serve", {"applications 0 args jobs storage": "s3://bucket/jobs"})],
-    "a Redis with TLS": [
-        (f"{pod} ray", {"env 1 value": "rediss://:$(IMAGEN_REDIS_PASSWORD)@10.0.0.3:6380/0"})
-        for pod in ("head", "ingress")
+    "a Redis of their own for jobs, with TLS": [
+        *(
+            (f"{pod} ray", {"env 1 value": "rediss://:$(IMAGEN_REDIS_PASSWORD)@10.0.0.3:6380/0"})
+            for pod in ("head", "ingress")
+        ),
+        (
+            "NetworkPolicy",
+            {"spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [_OUT]}},
+        ),
     ],
     "a worker that always runs": [
         ("JobWorker", {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}})

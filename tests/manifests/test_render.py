@@ -21,11 +21,14 @@ from kuberay.quantity import parse_quantity
 from kuberay.render.environment import load_environments, merged
 from kuberay.render.files import Files, out_of_date, render, write
 from kuberay.render.kustomize import GENERATED, difference
+from serve_app.jobs.connection import connect
 from tests.manifests.conftest import FOLDER, LOCK, SOURCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from kuberay.checks.manifests import Manifests
 
     Change = Callable[[dict[str, Any]], object]
     Changed = Callable[[Change], Files]
@@ -214,19 +217,56 @@ def _edited(values: Any, lines: Any, path: str = "") -> Any:
     return values | {key: _edited(values.get(key), one, key) for key, one in lines.items()}
 
 
-def test_a_rehearsal_needs_no_gpu(tmp_path: Path, built: object) -> None:
+@pytest.fixture
+def edited(tmp_path: Path, built: object) -> Callable[[str, Any], Manifests]:
+    """Builds an overlay with lines laid upon its own."""
+
+    def run(name: str, lines: Any) -> Manifests:
+        values = yaml.safe_load(SOURCE.read_text())
+        values["overlays"][name] = _edited(values["overlays"][name], lines)
+        (tmp_path / "gke.yaml").write_text(yaml.safe_dump(values))
+        shutil.copytree(FOLDER, tmp_path / "kuberay")
+        write(render(tmp_path / "gke.yaml", LOCK), tmp_path / "kuberay")
+        return build(tmp_path / "kuberay" / "overlays" / name)
+
+    return run
+
+
+def test_a_rehearsal_needs_no_gpu(edited: Callable[[str, Any], Manifests]) -> None:
     """With the lines of the README."""
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```yaml\n(gpu: null\n.*?)```", readme, re.S)
-    values = yaml.safe_load(SOURCE.read_text())
-    overlays = values["overlays"]
-    overlays["gke-smoke"] = _edited(overlays["gke-smoke"], yaml.safe_load(lines))
-    (tmp_path / "gke.yaml").write_text(yaml.safe_dump(values))
-    shutil.copytree(FOLDER, tmp_path / "kuberay")
-    write(render(tmp_path / "gke.yaml", LOCK), tmp_path / "kuberay")
-    manifests = build(tmp_path / "kuberay" / "overlays" / "gke-smoke")
+    manifests = edited("gke-smoke", yaml.safe_load(lines))
     assert [str(one) for one in validate(manifests).errors] == []
     assert not [pod.where for pod in manifests.pods if "nvidia.com/gpu" in pod.limits]
+
+
+def test_one_value_makes_redis_a_managed_one(edited: Callable[[str, Any], Manifests]) -> None:
+    managed = {"address": "rediss://10.0.0.3:6378", "own_ca": True}
+    manifests = edited("prod", {"redis": managed})
+    assert [str(one) for one in validate(manifests).errors] == []
+    assert not manifests.of("StatefulSet")
+    options = manifests.cluster["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == managed["address"]
+    head, ingress, models = (pod for pod in manifests.pods if pod.role != "other")
+    for pod in (head, ingress):
+        url, file = pod.environment["REDIS_URL"], pod.environment["RAY_REDIS_CA_CERT"]
+        assert url == f"rediss://:$(IMAGEN_REDIS_PASSWORD)@10.0.0.3:6378/0?ssl_ca_certs={file}"
+        pool = connect(url.replace("$(IMAGEN_REDIS_PASSWORD)", "secret")).connection_pool
+        assert pool.connection_kwargs["ssl_ca_certs"] == file
+        (mount,) = (one for one in pod.main["volumeMounts"] if one["name"] == "redis-ca")
+        assert file == f"{mount['mountPath']}/ca.pem"
+    assert not {"REDIS_URL", "RAY_REDIS_CA_CERT"} & models.environment.keys()
+    assert validate(manifests).secrets["imagen-redis"] == ["ca.pem", "password"]
+
+
+def test_the_disk_of_redis_has_a_class_and_a_size(
+    edited: Callable[[str, Any], Manifests],
+) -> None:
+    manifests = edited("portable", {"redis": {"storage_class": "gp3", "disk": "20Gi"}})
+    (claim,) = manifests.of("StatefulSet")[0]["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["storageClassName"] == "gp3"
+    assert claim["spec"]["resources"]["requests"]["storage"] == "20Gi"
 
 
 def test_merging_removes_what_is_null_and_replaces_lists() -> None:

@@ -32,8 +32,7 @@ class Pods(Cluster):
     def begin(self) -> None:
         port = free_port()
         head = load_environments(Path("configs/gke.yaml"))["prod"].head
-        # Without the address of Redis and its password: all nodes have those of this machine.
-        written = {key: str(value) for key, value in head.env.items() if "REDIS" not in key}
+        written = {key: str(value) for key, value in head.env.items()}
         self._of_head = written | {
             "RAY_REDIS_ADDRESS": f"127.0.0.1:{port}",
             "RAY_external_storage_namespace": "scale",
