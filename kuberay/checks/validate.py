@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kuberay.checks import (
     autoscaler,
+    caches,
     capacity,
     gateway,
     jobs,
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 
-CHECKS = (serve_config, autoscaler, capacity, timeouts, wiring, pods, gateway, jobs, redis)
+CHECKS = (
+    serve_config,
+    autoscaler,
+    capacity,
+    timeouts,
+    wiring,
+    pods,
+    gateway,
+    jobs,
+    redis,
+    caches,
+)
 # What a check, or Ray in it, raises on a field of another type than the schemas allow.
 _SHAPE = (AssertionError, KeyError, TypeError, AttributeError, ValueError, IndexError)
 

@@ -29,7 +29,6 @@ def check(manifests: Manifests) -> Iterator[Finding]:
     yield from _namespaces(manifests)
     yield from _selectors(manifests)
     for pod in manifests.pods:
-        yield from _cache(pod)
         yield from _gpu(pod, manifests)
     yield from _cluster(manifests)
     yield from _serve(manifests)
@@ -79,16 +78,6 @@ def _selectors(manifests: Manifests) -> Iterator[Finding]:
                 if endpoint["port"] not in pod.port_names:
                     message = f"{pod.where} has no port named {endpoint['port']}"
                     yield Finding("port-name", where(one), message)
-
-
-def _cache(pod: PodView) -> Iterator[Finding]:
-    """The volumes fit the pod's disk."""
-    disk = pod.limits.get("ephemeral-storage", 0)
-    for volume in pod.spec.get("volumes") or []:
-        size = (volume.get("emptyDir") or {}).get("sizeLimit", 0)
-        if parse_quantity(disk) < parse_quantity(size):
-            message = f"ephemeral-storage {disk} is less than the {size} of {volume['name']}:"
-            yield Finding("cache", pod.where, f"{message} the kubelet would evict the pod")
 
 
 def _gpu(pod: PodView, manifests: Manifests) -> Iterator[Finding]:

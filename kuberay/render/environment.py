@@ -136,18 +136,38 @@ class Cache(Strict):
     """Where a node keeps models.
 
     Attributes:
-        kind: emptyDir ends with the pod; hostPath stays on the node.
+        kind: emptyDir ends with the pod; hostPath stays on the node; claim is one volume that all
+            pods read, and that the prefetch job fills.
         path: on the node, for a hostPath; the prefetch job fills it.
         read_only: for a hostPath or a disk that is already filled.
+        storage_class: of a claim; None takes the cluster's default.
+        size: of a claim, as a quantity; None follows from the models and `copies`.
+        snapshot: a VolumeSnapshot of the filled disk: pods read copies of it, which many nodes may
+            mount. None needs a class of volumes that many nodes may write.
         copies: size of the cache, in copies of all models together.
         scratch: disk beside the cache, as a quantity.
     """
 
-    kind: Literal["emptyDir", "hostPath"]
+    kind: Literal["emptyDir", "hostPath", "claim"]
     path: str = Field(default="/var/lib/imagen/models", pattern=_NODE_FOLDER)
     read_only: bool = False
+    storage_class: str | None = None
+    size: Memory | None = None
+    snapshot: str | None = Field(default=None, pattern=_NAME)
     copies: float = Field(default=2, ge=1, le=1000)
     scratch: Memory
+
+    @property
+    def mounted_read_only(self) -> bool:
+        return self.read_only or self.kind == "claim"
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.kind == "emptyDir" and self.read_only:
+            raise ValueError("an emptyDir that is read_only stays empty: nothing could fill it")
+        if self.kind != "claim" and (self.storage_class or self.size or self.snapshot):
+            raise ValueError("storage_class, size and snapshot are of kind: claim")
+        return self
 
 
 class RedisSource(Strict):

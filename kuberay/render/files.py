@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import ConfigError
 from kuberay.quantity import as_bytes, as_gi, parse_quantity
-from kuberay.render import gke, portable, redis
+from kuberay.render import claims, gke, portable, redis
 from kuberay.render.environment import BASE, Environment, Values, load_environments
 from kuberay.render.images import load_digests
 from kuberay.render.kustomize import GENERATED, component, dump
@@ -48,7 +48,12 @@ def render(source: Path, lock: Path) -> Files:
             pair for path in before for pair in zip(before[path], after.get(path, ()), strict=False)
         ]
         path = f"overlays/{name}/generated/kustomization.yaml"
-        documents[path] = [component(environment, digests, pairs, redis.patches(environment))]
+        further = [*redis.patches(environment), *claims.patches(environment)]
+        shared = claims.claims(Sizing(environment))
+        resources = {"resources": ["models.yaml"]} if shared else {}
+        documents[path] = [component(environment, digests, pairs, further) | resources]
+        if shared:
+            documents[f"overlays/{name}/generated/models.yaml"] = shared
     return {path: GENERATED + dump(*objects) for path, objects in documents.items()}
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kuberay.render.sizing import Sizing
 
 SERVE_PORT = 8000
+MODELS_CLAIM = "imagen-models"
+"""The volume that all model pods read."""
 _MOUNT = "/models"
 """Where the cache is in a model pod; the prefetch job has the same."""
 _WORKER_PORTS = {"serve": SERVE_PORT, "metrics": 8080}
@@ -78,7 +80,7 @@ def _models(sizing: Sizing) -> Values:
     filled = source.model_copy(update=derived)
     container = _container("ray-worker", filled, environment, _WORKER_PORTS)
     mount = {"name": "models", "mountPath": _MOUNT}
-    container["volumeMounts"] = [mount | ({"readOnly": True} if cache.read_only else {})]
+    container["volumeMounts"] = [mount | ({"readOnly": True} if cache.mounted_read_only else {})]
     group = _worker_group(filled, environment, container)
     pod = group["template"]["spec"]
     pod["volumes"] = [_volume(cache, sizing.cache_size)]
@@ -90,6 +92,9 @@ def _models(sizing: Sizing) -> Values:
 def _volume(cache: Cache, size: str) -> Values:
     if cache.kind == "emptyDir":
         return {"name": "models", "emptyDir": {"sizeLimit": size}}
+    if cache.kind == "claim":
+        claim = {"claimName": MODELS_CLAIM, "readOnly": True}
+        return {"name": "models", "persistentVolumeClaim": claim}
     kind = "Directory" if cache.read_only else "DirectoryOrCreate"
     return {"name": "models", "hostPath": {"path": cache.path, "type": kind}}
 

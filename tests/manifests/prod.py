@@ -41,17 +41,18 @@ class Prod:
 
         Args:
             part: `cluster`, `head`, `ingress` or `models`, `… pod` or `… ray` of these, `serve` for
-                the Serve config, the name of a Serve deployment, or the kind of an object.
+                the Serve config, the name of a Serve deployment, or the kind of an object, with its
+                name if there are several.
             change: values by path, or `delete` for an object.
         """
         if change == "delete":
-            self.drop(part)
+            self.drop(*part.split())
             return
         config = yaml.safe_load(self.service["spec"]["serveConfigV2"])
         deployments = {one["name"]: one for one in config["applications"][0]["deployments"]}
         parts = {"serve": config, **deployments, **self._parts}
         for path, value in change.items():
-            _set(parts[part] if part in parts else self.one(part), path.split(), value)
+            _set(parts[part] if part in parts else self.one(*part.split()), path.split(), value)
         self.service["spec"]["serveConfigV2"] = yaml.safe_dump(config)
 
 

@@ -387,7 +387,7 @@ def test_an_unknown_overlay_is_refused_with_the_known_ones(
 ) -> None:
     done = deploy(filled, *arguments)
     assert (done.code, done.asked) == (2, [])
-    assert "one of: dev gke-smoke portable prod-hostpath prod" in done.verdict
+    assert "one of: dev gke-smoke portable prod-hostpath prod-shared prod" in done.verdict
 
 
 def test_without_kubectl_it_says_so(filled: Path, deploy: Deploy, tmp_path: Path) -> None:

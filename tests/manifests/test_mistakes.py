@@ -78,6 +78,10 @@ RIGHT: dict[str, list[tuple[str, Any]]] = {
         ("serve", {"applications 0 args jobs": {"enabled": False}}),
         ("serve", {"applications 0 deployments 6": None}),
     ],
+    "models in the image of the model pods": [
+        ("ConfigMap", {"data IMAGEN_MIRROR": "file:///weights/store"}),
+        ("serve", {"applications 0 args store mirror": "file:///weights/store"}),
+    ],
     "a host below the Gateway's": [
         ("Gateway", {"spec listeners 0 hostname": "*.unresolved.example"})
     ],

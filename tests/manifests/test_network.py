@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Overlay = Callable[[str], Manifests]
 
 
-@pytest.mark.parametrize("name", ["prod", "prod-hostpath", "portable", "gke-smoke"])
+@pytest.mark.parametrize("name", ["prod", "prod-hostpath", "prod-shared", "portable", "gke-smoke"])
 def test_what_is_needed_is_allowed_and_nothing_else(name: str, overlay: Overlay) -> None:
     manifests = overlay(name)
     assert (closed(manifests), opened(manifests)) == ([], [])

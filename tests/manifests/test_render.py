@@ -260,6 +260,28 @@ def test_one_value_makes_redis_a_managed_one(edited: Callable[[str, Any], Manife
     assert validate(manifests).secrets["imagen-redis"] == ["ca.pem", "password"]
 
 
+def test_pods_read_copies_of_a_disk_that_a_job_fills(
+    edited: Callable[[str, Any], Manifests],
+) -> None:
+    disk = {"storage_class": "premium-rwo", "size": None, "snapshot": "models-1"}
+    manifests = edited("prod-shared", {"cache": disk})
+    assert [str(one) for one in validate(manifests).errors] == []
+    claims = {one["metadata"]["name"]: one["spec"] for one in manifests.of("PersistentVolumeClaim")}
+    filled, read = claims["imagen-models-source"], claims["imagen-models"]
+    assert (filled["accessModes"], read["accessModes"]) == (["ReadWriteOnce"], ["ReadOnlyMany"])
+    assert read["dataSource"]["name"] == "models-1"
+    used = {
+        pod.group or pod.where: volume["persistentVolumeClaim"]
+        for pod in manifests.pods
+        for volume in pod.spec.get("volumes") or []
+        if "persistentVolumeClaim" in volume
+    }
+    assert used == {
+        "models": {"claimName": "imagen-models", "readOnly": True},
+        "CronJob/imagen-prefetch": {"claimName": "imagen-models-source"},
+    }
+
+
 def test_the_disk_of_redis_has_a_class_and_a_size(
     edited: Callable[[str, Any], Manifests],
 ) -> None:
