@@ -3,7 +3,8 @@
 #
 #   kuberay/deploy.sh [--dry-run] [--context NAME] OVERLAY
 #
-# Everything is checked before anything is applied; --dry-run stops after the checks. An overlay for GKE
+# Everything is checked before anything is applied; --dry-run stops after the checks, and without a cluster makes
+# those that need none. An overlay for GKE
 # goes to the cluster of kuberay/gke/site.env, and no other overlay goes to GKE, unless --context names
 # the cluster.
 # Exit codes: 0 applied, or ready to be; 1 the manifests or the cluster are not ready; 2 usage.
@@ -161,20 +162,34 @@ imagen=$(command -v imagen) || refuse "imagen is not on the PATH. Run: make setu
 python=$(dirname "$imagen")/python
 named=$context
 typed="kubectl${named:+ --context $named}" # for commands that are only printed
-[ -n "$context" ] || context=$(kubectl config current-context 2>/dev/null) ||
+[ -n "$context" ] || context=$(kubectl config current-context 2>/dev/null) || [ -n "$dry_run" ] ||
   refuse "kubectl knows no cluster. Run: gcloud container clusters get-credentials NAME --location REGION"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 manifests=$scratch/manifests.yaml
-echo "Overlay $overlay, to the cluster of the context $context."
+if [ -n "$context" ]; then
+  echo "Overlay $overlay, to the cluster of the context $context."
+else
+  echo "Overlay $overlay. kubectl knows no cluster: only what needs none is checked."
+fi
 
 kubectl kustomize "$root/kuberay/overlays/$overlay" >"$manifests" ||
   refuse "kustomize refuses the overlay (above)."
 about=$(objects "$manifests")
 read -r namespace service google strategy local_images <<<"$about"
-[ -n "$named" ] || check_context
+[ -n "$named" ] || [ -z "$context" ] || check_context
 imagen kuberay render --check --source "$root/configs/gke.yaml" --folder "$root/kuberay" ||
   refuse "the manifests are out of date (above). Run: make manifests"
+
+not_ready="$overlay is not ready (above), and nothing was applied. Fill in configs/gke.yaml, run \
+make image-lock for images and imagen models resolve for models; then make manifests"
+if [ -z "$context" ]; then
+  imagen kuberay validate "$manifests" || refuse "$not_ready"
+  echo "It would create or change:"
+  sed '1d; s/^/  /' <<<"$about"
+  echo "Dry run without a cluster: KubeRay, images, Secrets, nodes and the API server were not asked."
+  exit 0
+fi
 
 if [ -n "$local_images" ]; then
   # shellcheck disable=SC2086 # several
@@ -196,8 +211,7 @@ if [ -n "$local_images" ]; then # other clusters may add nodes as they are neede
   for node in $nodes; do validate+=(--node "$node"); done
 fi
 "${validate[@]}" --json >"$scratch/report.json" ||
-  refuse "$overlay is not ready (above), and nothing was applied. Fill in configs/gke.yaml, run" \
-    "make image-lock for images and imagen models resolve for models; then make manifests"
+  refuse "$not_ready"
 
 exists=$(kube get namespace "$namespace" --ignore-not-found --output name)
 missing=
@@ -246,6 +260,9 @@ fi
 if [[ -n $local_images && $context = kind-* ]]; then
   # shellcheck disable=SC2086 # several
   kind load docker-image $local_images --name "${context#kind-}" || refuse "kind stopped (above)."
+elif [[ -n $local_images && $context = k3d-* ]]; then
+  # shellcheck disable=SC2086 # several
+  k3d image import $local_images --cluster "${context#k3d-}" || refuse "k3d stopped (above)."
 elif [ -n "$local_images" ]; then
   echo "Its nodes must already have $local_images, as last built."
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("validated")
 
 
+def put_imagen(folder: Path) -> None:
+    """An `imagen` and its Python."""
+    (folder / "imagen").write_text(IMAGEN)
+    (folder / "python").write_text('#!/bin/sh\nexec "$REAL_PYTHON" "$@"\n')
+    for tool in ("imagen", "python"):
+        (folder / tool).chmod(0o755)
+
+
 @pytest.fixture
 def deploy(tmp_path: Path, cache: Path) -> Deploy:
     """Runs the deploy.sh of a project."""
@@ -81,13 +90,11 @@ def deploy(tmp_path: Path, cache: Path) -> Deploy:
         pytest.skip("kubectl is not on the PATH: no overlay can be built")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").symlink_to(HERE / "fake_kubectl")
-    (tmp_path / "bin" / "imagen").write_text(IMAGEN)
-    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nexec "$REAL_PYTHON" "$@"\n')
-    for tool in ("imagen", "python"):
-        (tmp_path / "bin" / tool).chmod(0o755)
+    put_imagen(tmp_path / "bin")
     for tool, answer in (
         ("docker", 'echo "$FAKE_IMAGE_ID"; test -n "$FAKE_IMAGE_ID"'),
         ("kind", ""),
+        ("k3d", ""),
     ):
         (tmp_path / "bin" / tool).write_text(
             f'#!/bin/sh\necho "{tool} $*" >>"$FAKE_LOG"\n{answer}\n'
@@ -234,6 +241,60 @@ def test_a_new_build_under_the_same_tag_replaces_the_pods(filled: Path, deploy: 
     assert load == "kind load docker-image imagen-cpu:dev --name mine"
     assert apply.startswith("apply --server-side")
     assert delete == "--namespace imagen delete raycluster imagen-abcde"
+
+
+def test_the_image_is_loaded_into_the_nodes_of_k3d(filled: Path, deploy: Deploy) -> None:
+    done = deploy(filled, "dev", FAKE_CONTEXT="k3d-mine", FAKE_NAMESPACE="yes")
+    assert done.code == 0, done.err
+    assert "k3d image import imagen-cpu:dev --cluster mine" in done.asked
+
+
+def commands(section: str) -> list[str]:
+    """Those of a section of the README that need no cluster."""
+    text = (ROOT / "kuberay" / "README.md").read_text(encoding="utf-8")
+    body = text.partition(f"\n{section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^(\S.*?) +# needs no cluster", body, re.M)
+
+
+def test_the_commands_of_the_readme_that_need_no_cluster_run_without_one(
+    spoiled: Path, deploy: Deploy, cache: Path, tmp_path: Path
+) -> None:
+    """In their order, from the installation to the way back."""
+    (tmp_path / "own").mkdir()
+    put_imagen(tmp_path / "own")
+    variables = {
+        "PATH": f"{tmp_path / 'own'}:{os.environ['PATH']}",
+        "REAL_PYTHON": sys.executable,
+        "CACHE": str(cache),
+        "PYTHONPATH": str(ROOT),
+        "KUBECONFIG": os.devnull,
+    }
+    lines = commands("### On kind or k3d")
+    assert len(lines) == 8
+    # `imagen` takes relative paths from its own project; here it is a copy.
+    places = "--source $PWD/configs/gke.yaml --folder $PWD/kuberay"
+    for line in lines:
+        here = line.replace("kuberay render", f"kuberay render {places}").replace(
+            "--keys keys.yaml", "--keys $PWD/keys.yaml"
+        )
+        done = subprocess.run(
+            ["bash", "-c", here], cwd=spoiled, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        if "deploy.sh" in line:
+            assert "  RayService/imagen\n" in done.stdout
+            assert "Dry run without a cluster" in done.stdout
+
+
+def test_without_a_cluster_a_mistake_is_found_and_nothing_is_applied(
+    spoiled: Path, deploy: Deploy
+) -> None:
+    environment = {"KUBECONFIG": os.devnull, "FAKE_CONTEXT": None}
+    assert "kubectl knows no cluster" in deploy(spoiled, "dev", **environment).verdict
+    edit(spoiled / "kuberay/base/redis.yaml", "--appendfsync always", "--appendfsync no")
+    done = deploy(spoiled, "--dry-run", "prod", **environment)
+    assert (done.code, done.applied) == (1, False)
+    assert "--appendfsync always is missing" in done.out + done.err
 
 
 def test_a_new_size_replaces_the_pods_of_dev(spoiled: Path, deploy: Deploy) -> None:

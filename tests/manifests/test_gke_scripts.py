@@ -749,9 +749,11 @@ def test_the_runbook_says_where_the_manifests_logs_go(overlay: Overlay) -> None:
 
 
 def test_the_runbook_leads_to_kind_without_google() -> None:
-    text = section("### On kind")
-    (commands,) = re.findall(r"```bash\n(.*?)```", text, re.S)
-    order = ("kind create", "kuberay/operator", "IMAGES=python", "image-dev", "OVERLAY=dev")
+    """From the installation to the removal, by way of a picture, a change and a way back."""
+    text = section("### On kind or k3d")
+    commands = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    order = ("IMAGES=python", "kind create", "kuberay/operator", "image-dev", "OVERLAY=dev")
+    order += ("/images/style/comic", "What changed", "switch --detach", "kind delete")
     places = [commands.index(words) for words in order]
     assert places == sorted(places)
     assert "kuberay/gke" not in commands
