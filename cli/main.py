@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.bench import bench
+from cli.cost import cost
 from cli.jobs import jobs_app
 from cli.keys import keys_app
 from cli.kuberay import kuberay_app
@@ -21,6 +22,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.command()(plan)
+app.command()(cost)
 app.command()(bench)
 app.command()(torture)
 app.add_typer(kuberay_app, name="kuberay")
