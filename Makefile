@@ -152,6 +152,15 @@ $(CELERY)/.done: $(VENV)/.done benchmarks/jobs/requirements.txt
 bench-jobs: setup $(CELERY)/.done ## Jobs a second, their overhead and memory, beside plain Celery (10 minutes)
 	$(BIN)/python -m benchmarks.jobs $(ARGS)
 
+.PHONY: bench-growth
+bench-growth: setup ## Real replicas whose passes sleep beside simulated ones, at 1 to 4 replicas (15 minutes)
+	$(BIN)/python -m benchmarks.growth check $(ARGS)
+	$(BIN)/python -m benchmarks.growth controller
+
+.PHONY: growth
+growth: setup ## Simulate 1 to 1,000 GPUs, a sudden morning and lost spot nodes, and draw docs/growth.svg (10 minutes)
+	$(BIN)/python -m benchmarks.growth scenarios $(ARGS)
+
 .PHONY: soak-clients
 soak-clients: setup ## 20,000 requests of which 30 % leave early: memory, stuck rows (20 minutes)
 	$(BIN)/python -m benchmarks.soak_clients $(ARGS)
