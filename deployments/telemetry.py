@@ -181,20 +181,21 @@ class HttpMetrics:
     def __init__(self) -> None:
         self._answers = Counter(
             "imagen_http_answers",
-            "Answers by route, status, and reason: ok, or the code of the problem.",
-            ("route", "status", "reason"),
+            "Answers by protocol, route, status, and reason: ok, or the code of the problem.",
+            ("protocol", "route", "status", "reason"),
         )
         self._seconds = Histogram(
             "imagen_http_seconds",
             "From the request to the end of its answer.",
             _SECONDS,
-            ("route",),
+            ("protocol", "route"),
         )
 
-    def answered(self, route: str, status: int, reason: str, seconds: float) -> None:
+    def answered(self, route: str, status: int, reason: str, seconds: float, protocol: str) -> None:
         """Count an answer; status 0 if its client left before it."""
-        self._answers.inc(1, {"route": route, "status": str(status), "reason": reason})
-        self._seconds.observe(seconds, {"route": route})
+        where = {"protocol": protocol, "route": route}
+        self._answers.inc(1, {**where, "status": str(status), "reason": reason})
+        self._seconds.observe(seconds, where)
 
 
 class JobMetrics:

@@ -12,7 +12,8 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from deployments.errors import Unauthorized
 from serve_app.access.keys import ANONYMOUS
-from serve_app.problem import MEDIA_TYPE, OPENAI_ROOT, Problem, below_root
+from serve_app.doors import below_root, door_at
+from serve_app.problem import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,7 +187,7 @@ def describe(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, An
         problem = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
         for path, operations in document["paths"].items():
             # OpenAI's clients read errors of another shape.
-            content: Any = {"application/json": {}} if path.startswith(OPENAI_ROOT) else problem
+            content: Any = {"application/json": {}} if door_at(path) == "openai" else problem
             for method, operation in operations.items():
                 if not needs_no_key(method.upper(), path, Headers()):
                     operation["security"] = [{_SCHEME: []}]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deployments.catalogue import Registry
     from deployments.settings import Settings
     from serve_app.backends import Handle
+    from serve_app.doors import Door
     from serve_app.jobs.service import Jobs
 
 logger = logging.getLogger("ray.serve.imagen.ingress")
@@ -129,6 +130,6 @@ class Ingress:
         self._routes = frozenset(api.openapi()["paths"])
         return api
 
-    def _count(self, path: str, status: int, reason: str, seconds: float) -> None:
+    def _count(self, path: str, status: int, reason: str, seconds: float, door: Door) -> None:
         route = path if path in self._routes else "other"  # unknown paths share one label
-        self._metrics.answered(route, status, reason, seconds)
+        self._metrics.answered(route, status, reason, seconds, door)

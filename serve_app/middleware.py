@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
-from serve_app.problem import below_root, error_response
+from serve_app.doors import Door, below_root, door_of
+from serve_app.problem import error_response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -60,9 +61,10 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-OnAnswer = Callable[[str, int, str, float], None]
-"""Called after each answer with the path below the application's root, the status, the reason
-(`ok`, or the code of the problem) and the seconds it took."""
+OnAnswer = Callable[[str, int, str, float, Door], None]
+"""Called after each answer with the route, the status, the reason (`ok`, or the code of the
+problem), the seconds it took, and the protocol. The route is the path below the application's root,
+with names of parameters such as `{job_id}` for their values if it is known."""
 
 
 class AccessLog:
@@ -108,7 +110,11 @@ class AccessLog:
                 f" {reason} {audit}" if audit else "",
             )
             if self.on_answer:
-                self.on_answer(below_root(scope), status, reason, seconds)
+                self.on_answer(_route_of(scope), status, reason, seconds, door_of(scope))
+
+
+def _route_of(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path_format", below_root(scope))
 
 
 class ErrorBoundary:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from deployments.errors import SlowUpload, Unauthorized
+from serve_app.doors import below_root, door_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from deployments.errors import ImagenError
 
 MEDIA_TYPE = "application/problem+json"
-OPENAI_ROOT = "/v1/"
-"""Below it, errors are as OpenAI's clients read them."""
 
 
 class Problem(BaseModel):
@@ -39,12 +38,6 @@ class Problem(BaseModel):
     errors: list[dict[str, Any]] | None = Field(
         default=None, description="the single findings, where there are several"
     )
-
-
-def below_root(scope: Scope) -> str:
-    """The path without the prefix that the application is deployed under."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def error_response(
@@ -68,7 +61,7 @@ def error_response(
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
     request_id = scope["state"]["request_id"]
-    if below_root(scope).startswith(OPENAI_ROOT):
+    if door_at(below_root(scope)) == "openai":
         status = HTTPStatus.BAD_REQUEST if error.status == 422 else error.status
         body = json.dumps(openai_document(error, request_id))
         return Response(body, status, own, media_type="application/json")

@@ -14,7 +14,6 @@ from serve_app.protocols.multipart import MAX_FIELD_BYTES, MAX_PARTS, Form
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-MEDIA_TYPE = "application/json"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 40
 """Characters of a wrong value that an error shows."""
@@ -93,11 +92,6 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
         )
     fields = {name: text_of(name, value) for name, value in given.items() if value is not None}
     return Form(None if image is None else picture_of("image", image), fields)
-
-
-def is_json(request: Request) -> bool:
-    """Whether the body says that it is JSON."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == MEDIA_TYPE
 
 
 def picture_of(name: str, value: object) -> bytes:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from deployments.contract import OutputFormat
 from deployments.errors import InvalidParameter
 from deployments.tasks import Task
+from serve_app.doors import JSON, is_json
 from serve_app.intake import Call, Intake, accepted
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
@@ -141,7 +142,7 @@ async def _read(
     request: Request, task: Task, intake: Intake, deadline_s: float
 ) -> tuple[Call, dict[str, str]]:
     """The request, and those of its fields that belong to a job."""
-    read = inline.read_form if inline.is_json(request) else multipart.read_form
+    read = inline.read_form if is_json(request.headers) else multipart.read_form
     form = await intake.read(read(request, needs_image=task.needs_picture), deadline_s)
     _check_query(request)
     fields, options = split(form.fields)
@@ -165,7 +166,7 @@ def _wants_json(request: Request) -> bool:
     """Whether the client accepts JSON, and neither a picture nor anything."""
     wanted = {kind for kind, quality in accepted(_accept(request)).items() if quality}
     others = any(kind == "*/*" or kind.startswith("image/") for kind in wanted)
-    return inline.MEDIA_TYPE in wanted and not others
+    return JSON in wanted and not others
 
 
 def _check_query(request: Request) -> None:
@@ -204,7 +205,7 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
     }
     content = {
         "multipart/form-data": {"schema": body},
-        inline.MEDIA_TYPE: {"schema": _in_json(body)},
+        JSON: {"schema": _in_json(body)},
     }
     return {
         "parameters": header_parameters(_REQUEST_HEADERS if with_jobs else {}),

@@ -21,10 +21,11 @@ from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, 
 from deployments.notes import Code, Note, documents, note
 from deployments.settings import Strict
 from deployments.tasks import Task
+from serve_app.doors import is_json
 from serve_app.intake import Call, Intake
 from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
-from serve_app.protocols.inline import base64_of, is_json, picture_of, read_object, text_of
+from serve_app.protocols.inline import base64_of, picture_of, read_object, text_of
 from serve_app.protocols.multipart import read_form
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ async def get_model(request: Request) -> dict[str, Any]:
 
 
 async def _read_edit(request: Request) -> Body:
-    if not is_json(request):
+    if not is_json(request.headers):
         form = await read_form(request)
         return Body(form.fields, form.image)
     given = await read_object(request)

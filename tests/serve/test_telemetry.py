@@ -103,6 +103,7 @@ def values(samples: Samples, name: str, label: str) -> set[str]:
 def test_answers_are_counted_by_route_status_and_reason(samples: Samples) -> None:
     answers = samples["ray_imagen_http_answers_total"]
     told = {(one["route"], one["status"], one["reason"]) for one in answers}
+    assert {one["protocol"] for one in answers} >= {"native"}
     assert {(COMIC, "200", "ok"), (COMIC, "415", "unsupported_media")} <= told
     assert ("other", "404", "not_found") in told
     assert ("/api/v1/models", "405", "method_not_allowed") in told, "of the one below a prefix"

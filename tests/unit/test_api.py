@@ -774,6 +774,24 @@ async def test_answers_are_counted_by_the_route_below_the_prefix() -> None:
     assert paths == ["/healthz", "/healthz"]
 
 
+async def test_answers_are_counted_by_protocol_and_by_the_name_of_their_route() -> None:
+    told: list[tuple[str, str]] = []
+    app = app_of(on_answer=lambda path, *rest: told.append((path, rest[-1])))
+    comic = Task.COMIC.route
+    await post(app, comic, PHOTO)
+    await send(app, "POST", comic, json={"image": base64.b64encode(PHOTO).decode()})
+    await send(app, "POST", "/v1/images/edits", json={})
+    await send(app, "GET", "/v1/models/comic")
+    await send(app, "GET", "/v2x")
+    assert told == [
+        (comic, "native"),
+        (comic, "json"),
+        ("/v1/images/edits", "openai"),
+        ("/v1/models/{name}", "openai"),
+        ("/v2x", "native"),
+    ]
+
+
 @pytest.mark.parametrize("root", ["", "/below"])
 @pytest.mark.parametrize("below", BELOW_FILES)
 @pytest.mark.parametrize("rest", ["healthz", "api/v1/images/enhance", "v1/models"])

@@ -167,11 +167,11 @@ async def test_a_request_that_ends_without_an_answer_is_logged(
 
 
 async def test_whoever_listens_is_told_of_each_answer_and_its_reason() -> None:
-    answers: list[tuple[str, int, str]] = []
+    answers: list[tuple[str, int, str, str]] = []
 
-    def count(path: str, status: int, reason: str, seconds: float) -> None:
+    def count(path: str, status: int, reason: str, seconds: float, door: str) -> None:
         assert seconds >= 0
-        answers.append((path, status, reason))
+        answers.append((path, status, reason, door))
 
     app = app_of(on_answer=count)
     await raw(app, "/healthz", chunks([b""]), method="GET")
@@ -185,10 +185,10 @@ async def test_whoever_listens_is_told_of_each_answer_and_its_reason() -> None:
     with pytest.raises(asyncio.CancelledError):
         await raw(RequestId(AccessLog(cancelled, count)), "/x", chunks([b""]))
     assert answers == [
-        ("/healthz", 200, "ok"),
-        ("/nowhere", 404, "not_found"),
-        ("/healthz", 413, "too_large"),
-        ("/x", 0, "disconnected"),
+        ("/healthz", 200, "ok", "native"),
+        ("/nowhere", 404, "not_found", "native"),
+        ("/healthz", 413, "too_large", "native"),
+        ("/x", 0, "disconnected", "native"),
     ]
 
 
