@@ -36,7 +36,7 @@ from serve_app.middleware import (
     RequestId,
 )
 from serve_app.problem import error_response
-from serve_app.protocols import files, native, openai
+from serve_app.protocols import files, kserve, native, openai
 from serve_app.protocols import jobs as job_routes
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.service import Jobs
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_ROUTERS = (openai.router, job_routes.router, files.router, service.router)
+_ROUTERS = (openai.router, kserve.router, job_routes.router, files.router, service.router)
 DESCRIPTION = (
     "Image models behind one API. Send a picture as the form field `image`; the answer is a "
     "picture. Every error is problem+json (RFC 9457) with fact, value, remedy and request id."
@@ -108,7 +108,8 @@ def _add_routes(app: FastAPI, registry: Registry, *, with_jobs: bool) -> None:
 def _access(clients: ClientSettings, registry: Registry, limits: Limits) -> Middleware:
     access = clients.access
     keys = KeyFile(access.keys_file, access.limits) if access.auth == "keys" else None
-    routes = frozenset((*(task.route for task in registry), *openai.IMAGE_ROUTES))
+    native_routes = (task.route for task in registry)
+    routes = frozenset((*native_routes, *openai.IMAGE_ROUTES, *kserve.infer_paths(registry)))
     return Middleware(Access, keys=keys, limits=limits, image_routes=routes)
 
 
@@ -138,7 +139,7 @@ def _middleware(
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Every error as a document: problem+json, or OpenAI's below /v1/."""
+    """Every error as a document: problem+json, or as the client's protocol has it."""
     if isinstance(error, ImagenError):
         if isinstance(error, ServiceError) and error.retry_after_s is None:
             error.retry_after_s = request.app.state.retry_after_s

@@ -12,7 +12,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from deployments.errors import Unauthorized
 from serve_app.access.keys import ANONYMOUS
-from serve_app.doors import below_root, door_at
+from serve_app.doors import KSERVE_HEALTH, below_root, door_at
 from serve_app.problem import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from serve_app.access.keys import Key, KeyFile
     from serve_app.access.limits import Limits, Visit
 
-OPEN = frozenset({"", "/", "/healthz", "/readyz", "/docs", "/openapi.json", "/playground"})
+OPEN = frozenset(
+    {"", "/", "/healthz", "/readyz", *KSERVE_HEALTH, "/docs", "/openapi.json", "/playground"}
+)
 OPEN_BELOW = ("/docs/", "/files/", "/playground/")
 """Links below /files/ are signed; everything else here is for probes and readers."""
 _SCHEME = "key"
@@ -186,8 +188,8 @@ def describe(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, An
         }
         problem = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
         for path, operations in document["paths"].items():
-            # OpenAI's clients read errors of another shape.
-            content: Any = {"application/json": {}} if door_at(path) == "openai" else problem
+            # Clients of other protocols read errors of another shape.
+            content: Any = {"application/json": {}} if door_at(path) != "native" else problem
             for method, operation in operations.items():
                 if not needs_no_key(method.upper(), path, Headers()):
                     operation["security"] = [{_SCHEME: []}]

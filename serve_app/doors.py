@@ -16,6 +16,8 @@ Door = Literal["native", "json", "openai", "kserve"]
 door, such as a probe, is `native`."""
 OPENAI_ROOT = "/v1/"
 KSERVE_ROOT = "/v2"
+KSERVE_HEALTH = (f"{KSERVE_ROOT}/health/live", f"{KSERVE_ROOT}/health/ready")
+"""Paths of its probes."""
 JSON = "application/json"
 
 

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from deployments.errors import Full, ImagenError, NotReady, SlowUpload, TooLarge
-from serve_app.doors import Door, below_root, door_of
+from serve_app.doors import KSERVE_HEALTH, Door, below_root, door_of
 from serve_app.problem import error_response
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.imagen.access")  # Serve gives its children a handler
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_PROBES = {"/healthz", "/readyz"}
+_PROBES = {"/healthz", "/readyz", *KSERVE_HEALTH}
 """Asked so often that their lines would bury the others."""
 _STILL_S = 1.0
 """A body without a byte for so long makes room for one that arrives."""

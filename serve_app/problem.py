@@ -1,4 +1,4 @@
-"""An error as problem+json (RFC 9457): the fact, the value found, the remedy and the request id."""
+"""An error as problem+json (RFC 9457), or as the clients of other protocols read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from deployments.errors import SlowUpload, Unauthorized
-from serve_app.doors import below_root, door_at
+from serve_app.doors import JSON, below_root, door_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,10 +61,12 @@ def error_response(
     if error.retry_after_s is not None:
         own["Retry-After"] = str(math.ceil(error.retry_after_s))
     request_id = scope["state"]["request_id"]
-    if door_at(below_root(scope)) == "openai":
+    door = door_at(below_root(scope))
+    if door in ("openai", "kserve"):
+        write = openai_document if door == "openai" else kserve_document
         status = HTTPStatus.BAD_REQUEST if error.status == 422 else error.status
-        body = json.dumps(openai_document(error, request_id))
-        return Response(body, status, own, media_type="application/json")
+        body = json.dumps(write(error, request_id))
+        return Response(body, status, own, media_type=JSON)
     body = json.dumps(error.details(request_id))
     return Response(body, error.status, own, media_type=MEDIA_TYPE)
 
@@ -82,3 +84,8 @@ def openai_document(error: ImagenError, request_id: str) -> dict[str, Any]:
             "request_id": request_id,
         }
     }
+
+
+def kserve_document(error: ImagenError, request_id: str) -> dict[str, Any]:
+    """An error as clients of the KServe V2 protocol read it, who want `error` alone."""
+    return {"error": str(error), "code": error.code, "request_id": request_id}

@@ -141,7 +141,8 @@ def read_answer(target: Target, status: int, headers: Mapping[str, str], body: b
 def _refusal(status: int, body: bytes) -> tuple[str, str]:
     try:
         found: Any = json.loads(body)
-        return str(found["code"]), str(found.get("detail", ""))[:_DETAIL_CHARACTERS]
+        detail = found.get("detail", found.get("error", ""))  # the latter in kserve
+        return str(found["code"]), str(detail)[:_DETAIL_CHARACTERS]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"HTTP {status}", _text(body)
 

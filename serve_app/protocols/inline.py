@@ -25,13 +25,17 @@ _BLANKS = dict.fromkeys(map(ord, "\t\n\r "))
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object that a request's body holds.
+    """The JSON object that a request's body holds. Raises as `object_of`."""
+    return object_of(await request.body())
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """The JSON object that some bytes hold.
 
     Raises:
         MalformedRequest: it is no JSON, no object, or holds far too much.
         InvalidParameter: a name comes twice.
     """
-    body = await request.body()
     if body.count(b"{") + body.count(b"[") > _MOST_NESTED or body.count(b":") > _MOST_NESTED:
         raise MalformedRequest(
             "The body holds more than any request has.",

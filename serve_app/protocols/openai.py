@@ -27,6 +27,7 @@ from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
 from serve_app.protocols.inline import base64_of, picture_of, read_object, text_of
 from serve_app.protocols.multipart import read_form
+from serve_app.protocols.naming import known_models, named
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -195,7 +196,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/{name}", summary="One model", responses=_ONE, openapi_extra=_NAME)
 async def get_model(request: Request) -> dict[str, Any]:
     """A model by its name or its task."""
-    return _model(_named(request.path_params["name"], _served(request)))
+    return _model(named(request.path_params["name"], _served(request)))
 
 
 # --- in ---
@@ -311,9 +312,9 @@ def _model_for(name: str, served: Registry, *, needs_picture: bool) -> ModelSpec
         if wanted in served:
             return served[wanted]
         raise NotFound(
-            f"No model serves the task {wanted}.", value="no model", remedy=_known_models(served)
+            f"No model serves the task {wanted}.", value="no model", remedy=known_models(served)
         )
-    spec = _named(name, served)
+    spec = named(name, served)
     if spec.task.needs_picture == needs_picture:
         return spec
     raise InvalidParameter(
@@ -321,18 +322,6 @@ def _model_for(name: str, served: Registry, *, needs_picture: bool) -> ModelSpec
         value=name,
         remedy=f"POST to {EDITS if spec.task.needs_picture else GENERATIONS}.",
     )
-
-
-def _named(name: str, served: Registry) -> ModelSpec:
-    """A model by its name, or the default one of the task of that name."""
-    for spec in served.models:
-        if spec.name == name or (str(spec.task) == name and served.is_default(spec)):
-            return spec
-    raise NotFound("There is no such model.", value=name, remedy=_known_models(served))
-
-
-def _known_models(served: Registry) -> str:
-    return f"Models: {', '.join(f'{spec.name} ({spec.task})' for spec in served.models)}."
 
 
 def _model(spec: ModelSpec) -> dict[str, Any]:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from deployments.contract import ImageResult
 
 
-def image_response(result: ImageResult) -> Response:
-    """The picture, and headers that describe it."""
+def image_headers(result: ImageResult) -> list[tuple[str, str]]:
+    """What the headers of an answer say of its picture; one for each note."""
     headers = {
         "X-Imagen-Model": result.model,
         "X-Imagen-Batch-Size": str(result.batch_size),
@@ -29,9 +29,15 @@ def image_response(result: ImageResult) -> Response:
     }
     if result.seed is not None:
         headers["X-Imagen-Seed"] = str(result.seed)
-    response = Response(result.image, media_type=result.media_type, headers=headers)
-    for one in result.notes:
-        response.headers.append("X-Imagen-Note", f"{one.code}: {one.text}")
+    notes = [("X-Imagen-Note", f"{one.code}: {one.text}") for one in result.notes]
+    return [*headers.items(), *notes]
+
+
+def image_response(result: ImageResult) -> Response:
+    """The picture, and headers that describe it."""
+    response = Response(result.image, media_type=result.media_type)
+    for name, value in image_headers(result):
+        response.headers.append(name, value)
     return response
 
 

@@ -62,7 +62,12 @@ JOB_ROUTES = {
 } | {"/files/{path}", "/api/v1/webhook-secret"}
 OPENAI_ROUTES = {*openai.IMAGE_ROUTES, "/v1/models", "/v1/models/{name}"}
 ROUTES = {*(task.route for task in SERVED), "/api/v1/models", "/healthz", "/readyz"}
-ROUTES |= JOB_ROUTES | OPENAI_ROUTES
+KSERVE_MODEL = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+KSERVE_ROUTES = {
+    *("/v2", "/v2/health/live", "/v2/health/ready"),
+    *(f"{model}{below}" for model in KSERVE_MODEL for below in ("", "/ready", "/infer")),
+}
+ROUTES |= JOB_ROUTES | OPENAI_ROUTES | KSERVE_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
 BELOW_FILES = ("/playground/", "/docs/static/")
