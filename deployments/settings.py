@@ -188,6 +188,22 @@ class ClientJobSettings(Strict):
     stream_s: float = Field(default=50, gt=0)
 
 
+class FetchSettings(Strict):
+    """Pictures that a request names by address (docs/protocols.md, "Pictures by address").
+
+    Attributes:
+        enabled: whether they are fetched.
+        allow_http: whether plain http:// is taken.
+        allow_private: whether addresses of private networks and of this machine are taken.
+        timeout_s: of one picture, redirects included.
+    """
+
+    enabled: bool = False
+    allow_http: bool = False
+    allow_private: bool = False
+    timeout_s: float = Field(default=10, gt=0)
+
+
 class JobSettings(Strict):
     """Jobs: requests that outlive their client (docs/jobs.md); what clients may do with them is in
     `ClientJobSettings`.
@@ -348,6 +364,7 @@ class ClientSettings(Strict):
         limits: sizes of requests, pictures and results.
         uploads: limits of uploads while they arrive.
         jobs: what clients may do with jobs.
+        fetch: pictures that a request names by address.
         access: who may call, and how much.
     """
 
@@ -357,6 +374,7 @@ class ClientSettings(Strict):
     limits: LimitSettings = LimitSettings()
     uploads: UploadSettings = UploadSettings()
     jobs: ClientJobSettings = ClientJobSettings()
+    fetch: FetchSettings = FetchSettings()
     access: AccessSettings = AccessSettings()
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from serve_app import authorization, page, service
 from serve_app.access.keys import KeyFile
 from serve_app.access.limits import Limits
 from serve_app.authorization import Access
+from serve_app.fetching import Fetcher
 from serve_app.intake import Intake
 from serve_app.middleware import (
     AccessLog,
@@ -85,6 +86,7 @@ def create_app(
     app.state.backends, app.state.registry = backends, registry
     app.state.intake = Intake(backends, registry, clients)
     app.state.jobs = jobs
+    app.state.fetcher = _fetcher(clients)
     app.state.retry_after_s = clients.retry_after_s
     _add_routes(app, registry, with_jobs=jobs is not None)
     app.add_exception_handler(ImagenError, on_error)
@@ -103,6 +105,13 @@ def _add_routes(app: FastAPI, registry: Registry, *, with_jobs: bool) -> None:
         assert isinstance(mount.app, StaticFiles)  # noqa: S101 - nothing else is mounted
         app.routes.remove(mount)
         page.add_files(app, mount.path, mount.app)
+
+
+def _fetcher(clients: ClientSettings) -> Fetcher | None:
+    """What fetches pictures that requests name by address; None if nothing does."""
+    if not clients.fetch.enabled:
+        return None
+    return Fetcher(clients.fetch, clients.limits.max_body_bytes)
 
 
 def _access(clients: ClientSettings, registry: Registry, limits: Limits) -> Middleware:

@@ -217,6 +217,7 @@ class BodyLimit:
         now_s = asyncio.get_running_loop().time()
         body = _Body(asyncio.timeout_at(now_s + self.uploads.pause_s), now_s)
         scope["state"]["leave_upload"] = partial(self._forget, body)
+        scope["state"]["hold_bytes"] = partial(self._hold, body)
         try:
             async with body.timer:
                 self._arriving[body] = None
@@ -228,6 +229,12 @@ class BodyLimit:
         finally:
             self._arriving.pop(body, None)
             self._forget(body)
+
+    def _hold(self, body: _Body, some_bytes: int) -> None:
+        """Count bytes that a route has fetched for its request; raises as `_make_room`."""
+        body.came_bytes += some_bytes
+        self._held_bytes += some_bytes
+        self._make_room()
 
     def _forget(self, body: _Body) -> None:
         """Count its bytes no more."""

@@ -1,4 +1,4 @@
-"""Pictures in JSON: as base64, or as a data URL (RFC 2397)."""
+"""Pictures in JSON: as base64, as a data URL (RFC 2397), or by address."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from serve_app.protocols.multipart import MAX_FIELD_BYTES, MAX_PARTS, Form
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+
+    from serve_app.fetching import Fetcher
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 40
@@ -85,6 +87,7 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
         MalformedRequest: it is no JSON object, or lacks the image.
         InvalidParameter: a value is of the wrong kind.
         UnsupportedMedia: the image is a data URL of something else.
+        TooLarge: it was fetched, and is too large.
     """
     given = await read_object(request)
     image = given.pop("image", None)
@@ -95,7 +98,19 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
             remedy="Add the picture as base64 or as a data URL: image.",
         )
     fields = {name: text_of(name, value) for name, value in given.items() if value is not None}
-    return Form(None if image is None else picture_of("image", image), fields)
+    return Form(None if image is None else await picture_at(request, "image", image), fields)
+
+
+async def picture_at(request: Request, name: str, value: object) -> bytes:
+    """The bytes of a picture in a request, fetched if it is an address and the service does that.
+
+    Raises as `picture_of`, and as `Fetcher.fetch`.
+    """
+    fetcher: Fetcher | None = request.app.state.fetcher
+    if fetcher is None or not isinstance(value, str) or not _ADDRESS.match(value):
+        return picture_of(name, value)
+    state = request.scope["state"]
+    return await fetcher.fetch(value, state["key"].id, state["hold_bytes"])
 
 
 def picture_of(name: str, value: object) -> bytes:
@@ -112,9 +127,10 @@ def picture_of(name: str, value: object) -> bytes:
     text = value if isinstance(value, str) else ""
     if _ADDRESS.match(text):
         raise InvalidParameter(
-            f"{name} is an address, and this service fetches nothing.",
+            f"{name} is an address, and nothing is fetched here.",
             value=text[:_SHOWN],
-            remedy="Send the picture itself, as base64 or as a data URL.",
+            remedy="Send the picture itself, as base64 or as a data URL. The operator can switch"
+            " fetching on for native JSON and OpenAI's edits: fetch.enabled.",
         )
     if text.startswith("data:"):
         head, _, text = text[len("data:") :].partition(",")

@@ -224,7 +224,8 @@ def _in_json(form: dict[str, Any]) -> dict[str, Any]:
     fields = form["properties"]
     if "image" not in fields:
         return form
-    image = {"type": "string", "description": "The picture, as base64 or as a data URL."}
+    text = "The picture: base64, a data URL, or an address where the operator allows it."
+    image = {"type": "string", "description": text}
     return {**form, "properties": {**fields, "image": image}}
 
 

@@ -25,7 +25,7 @@ from serve_app.doors import is_json
 from serve_app.intake import Call, Intake
 from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
-from serve_app.protocols.inline import base64_of, picture_of, read_object, text_of
+from serve_app.protocols.inline import base64_of, picture_at, read_object, text_of
 from serve_app.protocols.multipart import read_form
 from serve_app.protocols.naming import known_models, named
 
@@ -216,7 +216,7 @@ async def _read_edit(request: Request) -> Body:
         raise MalformedRequest(
             "An edit needs a picture.", value="no field image", remedy="Send image as base64."
         )
-    return Body(_texts(given), picture_of("image", images))
+    return Body(_texts(given), await picture_at(request, "image", images))
 
 
 def _only(images: list[Any]) -> Any:
@@ -240,7 +240,8 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
         raise InvalidParameter(
             "Pictures come back in the answer, not as addresses.",
             value="response_format=url",
-            remedy="Send response_format=b64_json, or leave it out.",
+            remedy="Send response_format=b64_json, or leave it out. A job by a native route"
+            " (docs/jobs.md) keeps its results behind links.",
         )
     spec = _model_for(wishes.model, _served(request), needs_picture=body.image is not None)
     task = spec.task

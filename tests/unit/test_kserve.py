@@ -17,7 +17,7 @@ from benchmarks.load.protocols import call, read_answer
 from benchmarks.load.workload import Request
 from deployments.errors import RequestError
 from deployments.notes import Code, note
-from deployments.settings import AccessSettings, Settings
+from deployments.settings import AccessSettings, ClientSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.protocols.tensors import read_infer
@@ -250,7 +250,7 @@ async def test_what_is_not_there_is_404(path: str, app: FastAPI) -> None:
 
 async def test_probes_need_no_key_and_models_do(tmp_path: Path) -> None:
     access = AccessSettings(auth="keys", keys=tmp_path / "keys.yaml")
-    app = create_app(FakeBackends(), REGISTRY, Settings(access=access))
+    app = create_app(FakeBackends(), REGISTRY, ClientSettings(access=access))
     assert (await send(app, "GET", "/v2/health/ready")).status_code == 200
     for method, path in (("GET", "/v2"), ("POST", COMIC)):
         answer = await send(app, method, path)
