@@ -185,6 +185,10 @@ soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and los
 fuzz: setup ## Schemathesis and ten minutes of hostile requests (IMAGEN_FUZZ_SEED=7 repeats them)
 	IMAGEN_FUZZ_S=600 $(BIN)/python -m pytest tests/fuzz -s
 
+.PHONY: proto
+proto: setup ## Compile the messages of KServe V2 after a change of serve_app/v2/kserve.proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. serve_app/v2/kserve.proto
+
 .PHONY: quality
 quality: setup ## Measure the starter models on photos kept out of training
 	$(BIN)/python -m starter_models.quality

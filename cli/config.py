@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OURS = "serve_app.app:"
+SERVICER = "serve_app.v2.door:add_to_server"
+SIZE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 
 
 def address_of(config: Path) -> str:
@@ -69,6 +71,29 @@ def check_reach(config: Path, clients: ClientSettings) -> None:
     with _reading(config) as values:
         host = str((values.get("http_options") or {}).get("host", "0.0.0.0"))  # noqa: S104 - Serve's
     clients.access.check_host(host)
+
+
+def grpc_environment(config: Path) -> dict[str, str]:
+    """What the environment of Ray must have for a Serve config file; nothing without gRPC.
+
+    Raises:
+        ConfigError: the file cannot be read, or its options of gRPC do not fit its application.
+    """
+    clients = clients_of(config)
+    if clients is None:
+        return {}
+    with _reading(config) as values:
+        options = dict(values.get("grpc_options") or {})
+    wanted = {"grpc_servicer_functions": [SERVICER], "enable_reflection": False}
+    fits = all(options.get(name) == value for name, value in wanted.items())
+    if fits if clients.grpc.enabled else not options:
+        limit = {SIZE_VARIABLE: str(clients.limits.max_body_bytes)}
+        return limit if clients.grpc.enabled else {}
+    raise ConfigError(
+        "gRPC needs grpc.enabled in the user_config of Ingress, and grpc_options in the file.",
+        value=options or "no grpc_options",
+        remedy="Set both as docs/protocols.md says, with enable_reflection: false; or neither.",
+    )
 
 
 def settings_of(config: Path) -> Settings:

@@ -18,7 +18,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from cli.config import address_of, check_reach, clients_of, config_serving
+from cli.config import address_of, check_reach, clients_of, config_serving, grpc_environment
 from cli.console import Output
 from cli.ending import ending
 from cli.serving import Serve, serve_of
@@ -46,7 +46,7 @@ def run(
         address, clients = address_of(config), clients_of(config)
         if clients is not None:
             check_reach(config, clients)
-        changed = config_serving(config, serve_of(serve))
+        changed, extra = config_serving(config, serve_of(serve)), grpc_environment(config)
         if _answers(address):
             raise ConfigError(
                 "Another server answers at this address.",
@@ -60,7 +60,7 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     failed = True
-    with _started(config, changed) as (server, dashboard):
+    with _started(config, changed, extra) as (server, dashboard):
         try:
             if _wait_ready(server, address, timeout_s):
                 seconds = time.monotonic() - start_s
@@ -75,13 +75,14 @@ def run(
 
 @contextmanager
 def _started(
-    config: Path, changed: dict[str, Any] | None
+    config: Path, changed: dict[str, Any] | None, extra: dict[str, str]
 ) -> Generator[tuple[subprocess.Popen[bytes], Path]]:
     """`serve run`, stopped at the end; and the file that holds the address of Ray's dashboard.
 
     Args:
         config: the Serve config.
         changed: to run instead of it; None for the file as it is.
+        extra: for the environment of Ray.
     """
     with TemporaryDirectory(prefix="imagen-run-") as folder:
         dashboard, file = Path(folder) / "dashboard", resolve(config)
@@ -90,7 +91,7 @@ def _started(
             file.write_text(yaml.safe_dump(changed), encoding="utf-8")
         command = [sys.executable, "-m", "cli.serve_run", str(file), str(dashboard)]
         # One malloc arena instead of one for each of Ray's many threads saves 15 MiB a process.
-        environment = {"MALLOC_ARENA_MAX": "1"} | os.environ
+        environment = {"MALLOC_ARENA_MAX": "1"} | extra | os.environ
         # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
         server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603 - ours
         try:

@@ -204,6 +204,17 @@ class FetchSettings(Strict):
     timeout_s: float = Field(default=10, gt=0)
 
 
+class GrpcSettings(Strict):
+    """KServe V2 over gRPC (docs/protocols.md, "gRPC").
+
+    Attributes:
+        enabled: whether calls are taken. Serve's gRPC proxy listens on every interface, so that it
+            needs `access.auth: keys`.
+    """
+
+    enabled: bool = False
+
+
 class JobSettings(Strict):
     """Jobs: requests that outlive their client (docs/jobs.md); what clients may do with them is in
     `ClientJobSettings`.
@@ -365,6 +376,7 @@ class ClientSettings(Strict):
         uploads: limits of uploads while they arrive.
         jobs: what clients may do with jobs.
         fetch: pictures that a request names by address.
+        grpc: KServe V2 over gRPC.
         access: who may call, and how much.
     """
 
@@ -375,7 +387,14 @@ class ClientSettings(Strict):
     uploads: UploadSettings = UploadSettings()
     jobs: ClientJobSettings = ClientJobSettings()
     fetch: FetchSettings = FetchSettings()
+    grpc: GrpcSettings = GrpcSettings()
     access: AccessSettings = AccessSettings()
+
+    @model_validator(mode="after")
+    def _asks_for_keys_over_grpc(self) -> Self:
+        if self.grpc.enabled and self.access.auth != "keys":
+            raise ValueError("grpc.enabled needs access.auth: keys, because others can reach it")
+        return self
 
     @model_validator(mode="after")
     def _holds_the_largest_body(self) -> Self:

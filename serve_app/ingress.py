@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from serve_app.jobs.service import open_jobs
 from serve_app.jobs.signals import Signals
 from serve_app.jobs.sweeping import keep_sweeping
 from serve_app.jobs.watching import watch
+from serve_app.v2.calls import Calls
+from serve_app.v2.door import GrpcDoor, check_message_size
 from serve_app.worker import own_url
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 
 @serve.ingress(_ReplicaApp())  # pyright: ignore[reportUntypedClassDecorator]
-class Ingress:
+class Ingress(Calls):
     """Speaks HTTP for the models. Replicas share no state, so that any number behave as one.
 
     Args:
@@ -113,12 +116,14 @@ class Ingress:
         """
         try:
             clients = parse_settings(ClientSettings, user_config, "user_config of Ingress")
+            check_message_size(clients, os.environ)
         except ConfigError as error:
             if self.api is None:
                 raise
             logger.error("user_config refused, the former one stays in force: %s", error)
             return
         self.api = await asyncio.to_thread(self._api, clients)
+        self.grpc_door = GrpcDoor(self.api, enabled=clients.grpc.enabled)
         self._backends.set_retry_after(clients.retry_after_s)
         self._limits.retry_after_s = clients.retry_after_s
         if not self._running:

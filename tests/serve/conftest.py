@@ -15,6 +15,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from benchmarks.server import free_port
+from cli.config import SERVICER, SIZE_VARIABLE
 from deployments.catalogue import load_registry
 from deployments.settings import ROOT, Settings, StoreSettings
 from deployments.store.lockfile import Lock, save_lock
@@ -32,6 +33,8 @@ UPLOAD_PAUSE_S = 4
 STARTER = Path("configs/models/starter.yaml")
 FURTHER = "upscale-small-tiles"
 """A second model of a task, beside its default."""
+MOST_GRPC_BYTES = 2**20
+"""Of a message over gRPC; less than `max_body_bytes`."""
 NO_NETWORK = Path(__file__).parent / "no_network"
 
 
@@ -54,8 +57,17 @@ def network_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
+def grpc_port() -> int:
+    """Of Serve's gRPC proxy."""
+    return free_port()
+
+
+@pytest.fixture(scope="package")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, models_root: Path, network_reports: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    models_root: Path,
+    network_reports: Path,
+    grpc_port: int,
 ) -> Iterator[str]:
     """A Ray of our own with Serve listening; the URL. Its one GPU is a number, not a device.
 
@@ -77,11 +89,17 @@ def cluster(
                 "IMAGEN_JOBS": str(tmp_path_factory.mktemp("jobs")),
                 # A lost proxy is noticed after three of them, by default of 10 s each.
                 "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+                SIZE_VARIABLE: str(MOST_GRPC_BYTES),
             }
         },
     )
     serve.start(
         http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 90},
+        grpc_options={
+            "port": grpc_port,
+            "grpc_servicer_functions": [SERVICER],
+            "enable_reflection": False,
+        },
         tracing_config=TracingConfig(enabled=True, sampling_ratio=1),
     )
     yield f"http://127.0.0.1:{port}"
@@ -163,9 +181,25 @@ def broken(cluster: str) -> str:
     return f"{cluster}/broken"
 
 
-def run_models(name: str, kinds: dict[Task, type], *, replicas: int, wait: bool) -> None:
-    """Run the real Ingress over scripted models; comic takes two requests and queues one."""
-    clients = {"request_timeout_s": 6, "retry_after_s": 7, "access": {"auth": "off"}}
+def run_models(
+    name: str,
+    kinds: dict[Task, type],
+    *,
+    replicas: int,
+    wait: bool,
+    keys: Path | None = None,
+) -> None:
+    """Run the real Ingress over scripted models; comic takes two requests and queues one.
+
+    With a file of keys it asks for keys, and takes calls over gRPC.
+    """
+    clients: dict[str, Any] = {
+        "request_timeout_s": 6,
+        "retry_after_s": 7,
+        "access": {"auth": "off"},
+    }
+    if keys is not None:
+        clients |= {"access": {"auth": "keys", "keys": str(keys)}, "grpc": {"enabled": True}}
     settings = Settings()
     registry = load_registry(*settings.models)
     models: dict[str, Any] = {}
