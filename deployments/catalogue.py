@@ -108,14 +108,15 @@ class Catalogue(Strict):
     Attributes:
         models: what can be served.
         artefacts: what only the store keeps.
-        serving: the default model by task, for tasks with more than one model.
+        serving: the default model by task, for tasks with more than one model; null for a task
+            that is not served unless `serve` names a model of it.
         accept_noncommercial: names of models that may be pulled and served although their licence
             forbids commercial use.
     """
 
     models: tuple[ModelSpec, ...]
     artefacts: tuple[ArtefactSpec, ...] = ()
-    serving: dict[Task, str] = Field(default={})
+    serving: dict[Task, str | None] = Field(default={})
     accept_noncommercial: tuple[str, ...] = ()
     _files: dict[str, Path] = PrivateAttr(default_factory=dict[str, Path])
 
@@ -129,7 +130,7 @@ class Catalogue(Strict):
         names = [entry.name for entry in self.entries]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"a name stands twice: {', '.join(twice)}")
-        known = {(m.task, m.name) for m in self.models}
+        known = {(m.task, m.name) for m in self.models} | {(task, None) for task in Task}
         if wrong := [f"{t}: {n}" for t, n in self.serving.items() if (t, n) not in known]:
             raise ValueError(f"serving names no model of that task: {', '.join(wrong)}")
         if unknown := set(self.accept_noncommercial) - set(names):
@@ -151,12 +152,14 @@ class Catalogue(Strict):
         return joined
 
     @classmethod
-    def _first_defaults(cls, parts: Sequence[Catalogue]) -> dict[Task, str]:
-        serving: dict[Task, str] = {}
+    def _first_defaults(cls, parts: Sequence[Catalogue]) -> dict[Task, str | None]:
+        serving: dict[Task, str | None] = {}
         for task in Task:
             candidates = next(filter(None, (part._candidates(task) for part in parts)), [])
             if len(candidates) == 1:
                 serving[task] = candidates[0].name
+            elif not candidates:
+                serving[task] = None
         return serving
 
     def find(self, name: str) -> ArtefactSpec:
@@ -236,7 +239,9 @@ class Catalogue(Strict):
         return [known[name] for name in dict.fromkeys(names)]
 
     def _candidates(self, task: Task) -> list[ModelSpec]:
-        """The default model of a task; all its models if `serving` names none."""
+        """The default model of a task; all its models if `serving` does not tell, and none if it
+        says null.
+        """
         return [
             m for m in self.models if m.task == task and self.serving.get(task, m.name) == m.name
         ]

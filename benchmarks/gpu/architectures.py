@@ -21,7 +21,7 @@ from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.pipelines.nets.u2net import U2Net, U2NetWidths
 
-Family = Literal["img2img", "upscale_diffusion", "upscale_gan", "matting"]
+Family = Literal["img2img", "text2img", "upscale_diffusion", "upscale_gan", "matting"]
 Values = dict[str, Any]
 TEXT_TOKENS = 77
 
@@ -37,6 +37,7 @@ class Architecture:
         latent_px: working pixels that a latent stands for, in each direction; the x4 upscaler's
             latents are as large as its input.
         unet, vae, text: configurations; empty for the families without.
+        first_text: configuration of SDXL base's other text encoder, which comes first.
         vae_tile_px: edge of the tiles it decodes in, output px; None decodes whole.
         network: creates a GAN or a matting network.
     """
@@ -47,6 +48,7 @@ class Architecture:
     unet: Values | None = None
     vae: Values | None = None
     text: Values | None = None
+    first_text: Values | None = None
     vae_tile_px: int | None = None
     network: Callable[[], nn.Module] | None = None
 
@@ -75,6 +77,7 @@ def _text(width: int, layers: int, heads: int, projection: int, act: str = "gelu
     }
 
 
+_SD1_TEXT = _text(768, 12, 12, 768, "quick_gelu")
 _SD2_TEXT = _text(1024, 23, 16, 512)
 # A tile of 512 px with the largest overlap of our 4x networks on each side.
 _TILE_PX = (512 + 2 * 64, 512 + 2 * 64)
@@ -134,7 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         latent_px=8,
         unet={"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
         vae=_SD_VAE,
-        text=_text(768, 12, 12, 768, "quick_gelu"),
+        text=_SD1_TEXT,
     ),
     "aged-sd21": Architecture(
         "img2img",
@@ -148,6 +151,53 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         vae={**_SD_VAE, "sample_size": 768},
         text=_SD2_TEXT,
+    ),
+    "generate-sdxl-base": Architecture(
+        "text2img",
+        (1024, 1024),
+        latent_px=8,
+        unet={
+            "sample_size": 128,
+            "attention_head_dim": (5, 10, 20),
+            "block_out_channels": (320, 640, 1280),
+            "cross_attention_dim": 2048,
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        vae={**_SD_VAE, "sample_size": 1024},
+        text=_text(1280, 32, 20, 1280),
+        first_text=_SD1_TEXT,
+    ),
+    "generate-sd21": Architecture(
+        "text2img",
+        (768, 768),
+        latent_px=8,
+        unet={
+            "sample_size": 96,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
+        vae={**_SD_VAE, "sample_size": 768},
+        text=_SD2_TEXT,
+    ),
+    "generate-lcm-dreamshaper7": Architecture(
+        "text2img",
+        (768, 768),
+        latent_px=8,
+        unet={
+            "sample_size": 96,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+            "time_cond_proj_dim": 256,
+        },
+        vae={**_SD_VAE, "sample_size": 768},
+        text=_SD1_TEXT,
     ),
     "background-rmbg14": Architecture("matting", (1024, 1024), network=ISNet),
     "background-isnet-general": Architecture("matting", (1024, 1024), network=ISNet),
@@ -213,6 +263,17 @@ def build_text_encoder(
     kind = CLIPTextModelWithProjection if is_xl(name) else CLIPTextModel
     settings = CLIPTextConfig(max_position_embeddings=TEXT_TOKENS, **config)
     return _fill(lambda: kind(settings), device, dtype)
+
+
+def build_first_text_encoder(
+    name: str, device: str = "cuda", dtype: torch.dtype = torch.float16
+) -> nn.Module | None:
+    """SDXL base's first text encoder, whose output is not projected; None for other models."""
+    config = ARCHITECTURES[name].first_text
+    if config is None:
+        return None
+    settings = CLIPTextConfig(max_position_embeddings=TEXT_TOKENS, **config)
+    return _fill(lambda: CLIPTextModel(settings), device, dtype)
 
 
 def build_network(

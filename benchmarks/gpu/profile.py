@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import machine
 from benchmarks.gpu.architectures import (
     ARCHITECTURES,
+    build_first_text_encoder,
     build_network,
     build_text_encoder,
     build_unet,
@@ -166,6 +167,9 @@ class Bench:
     def _diffusion(self, name: str, own_px: tuple[int, int]) -> tuple[int, list[Values], Values]:
         where: Values = {"device": self._device, "dtype": self._dtype, "tiny": self._tiny}
         weights = weights_bytes(build_text_encoder(name, **where))
+        first = None if self._tiny else build_first_text_encoder(name, self._device, self._dtype)
+        weights += 0 if first is None else weights_bytes(first)
+        del first
         vae = build_vae(name, **where)
         weights += weights_bytes(vae)
         vae_entry = self._vae(name, vae, own_px)

@@ -40,6 +40,10 @@ PARAMETERS = {
     "enhance-sdxl-refiner": (2_259_526_660, 83_653_863, 694_659_840),
     "comic-ghibli": (859_520_964, 83_653_863, 123_060_480),
     "aged-sd21": (865_910_724, 83_653_863, 340_387_840),
+    "generate-sdxl-base": (2_567_463_684, 83_653_863, 694_659_840),
+    "generate-sd21": (865_910_724, 83_653_863, 340_387_840),
+    # Stable Diffusion 1.5, and the guidance's 256 values into 320 channels.
+    "generate-lcm-dreamshaper7": (859_520_964 + 256 * 320, 83_653_863, 123_060_480),
 }
 """UNet, autoencoder, text encoder; as the published files hold."""
 

@@ -37,6 +37,16 @@ WEIGHTS = {
         "text_encoder/model.safetensors": 4 * 123_060_480 + HEADER,
         "vae/diffusion_pytorch_model.safetensors": 4 * 83_653_863 + HEADER,
     },
+    "generate-sdxl-base": {
+        "unet/diffusion_pytorch_model.fp16.safetensors": 2 * 2_567_463_684 + HEADER,
+        "text_encoder/model.fp16.safetensors": 2 * 123_060_480 + HEADER,
+        "text_encoder_2/model.fp16.safetensors": 2 * 694_659_840 + HEADER,
+    },
+    "generate-lcm-dreamshaper7": {
+        "unet/diffusion_pytorch_model.safetensors": 4 * 859_602_884 + HEADER,
+        "text_encoder/model.safetensors": 4 * 123_060_480 + HEADER,
+        "vae/diffusion_pytorch_model.safetensors": 4 * 83_653_863 + HEADER,
+    },
     "background-rmbg14": {"model.safetensors": 4 * 44_046_790 + HEADER},
     "upscale-realesrgan-x4plus-anime": {"RealESRGAN_x4plus_anime_6B.pth": 18_000_000},
     "mms-lid-126": {"model.safetensors": 3_860_000_000},

@@ -110,6 +110,22 @@ def served_bytes(spec: ArtefactSpec, model: LockedModel) -> int:
     )
 
 
+def small_files(lock: Lock, web: FileServer) -> Counter[str]:
+    """Bytes that resolving every entry reads of the hub; what it reads elsewhere is checked."""
+    small: Counter[str] = Counter()
+    for origin in (origin for model in lock.models.values() for origin in model.origins):
+        if not origin.source.startswith("hf://"):
+            for file in origin.files:
+                path = f"/{origin.source.rpartition('/')[2]}/{file.path}"
+                assert web.faults.bytes_sent[path] == file.size
+            continue
+        repo, revision = parse_hub(origin.source)
+        for file in origin.files:
+            if not file.path.endswith((".safetensors", ".bin", ".onnx", ".pth")):
+                small[f"/{repo}/resolve/{revision}/{file.path}"] += int(file.size)
+    return small
+
+
 def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
     tmp_path: Path, hub: HubServer, web: FileServer
 ) -> None:
@@ -141,22 +157,11 @@ def test_the_full_size_registry_is_planned_and_nothing_is_fetched_twice(
             assert set(places) == set(expected)
     assert sum(served[name] for name in FULL_MODELS) == pytest.approx(12.7e9, rel=0.02)
 
-    # Resolving read the small files once and no large one; planning read nothing.
+    # Each entry's resolving read its small files once and no large one; planning read nothing.
     assert Counter(files_sent(hub.faults.bytes_sent)) == sent
     assert not [path for path in hub.faults.requests if path.startswith("/cdn/")]
-    for spec in catalogue.entries:
-        for origin in lock.models[spec.name].origins:
-            if origin.source.startswith("hf://"):
-                repo, revision = parse_hub(origin.source)
-                for file in origin.files:
-                    small = not file.path.endswith((".safetensors", ".bin", ".onnx", ".pth"))
-                    asked = sent.pop(f"/{repo}/resolve/{revision}/{file.path}", 0)
-                    assert asked == (file.size if small else 0)
-            else:
-                for file in origin.files:
-                    path = f"/{origin.source.rpartition('/')[2]}/{file.path}"
-                    assert web.faults.bytes_sent[path] == file.size
-    assert not sent  # so no lure was read
+    small = small_files(lock, web)
+    assert +sent == small  # so no lure was read
 
 
 def test_what_is_not_looked_up_yet_is_refused_before_anything_is_fetched() -> None:
@@ -223,6 +228,18 @@ def test_the_served_models_shares_are_those_of_the_plan_for_an_l4() -> None:
     placed = plan(served, "l4").placed
     assert {spec.name: spec.num_gpus for spec in served} == {p.name: p.num_gpus for p in placed}
     assert all(spec.num_gpus > 0 for spec in CATALOGUE.models)
+
+
+def test_text_to_image_is_served_where_it_is_asked_for_and_takes_the_share_of_the_plan() -> None:
+    accepted = CATALOGUE.model_copy(update={"accept_noncommercial": ("background-rmbg14",)})
+    assert Task.GENERATE not in accepted.served()
+    models = [spec for spec in CATALOGUE.models if spec.task == Task.GENERATE]
+    assert len(models) == 3
+    served = accepted.served({"generate": [spec.name for spec in models]})
+    assert served[Task.GENERATE] == models[0]
+    for spec in models:
+        (placed,) = plan([spec], "l4").placed
+        assert (placed.num_gpus, placed.rows) == (spec.num_gpus, spec.max_batch_size)
 
 
 def test_the_starter_models_are_resolved_as_they_lie_here() -> None:
