@@ -62,8 +62,9 @@ Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "canc
 Priority: TypeAlias = Literal["interactive", "batch"]
 Image: TypeAlias = bytes | str | os.PathLike[str] | IO[bytes]
 """The bytes of an image file, its path, or a file opened for reading bytes."""
-Parameter: TypeAlias = str | float | bool | Sequence[str] | None
-"""The value of a form field. A field that is None is left out."""
+Parameter: TypeAlias = str | float | bool | bytes | Sequence[str] | None
+"""The value of a form field. A field that is None is left out. Bytes are those of an image file,
+for fields that take one, such as `mask` and `background`."""
 Document: TypeAlias = dict[str, Any]
 """A JSON object of the service."""
 
@@ -74,6 +75,7 @@ TIMEOUT_S = 90.0
 """Longer than the service's own deadline of a request, 60 s."""
 RETRIES = 5
 
+_BINARY = "application/octet-stream"
 _ENDED = ("completed", "failed", "canceled")
 _BACKOFF_S = (0.5, 8.0)
 """The first pause and the longest, where the service names none."""
@@ -1004,12 +1006,15 @@ def _form(
     image: Image | None, fields: Mapping[str, Parameter]
 ) -> list[tuple[str, tuple[str | None, bytes | str, str | None]]]:
     """Every part of the form. One without a file name is a plain field."""
-    form: list[tuple[str, tuple[str | None, bytes | str, str | None]]] = [
-        (name, (None, _text(value), None)) for name, value in fields.items() if value is not None
-    ]
+    form: list[tuple[str, tuple[str | None, bytes | str, str | None]]] = []
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            form.append((name, (name, value, _BINARY)))
+        elif value is not None:
+            form.append((name, (None, _text(value), None)))
     data = _read(image)
     if data is not None:
-        form.append(("image", ("image", data, "application/octet-stream")))
+        form.append(("image", ("image", data, _BINARY)))
     return form
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image
 
+from deployments.transparency import scaled
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -44,11 +46,20 @@ def content_box(width_px: int, height_px: int, bucket: tuple[int, int]) -> tuple
 
 def fit_to_bucket(rgb: Array, bucket: tuple[int, int]) -> Array:
     """`rgb` scaled to the bucket's `content_box`, with reflections to its right and below it."""
-    width, height = content_box(rgb.shape[1], rgb.shape[0], bucket)
-    scaled = resize(rgb, width, height)
+    return _padded(resize(rgb, *content_box(rgb.shape[1], rgb.shape[0], bucket)), bucket)
+
+
+def fit_mask_to_bucket(mask: Array, bucket: tuple[int, int]) -> Array:
+    """A mask, `H x W`, as `fit_to_bucket` fits its picture; no value swings over at an edge."""
+    return _padded(scaled(mask, *content_box(mask.shape[1], mask.shape[0], bucket)), bucket)
+
+
+def _padded(pixels: Array, bucket: tuple[int, int]) -> Array:
+    """The pixels, with reflections to their right and below them."""
+    height, width = pixels.shape[:2]
     columns = np.pad(np.arange(width), (0, bucket[0] - width), mode="reflect")
     rows = np.pad(np.arange(height), (0, bucket[1] - height), mode="reflect")
-    return scaled[rows][:, columns]
+    return pixels[rows][:, columns]
 
 
 def restore_from_bucket(pixels: Array, width_px: int, height_px: int, *, working: bool) -> Array:

@@ -76,7 +76,7 @@ Color = Annotated[str, _COLOR, AfterValidator(_six_digits)]
 
 
 PICTURE = "picture"
-"""A background that comes as a file of its own."""
+"""A background, or a mask, that comes as a file of its own."""
 Background = Annotated[
     str,
     _COLOR,
@@ -222,6 +222,25 @@ class Img2ImgRequest(DiffusionRequest):
     output_size: Literal["input", "working"] = Field(
         default="input",
         description="input: the size that was sent. working: the size the model worked at.",
+        json_schema_extra={"unit": "px"},
+    )
+    mask: Annotated[Literal["picture", "alpha"] | None, BeforeValidator(_none_if_empty)] = Field(
+        default=None,
+        description="Which part is changed; the rest stays as it is. A picture of the same size, "
+        "sent as a file in this field: white is changed, black stays, grey is between. Or the word "
+        "alpha: what is transparent in the picture itself is changed, and the result is opaque.",
+    )
+    mask_changes: Literal["white", "transparent"] = Field(
+        default="white",
+        description="What a mask that is a file marks for change. white: what is white in it. "
+        "transparent: what is transparent in it, as for OpenAI.",
+    )
+    mask_feather_px: int = Field(
+        default=0,
+        ge=0,
+        le=128,
+        description="Width of a soft edge that the mask gets. It lies within the part that is "
+        "changed.",
         json_schema_extra={"unit": "px"},
     )
 
@@ -464,6 +483,8 @@ class ImageJob:
         notes: of what was chosen before the model got it.
         background: the file to lay below the result, where the request says `background=picture`.
         background_px: width x height of its picture; 0 without one.
+        mask: the file that says what is changed, where the request says `mask=picture`; of the
+            picture's size.
     """
 
     request: ImageRequest
@@ -481,6 +502,7 @@ class ImageJob:
     notes: tuple[Note, ...] = ()
     background: bytes | None = None
     background_px: int = 0
+    mask: bytes | None = None
 
     @property
     def limit_s(self) -> float:

@@ -44,8 +44,15 @@ def settled(
     return request.model_copy(update={"detail": "working"}), (reduced,)
 
 
-def tiled_note(grid: Grid) -> Note:
-    """The note of a picture that was worked on in tiles."""
+def tiled_note(grid: Grid, tiles: int) -> Note:
+    """The note of a picture that was worked on in tiles.
+
+    Args:
+        grid: of all tiles.
+        tiles: how many of them a mask left.
+    """
     width, height = grid.tile
-    told = f"The model worked on every pixel, in {grid.count} tiles of {width} x {height} px."
+    which = f"{tiles}" if tiles == grid.count else f"the {tiles} of {grid.count}"
+    where = "" if tiles == grid.count else " that the mask reaches"
+    told = f"The model worked on every pixel, in {which} tiles of {width} x {height} px{where}."
     return note(Code.TILED, told)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -29,9 +28,13 @@ class Making:
     """One result on its way through the engine.
 
     Args:
-        one: what the engine is given of it; `pixels` is the whole picture if there are tiles.
+        one: what the engine is given of it; `pixels` and `mask` are of the whole picture if there
+            are tiles.
         grid: its tiles; None for one row.
         steps: passes of a tile, as far as can be told before.
+
+    Attributes:
+        rows: for the engine. A tile of which nothing may change has none.
     """
 
     def __init__(self, one: RowInput[Any], grid: Grid | None = None, steps: int = 0) -> None:
@@ -41,13 +44,18 @@ class Making:
         if grid is None:
             self.rows = [Row(one)]
             return
-        self._whole = Whole(grid.count, time.monotonic(), grid.count)
-        self.rows = [self._tile(*corner) for corner in grid.corners]
+        self._whole = Whole(0, time.monotonic(), 0)
+        self._tiles = [(corner, self._tile(grid, *corner)) for corner in grid.corners]
+        self.rows = [row for _, row in self._tiles if row is not None]
+        self._whole.tiles = self._whole.waiting = len(self.rows)
         for row in self.rows:
             row.progress.steps = row.progress.steps_left = steps
 
-    def _tile(self, left: int, top: int) -> Row:
-        """The row of a tile, which is cut only when the engine gets it."""
+    def _tile(self, grid: Grid, left: int, top: int) -> Row | None:
+        """The row of a tile, which is cut only when the engine gets it; None if nothing changes."""
+        mask = self.input.mask
+        if mask is not None and not grid.cut(mask, left, top).max():
+            return None
         return Row(replace(self.input, place=Place(left, top, self._whole)))
 
     async def output(self, put: Put, ahead: int, on_pool: OnPool) -> Pixels:
@@ -66,23 +74,23 @@ class Making:
         if self._grid is None:
             await put(self.rows[0])
             return await asyncio.wrap_future(self.rows[0].future)
-        grid, whole = self._grid, self.input.pixels
-        blend = self._blend = await on_pool(Blend, grid, whole)
-        waiting, begun = iter(self.rows), deque[Row]()
-        while True:
-            for row in islice(waiting, ahead - len(begun)):
+        grid, one = self._grid, self.input
+        blend = self._blend = await on_pool(Blend, grid, one.pixels)
+        waiting, inside = iter(self.rows), 0
+        for corner, row in self._tiles:
+            for begun in islice(waiting, ahead - inside):
+                inside += 1
                 self._whole.waiting -= 1
-                begun.append(row)
-                left, top, _ = cast("Place", row.input.place)
-                tile = await on_pool(grid.cut, whole, left, top)
-                row.input = replace(row.input, pixels=tile)
-                await put(row)
-            if not begun:
-                return blend.canvas
-            row = begun.popleft()
+                begun.input = await on_pool(_cut, begun.input, grid)
+                await put(begun)
+            if row is None:
+                await on_pool(blend.add, await on_pool(grid.cut, one.pixels, *corner))
+                continue
             await on_pool(blend.add, await asyncio.wrap_future(row.future))
+            inside -= 1
             row.forget()
-            row.input = replace(row.input, pixels=whole)  # lets go of the tile
+            row.input = replace(row.input, pixels=one.pixels, mask=one.mask)  # lets go of the tile
+        return blend.canvas
 
     def cancel(self) -> None:
         """Give it up: the engine drops its rows before their next step."""
@@ -141,6 +149,13 @@ class Making:
         denoise_s = self.compute_s - staging_s
         queue_s = max(engine_s - denoise_s - staging_s, 0.0)
         return {"queue": queue_s, "denoise": denoise_s, "vae": staging_s}
+
+
+def _cut(one: RowInput[Any], grid: Grid) -> RowInput[Any]:
+    """A tile's own part of its picture, and of the mask."""
+    left, top, _ = cast("Place", one.place)
+    mask = None if one.mask is None else grid.cut(one.mask, left, top)
+    return replace(one, pixels=grid.cut(one.pixels, left, top), mask=mask)
 
 
 def left_s(rows: list[Row], done: int, steps: int) -> float | None:

@@ -34,7 +34,9 @@ from deployments.engine.row import Row, RowInput
 from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
 from deployments.estimate import Size, file_px, fits
 from deployments.making import Making, left_s
+from deployments.masks import kept
 from deployments.notes import documents
+from deployments.opening import open_job
 from deployments.registry import ModelSpec, check_defaults
 from deployments.seats import Seats
 from deployments.settings import (
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from deployments.hosting import Served
     from deployments.images import Picture
     from deployments.notes import Note
+    from deployments.opening import Opened
     from deployments.tiling import Grid
 
 _PROGRESS_S = 0.2
@@ -275,11 +278,12 @@ class ModelDeployment:
                 raise ticket.refusal or too_late() from error
 
     def _taken(self, job: ImageJob, request: ImageRequest) -> AbstractAsyncContextManager[None]:
-        # A background is one more picture in memory. Tiles reach beyond a thin picture.
+        # A background and a mask are pictures in memory, too. Tiles reach beyond a thin picture.
         grid = self._grid(job, request)
         work_px = 0 if grid is None else grid.work_px
         px = max(file_px(request, _size(job), self._spec.scale), job.background_px, work_px)
-        return self._seats.taken(px, job.n + (job.background is not None))
+        others = (job.background is not None) + (job.mask is not None)
+        return self._seats.taken(px, job.n + others)
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:
         served = self._host.served
@@ -300,22 +304,22 @@ class ModelDeployment:
         start_s = time.monotonic()
         async with self._host.use() as served:
             # 1) Bytes to pixels, off the event loop.
-            picture, pixels = await self._on_pool(self._open, job, request, served.pipeline)
+            opened = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
             # 2) Pixels through the engine.
-            makings += self._makings(job, request, pixels, ticket.deadline_s, served)
+            makings += self._makings(job, request, opened, ticket.deadline_s, served)
             ticket.rows = [row for making in makings for row in making.rows]
             outputs = await self._step(served.engine, makings)
             # 3) Pixels to bytes.
             stepped_s = time.monotonic()
             results: list[ImageResult] = []
             for one, output in zip(makings, outputs, strict=True):
-                result, body = await self._on_pool(self._close, job, one, output, picture, served)
+                result, body = await self._on_pool(self._close, job, one, output, opened, served)
                 times = _Times(start_s, decoded_s, stepped_s, time.monotonic())
                 timings_s = times.stages_s(one, arrived_s)
                 results.append(self._result(job, one, served, result, body, timings_s))
                 self._report(one, times, timings_s, results[-1].gpu_seconds)
-            if job.n == 1:
+            if job.n == 1 and opened.mask is None:  # which leaves tiles out
                 served.estimator.record(request, _size(job), results[0].timings_s)
         return tuple(results)
 
@@ -323,7 +327,7 @@ class ModelDeployment:
         self,
         job: ImageJob,
         request: ImageRequest,
-        pixels: Pixels,
+        opened: Opened,
         deadline_s: float,
         served: Served,
     ) -> list[Making]:
@@ -336,13 +340,17 @@ class ModelDeployment:
             first, drawn = draw_seed()
             notes += [drawn] if "seed" in parameters else []
         if grid is not None:
-            notes.append(tiled_note(grid))
             steps = served.pipeline.work(*_size(job), request).steps // grid.count
-        trace, seeds = tracing.current(), [(first + k) % MOST_SEEDS for k in range(job.n)]
-        return [
-            Making(RowInput(request, pixels, seed, deadline_s, trace, [*notes]), grid, steps)
-            for seed in seeds
-        ]
+        trace = tracing.current()
+        one = RowInput(
+            request, opened.pixels, first, deadline_s, trace, notes, mask=opened.seen_mask
+        )
+        seeds = [(first + k) % MOST_SEEDS for k in range(job.n)]
+        makings = [Making(replace(one, seed=seed, notes=[*notes]), grid, steps) for seed in seeds]
+        if grid is not None:
+            for making in makings:
+                making.input.notes.append(tiled_note(grid, len(making.rows)))
+        return makings
 
     def _grid(self, job: ImageJob, request: ImageRequest) -> Grid | None:
         return tiles_of(request, *_size(job), self._spec.buckets)
@@ -372,13 +380,9 @@ class ModelDeployment:
             notes=picture.notes,
         )
 
-    def _open(
-        self, job: ImageJob, request: ImageRequest, pipeline: AnyPipeline
-    ) -> tuple[Picture | None, Pixels]:
-        picture = None if job.image is None else images.decode(job.image, images.CHECKED)
-        if picture is not None and self._grid(job, request):
-            return picture, picture.rgb
-        return picture, pipeline.fit(picture, request)
+    def _open(self, job: ImageJob, request: ImageRequest, pipeline: AnyPipeline) -> Opened:
+        in_tiles = self._grid(job, request) is not None
+        return open_job(job, request, pipeline, in_tiles=in_tiles)
 
     async def _step(self, engine: Engine, makings: list[Making]) -> list[Pixels]:
         async def put(row: Row) -> None:
@@ -402,9 +406,11 @@ class ModelDeployment:
         return [None] * len(rows)
 
     def _close(
-        self, job: ImageJob, making: Making, output: Pixels, picture: Picture | None, served: Served
+        self, job: ImageJob, making: Making, output: Pixels, opened: Opened, served: Served
     ) -> tuple[Picture, bytes]:
-        restored = served.pipeline.restore(output, picture, making.input.request)
+        restored = served.pipeline.restore(output, opened.picture, making.input.request)
+        if opened.picture is not None and opened.mask is not None:
+            restored = kept(restored, opened.picture, opened.mask)
         if job.background is not None:
             restored = laid_on(restored, images.decode(job.background, images.CHECKED))
         # A row that began twice may have said the same twice.

@@ -32,6 +32,7 @@ class Code(StrEnum):
     NO_FOREGROUND = "no_foreground"
     SCALE_REDUCED = "scale_reduced"
     WORKING_SIZE = "working_size"
+    MASKED = "masked"
     TILED = "tiled"
     DETAIL_REDUCED = "detail_reduced"
     PROMPT_CUT = "prompt_cut"

@@ -242,8 +242,9 @@ def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:
     # The output format is chosen before the model is asked.
     foreign = set(defaults) - (spec.parameters - {"output_format"})
     # The size of a result is known, and limited, before the model is asked too.
-    if sizes := {"scale", "width", "height"} & set(defaults):
-        raise ValueError(f"defaults name {sorted(sizes)}, which every client chooses for itself")
+    # So are the pictures that come with it.
+    if own := {"scale", "width", "height", "mask"} & set(defaults):
+        raise ValueError(f"defaults name {sorted(own)}, which every client chooses for itself")
     if foreign:
         raise ValueError(f"defaults name {sorted(foreign)}, which {spec.family} does not read")
     try:

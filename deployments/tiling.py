@@ -63,14 +63,16 @@ class Grid:
         """Left and top of each tile, px."""
         return [(left, top) for top in self.tops for left in self.lefts]
 
-    def cut(self, rgb: Array, left: int, top: int) -> Array:
-        """The pixels of a tile: a view, or reflections where it reaches beyond the picture."""
+    def cut(self, pixels: Array, left: int, top: int) -> Array:
+        """The pixels of a tile, or its part of a mask: a view, or reflections where it reaches
+        beyond the picture.
+        """
         width, height = self.tile
-        part = rgb[top : top + height, left : left + width]
+        part = pixels[top : top + height, left : left + width]
         below, right = height - part.shape[0], width - part.shape[1]
         if not below and not right:
             return part
-        return np.pad(part, ((0, below), (0, right), (0, 0)), mode="reflect")
+        return np.pad(part, ((0, below), (0, right), (0, 0))[: part.ndim], mode="reflect")
 
 
 class Blend:

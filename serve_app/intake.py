@@ -25,6 +25,7 @@ from deployments.errors import (
     TooLarge,
     too_late,
 )
+from deployments.masks import check_size
 from deployments.tiling import check_tiles
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Call:
         fields: parameters as text, by name; and `model`, the name of a model.
         image: the uploaded file; None if there is none.
         background: a second file, to lay below the result; None if there is none.
+        mask: another file, which says what is changed; None if there is none.
         accept: the Accept header; empty if there is none.
         request_id: for the log.
         charge: called with the pixels of the picture once its header is read, before any work; may
@@ -112,6 +114,7 @@ class Call:
     fields: Mapping[str, str]
     image: bytes | None
     background: bytes | None = None
+    mask: bytes | None = None
     accept: str = ""
     request_id: str = ""
     charge: Callable[[int], Awaitable[None]] | None = None
@@ -245,17 +248,20 @@ class Intake:
         request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
         check_n(call.n, spec)
-        check_background(call, request)
+        check_files(call, request)
         if call.image is None:
             width_px, height_px = self._canvas(request, spec)
         else:
             width_px, height_px = await self._size_px(call.image)
+        if call.mask is not None:
+            check_size(await self._size_px(call.mask), (width_px, height_px))
         background_px = 0
         if call.background is not None:
             background_px = math.prod(await self._size_px(call.background))
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
-            await call.charge(width_px * height_px * call.n + background_px)
+            pictures = call.n + (call.mask is not None)
+            await call.charge(width_px * height_px * pictures + background_px)
         return Checked(spec, request, output_format, width_px, height_px, background_px)
 
     def _job(self, call: Call, checked: Checked, deadline_s: float) -> ImageJob:
@@ -274,6 +280,7 @@ class Intake:
             notes=call.notes,
             background=call.background,
             background_px=checked.background_px,
+            mask=call.mask,
         )
 
     def _canvas(self, request: ImageRequest, spec: ModelSpec) -> tuple[int, int]:
@@ -398,24 +405,40 @@ def check_n(n: int, spec: ModelSpec) -> None:
         )
 
 
-def check_background(call: Call, request: ImageRequest) -> None:
-    """Whether a background picture comes where one is asked for, and only there.
+def check_files(call: Call, request: ImageRequest) -> None:
+    """Whether a background and a mask come as files where they should, and only there.
 
     Raises:
-        MalformedRequest: it is missing.
-        InvalidParameter: the task lays nothing below its result.
+        MalformedRequest: one is missing.
+        InvalidParameter: the task takes none, or a mask's fields come without a mask.
     """
-    wanted = getattr(request, "background", None) == PICTURE
-    if wanted and call.background is None:
-        raise MalformedRequest(
-            "The field background says picture, and is no file.",
-            value="background=picture",
-            remedy="Send it as a file: -F background=@beach.jpg; or send a colour.",
-        )
-    if call.background is not None and not wanted:
+    _check_file(
+        "background", call.background, call, request, "-F background=@beach.jpg", "a colour"
+    )
+    _check_file("mask", call.mask, call, request, "-F mask=@mask.png", "mask=alpha")
+    feather_px = getattr(request, "mask_feather_px", 0)
+    if feather_px and getattr(request, "mask", None) is None:
         raise InvalidParameter(
-            f"The task {call.task} takes no background.",
-            value=f"{len(call.background)} bytes",
+            "The edge of no mask can be made soft.",
+            value=f"mask_feather_px={feather_px}, and no mask",
+            remedy="Send a mask, or leave mask_feather_px out.",
+        )
+
+
+def _check_file(
+    name: str, file: bytes | None, call: Call, request: ImageRequest, example: str, other: str
+) -> None:
+    wanted = getattr(request, name, None) == PICTURE
+    if wanted and file is None:
+        raise MalformedRequest(
+            f"The field {name} says picture, and is no file.",
+            value=f"{name}=picture",
+            remedy=f"Send it as a file: {example}; or send {other}.",
+        )
+    if file is not None and not wanted:
+        raise InvalidParameter(
+            f"The task {call.task} takes no {name}.",
+            value=f"{len(file)} bytes",
             remedy="Leave it out.",
         )
 

@@ -55,6 +55,8 @@ class RowInput(Generic[RequestT_co]):
         trace: the request's span context, if it is traced.
         notes: what was lost or chosen so far; the pipeline adds its own in `begin`.
         place: of a tile; None for a row that is a whole picture.
+        mask: `H x W` uint8, of the size of `pixels`: 255 where the model may change them, 0 where
+            it may not; None where it may everywhere. Only family img2img reads it.
     """
 
     request: RequestT_co
@@ -64,6 +66,7 @@ class RowInput(Generic[RequestT_co]):
     trace: SpanContext | None = None
     notes: list[Note] = field(default_factory=list["Note"])
     place: Place | None = None
+    mask: Pixels | None = None
 
 
 @dataclass(slots=True, eq=False)

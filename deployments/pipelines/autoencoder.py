@@ -53,6 +53,11 @@ class Autoencoder:
         image = image_tensor(pixels).to(self.vae.device, self.vae.dtype)
         return self._sampled(self.encodes({"image": image}), noise) * self.vae.config.scaling_factor
 
+    def skip_draw(self, latents: torch.Tensor, noise: Noise) -> None:
+        """Draw what encoding another picture, of these latents' shape, would have drawn."""
+        if self._draws:
+            noise.draw(latents.shape, self.vae.dtype, "cpu")
+
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Generator[None, None, Pixels]:
         """`H x W x 3` pixels of scaled latents `(1, C, h, w)`.

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from deployments.engine.passes import Tensors
     from deployments.engine.preparation import Preparation
+    from deployments.pipelines.blending import Kept
     from deployments.pipelines.schedules import Factors, Schedule
 
 _SCHEDULES = 256
@@ -82,6 +83,7 @@ class Denoising:
         noise_level: class of the picture's noise, of the x4 upscaler.
         source: the latents of the picture that the row started from, where there is one.
         noises: `(1, C, h, w)` for each step that draws noise.
+        kept: the part of its picture that stays; None if all may change.
         index: the next step.
         former: what the latest steps remembered, the last one first: as many as may be needed.
         last: what the last step left for `clean`: its index, its latents and what it remembered.
@@ -97,6 +99,7 @@ class Denoising:
     noise_level: int | None = None
     source: torch.Tensor | None = None
     noises: tuple[torch.Tensor, ...] = ()
+    kept: Kept | None = None
     index: int = 0
     former: tuple[torch.Tensor, ...] = ()
     last: tuple[int, torch.Tensor, torch.Tensor] | None = None
@@ -114,15 +117,22 @@ class Denoising:
             return None
         index, latents, new = last
         of_latents, of_new = factors[index, [CLEAN_LATENTS, CLEAN_NEW]].tolist()
-        return of_latents * latents + of_new * new
+        clean = of_latents * latents + of_new * new
+        return clean if self.kept is None else self.kept.blended(clean, 1.0, 0.0)
+
+    def blended(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after the next step, with what stays of the picture."""
+        if self.kept is None:
+            return latents
+        return self.kept.blended(latents, *self.schedule.after[self.index].tolist())
 
     def beyond(self, column: int) -> torch.Tensor:
         """What a factor of the next step in USE_FORMER or NOISE is for, `(1, C, h, w)`."""
         return self.noises[self.index] if column == NOISE else self.former[column - USE_FORMER]
 
-    def advance(self, latents: torch.Tensor, new: torch.Tensor) -> None:
-        """Take over a step's latents and what it remembers."""
-        self.last = (self.index, latents, new)  # in one, because a preview may read it meanwhile
+    def advance(self, made: torch.Tensor, latents: torch.Tensor, new: torch.Tensor) -> None:
+        """Take over a step's latents, as it made them and blended, and what it remembers."""
+        self.last = (self.index, made, new)  # in one, because a preview may read it meanwhile
         self.latents = latents
         self.former = (new, *self.former)[: self.schedule.depth]
         self.index += 1
@@ -198,8 +208,10 @@ class Denoiser:
                 pairs = zip(used, _each(rows, new), strict=True)
                 values = [row.beyond(column) if factor else one for factor, (row, one) in pairs]
                 after = after + factors[column] * torch.cat(values)
-        for i, row in enumerate(rows):
-            row.advance(after[i : i + 1], new[i : i + 1])
+        made = _each(rows, after)
+        blended = [row.blended(one) for row, one in made]  # all, before any row changes
+        for (row, one), latents, memory in zip(made, blended, new.split(1), strict=True):
+            row.advance(one, latents, memory)
 
     def _step_with_schedulers(self, rows: Sequence[Denoising]) -> None:
         """A pass for rows whose schedule is not linear: each row's own scheduler steps it."""
@@ -217,7 +229,7 @@ class Denoiser:
         )
         output = self._forward(rows, shown, self._send(_facts(rows)))
         after = [
-            scheduler.step(one, t, row.latents, return_dict=False)[0]
+            row.blended(scheduler.step(one, t, row.latents, return_dict=False)[0])
             for (row, one), scheduler, t in zip(_each(rows, output), own, times, strict=True)
         ]
         for row, scheduler, latents in zip(rows, own, after, strict=True):
@@ -326,7 +338,8 @@ def _adopt(row: Denoising) -> None:
     stream = torch.cuda.current_stream()
     conditions = [condition for condition in (row.positive, row.negative) if condition]
     steering = [value for c in conditions for value in (c.text, c.pooled, c.time_ids, c.guidance)]
-    for tensor in (row.latents, row.picture, *row.noises, *steering):
+    kept = (row.kept.mask, row.kept.clean, row.kept.noise) if row.kept else ()
+    for tensor in (row.latents, row.picture, *row.noises, *kept, *steering):
         if tensor is not None:
             tensor.record_stream(stream)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from deployments.engine.grouping import GroupLimits
     from deployments.engine.preparation import Preparation
     from deployments.engine.row import Pixels
+    from deployments.pipelines.blending import Kept
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.schedules import Schedule
     from deployments.registry import ModelSpec, NoisePrecision
@@ -55,6 +56,7 @@ class Start:
         picture: `(1, 3, h, w)` shown beside the latents, of the x4 upscaler.
         noise_level: class of that picture's noise.
         source: the latents of the picture that the row starts from, where there is one.
+        kept: the part of that picture that stays; None if all may change.
     """
 
     latents: torch.Tensor
@@ -62,6 +64,7 @@ class Start:
     picture: torch.Tensor | None = None
     noise_level: int | None = None
     source: torch.Tensor | None = None
+    kept: Kept | None = None
 
 
 class Diffusion(ABC, Generic[RequestT]):
@@ -192,6 +195,7 @@ class Diffusion(ABC, Generic[RequestT]):
             noise_level=start.noise_level,
             source=start.source,
             noises=noises,
+            kept=start.kept,
         )
 
     def _noise_of(self, row: RowInput[RequestT]) -> Noise:

@@ -19,6 +19,7 @@ from deployments.buckets import (
 from deployments.contract import Img2ImgRequest
 from deployments.engine.pipeline import Work
 from deployments.notes import Code, Note, note
+from deployments.pipelines.blending import Kept, latent_mask, starts_from_noise
 from deployments.pipelines.denoiser import Condition
 from deployments.pipelines.diffusion import Diffusion, Start
 from deployments.pipelines.grey import without_tint
@@ -49,6 +50,8 @@ _NO_SAFETY_CHECKER: dict[str, Any] = {
 class Img2Img(Diffusion[Img2ImgRequest]):
     """Starts from the picture's own latents, with noise added as `strength` says.
 
+    With a mask it does what stock inpainting does with the same UNet of four channels: also start
+    from noise alone at full strength, if the model can.
     No safety checker runs. Working sizes are the spec's buckets; the result has the input's size.
     """
 
@@ -60,6 +63,7 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         else:
             kind, components = StableDiffusionImg2ImgPipeline, _NO_SAFETY_CHECKER
         super().__init__(load_stock(kind, spec, folder, **components), spec, lanes)
+        self._starts_from_noise = starts_from_noise(self._stock.scheduler)
 
     def fit(self, picture: Picture | None, request: Img2ImgRequest) -> Pixels:
         picture = require_picture(picture)
@@ -98,7 +102,16 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         drawn = noise.draw(clean.shape, self._stock.unet.dtype, clean.device)
         schedule = self.denoiser.schedule(request.steps, request.steps - self._steps(request))
         noisy = clean.float() * schedule.image + drawn.float() * schedule.noise
-        return Start(noisy, schedule, source=clean)
+        if row.mask is None:
+            return Start(noisy, schedule, source=clean)
+        # Here the stock pipeline encodes the picture without its masked part, which four channels
+        # have no use for, and draws for it.
+        self.autoencoder.skip_draw(clean, noise)
+        if request.strength == 1 and self._starts_from_noise:
+            noisy = drawn.float() * schedule.first_noise
+        shares = latent_mask(np.ascontiguousarray(row.mask), self.autoencoder.scale)
+        kept = Kept(shares.to(clean.device), clean.float(), drawn.float())
+        return Start(noisy, schedule, source=clean, kept=kept)
 
     def _encode(self, text: str) -> Embeddings:
         values = self._encode_prompt(text)

@@ -56,6 +56,7 @@ class Schedule:
         timesteps: (S,) what the network is told.
         factors: (S, COLUMNS), or None where `scheduler` steps by itself.
         image, noise: factors of both in latents that start from a picture.
+        after: (S, 2) factors of both in a picture's latents as noisy as each step leaves them.
         first_noise: factor of the noise in latents that start from noise alone.
         scheduler: a diffusers scheduler before its first step, which each row copies; None where
             there are factors.
@@ -67,6 +68,7 @@ class Schedule:
     factors: Factors | None
     image: float
     noise: float
+    after: Factors
     first_noise: float
     scheduler: Any
     depth: int = 0
@@ -115,18 +117,19 @@ def make_schedule(scheduler: Any, steps: int, skipped: int = 0) -> Schedule:
     own = copy.deepcopy(scheduler)
     own.set_timesteps(steps)
     first = skipped * own.order
+    levels = _levels(own, first)
     if hasattr(own, "set_begin_index"):
         own.set_begin_index(first)
     timesteps = np.asarray(own.timesteps, np.float64)[first:]
-    image, noise = _start(own, first)
+    (image, noise), after = levels[0].tolist(), levels[1:]
     pure = float(own.init_noise_sigma)
     linear = _linear(own)
     if linear is None:
-        return Schedule(timesteps, None, image, noise, pure, own)
+        return Schedule(timesteps, None, image, noise, after, pure, own)
     factors = linear(own, first)
     depth = _last_used(np.abs(factors[:, USE_FORMER:]).sum(axis=0))
     draws = _last_used(factors[:, NOISE])
-    return Schedule(timesteps, factors, image, noise, pure, None, depth, draws)
+    return Schedule(timesteps, factors, image, noise, after, pure, None, depth, draws)
 
 
 def _check_length(scheduler: Any, steps: int) -> None:
@@ -168,11 +171,19 @@ def _is_plain_dpm(config: Any) -> bool:
     return plain and config.get("solver_order") <= 2
 
 
-def _start(scheduler: Any, first: int) -> tuple[float, float]:
-    """Factors of clean latents and of noise in the latents that a schedule starts from."""
-    at = scheduler.timesteps[first : first + 1]
-    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return float(scheduler.add_noise(one, none, at)), float(scheduler.add_noise(none, one, at))
+def _levels(scheduler: Any, first: int) -> Factors:
+    """Factors of clean latents and of noise in a picture's latents at each step from `first` on,
+    and at the end, which has no noise.
+    """
+    other, levels = copy.deepcopy(scheduler), []
+    # Twice the latents: clean ones without noise, and noise alone.
+    clean = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for at in range(first, len(other.timesteps)):
+        if hasattr(other, "set_begin_index"):
+            other.set_begin_index(at)
+        both = other.add_noise(clean, 1 - clean, other.timesteps[at : at + 1].repeat(2))
+        levels.append(both.tolist())
+    return np.array([*levels, (1.0, 0.0)])
 
 
 _DATA: dict[str, Callable[[Factors, Factors], tuple[Factors, Factors]]] = {

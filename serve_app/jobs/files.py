@@ -2,6 +2,7 @@
 
 inputs/{job_id}/image
 inputs/{job_id}/background
+inputs/{job_id}/mask
 outputs/{job_id}/result-{k}.png    or .webp, .jpeg
 outputs/{job_id}/result-{k}.json   written last: its presence says that the result is whole
 """
@@ -103,10 +104,14 @@ class JobFiles:
 
     async def inputs(self, spec: JobSpec) -> Inputs:
         """All pictures that a client sent for a job."""
-        image = await self.input(spec.job_id) if spec.has_image else None
-        if not spec.background_px:
-            return Inputs(image)
-        return Inputs(image, await self.input(spec.job_id, "background"))
+        there: dict[InputName, bool] = {
+            "image": spec.has_image,
+            "background": bool(spec.background_px),
+            "mask": spec.has_mask,
+        }
+        names: list[InputName] = [name for name, is_there in there.items() if is_there]
+        files = {str(name): await self.input(spec.job_id, name) for name in names}
+        return Inputs(**files)
 
     async def put_result(self, job_id: str, k: int, image: bytes, document: dict[str, Any]) -> None:
         """Store a result, unless there is one: first the picture, then its document.

@@ -22,15 +22,23 @@ Status = Literal["queued", "processing", "completed", "failed", "canceled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ENDED = frozenset({"completed", "failed", "canceled"})
 Priority = Literal["interactive", "batch"]
-InputName = Literal["image", "background"]
+InputName = Literal["image", "background", "mask"]
 _ID_DIGITS = 32
 
 
 class Inputs(NamedTuple):
     """The pictures that a client sent for a job, as files; None if there is none."""
 
-    image: bytes | None
+    image: bytes | None = None
     background: bytes | None = None
+    mask: bytes | None = None
+
+    @property
+    def files(self) -> dict[InputName, bytes]:
+        """Those that there are, by the name under which they are stored."""
+        named: dict[InputName, bytes | None]
+        named = {"image": self.image, "background": self.background, "mask": self.mask}
+        return {name: file for name, file in named.items() if file is not None}
 
 
 def new_job_id() -> str:
@@ -65,8 +73,9 @@ class JobSpec:
         output_format: of the results.
         width_px, height_px: of the picture, upright; 0 without one.
         has_image: whether there is a picture in storage.
-        image_bytes: of its file, and of the background's; 0 without one.
+        image_bytes: of all files that the client sent; 0 without one.
         background_px: width x height of a background picture in storage; 0 without one.
+        has_mask: whether there is a mask in storage.
         model: that the client named; empty for the default of the task, when the job runs.
         n: results, of seeds that follow one another.
         priority: interactive or batch.
@@ -91,6 +100,7 @@ class JobSpec:
     image_bytes: int = 0
     model: str = ""
     background_px: int = 0
+    has_mask: bool = False
     n: int = 1
     priority: Priority = "interactive"
     deadline_s: float = 86_400
@@ -101,6 +111,12 @@ class JobSpec:
     request_id: str = ""
     retry_of: str = ""
     notes: tuple[Note, ...] = ()
+
+    @property
+    def charged_px(self) -> int:
+        """Pixels that count for the owner's limit."""
+        pictures = self.n + self.has_mask
+        return self.width_px * self.height_px * pictures + self.background_px
 
     @property
     def line(self) -> str:
@@ -156,6 +172,7 @@ class JobSpec:
             notes=self.notes,
             background=inputs.background,
             background_px=self.background_px,
+            mask=inputs.mask,
         )
 
 

@@ -132,23 +132,20 @@ class Jobs:
             if found.outcome != "queued":
                 return _other(found)
         if charge is not None:
-            await charge(spec.width_px * spec.height_px * spec.n + spec.background_px)
+            await charge(spec.charged_px)
         return await self._store_and_queue(spec, inputs, submit)
 
     async def _store_and_queue(
         self, spec: JobSpec, inputs: Inputs, submit: Callable[[], Awaitable[Submitted]]
     ) -> Accepted:
-        image, background = inputs
-        if image is not None:
-            await self.files.put_input(spec.job_id, image)
-        if background is not None:
-            await self.files.put_input(spec.job_id, background, "background")
+        for name, file in inputs.files.items():
+            await self.files.put_input(spec.job_id, file, name)
         self._ask_first = True
         found = await submit()
         self._ask_first = found.outcome not in ("queued", "same")
         if found.outcome == "queued":
             return Accepted(found.detail, found.status or "queued", is_new=True)
-        if image is not None:
+        if inputs.files:
             await self.files.delete(spec.job_id)
         return _other(found)
 

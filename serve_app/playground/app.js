@@ -55,6 +55,7 @@ function restoreValues(task, parameters, fields = task.fields) {
     delete into[field.name];
     const value = parameters[field.name];
     if (value instanceof Blob) into[field.name] = value;
+    else if (field.isFile) continue; // only its name is known
     else if (value !== undefined && value !== null && String(value) !== field.value) into[field.name] = String(value);
   }
 }

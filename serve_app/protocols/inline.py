@@ -8,8 +8,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from deployments.contract import PICTURE
 from deployments.errors import InvalidParameter, MalformedRequest, UnsupportedMedia
-from serve_app.protocols.multipart import MAX_FIELD_BYTES, MAX_PARTS, Form
+from serve_app.protocols.multipart import MAX_FIELD_BYTES, MAX_PARTS, MAY_BE_FILES, Form
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from serve_app.fetching import Fetcher
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_WORD = re.compile(r"#?\w{0,30}")
+"""A colour, say, and no picture: those take more characters."""
 _SHOWN = 40
 """Characters of a wrong value that an error shows."""
 _MOST_HEAD = 200
@@ -81,13 +84,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 async def read_form(request: Request, *, needs_image: bool = True) -> Form:
-    """A JSON body as the form that it stands for: `image` is base64, all else a parameter.
+    """A JSON body as the form that it stands for: pictures are base64, all else is a parameter.
 
     Raises:
         MalformedRequest: it is no JSON object, or lacks the image.
         InvalidParameter: a value is of the wrong kind.
-        UnsupportedMedia: the image is a data URL of something else.
-        TooLarge: it was fetched, and is too large.
+        UnsupportedMedia: a picture is a data URL of something else.
+        TooLarge: the image was fetched, and is too large.
     """
     given = await read_object(request)
     image = given.pop("image", None)
@@ -97,8 +100,26 @@ async def read_form(request: Request, *, needs_image: bool = True) -> Form:
             value=", ".join(sorted(given)) or "no field",
             remedy="Add the picture as base64 or as a data URL: image.",
         )
+    image = None if image is None else await picture_at(request, "image", image)
+    files = take_files(given)
     fields = {name: text_of(name, value) for name, value in given.items() if value is not None}
-    return Form(None if image is None else await picture_at(request, "image", image), fields)
+    return Form(image, fields, **files)
+
+
+def take_files(given: dict[str, Any]) -> dict[str, bytes]:
+    """Take the background and the mask out of a JSON object, where they are pictures.
+
+    The word picture stays in their place, as in a form. A word of the client's stays, too.
+
+    Raises as `picture_of`.
+    """
+    files: dict[str, bytes] = {}
+    for name in MAY_BE_FILES:
+        value = given.get(name)
+        if isinstance(value, str) and not _WORD.fullmatch(value):
+            files[name] = picture_of(name, value)
+            given[name] = PICTURE
+    return files
 
 
 async def picture_at(request: Request, name: str, value: object) -> bytes:

@@ -240,7 +240,7 @@ async def submit(
         fingerprint = _fingerprint(call, options, checked.output_format)
         made = replace(made, fingerprint=fingerprint)
     state = request.scope["state"]
-    inputs = Inputs(call.image, call.background)
+    inputs = Inputs(call.image, call.background, call.mask)
     accepted = await jobs.submit(
         made, inputs, idempotency_key=key, share=share_of(request), charge=state["charge"]
     )
@@ -264,8 +264,9 @@ def _job_spec(request: Request, call: Call, checked: Checked, wanted: JobOptions
         width_px=checked.width_px,
         height_px=checked.height_px,
         has_image=call.image is not None,
-        image_bytes=len(call.image or b"") + len(call.background or b""),
+        image_bytes=sum(len(one or b"") for one in (call.image, call.background, call.mask)),
         background_px=checked.background_px,
+        has_mask=call.mask is not None,
         n=wanted.n,
         priority=wanted.priority,
         deadline_s=wanted.deadline_s,
@@ -306,6 +307,7 @@ def _fingerprint(call: Call, options: Mapping[str, str], output_format: str) -> 
     digest = hashlib.sha256(json.dumps(said).encode())
     digest.update(call.image or b"")
     digest.update(call.background or b"")
+    digest.update(call.mask or b"")
     return digest.hexdigest()
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MAX_PARTS = 40
 MAX_FIELD_BYTES = 64 * 1024
 _IMAGE_FIELD = "image"
-_BACKGROUND_FIELD = "background"
+MAY_BE_FILES = ("background", "mask")
+"""Fields that are a text, or a picture that comes as a file."""
 _ALSO_IMAGE = "image[]"
 """The name that clients of other services, and forms of several files, give it."""
 _MAX_PREAMBLE_BYTES = 64 * 1024
@@ -36,13 +37,15 @@ class Form:
 
     Attributes:
         image: the file's bytes; None if there is none.
-        fields: every other part, as text; `background` is "picture" where it is a file.
-        background: the bytes of that file; None if there is none.
+        fields: every other part, as text; `background` and `mask` are "picture" where they are
+            files.
+        background, mask: the bytes of those files; None if there is none.
     """
 
     image: bytes | None = None
     fields: dict[str, str] = field(default_factory=dict[str, str])
     background: bytes | None = None
+    mask: bytes | None = None
 
 
 async def read_form(request: Request, *, needs_image: bool = True) -> Form:
@@ -132,7 +135,7 @@ class _FormReader:
         self._headers: dict[str, str] = {}
         self._data = bytearray()
         self._name = ""
-        self._background_is_file = False
+        self._pictures: set[str] = {_IMAGE_FIELD}
         self._filename: bytes | None = None
         self._files: set[str] = set()
         self._parts: list[tuple[str, bytes]] = []
@@ -174,8 +177,9 @@ class _FormReader:
                 )
             if name == _IMAGE_FIELD:
                 form.image = data
-            elif name == _BACKGROUND_FIELD and self._background_is_file:
-                form.background, form.fields[name] = data, PICTURE
+            elif name in self._pictures:
+                setattr(form, name, data)
+                form.fields[name] = PICTURE
             elif name in self._files:
                 raise _no_file(name)
             else:
@@ -206,8 +210,8 @@ class _FormReader:
         _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
         self._name = _IMAGE_FIELD if name == _ALSO_IMAGE else name
-        if self._name == _BACKGROUND_FIELD:
-            self._background_is_file = b"filename" in options
+        if self._name in MAY_BE_FILES and b"filename" in options:
+            self._pictures.add(self._name)
         self._filename = options.get(b"filename")
         if not self._name:
             raise MalformedRequest(
@@ -218,10 +222,7 @@ class _FormReader:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data.extend(data[start:end])
-        is_file = self._name == _IMAGE_FIELD or (
-            self._name == _BACKGROUND_FIELD and self._background_is_file
-        )
-        if not is_file and len(self._data) > MAX_FIELD_BYTES:
+        if self._name not in self._pictures and len(self._data) > MAX_FIELD_BYTES:
             if self._filename:
                 raise _no_file(self._name)
             raise InvalidParameter(

@@ -54,6 +54,7 @@ _JOB_HEADERS = {
     "Location": "of the job, where one was made",
     "Preference-Applied": "the preference that was honoured",
 }
+_FILE_IN_JSON = "In JSON, a file is base64 or a data URL."
 _BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -151,6 +152,7 @@ async def _read(
         fields=fields,
         image=form.image,
         background=form.background,
+        mask=form.mask,
         accept="" if _wants_json(request) else _accept(request),
         request_id=request.scope["state"]["request_id"],
         charge=request.scope["state"]["charge"],
@@ -193,6 +195,8 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
     fields = {name: field | hints(name, field) for name, field in fields.items()}
     for name in (NEEDS.keys() & fields.keys()) | (read - spec.parameters):
         fields[name].pop("default", None)
+    if mask := fields.get("mask"):
+        fields["mask"] = _BINARY | {name: mask[name] for name in ("description", "x-imagen")}
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -220,13 +224,22 @@ def _model_field(models: Sequence[ModelSpec]) -> dict[str, Any]:
 
 
 def _in_json(form: dict[str, Any]) -> dict[str, Any]:
-    """The same fields in JSON, where the picture is a text."""
-    fields = form["properties"]
-    if "image" not in fields:
-        return form
-    text = "The picture: base64, a data URL, or an address where the operator allows it."
-    image = {"type": "string", "description": text}
-    return {**form, "properties": {**fields, "image": image}}
+    """The same fields in JSON, where pictures are texts."""
+    fields = dict(form["properties"])
+    if "image" in fields:
+        fields["image"] = _text(
+            "The picture: base64, a data URL, or an address where the operator allows it."
+        )
+    if mask := fields.get("mask"):
+        fields["mask"] = _text(f"{mask['description']} {_FILE_IN_JSON}")
+    if background := fields.get("background"):
+        told = f"{background['description']} {_FILE_IN_JSON}"
+        fields["background"] = _text(told)
+    return {**form, "properties": fields}
+
+
+def _text(description: str) -> dict[str, Any]:
+    return {"type": "string", "description": description}
 
 
 def _job_fields(read: Set[str]) -> dict[str, Any]:

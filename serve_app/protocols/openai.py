@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from deployments.contract import ImageResult, validated
+from deployments.contract import PICTURE, ImageResult, validated
 from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, NotFound
 from deployments.notes import Code, Note, documents, note
 from deployments.settings import Strict
@@ -25,7 +25,7 @@ from serve_app.doors import is_json
 from serve_app.intake import Call, Intake
 from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
-from serve_app.protocols.inline import base64_of, picture_at, read_object, text_of
+from serve_app.protocols.inline import base64_of, picture_at, read_object, take_files, text_of
 from serve_app.protocols.multipart import read_form
 from serve_app.protocols.naming import known_models, named
 
@@ -107,12 +107,18 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_MASK = (
+    "What is changed: what is transparent in this picture of the same size; or the word alpha, for "
+    "what is transparent in the picture itself."
+)
+
+
 def _body(*kinds: str) -> dict[str, Any]:
     """What the reference says of a body: OpenAI's own fields. Others are the model's."""
     picture = {"type": "string", "description": "The picture: a file; in JSON, base64."}
     fields = {"prompt": {"type": "string"}, **Wishes.model_json_schema()["properties"]}
     if len(kinds) > 1:
-        fields["image"] = picture
+        fields |= {"image": picture, "mask": {"type": "string", "description": _MASK}}
     schema = {"type": "object", "properties": fields, "additionalProperties": True}
     return {"requestBody": {"required": True, "content": {k: {"schema": schema} for k in kinds}}}
 
@@ -124,10 +130,14 @@ class Body:
     Attributes:
         fields: as text, by name.
         image: the picture to edit; None for a new one.
+        background, mask: further pictures; None if there is none. In their fields stands the word
+            picture.
     """
 
     fields: dict[str, str]
     image: bytes | None = None
+    background: bytes | None = None
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,18 +215,24 @@ async def get_model(request: Request) -> dict[str, Any]:
 async def _read_edit(request: Request) -> Body:
     if not is_json(request.headers):
         form = await read_form(request)
-        return Body(form.fields, form.image)
+        return Body(form.fields, form.image, form.background, form.mask)
     given = await read_object(request)
     images = given.pop("image", given.pop("images", None))
     if isinstance(images, list):
         images = _only(images)
-    if isinstance(images, dict):
-        images = images.get("image_url")
+    images, mask = _sent(images), _sent(given.get("mask"))
     if images is None:
         raise MalformedRequest(
             "An edit needs a picture.", value="no field image", remedy="Send image as base64."
         )
-    return Body(_texts(given), await picture_at(request, "image", images))
+    files = take_files(given | {"mask": mask})
+    given |= dict.fromkeys(files, PICTURE)
+    return Body(_texts(given), await picture_at(request, "image", images), **files)
+
+
+def _sent(picture: Any) -> Any:
+    """What stands for a picture, out of the object that newer clients put it into."""
+    return picture.get("image_url") if isinstance(picture, dict) else picture
 
 
 def _only(images: list[Any]) -> Any:
@@ -235,6 +251,10 @@ def _texts(given: Mapping[str, Any]) -> dict[str, str]:
 def _order(request: Request, body: Body, event: Literal["image_generation", "image_edit"]) -> Order:
     fields = dict(body.fields)
     own = {name: fields.pop(name) for name in Wishes.model_fields if name in fields}
+    if body.background is not None:
+        fields["background"] = own.pop("background")
+    if body.mask is not None:
+        fields.setdefault("mask_changes", "transparent")
     wishes = validated(Wishes, own, "image")
     if wishes.response_format == "url":
         raise InvalidParameter(
@@ -258,6 +278,8 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
         task=task,
         fields={**fields, "model": spec.name},
         image=body.image,
+        background=body.background,
+        mask=body.mask,
         request_id=state["request_id"],
         charge=state["charge"],
         n=wishes.n,

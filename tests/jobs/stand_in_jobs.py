@@ -81,6 +81,7 @@ class StandInJob:
     fields: dict[str, str]
     image: bytes
     owner: str
+    files: dict[str, bytes] = field(default_factory=dict)
     retry_of: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: float = field(default_factory=time.time)
@@ -240,8 +241,8 @@ class StandIn:
     async def process(self, request: Request) -> Response:
         owner = self._owner(request)
         async with request.form() as form:
-            upload = form.get("image")
-            image = await upload.read() if isinstance(upload, UploadFile) else b""
+            uploads = {n: await v.read() for n, v in form.items() if isinstance(v, UploadFile)}
+            image = uploads.pop("image", b"")
             fields = {name: v for name, v in form.items() if isinstance(v, str)}
         if unknown := fields.keys() - OF_JOBS - OF_TASKS:
             raise InvalidParameter(
@@ -251,7 +252,8 @@ class StandIn:
         wait_s = int(prefer.removeprefix("wait=")) if prefer.startswith("wait=") else None
         if prefer != "respond-async" and wait_s is None and not self.async_by_default:
             return self._at_once(request, fields)
-        job = self._job_of(request, StandInJob(request.path_params["task"], fields, image, owner))
+        task = request.path_params["task"]
+        job = self._job_of(request, StandInJob(task, fields, image, owner, uploads))
         until = time.monotonic() + (wait_s or 0)
         while wait_s is not None and job.status not in ENDED and time.monotonic() < until:
             await asyncio.sleep(0.005)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-PHOTO = picture_of(1)
+PHOTO, MASK = picture_of(1), picture_of(2)
 COMIC = "style/comic"
 KEY = "ik_secret-0123456789"
 SECRET = "whsec_" + "c2VjcmV0IG9mIHRoZSB0ZXN0cw=="
@@ -180,6 +180,14 @@ async def test_parameters_are_sent_as_the_form_has_them(imagen: Any, service: St
         "strength": "0.5",
         "prompt": "größer",
     }
+
+
+async def test_a_mask_is_sent_as_a_file(imagen: Any, service: StandIn) -> None:
+    await imagen.submit(COMIC, PHOTO, mask=MASK, steps=8)
+    [job] = service.jobs.values()
+    assert job.files == {"mask": MASK}
+    assert job.fields["steps"] == "8"
+    assert "mask" not in job.fields
 
 
 async def test_a_wrong_parameter_is_named(imagen: Any) -> None:

@@ -245,6 +245,22 @@ async def test_a_background_picture_goes_with_the_job_and_its_retry(app: Applica
     refused(other, 409, "idempotency_conflict")
 
 
+async def test_a_mask_goes_with_the_job_and_its_retry(app: Application) -> None:
+    files = {"image": ("a.png", picture(0)), "mask": ("b.png", picture(1))}
+    app.models.errors.append(DamagedImage("No.", value="x", remedy="y"))
+    key = ASYNC | {"Idempotency-Key": "mask"}
+    made = await app.client.post(Task.COMIC.route, files=files, headers=key)
+    job = await app.ended(made.json()["job_id"])
+    assert job["status"] == "failed"
+    assert job["request"]["mask"] == "picture"
+    retried = await app.client.post(f"/api/v1/jobs/{job['job_id']}/retry")
+    assert (await app.ended(retried.json()["job_id"]))["status"] == "completed"
+    assert [(one.image, one.mask) for one in app.models.jobs] == [(picture(0), picture(1))] * 2
+    files["mask"] = ("b.png", picture(2))
+    other = await app.client.post(Task.COMIC.route, files=files, headers=key)
+    refused(other, 409, "idempotency_conflict")
+
+
 async def test_a_repeated_submission_finds_the_first_job(idle: Application) -> None:
     key = ASYNC | {"Idempotency-Key": "k-1"}
     first, again = await post(idle, key, steps="3"), await post(idle, key, steps="3")

@@ -294,7 +294,7 @@ def test_every_step_says_what_the_clean_latents_will_be(
         for column in (*range(USE_FORMER, COLUMNS), NOISE):
             if factors[column]:
                 after = after + factors[column] * row.beyond(column)
-        row.advance(after, new)
+        row.advance(after, after, new)
         assert row.clean is not None
         # PLMS averages v of several levels; after skipped steps it takes latents for a level on.
         is_rough = name == "pndm" and (skipped or prediction == "v_prediction")

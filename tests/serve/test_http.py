@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
@@ -150,6 +152,89 @@ def test_a_larger_photo_is_enhanced_at_full_detail_by_default(address: str) -> N
     ]
     working = post(address, "enhance", jpeg(600, 500), seed="1", detail="working")
     assert working.headers["X-Imagen-Note"].startswith("working_size: ")
+
+
+def ellipse(width: int, height: int) -> np.ndarray:
+    """What a mask marks: about half of the picture."""
+    y, x = np.mgrid[:height, :width]
+    return ((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) < 0.16
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("task", SEEDED)
+def test_only_what_a_mask_marks_is_changed(address: str, task: str) -> None:
+    before, marked = jpeg(96, 64), ellipse(96, 64)
+    files = {"image": before, "mask": png(marked.astype(np.uint8) * 255)}
+    path = f"{address}/api/v1/images/{ROUTES[task]}"
+    after, soft = (
+        np.asarray(opened(httpx.post(path, files=files, data={"seed": "7", **data}, timeout=120)))
+        for data in ({}, {"mask_feather_px": "9"})
+    )
+    was = np.asarray(Image.open(io.BytesIO(before)))
+    assert (after[~marked] == was[~marked]).all()
+    assert (soft[~marked] == was[~marked]).all()
+    assert (after[marked] != was[marked]).mean() > 0.5
+    apart, softer = (np.abs(one.astype(int) - was)[marked].mean() for one in (after, soft))
+    assert softer < apart
+
+
+def test_tiles_without_a_mark_are_left_out(address: str) -> None:
+    mask = np.zeros((500, 900), np.uint8)
+    mask[100:200, 50:150] = 255
+    files = {"image": jpeg(900, 500), "mask": png(mask)}
+    data = {"seed": "1", "detail": "full"}
+    path = f"{address}/api/v1/images/{ROUTES['enhance']}"
+    notes = httpx.post(path, files=files, data=data, timeout=120).headers.get_list("X-Imagen-Note")
+    assert "masked: The mask marks 2 % of the picture; the rest stays as it was." in notes
+    assert any("in the 1 of 2 tiles" in one for one in notes)
+
+
+def test_openais_client_edits_what_is_transparent_in_its_mask(address: str) -> None:
+    marked = ellipse(96, 64)
+    alpha = np.where(marked, 0, 255).astype(np.uint8)
+    mask = np.dstack([np.zeros((64, 96, 3), np.uint8), alpha])
+    was = np.asarray(Image.open(io.BytesIO(jpeg())))
+    cut = np.dstack([was, alpha])
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", timeout=120)
+    with client:
+        made = client.images.edit(
+            model="comic",
+            image=("photo.jpg", jpeg(), "image/jpeg"),
+            mask=("mask.png", png(mask), "image/png"),
+            prompt="comic style",
+            extra_body={"seed": 7},
+        )
+        filled = client.images.edit(
+            model="comic",
+            image=("photo.png", png(cut), "image/png"),
+            prompt="comic style",
+            extra_body={"mask": "alpha"},
+        )
+        with pytest.raises(openai.APIStatusError, match="no transparent part"):
+            client.images.edit(
+                model="comic",
+                image=("photo.jpg", jpeg(), "image/jpeg"),
+                mask=("mask.png", png(mask[..., :3].copy()), "image/png"),
+                prompt="comic style",
+            )
+    for answer in (made, filled):
+        assert answer.data is not None
+        after = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or "")))
+        assert after.mode == "RGB"
+        assert (np.asarray(after)[~marked] == was[~marked]).all()
+        assert (np.asarray(after)[marked] != was[marked]).mean() > 0.5
+
+
+def test_a_mask_that_marks_nothing_is_refused(address: str) -> None:
+    files = {"image": jpeg(), "mask": png(np.zeros((64, 96), np.uint8))}
+    answer = httpx.post(f"{address}/api/v1/images/style/comic", files=files, timeout=120)
+    assert is_problem(answer, 422)
+    assert "marks nothing" in answer.json()["fact"]
 
 
 def test_too_large_to_upscale(address: str) -> None:

@@ -25,7 +25,7 @@ from deployments.notes import Code, note
 from deployments.settings import ClientSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
-from serve_app.intake import Details
+from serve_app.intake import Call, Details, Intake
 from serve_app.protocols import native, openai
 from tests.unit.fakes import (
     OPEN_TO_ALL,
@@ -70,6 +70,7 @@ KSERVE_ROUTES = {
 ROUTES |= JOB_ROUTES | OPENAI_ROUTES | KSERVE_ROUTES
 IMG2IMG_TASKS = (Task.ENHANCE, Task.COMIC, Task.AGED)
 PHOTO = picture_file()
+MASK = picture_file(mode="L")
 BELOW_FILES = ("/playground/", "/docs/static/")
 MULTIPART = {"content-type": "multipart/form-data; boundary=cut"}
 OPEN_PART = b'--cut\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
@@ -250,6 +251,76 @@ async def test_a_background_that_does_not_fit_is_refused() -> None:
     files["background"] = ("beach.png", b"no picture")
     refused(await send(app, "POST", path, files=files), 415, backends)
     refused(await post(app, path, PHOTO, data={"background": "picture"}), 400, backends)
+
+
+@pytest.mark.parametrize("path", [Task.ENHANCE.route, COMIC, Task.AGED.route])
+async def test_a_mask_reaches_the_model(path: str) -> None:
+    backends, mask = FakeBackends(), picture_file(mode="L")
+    files = {"image": PHOTO, "mask": ("mask.png", mask)}
+    data = {"mask_feather_px": "4"}
+    assert (await send(app_of(backends), "POST", path, files=files, data=data)).status_code == 200
+    (job,) = backends.jobs
+    request: Any = job.request
+    assert (job.image, job.mask, request.mask) == (PHOTO, mask, "picture")
+    assert (request.mask_changes, request.mask_feather_px) == ("white", 4)
+
+
+async def test_a_mask_that_does_not_fit_is_refused() -> None:
+    backends = FakeBackends()
+    app = app_of(backends, max_input_px=500)
+
+    async def ask(mask: bytes, path: str = COMIC, **data: str) -> httpx.Response:
+        files = {"image": PHOTO, "mask": ("mask.png", mask)}
+        return await send(app, "POST", path, files=files, data=data)
+
+    other = await ask(picture_file(12, 8))
+    refused(other, 422, backends)
+    assert other.json()["value"] == "12 x 8 px for a picture of 24 x 16 px"
+    refused(await ask(picture_file(40, 20)), 413, backends)
+    refused(await ask(b"no picture"), 415, backends)
+    refused(await ask(b""), 400, backends)
+    refused(await ask(PHOTO, Task.UPSCALE.route), 422, backends)
+    refused(await ask(PHOTO, mask_feather_px="129"), 422, backends)
+    refused(await post(app, COMIC, PHOTO, data={"mask": "picture"}), 400, backends)
+    refused(await post(app, COMIC, PHOTO, data={"mask": "beta"}), 422, backends)
+    refused(await post(app, COMIC, PHOTO, data={"mask_feather_px": "4"}), 422, backends)
+
+
+async def test_a_mask_and_a_background_may_be_base64_in_json() -> None:
+    backends = FakeBackends()
+    app = app_of(backends)
+    image, other = (base64.b64encode(file).decode() for file in (PHOTO, MASK))
+    url = f"data:image/png;base64,{other}"
+    for path, name in ((COMIC, "mask"), (Task.BACKGROUND.route, "background")):
+        for sent in (other, url):
+            answer = await send(app, "POST", path, json={"image": image, name: sent})
+            assert answer.status_code == 200, answer.text
+            job = backends.jobs.pop()
+            assert getattr(job, name) == MASK
+            assert getattr(job.request, name) == "picture"
+        for wrong in (f"{other}?", "https://example.com/mask.png"):
+            refused(
+                await send(app, "POST", path, json={"image": image, name: wrong}), 422, backends
+            )
+    body = {"image": image, "background": "lightgoldenrodyellow"}
+    assert (await send(app, "POST", Task.BACKGROUND.route, json=body)).status_code == 200
+    assert (
+        await send(app, "POST", COMIC, json={"image": image, "mask": "alpha"})
+    ).status_code == 200
+    asked: list[Any] = [job.request for job in backends.jobs]
+    assert (asked[0].background, asked[1].mask) == ("#fafad2", "alpha")
+
+
+async def test_the_pixels_of_a_mask_are_charged() -> None:
+    charged: list[int] = []
+
+    async def charge(pixels: int) -> None:
+        charged.append(pixels)
+
+    intake = Intake(FakeBackends(), REGISTRY, ClientSettings())
+    for mask, fields in ((None, {}), (MASK, {"mask": "picture"})):
+        await intake.check(Call(Task.COMIC, fields, PHOTO, mask=mask, charge=charge))
+    assert charged == [24 * 16, 2 * 24 * 16]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"])

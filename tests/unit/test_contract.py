@@ -459,6 +459,7 @@ def test_every_parameter_is_described_bounded_and_has_a_default(task: Task, name
 def test_every_parameter_with_a_dimension_names_its_unit() -> None:
     without = {"output_format", "metadata", "strict", "seed", "output", "color", "edges", "crop"}
     without |= {"long_prompt", "prompt_weights", "background", "detail", "shadow"}
+    without |= {"mask", "mask_changes"}
     for task, name in PARAMETERS:
         schema = task.request.model_json_schema()["properties"][name]
         assert ("unit" in schema) != (name in without), (task, name)

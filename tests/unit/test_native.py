@@ -122,6 +122,10 @@ async def test_a_background_is_a_file_or_a_colour() -> None:
     large = b"x" * (multipart.MAX_FIELD_BYTES + 1)
     form = await read([body_of(PHOTO, part("background", large, filename="beach.jpg"))])
     assert (form.background, form.fields) == (large, {"background": "picture"})
+    form = await read([body_of(PHOTO, part("mask", large, filename="mask.png"))])
+    assert (form.mask, form.fields) == (large, {"mask": "picture"})
+    with pytest.raises(InvalidParameter, match="more than once"):
+        await read([body_of(PHOTO, part("mask", b"x", filename="m.png"), part("mask", b"alpha"))])
     form = await read([body_of(PHOTO, part("background", b"teal"))])
     assert (form.background, form.fields) == (None, {"background": "teal"})
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deployments.notes import Note
 
 PICTURE = picture_file()
+MASK = picture_file(mode="LA")
 DRAWN = base64.b64encode(PICTURE).decode()
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
@@ -225,10 +226,68 @@ async def test_a_stream_that_never_begins_has_its_status(
         await client.images.generate(prompt="a red ball", stream=True)
 
 
-async def test_a_mask_is_refused_by_its_name(client: openai.AsyncOpenAI) -> None:
+@pytest.mark.parametrize(
+    ("more", "changes"), [({}, "transparent"), ({"mask_changes": "white"}, "white")]
+)
+async def test_a_mask_marks_what_is_transparent_unless_the_client_says_otherwise(
+    more: dict[str, str], changes: str, client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    file, mask = ("photo.png", PICTURE, "image/png"), ("mask.png", MASK, "image/png")
+    await client.images.edit(model="comic", image=file, mask=mask, prompt="ink", extra_body=more)
+    (job,) = backends.jobs
+    request: Any = job.request
+    assert (job.image, job.mask) == (PICTURE, MASK)
+    assert (request.mask, request.mask_changes) == ("picture", changes)
+
+
+@pytest.mark.parametrize("of", [lambda url: url, lambda url: {"image_url": url}])
+async def test_a_mask_may_be_json(of: Any, app: FastAPI, backends: FakeBackends) -> None:
+    mask = of(f"data:image/png;base64,{base64.b64encode(MASK).decode()}")
+    body = {"model": "aged", "image": DRAWN, "prompt": "old", "mask": mask}
+    answer = await send(app, "POST", EDITS, json=body)
+    assert answer.status_code == 200, answer.text
+    (job,) = backends.jobs
+    request: Any = job.request
+    assert (job.mask, request.mask, request.mask_changes) == (MASK, "picture", "transparent")
+
+
+async def test_a_pictures_own_alpha_is_a_mask_if_asked_for(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
     file = ("photo.png", PICTURE, "image/png")
-    with pytest.raises(openai.BadRequestError, match="mask takes no file"):
-        await client.images.edit(model="comic", image=file, mask=file, prompt="ink")
+    await client.images.edit(model="comic", image=file, prompt="ink", extra_body={"mask": "alpha"})
+    request: Any = backends.jobs[0].request
+    assert (request.mask, backends.jobs[0].mask) == ("alpha", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "mask", "told"),
+    [
+        ("comic", picture_file(32, 24), "another size"),
+        ("comic", b"no picture", "not an image"),
+        ("background", MASK, "mask is not a parameter of background"),
+    ],
+)
+async def test_a_mask_that_does_not_fit_is_openais_error(
+    model: str, mask: bytes, told: str, client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    file = ("photo.png", PICTURE, "image/png")
+    with pytest.raises(openai.APIStatusError, match=told):
+        await client.images.edit(
+            model=model, image=file, mask=("mask.png", mask, "image/png"), prompt="ink"
+        )
+    assert not backends.jobs
+
+
+async def test_a_background_may_be_a_picture(app: FastAPI, backends: FakeBackends) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(MASK).decode()}"
+    body = {"model": "background", "image": DRAWN, "prompt": "", "background": url}
+    answer = await send(app, "POST", EDITS, json=body)
+    assert answer.status_code == 200, answer.text
+    files = {"image": PICTURE, "background": ("beach.png", MASK)}
+    answer = await send(app, "POST", EDITS, files=files, data={"model": "background"})
+    assert answer.status_code == 200, answer.text
+    assert [job.background for job in backends.jobs] == [MASK, MASK]
 
 
 @pytest.mark.parametrize(
