@@ -206,6 +206,17 @@ def test_a_copied_call_sends_no_file_that_a_value_names(address: str, visit: Vis
     assert "-F" not in call
 
 
+def test_a_mask_is_a_file_of_the_form(address: str, visit: Visit) -> None:
+    page = visit(address)
+    page.evaluate(GIVE, ["paste", list(png()), "pasted.png"])
+    choose(page, "Comic")
+    mask = {"name": "mask.png", "mimeType": "image/png", "buffer": png()}
+    page.get_by_label("Mask", exact=True).set_input_files([mask])
+    run(page)
+    notes = json.loads(picture(page).info["imagen"])["notes"]
+    assert "masked" in {one["code"] for one in notes}
+
+
 def test_a_size_that_goes_by_another_is_empty_and_can_be_emptied(
     address: str, visit: Visit
 ) -> None:
