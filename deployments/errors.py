@@ -45,8 +45,12 @@ exception.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 class Problem(TypedDict):
@@ -357,6 +361,17 @@ class GpuTooSmall(SetupError):
 
     code = "gpu_too_small"
     exit_code = 9
+
+
+@contextmanager
+def about(file: str) -> Generator[None]:
+    """Name the file that an error is about, where a request has several: `Of the mask: ...`."""
+    try:
+        yield
+    except RequestError as error:
+        error.message = f"Of the {file}: {error.message}"
+        error.args = (error.message,)
+        raise
 
 
 def too_late() -> TooLate:

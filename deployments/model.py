@@ -411,8 +411,8 @@ class ModelDeployment:
         restored = served.pipeline.restore(output, opened.picture, making.input.request)
         if opened.picture is not None and opened.mask is not None:
             restored = kept(restored, opened.picture, opened.mask)
-        if job.background is not None:
-            restored = laid_on(restored, images.decode(job.background, images.CHECKED))
+        if opened.background is not None:
+            restored = laid_on(restored, opened.background)
         # A row that began twice may have said the same twice.
         notes = tuple(dict.fromkeys((*making.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)

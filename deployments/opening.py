@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from deployments import images
 from deployments.buckets import fit_mask_to_bucket
 from deployments.contract import Img2ImgRequest
+from deployments.errors import about
 from deployments.masks import masked
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ class Opened(NamedTuple):
         pixels: what the model sees; all of the picture if it is cut into tiles.
         mask: what of the picture may change; None where all may.
         seen_mask: the same of `pixels`.
+        background: to lay below the result, if the client sent one.
     """
 
     picture: Picture | None
     pixels: Pixels
     mask: Pixels | None = None
     seen_mask: Pixels | None = None
+    background: Picture | None = None
 
 
 def open_job(
@@ -53,12 +56,18 @@ def open_job(
     picture = None if job.image is None else images.decode(job.image, images.CHECKED)
     mask = None
     if picture is not None and isinstance(request, Img2ImgRequest) and request.mask is not None:
-        file = None if request.mask == "alpha" else images.decode(job.mask or b"", images.CHECKED)
+        file = None if request.mask == "alpha" else _decoded(job.mask or b"", "mask")
         picture, mask = masked(picture, file, request)
     if picture is not None and in_tiles:
         return Opened(picture, picture.rgb, mask, mask)
+    background = None if job.background is None else _decoded(job.background, "background")
     pixels = pipeline.fit(picture, request)
     if mask is None:
-        return Opened(picture, pixels)
+        return Opened(picture, pixels, background=background)
     height, width = pixels.shape[:2]
     return Opened(picture, pixels, mask, fit_mask_to_bucket(mask, (width, height)))
+
+
+def _decoded(data: bytes, name: str) -> Picture:
+    with about(name):
+        return images.decode(data, images.CHECKED)

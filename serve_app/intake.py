@@ -23,6 +23,7 @@ from deployments.errors import (
     NotReady,
     SlowUpload,
     TooLarge,
+    about,
     too_late,
 )
 from deployments.masks import check_size
@@ -254,10 +255,13 @@ class Intake:
         else:
             width_px, height_px = await self._size_px(call.image)
         if call.mask is not None:
-            check_size(await self._size_px(call.mask), (width_px, height_px))
+            with about("mask"):
+                mask_size = await self._size_px(call.mask)
+            check_size(mask_size, (width_px, height_px))
         background_px = 0
         if call.background is not None:
-            background_px = math.prod(await self._size_px(call.background))
+            with about("background"):
+                background_px = math.prod(await self._size_px(call.background))
         output_format = self._output_format(request, call.accept, width_px, height_px, spec)
         if call.charge is not None:
             pictures = call.n + (call.mask is not None)

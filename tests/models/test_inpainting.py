@@ -22,7 +22,7 @@ from test_tiles import deployment as deployment
 
 from deployments import images
 from deployments.contract import ComicRequest, ImageJob
-from deployments.errors import InvalidParameter
+from deployments.errors import DamagedImage, InvalidParameter
 from deployments.images import Picture
 from deployments.making import Making
 from deployments.pipelines.blending import latent_mask, starts_from_noise
@@ -297,6 +297,13 @@ async def test_a_mask_that_marks_nothing_clearly_is_refused_before_any_step(
     request = FULL.model_copy(update={"mask": "picture", **changes})
     with pytest.raises(InvalidParameter, match=told):
         await deployment(job_of(120, 90, request, mask=images.encode(mask, "png", None)))
+
+
+async def test_a_damaged_mask_is_named_before_any_step(deployment: Any) -> None:
+    request = FULL.model_copy(update={"mask": "picture"})
+    half = images.encode(tiny.picture(2, 90, 120), "png", None)[:4000]
+    with pytest.raises(DamagedImage, match=r"^Of the mask: "):
+        await deployment(job_of(120, 90, request, mask=half))
 
 
 async def test_a_result_of_the_working_size_keeps_what_the_mask_leaves_out(deployment: Any) -> None:

@@ -373,6 +373,14 @@ async def test_what_is_no_sound_picture_is_refused(
     assert problem["code"] == code
 
 
+@pytest.mark.parametrize(("path", "name"), [(COMIC, "mask"), (Task.BACKGROUND.route, "background")])
+async def test_an_error_says_which_of_the_files_is_damaged(path: str, name: str) -> None:
+    files = {"image": PHOTO, name: (f"{name}.png", PHOTO[:30])}
+    backends = FakeBackends()
+    problem = refused(await send(app_of(backends), "POST", path, files=files), 400, backends)
+    assert problem["detail"].startswith(f"Of the {name}: The PNG file is damaged")
+
+
 @pytest.mark.parametrize("task", SERVED)
 async def test_a_decompression_bomb_is_refused(task: Task) -> None:
     bomb = png_of(30_000, 30_000)
