@@ -159,8 +159,13 @@ def read_header(data: bytes, limits: LimitSettings) -> Header:
         return Header(kind, width, height, _frames(image, kind))
 
 
-def decode(data: bytes, limits: LimitSettings) -> Picture:
+def decode(data: bytes, limits: LimitSettings, *, levels: bool = False) -> Picture:
     """The picture in a file: its first frame, upright, in sRGB.
+
+    Args:
+        data: the file.
+        limits: of bytes and pixels.
+        levels: whether the file's numbers count and not its colours, as in a mask.
 
     Raises:
         MalformedRequest, UnsupportedMedia, TooLarge: as from `read_header`.
@@ -175,7 +180,8 @@ def decode(data: bytes, limits: LimitSettings) -> Picture:
             told = "The samples have more than 8 bits, and were reduced to 8."
             notes.append(note(Code.DEPTH_REDUCED, told))
         turn = _UPRIGHT.get(_orientation(image.getexif))
-        rgb, alpha, found = colour.to_srgb(image, _declared(image, kind, data, chunks))
+        declared = Declared() if levels else _declared(image, kind, data, chunks)
+        rgb, alpha, found = colour.to_srgb(image, declared)
         if turn is not None:
             rgb, alpha = rgb.transpose(turn), alpha.transpose(turn) if alpha else None
     # np.array copies. Pillow's own memory is read-only, which makes torch warn.

@@ -56,7 +56,7 @@ def open_job(
     picture = None if job.image is None else images.decode(job.image, images.CHECKED)
     mask = None
     if picture is not None and isinstance(request, Img2ImgRequest) and request.mask is not None:
-        file = None if request.mask == "alpha" else _decoded(job.mask or b"", "mask")
+        file = None if request.mask == "alpha" else _decoded(job.mask or b"", "mask", levels=True)
         picture, mask = masked(picture, file, request)
     if picture is not None and in_tiles:
         return Opened(picture, picture.rgb, mask, mask)
@@ -68,6 +68,6 @@ def open_job(
     return Opened(picture, pixels, mask, fit_mask_to_bucket(mask, (width, height)))
 
 
-def _decoded(data: bytes, name: str) -> Picture:
+def _decoded(data: bytes, name: str, *, levels: bool = False) -> Picture:
     with about(name):
-        return images.decode(data, images.CHECKED)
+        return images.decode(data, images.CHECKED, levels=levels)

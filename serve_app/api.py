@@ -39,6 +39,7 @@ from serve_app.middleware import (
 from serve_app.problem import error_response
 from serve_app.protocols import files, kserve, native, openai
 from serve_app.protocols import jobs as job_routes
+from serve_app.protocols.naming import unserved
 
 if TYPE_CHECKING:
     from deployments.catalogue import Registry
@@ -198,10 +199,5 @@ def _not_found(request: Request, prefix: str) -> NotFound:
     routes = ", ".join(prefix + task.route for task in request.app.state.registry)
     for task in Task:
         if path == prefix + task.route:
-            return NotFound(
-                f"No model serves the task {task} here.",
-                value=path,
-                remedy=f"Served: {routes}. The operator can add a model for it with `imagen run"
-                f" --serve {task}=NAME`; `imagen models list` has the names.",
-            )
+            return unserved(task, path, f"Served: {routes}.")
     return NotFound("There is no such route.", value=path, remedy=f"Image routes: {routes}.")

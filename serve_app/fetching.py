@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
 
-from deployments.errors import InvalidParameter, TooLarge
+from deployments.errors import Full, InvalidParameter, TooLarge
 from serve_app.addresses import Place, Reach, Resolve, Rules, system_addresses
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
     from deployments.settings import FetchSettings
 
-_AT_A_TIME = 16
-"""Names that are resolved at a time in one process."""
+_NAMES = 64
+"""That are resolved at a time in one process."""
+_AT_A_TIME, _OF_OWNER = 32, 8
+"""Pictures that are fetched at a time, in all and for one key: each takes an upload's place."""
 _MOST_REDIRECTS = 3
 
 
@@ -51,7 +54,8 @@ class Fetcher:
             allow_private=settings.allow_private,
             private_setting="fetch.allow_private",
         )
-        self._reach = Reach(rules, _AT_A_TIME, resolve)
+        self._reach = Reach(rules, _NAMES, resolve)
+        self._fetching = Counter[str]()
 
     async def fetch(self, url: str, owner: str, hold: Callable[[int], None]) -> bytes:
         """What lies at a URL, behind a few redirects, each of which is checked like the URL.
@@ -64,7 +68,23 @@ class Fetcher:
         Raises:
             InvalidParameter: nothing may be fetched there, or nothing came.
             TooLarge: it is larger than a body may be.
+            Full: too many are being fetched.
         """
+        if self._fetching[owner] >= _OF_OWNER or self._fetching.total() >= _AT_A_TIME:
+            raise Full(
+                "Too many pictures are being fetched.",
+                value=f"{self._fetching[owner]} for this key, {self._fetching.total()} in all",
+                remedy="Try again, or send the picture itself.",
+                retry_after_s=1,
+            )
+        self._fetching[owner] += 1
+        try:
+            return await self._fetched(url, owner, hold)
+        finally:
+            self._fetching[owner] -= 1
+            self._fetching += Counter()  # forgets owners without any
+
+    async def _fetched(self, url: str, owner: str, hold: Callable[[int], None]) -> bytes:
         try:
             async with asyncio.timeout(self._timeout_s):
                 for _ in range(_MOST_REDIRECTS + 1):

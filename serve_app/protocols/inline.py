@@ -153,7 +153,7 @@ def picture_of(name: str, value: object) -> bytes:
             remedy="Send the picture itself, as base64 or as a data URL. The operator can switch"
             " fetching on for native JSON and OpenAI's edits: fetch.enabled.",
         )
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         head, _, text = text[len("data:") :].partition(",")
         _check_head(name, head)
     try:

@@ -19,7 +19,7 @@ from deployments.tasks import Task
 from serve_app.doors import JSON, KSERVE_HEALTH, KSERVE_ROOT
 from serve_app.intake import Backends, Call, Intake, not_ready
 from serve_app.protocols.inline import text_of
-from serve_app.protocols.naming import named, names_of
+from serve_app.protocols.naming import check_query, named, names_of
 from serve_app.protocols.picture import image_headers
 from serve_app.protocols.tensors import (
     BACKGROUND,
@@ -276,12 +276,7 @@ async def _check_ready(spec: ModelSpec, backends: Backends) -> None:
 
 def _check_plain(request: Request) -> None:
     """Refuse what would be ignored otherwise."""
-    if request.url.query:
-        raise InvalidParameter(
-            "Parameters go into the body, not behind the ? of the address.",
-            value=request.url.query,
-            remedy="Send them as parameters of the request.",
-        )
+    check_query(request)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise UnsupportedMedia(
@@ -300,6 +295,12 @@ def _call(request: Request, spec: ModelSpec, asked: Infer) -> Call:
             "The address names the model.", value=fields["model"], remedy="Leave model out."
         )
     if BACKGROUND in asked.files:
+        if "background" in fields:
+            raise InvalidParameter(
+                "There are two backgrounds.",
+                value=f"background={fields['background']}, and the input {BACKGROUND}",
+                remedy="Send one of them.",
+            )
         fields["background"] = PICTURE
     state = request.scope["state"]
     return Call(

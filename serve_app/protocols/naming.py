@@ -1,12 +1,15 @@
-"""Models as clients of other services name them: by their own name, or by their task."""
+"""What all protocols ask of a request's address: models by name or task, and no query."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployments.errors import NotFound
+from deployments.errors import InvalidParameter, NotFound
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from deployments.catalogue import Registry
     from deployments.registry import ModelSpec
 
@@ -20,7 +23,25 @@ def named(name: str, served: Registry) -> ModelSpec:
     for spec in served.models:
         if name in names_of(spec, served):
             return spec
+    if name in set(map(str, Task)):
+        raise unserved(Task(name), name, known_models(served))
     raise NotFound("There is no such model.", value=name, remedy=known_models(served))
+
+
+def unserved(task: Task, value: str, known: str) -> NotFound:
+    """The error for a task that no model serves.
+
+    Args:
+        task: that was asked for.
+        value: how the client named it.
+        known: what there is.
+    """
+    return NotFound(
+        f"No model serves the task {task} here.",
+        value=value,
+        remedy=f"{known} The operator can add a model for it with `imagen run"
+        f" --serve {task}=NAME`; `imagen models list` has the names.",
+    )
 
 
 def names_of(spec: ModelSpec, served: Registry) -> tuple[str, ...]:
@@ -31,3 +52,17 @@ def names_of(spec: ModelSpec, served: Registry) -> tuple[str, ...]:
 def known_models(served: Registry) -> str:
     """The models that there are, for errors."""
     return f"Models: {', '.join(f'{spec.name} ({spec.task})' for spec in served.models)}."
+
+
+def check_query(request: Request) -> None:
+    """Refuse parameters in the address, which no protocol reads.
+
+    Raises:
+        InvalidParameter: there are some.
+    """
+    if request.url.query:
+        raise InvalidParameter(
+            "Parameters go into the body, not behind the ? of the address.",
+            value=request.url.query,
+            remedy="Send them beside the picture, in the form or the JSON.",
+        )

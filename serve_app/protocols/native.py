@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from deployments.contract import OutputFormat
-from deployments.errors import InvalidParameter
 from deployments.tasks import Task
 from serve_app.doors import JSON, is_json
 from serve_app.intake import Call, Intake, accepted
@@ -17,6 +16,7 @@ from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import inline, jobs, multipart
 from serve_app.protocols.hints import NEEDS, hints
 from serve_app.protocols.jobs import AcceptedJob
+from serve_app.protocols.naming import check_query
 from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response, json_response
 
@@ -145,7 +145,7 @@ async def _read(
     """The request, and those of its fields that belong to a job."""
     read = inline.read_form if is_json(request.headers) else multipart.read_form
     form = await intake.read(read(request, needs_image=task.needs_picture), deadline_s)
-    _check_query(request)
+    check_query(request)
     fields, options = split(form.fields)
     call = Call(
         task=task,
@@ -169,15 +169,6 @@ def _wants_json(request: Request) -> bool:
     wanted = {kind for kind, quality in accepted(_accept(request)).items() if quality}
     others = any(kind == "*/*" or kind.startswith("image/") for kind in wanted)
     return JSON in wanted and not others
-
-
-def _check_query(request: Request) -> None:
-    if request.url.query:
-        raise InvalidParameter(
-            "Parameters go into the form, not behind the ? of the address.",
-            value=request.url.query,
-            remedy="Send them as form fields, as curl -F steps=20 does.",
-        )
 
 
 def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from deployments.contract import PICTURE, ImageResult, validated
-from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, NotFound
+from deployments.contract import ImageResult, validated
+from deployments.errors import ImagenError, InvalidParameter, MalformedRequest
 from deployments.notes import Code, Note, documents, note
 from deployments.settings import Strict
 from deployments.tasks import Task
@@ -27,7 +27,7 @@ from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
 from serve_app.protocols.inline import base64_of, picture_at, read_object, take_files, text_of
 from serve_app.protocols.multipart import read_form
-from serve_app.protocols.naming import known_models, named
+from serve_app.protocols.naming import check_query, known_models, named, unserved
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -43,7 +43,7 @@ IMAGE_ROUTES = (GENERATIONS, EDITS)
 router = APIRouter(tags=["OpenAI"])
 
 _MOST_PARTIAL_IMAGES = 3
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _UNREAD = ("quality", "style", "user", "moderation", "input_fidelity", "output_compression")
 """What OpenAI's clients send, and no model here reads."""
 
@@ -171,9 +171,10 @@ TheIntake = Annotated[Intake, Depends(intake_of)]
 )
 async def generate(request: Request, intake: TheIntake) -> Response:
     """JSON in, JSON or a stream of events out."""
+    check_query(request)
     deadline_s = intake.deadline_s()
     body = Body(_texts(await intake.read(read_object(request), deadline_s)))
-    if not body.fields.get("prompt"):
+    if not body.fields.get("prompt", "").strip():
         raise InvalidParameter(
             "prompt must not be empty.", value="no text", remedy="Say what the picture shows."
         )
@@ -190,6 +191,7 @@ async def generate(request: Request, intake: TheIntake) -> Response:
 )
 async def edit(request: Request, intake: TheIntake) -> Response:
     """A form or JSON in, JSON or a stream of events out."""
+    check_query(request)
     deadline_s = intake.deadline_s()
     body = await intake.read(_read_edit(request), deadline_s)
     return await _answer(
@@ -216,31 +218,39 @@ async def _read_edit(request: Request) -> Body:
     if not is_json(request.headers):
         form = await read_form(request)
         return Body(form.fields, form.image, form.background, form.mask)
-    given = await read_object(request)
-    images = given.pop("image", given.pop("images", None))
-    if isinstance(images, list):
-        images = _only(images)
-    images, mask = _sent(images), _sent(given.get("mask"))
-    if images is None:
-        raise MalformedRequest(
-            "An edit needs a picture.", value="no field image", remedy="Send image as base64."
-        )
-    files = take_files(given | {"mask": mask})
-    given |= dict.fromkeys(files, PICTURE)
-    return Body(_texts(given), await picture_at(request, "image", images), **files)
+    given = {k: v for k, v in (await read_object(request)).items() if v is not None}
+    image = _sent(_only([given.pop(name) for name in ("image", "images") if name in given]))
+    if "mask" in given:
+        given["mask"] = _sent(given["mask"])
+    files = take_files(given)
+    return Body(_texts(given), await picture_at(request, "image", image), **files)
 
 
 def _sent(picture: Any) -> Any:
     """What stands for a picture, out of the object that newer clients put it into."""
-    return picture.get("image_url") if isinstance(picture, dict) else picture
+    if not isinstance(picture, dict):
+        return picture
+    if picture.keys() == {"image_url"}:
+        return picture["image_url"]
+    raise InvalidParameter(
+        "A picture in an object is its image_url, and nothing else. Files are not kept here.",
+        value=", ".join(map(str, picture)),
+        remedy='Send {"image_url": "data:image/png;base64,..."}.',
+    )
 
 
 def _only(images: list[Any]) -> Any:
-    if len(images) == 1:
-        return images[0]
-    raise InvalidParameter(
-        "An edit takes one picture.", value=f"{len(images)} pictures", remedy="Send one."
-    )
+    """The one picture of the fields for it, each of which may be a list."""
+    sent = [one for some in images for one in (some if isinstance(some, list) else [some])]
+    if not sent:
+        raise MalformedRequest(
+            "An edit needs a picture.", value="no field image", remedy="Send image as base64."
+        )
+    if len(sent) > 1:
+        raise InvalidParameter(
+            "An edit takes one picture.", value=f"{len(sent)} pictures", remedy="Send one."
+        )
+    return sent[0]
 
 
 def _texts(given: Mapping[str, Any]) -> dict[str, str]:
@@ -256,13 +266,7 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     if body.mask is not None:
         fields.setdefault("mask_changes", "transparent")
     wishes = validated(Wishes, own, "image")
-    if wishes.response_format == "url":
-        raise InvalidParameter(
-            "Pictures come back in the answer, not as addresses.",
-            value="response_format=url",
-            remedy="Send response_format=b64_json, or leave it out. A job by a native route"
-            " (docs/jobs.md) keeps its results behind links.",
-        )
+    _check_format(wishes)
     spec = _model_for(wishes.model, _served(request), needs_picture=body.image is not None)
     task = spec.task
     # OpenAI's clients must send a prompt, also where a picture is cut out.
@@ -272,7 +276,10 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
         for name in unread
         if fields.pop(name, None) is not None
     ]
-    fields |= _size_fields(wishes, spec, notes) | _background_fields(wishes, task, notes)
+    if wishes.partial_images and not wishes.stream:
+        notes.append(note(Code.PARAMETER_UNUSED, "partial_images was ignored without stream."))
+    fields = _joined(fields, _size_fields(wishes, spec, notes), "size")
+    fields = _joined(fields, _background_fields(wishes, task, notes), "background")
     state = request.scope["state"]
     call = Call(
         task=task,
@@ -287,6 +294,27 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
         notes=tuple(notes),
     )
     return Order(call, wishes, event)
+
+
+def _check_format(wishes: Wishes) -> None:
+    if wishes.response_format == "url":
+        raise InvalidParameter(
+            "Pictures come back in the answer, not as addresses.",
+            value="response_format=url",
+            remedy="Send response_format=b64_json, or leave it out. A job by a native route"
+            " (docs/jobs.md) keeps its results behind links.",
+        )
+
+
+def _joined(fields: dict[str, str], derived: dict[str, str], theirs: str) -> dict[str, str]:
+    """The model's own fields, and those that OpenAI's field `theirs` stands for."""
+    if both := sorted(fields.keys() & derived.keys()):
+        raise InvalidParameter(
+            f"{theirs} and {', '.join(both)} say the same.",
+            value=", ".join(f"{name}={fields[name]}" for name in both),
+            remedy="Send one of them.",
+        )
+    return fields | derived
 
 
 def _size_fields(wishes: Wishes, spec: ModelSpec, notes: list[Note]) -> dict[str, str]:
@@ -313,9 +341,8 @@ def _background_fields(wishes: Wishes, task: Task, notes: list[Note]) -> dict[st
         return {}
     if task is Task.BACKGROUND:
         return {"output": "rgba" if wishes.background == "transparent" else "color"}
-    if wishes.background == "transparent":
-        told = "background=transparent was ignored: model=background cuts a picture out."
-        notes.append(note(Code.PARAMETER_UNUSED, told))
+    told = f"background={wishes.background} was ignored: model=background cuts a picture out."
+    notes.append(note(Code.PARAMETER_UNUSED, told))
     return {}
 
 
@@ -334,9 +361,7 @@ def _model_for(name: str, served: Registry, *, needs_picture: bool) -> ModelSpec
         wanted = Task.ENHANCE if needs_picture else Task.GENERATE
         if wanted in served:
             return served[wanted]
-        raise NotFound(
-            f"No model serves the task {wanted}.", value="no model", remedy=known_models(served)
-        )
+        raise unserved(wanted, "no model", known_models(served))
     spec = named(name, served)
     if spec.task.needs_picture == needs_picture:
         return spec

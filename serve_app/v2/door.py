@@ -168,33 +168,45 @@ def _body(asked: pb.ModelInferRequest) -> tuple[bytes, int]:
             value="both",
             remedy="Send one of them.",
         )
-    data = raw or [_elements(one.contents.bytes_contents) for one in asked.inputs]
+    data = raw or [_elements(one.contents) for one in asked.inputs]
     inputs = [
         {
             "name": one.name,
             "datatype": one.datatype,
             "shape": list(one.shape),
-            "parameters": {**_values(one.parameters), "binary_data_size": len(content)},
+            "parameters": _values(one.parameters) | {"binary_data_size": len(content)},
         }
         for one, content in zip(asked.inputs, data, strict=True)
     ]
     outputs = [{"name": o.name, "parameters": _values(o.parameters)} for o in asked.outputs]
-    parameters = {**_values(asked.parameters), "binary_data_output": True}
+    parameters = _values(asked.parameters) | {"binary_data_output": True}
     head = {"id": asked.id, "inputs": inputs, "outputs": outputs, "parameters": parameters}
     text = json.dumps(head).encode()
     return text + b"".join(data), len(text)
 
 
-def _elements(contents: Sequence[bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(one)) + one for one in contents)
+def _elements(contents: pb.InferTensorContents) -> bytes:
+    others = [field.name for field, _ in contents.ListFields() if field.name != "bytes_contents"]
+    if others:
+        raise InvalidParameter(
+            "An input is not of type BYTES.",
+            value=", ".join(others),
+            remedy="Send bytes_contents, or raw_input_contents.",
+        )
+    return b"".join(struct.pack("<I", len(one)) + one for one in contents.bytes_contents)
 
 
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parameter in parameters.items():
         which = parameter.WhichOneof("parameter_choice")
-        if which is not None:
-            found[name] = getattr(parameter, which)
+        if which is None or name.startswith("binary_data"):
+            raise InvalidParameter(
+                f"The parameter {name} has no value, or none over gRPC.",
+                value=name,
+                remedy="Leave it out.",
+            )
+        found[name] = getattr(parameter, which)
     return found
 
 

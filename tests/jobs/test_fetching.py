@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deployments.errors import Full
 from deployments.settings import ClientSettings, FetchSettings, LimitSettings, UploadSettings
 from serve_app import addresses
 from serve_app.api import create_app
+from serve_app.fetching import Fetcher
 from tests.jobs.receiver import Received, Receiver, hang
 from tests.unit.fakes import OPEN_TO_ALL, REGISTRY, FakeBackends, picture_file, send
 
@@ -174,3 +176,19 @@ async def test_fetched_bytes_count_as_those_of_uploads_do() -> None:
     async with host(answer(200, body=b"x" * 1000), hangs=True) as url:
         found = await ask(url, LOCAL, **room)
     assert (found.status_code, found.json()["code"]) == (429, "full")
+
+
+async def test_one_key_cannot_take_every_place_for_fetching() -> None:
+    fetcher = Fetcher(LOCAL, 50_000)
+    async with host(b"", hangs=True) as url:
+        slow = [asyncio.create_task(fetcher.fetch(url, "one", lambda _: None)) for _ in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(Full, match="Too many pictures"):
+            await fetcher.fetch(url, "one", lambda _: None)
+        async with host(WHOLE) as other:
+            assert await fetcher.fetch(other, "another", lambda _: None) == PICTURE
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+    async with host(WHOLE) as url:
+        assert await fetcher.fetch(url, "one", lambda _: None) == PICTURE

@@ -284,6 +284,9 @@ async def test_a_mask_that_does_not_fit_is_refused() -> None:
     refused(await post(app, COMIC, PHOTO, data={"mask": "picture"}), 400, backends)
     refused(await post(app, COMIC, PHOTO, data={"mask": "beta"}), 422, backends)
     refused(await post(app, COMIC, PHOTO, data={"mask_feather_px": "4"}), 422, backends)
+    clear = {"mask_changes": "transparent"}
+    refused(await post(app, COMIC, PHOTO, data=clear), 422, backends)
+    refused(await post(app, COMIC, PHOTO, data={**clear, "mask": "alpha"}), 422, backends)
 
 
 async def test_a_mask_and_a_background_may_be_base64_in_json() -> None:

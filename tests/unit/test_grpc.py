@@ -119,6 +119,23 @@ async def test_what_is_wrong_is_refused(asked: pb.ModelInferRequest, code: str, 
     assert not backends.jobs
 
 
+async def test_what_would_be_ignored_is_refused() -> None:
+    def plain() -> pb.ModelInferRequest:
+        contents = Contents(bytes_contents=[PICTURE])
+        return request(model_name="comic", inputs=[image(contents=contents)])
+
+    of_output, of_input, of_request, mixed = (plain() for _ in range(4))
+    of_output.outputs.add(name="IMAGE").parameters["binary_data"].bool_param = False
+    of_input.inputs[0].parameters["binary_data_size"].int64_param = 7
+    of_request.parameters["stepz"].SetInParent()
+    mixed.inputs[0].contents.fp32_contents.append(1.0)
+    for asked in (of_output, of_input, of_request, mixed):
+        backends, call = FakeBackends(), Call()
+        await door(backends).call("ModelInfer", asked, call)
+        assert call.code is grpc.StatusCode.INVALID_ARGUMENT, asked
+        assert not backends.jobs
+
+
 async def test_both_raw_and_other_contents_are_refused() -> None:
     call = Call()
     element = struct.pack("<I", len(PICTURE)) + PICTURE

@@ -192,6 +192,17 @@ def test_the_header_and_the_pixels_of_a_tiff_agree_on_its_orientation(
     assert (picture.width_px, picture.height_px) == size
 
 
+def test_the_levels_of_a_mask_are_those_of_its_file() -> None:
+    grey = Image.fromarray(np.full((8, 8), 128, np.uint8))
+    data = file_of(grey)
+    at = data.index(b"IDAT") - 4
+    linear = data[:at] + chunk(b"gAMA", (100_000).to_bytes(4, "big")) + data[at:]
+    assert images.decode(linear, LIMITS).rgb[0, 0, 0] > 180
+    found = images.decode(linear, LIMITS, levels=True)
+    assert (found.rgb == 128).all()
+    assert not found.notes
+
+
 def test_a_png_whose_exif_follows_its_pixels_is_turned() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3

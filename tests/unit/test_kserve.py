@@ -103,6 +103,10 @@ async def test_a_background_is_an_input_of_its_own(app: FastAPI, backends: FakeB
     answer = await infer(app, head, element(PICTURE) + element(beach), path)
     assert answer.status_code == 200, answer.text
     assert backends.jobs[0].background == beach
+    twice = {**head, "parameters": {"background": "#ff0000"}}
+    answer = await infer(app, twice, element(PICTURE) + element(beach), path)
+    assert answer.status_code == 400
+    assert len(backends.jobs) == 1
 
 
 async def test_the_answer_says_what_the_model_did(app: FastAPI, backends: FakeBackends) -> None:

@@ -130,9 +130,11 @@ async def test_what_no_model_reads_is_a_note(
     client: openai.AsyncOpenAI, backends: FakeBackends
 ) -> None:
     drawing(backends)
-    await client.images.generate(prompt="a red ball", quality="high", user="me", moderation="low")
+    unread: Any = {"quality": "high", "user": "me", "moderation": "low", "background": "opaque"}
+    await client.images.generate(prompt="a red ball", partial_images=2, **unread)
     notes = backends.jobs[0].notes
-    assert [one.text.split()[0] for one in notes] == ["quality", "user", "moderation"]
+    told = ["quality", "user", "moderation", "partial_images", "background=opaque"]
+    assert [one.text.split()[0] for one in notes] == told
     assert {one.code for one in notes} == {Code.PARAMETER_UNUSED}
 
 
@@ -160,7 +162,11 @@ async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
         ({"prompt": ""}, openai.BadRequestError, "prompt must not be empty"),
         ({"n": 9}, openai.BadRequestError, "from 1 up to 8"),
         ({"size": "large"}, openai.BadRequestError, "size must be"),
+        ({"size": "0x0"}, openai.BadRequestError, "size must be"),
         ({"size": "9999x9999"}, openai.BadRequestError, "width"),
+        ({"size": "64x64", "extra_body": {"width": 9}}, openai.BadRequestError, "say the same"),
+        ({"prompt": " "}, openai.BadRequestError, "prompt must not be empty"),
+        ({"extra_query": {"steps": 3}}, openai.BadRequestError, "behind the"),
         ({"response_format": "url"}, openai.BadRequestError, "b64_json"),
         ({"extra_body": {"stepz": 3}}, openai.BadRequestError, "stepz"),
         ({"extra_body": {"steps": [3]}}, openai.BadRequestError, "steps must be"),
@@ -176,6 +182,23 @@ async def test_mistakes_are_openais_errors(
     with pytest.raises(kind, match=told):
         await client.images.generate(**{"model": "painter", "prompt": "a ball", **changes})
     assert not backends.jobs
+
+
+async def test_a_picture_stands_in_one_field_of_json(app: FastAPI, backends: FakeBackends) -> None:
+    sent = {"image_url": f"DATA:image/png;base64,{DRAWN}"}
+    for wrong in (
+        {"image": sent, "images": [sent]},
+        {"images": [{**sent, "file_id": "file-1"}]},
+        {"image": {"file_id": "file-1"}},
+        {"images": []},
+    ):
+        answer = await send(app, "POST", EDITS, json={"model": "comic", **wrong})
+        assert answer.status_code == 400, wrong
+    assert not backends.jobs
+    answer = await send(
+        app, "POST", EDITS, json={"model": "comic", "image": None, "images": [sent]}
+    )
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(
@@ -320,7 +343,11 @@ async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> Non
     app = create_app(FakeBackends(), REGISTRY, ClientSettings(access=OPEN_TO_ALL))
     answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
     assert answer.status_code == 404
-    assert "generate" in answer.json()["error"]["message"]
+    assert "--serve generate=NAME" in answer.json()["error"]["message"]
+    for path in ("/v2/models/generate", "/v2/models/generate/ready"):
+        answer = await send(app, "GET", path)
+        assert answer.status_code == 404
+        assert "--serve generate=NAME" in answer.json()["error"]
 
 
 async def test_an_unknown_route_below_v1_is_openais_error(app: FastAPI) -> None:
