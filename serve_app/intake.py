@@ -420,10 +420,11 @@ def check_files(call: Call, request: ImageRequest) -> None:
         "background", call.background, call, request, "-F background=@beach.jpg", "a colour"
     )
     _check_file("mask", call.mask, call, request, "-F mask=@mask.png", "mask=alpha")
-    if "mask_changes" in request.model_fields_set and getattr(request, "mask", None) != PICTURE:
+    changes = getattr(request, "mask_changes", "white")
+    if changes != "white" and getattr(request, "mask", None) != PICTURE:
         raise InvalidParameter(
             "mask_changes says how a mask's picture is read, and there is none.",
-            value=f"mask_changes={getattr(request, 'mask_changes', '')}",
+            value=f"mask_changes={changes}",
             remedy="Send a mask as a picture, or leave mask_changes out.",
         )
     feather_px = getattr(request, "mask_feather_px", 0)
