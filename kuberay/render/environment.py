@@ -179,7 +179,8 @@ class RedisSource(Strict):
         own_ca: the server's certificate is signed by an authority of its own, whose certificate is
             in the same Secret, under `ca.pem`.
         storage_class: of the disk of kuberay/base/redis.yaml; None takes the cluster's default.
-        disk: its size; None takes that of the file.
+        disk: its size; None takes that of the file. Another host has no use for either, and an
+            overlay may have inherited the address.
     """
 
     address: str = Field(pattern=r"^rediss?://[\w.-]+:[0-9]{1,5}$")
@@ -211,8 +212,6 @@ class RedisSource(Strict):
             raise ValueError(f"{OWN_REDIS} has no TLS: write redis://, without own_ca")
         if self.own_ca and not tls:
             raise ValueError("own_ca is for TLS: write rediss://")
-        if not self.inside and (self.storage_class or self.disk):
-            raise ValueError(f"storage_class and disk are those of {OWN_REDIS}: remove them")
         return self
 
 

@@ -22,7 +22,7 @@ from kuberay.render.environment import load_environments, merged
 from kuberay.render.files import Files, out_of_date, render, write
 from kuberay.render.kustomize import GENERATED, difference
 from serve_app.jobs.connection import connect
-from tests.manifests.conftest import FOLDER, LOCK, SOURCE
+from tests.manifests.conftest import FOLDER, LOCK, OVERLAYS, SOURCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -258,6 +258,19 @@ def test_one_value_makes_redis_a_managed_one(edited: Callable[[str, Any], Manife
         assert file == f"{mount['mountPath']}/ca.pem"
     assert not {"REDIS_URL", "RAY_REDIS_CA_CERT"} & models.environment.keys()
     assert validate(manifests).secrets["imagen-redis"] == ["ca.pem", "password"]
+
+
+def test_that_value_may_be_the_one_of_the_base(tmp_path: Path) -> None:
+    text = SOURCE.read_text(encoding="utf-8")
+    own, managed = "address: redis://imagen-redis:6379", "address: rediss://10.0.0.3:6378"
+    assert text.count(own) == 1
+    (tmp_path / "gke.yaml").write_text(text.replace(own, managed), encoding="utf-8")
+    files = render(tmp_path / "gke.yaml", LOCK)
+    for name in {*OVERLAYS} - {"dev"}:  # which has no Redis
+        patches = yaml.safe_load(files[f"overlays/{name}/generated/kustomization.yaml"])["patches"]
+        of_redis = [one["patch"] for one in patches if one["target"]["name"] == "imagen-redis"]
+        assert len(of_redis) == 3
+        assert all("$patch: delete" in one for one in of_redis)
 
 
 def test_pods_read_copies_of_a_disk_that_a_job_fills(
