@@ -14,7 +14,7 @@ import yaml
 from cli.console import Output, make_table
 from cli.ending import ending
 from cli.paths import user_path
-from cli.serving import Serve, serve_of
+from cli.serving import Serve, say_unaccepted, serve_of
 from deployments.catalogue import Registry, load_catalogue
 from deployments.errors import ConfigError
 from deployments.gpu.choice import choose_fitting
@@ -140,13 +140,7 @@ def _show(made: Plan, catalogue: Catalogue, output: Output) -> None:
             f"~ marks estimates: run `make profile-gpu` on the GPU ({made.gpu.label}) to measure"
             " them (docs/gpu.md)."
         )
-    for spec in (placed.demand.spec for placed in made.placed):
-        if not spec.commercial and spec.name not in catalogue.accept_noncommercial:
-            output.say(
-                f"{spec.name} is planned, but the registry does not accept its licence"
-                f" ({spec.licence}).",
-                "yellow",
-            )
+    say_unaccepted((placed.demand.spec for placed in made.placed), catalogue, output)
 
 
 def _row(made: Plan, placed: Placed) -> list[str]:

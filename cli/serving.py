@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deployments.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cli.console import Output
+    from deployments.catalogue import Catalogue
+    from deployments.registry import ModelSpec
 
 Serve = Annotated[
     list[str] | None,
@@ -35,3 +42,14 @@ def serve_of(options: list[str] | None) -> dict[str, list[str]]:
             )
         serve.setdefault(task.strip(), []).extend(found)
     return serve
+
+
+def say_unaccepted(models: Iterable[ModelSpec], catalogue: Catalogue, output: Output) -> None:
+    """Name the models that the registry would refuse to serve, for their licence."""
+    for spec in models:
+        if not spec.commercial and spec.name not in catalogue.accept_noncommercial:
+            output.say(
+                f"{spec.name} is planned, but the registry does not accept its licence"
+                f" ({spec.licence}).",
+                "yellow",
+            )

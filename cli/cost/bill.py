@@ -1,7 +1,7 @@
 """The arithmetic of `imagen cost`; docs/cost.md has every formula.
 
 seconds of an image  measured; else an estimate from operations
-GPUs of an hour      what its images take, and at least those that hold its models
+GPUs of an hour      for each GPU of the plan, what the images of its models take, and at least one
 hours that count     a GPU is up while requests come, and some time after the last one
 dollars of a month   those hours, the machines that are always on, and the cluster
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from cli.cost.inputs import HOURS
 from deployments.buckets import choose_bucket
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 Market = Literal["spot", "on_demand"]
 MARKETS: tuple[Market, Market] = ("spot", "on_demand")
 _S = 3600
+_LOOKS = 240
+"""Moments of an hour at which it is asked whether a node is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class Hour:
         requests: in it.
         gpu_seconds: of its images.
         gpus: that are needed at a time.
-        gpu_hours: that are billed for it, on average.
+        gpu_hours: that are billed in it, on average, also of GPUs that an hour before needed.
     """
 
     hour: int
@@ -178,33 +182,56 @@ def _working_px(spec: ModelSpec, size_px: tuple[int, int], speeds: Speeds) -> tu
 
 
 def hours_of(lines: Sequence[Line], traffic: Traffic) -> list[Hour]:
-    """The GPUs of each hour of the day."""
-    return [_hour(hour, lines, traffic) for hour in range(HOURS)]
-
-
-def _hour(hour: int, lines: Sequence[Line], traffic: Traffic) -> Hour:
-    by_gpu: dict[int, float] = {}
+    """The GPUs of each hour of the day, which comes again and again."""
+    by_gpu: dict[int, list[Line]] = {}
     for line in lines:
-        if line.by_hour[hour]:
-            by_gpu[line.gpu_index] = by_gpu.get(line.gpu_index, 0) + line.by_hour[hour]
-    gpu_seconds = sum(line.by_hour[hour] * line.seconds for line in lines)
-    # The small number keeps a share of exactly one GPU from becoming two by rounding.
-    busy = math.ceil(gpu_seconds / (_S * traffic.busy_share) - 1e-9)
-    further = max(busy - len(by_gpu), 0)
-    up = sum(up_share(requests / _S, traffic) for requests in by_gpu.values())
-    return Hour(hour, sum(by_gpu.values()), gpu_seconds, len(by_gpu) + further, up + further)
+        by_gpu.setdefault(line.gpu_index, []).append(line)
+    days = [_day_of(those, traffic) for those in by_gpu.values()]
+    return [
+        Hour(
+            hour,
+            requests=sum(line.by_hour[hour] for line in lines),
+            gpu_seconds=sum(line.by_hour[hour] * line.seconds for line in lines),
+            gpus=sum(gpus[hour] for gpus, _ in days),
+            gpu_hours=sum(billed[hour] for _, billed in days),
+        )
+        for hour in range(HOURS)
+    ]
 
 
-def up_share(requests_per_s: float, traffic: Traffic) -> float:
-    """The share of time that a GPU node is up, with requests at random at that rate.
+def _day_of(lines: Sequence[Line], traffic: Traffic) -> tuple[list[int], list[float]]:
+    """GPUs for the models of one of the plan's GPUs in each hour, and the hours billed for them.
 
-    It stays for T after the last request of its models, and takes S to start, which is billed too.
-    A busy period of an infinite-server queue with fixed service time T lasts (e^(rT) - 1) / r on
-    average, and the time until the next request 1 / r (Takacs, 1962).
+    A further GPU is billed for the hours that need it, its start, and the time it stays after them.
     """
-    stays_s = traffic.model_stays_s + traffic.node_stays_s
-    grown = math.exp(min(requests_per_s * stays_s, 500)) + requests_per_s * traffic.node_start_s
-    return (grown - 1) / grown
+    requests = [sum(line.by_hour[hour] for line in lines) for hour in range(HOURS)]
+    work_s = [sum(line.by_hour[hour] * line.seconds for line in lines) for hour in range(HOURS)]
+    # The small number keeps a share of exactly one GPU from becoming two by rounding.
+    busy = [math.ceil(one / (_S * traffic.busy_share) - 1e-9) for one in work_s]
+    gpus = [max(n, 1) if coming else 0 for n, coming in zip(busy, requests, strict=True)]
+    further = [max(n - 1, 0) for n in gpus]
+    left = [max(further[hour - 1] - further[hour], 0) for hour in range(HOURS)]
+    stays_h = traffic.lasts_s / _S
+    parts = zip(up_shares(requests, traffic), further, left, strict=True)
+    return gpus, [share + n + gone * stays_h for share, n, gone in parts]
+
+
+def up_shares(per_hour: Sequence[float], traffic: Traffic) -> list[float]:
+    """The share of each hour that a GPU node is up, with requests at random at those rates.
+
+    It is up at a moment if a request came in the time before that a node lasts for one request: its
+    start, and how long it stays. With independent arrivals the chance of none is e^-n, where n is
+    how many are expected (Poisson). Every 15 seconds of the day are looked at.
+    """
+    since_midnight = np.concatenate([[0.0], np.cumsum(per_hour)])
+
+    def before(moment_h: Any) -> Any:
+        days, hour = np.divmod(moment_h, HOURS)
+        return days * since_midnight[-1] + np.interp(hour, range(HOURS + 1), since_midnight)
+
+    moments_h = (np.arange(HOURS * _LOOKS) + 0.5) / _LOOKS
+    expected = before(moments_h) - before(moments_h - traffic.lasts_s / _S)
+    return (-np.expm1(-expected)).reshape(HOURS, _LOOKS).mean(axis=1).tolist()
 
 
 def bill(hours: Sequence[Hour], traffic: Traffic, prices: Prices, gpu: str, market: Market) -> Bill:

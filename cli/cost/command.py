@@ -12,8 +12,9 @@ from cli.cost.bill import MARKETS, bill, hours_of, lines_of, older_bill
 from cli.cost.inputs import HOURS, PRICES, SPEEDS, TRAFFIC, Prices, Speeds, Traffic, load
 from cli.ending import ending
 from cli.paths import user_path
-from cli.serving import Serve, serve_of
+from cli.serving import Serve, say_unaccepted, serve_of
 from deployments.catalogue import load_catalogue
+from deployments.errors import ConfigError
 from deployments.gpu.plan import Plan
 from deployments.gpu.plan import plan as make_plan
 from deployments.gpu.profiles import as_gpu
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
 
     from cli.cost.bill import Bill, Hour, Line
     from cli.cost.inputs import OlderDesign
+    from deployments.catalogue import Catalogue
+    from deployments.registry import ModelSpec
 
 _PRODUCTION = [Path("configs/models/production.yaml")]
 _TITLES = {"spot": "spot", "on_demand": "on demand"}
+_NOT_IN_IT = (
+    "Not in it: load balancer, disks, network traffic beyond other_usd_per_month, tax, discounts,"
+    " and GPUs that Serve starts for peaks within an hour."
+)
 
 
 def cost(
@@ -53,14 +60,34 @@ def cost(
     with ending(output):
         day = load(Traffic, traffic)
         priced = load(Prices, prices)
-        tasks = {requests.task for requests in day.requests}
-        served = load_catalogue(*map(user_path, models)).accepting().served(serve_of(serve))
-        specs = [next(s for s in served.models if s.task is task) for task in sorted(tasks)]
+        catalogue = load_catalogue(*map(user_path, models))
+        specs = _models_of(day, catalogue, serve_of(serve))
         made = make_plan(specs, as_gpu(gpu), gpus)
         lines = lines_of(day, made, load(Speeds, SPEEDS))
         report = _Report(day, priced, made, lines)
         report.show(output)
+        say_unaccepted(specs, catalogue, output)
         output.emit(report.as_values())
+
+
+def _models_of(
+    traffic: Traffic, catalogue: Catalogue, serve: dict[str, list[str]]
+) -> list[ModelSpec]:
+    """The default model of each task of the requests, whatever its licence.
+
+    Raises:
+        ConfigError: a task has none.
+    """
+    served = {spec.task: spec for spec in reversed(catalogue.accepting().served(serve).models)}
+    tasks = sorted({requests.task for requests in traffic.requests})
+    for task in (one for one in tasks if one not in served):
+        known = ", ".join(spec.name for spec in catalogue.models if spec.task is task)
+        raise ConfigError(
+            "No model is served for a task of the requests.",
+            value=task,
+            remedy=f"Name one by --serve {task}=NAME; the registry has {known or 'none'}.",
+        )
+    return [served[task] for task in tasks]
 
 
 class _Report:
@@ -80,12 +107,15 @@ class _Report:
         days = prices.hours_per_month / HOURS
         self._images = days * sum(line.images_a_day for line in lines)
         self._peak = max(hour.requests for hour in self._hours)
+        self._peak_of_a_task = _peak_of_a_task(lines)
 
     # --- for people ---
 
     def show(self, output: Output) -> None:
-        for table in (self._lines_table, self._hours_table, self._bill_table, self._older_table):
+        for table in (self._lines_table, self._hours_table, self._bill_table):
             output.show(table())
+        if self._prices.older_designs:
+            output.show(self._older_table())
         if any(line.source != "measured" for line in self._lines):
             output.show(
                 "~ marks estimates: run `make bench-gpu` on that GPU, and write what it says into"
@@ -94,6 +124,7 @@ class _Report:
         for name in dict.fromkeys(self._used_sources()):
             source = self._prices.source(name)
             output.show(f"Prices, {self._prices.region}, read {source.read}: {source.url}")
+        output.show(_NOT_IN_IT)
 
     def _used_sources(self) -> list[str]:
         names = [self._machine, *self._traffic.always_on]
@@ -152,28 +183,42 @@ class _Report:
         for name, *amounts in rows:
             table.add_row(name, *map(_usd, amounts))
         table.add_row("total", *(_usd(one.total) for one in (spot, on_demand)), style="bold")
-        thousand = [f"{self._per_1000(one):.2f}" for one in (spot, on_demand)]
+        each = [self._per_1000(one) for one in (spot, on_demand)]
+        thousand = ["-" if one is None else f"{one:.2f}" for one in each]
         table.add_row("per 1,000 images", *thousand, style="bold")
         return table
 
     def _older_table(self) -> Any:
         table = make_table(
-            *("Older design", "as published", "spot", "on demand", "Images/h", "this peak"),
+            *(
+                "Older design",
+                "as published",
+                "spot",
+                "on demand",
+                "Images/h, claimed",
+                "this peak",
+            ),
             title="Beside it, in USD a month; at these prices with the machines that the T4 are in",
         )
         for design in self._prices.older_designs:
-            holds = _images_per_h(design)
+            claimed = _images_per_h(design)
             table.add_row(
                 design.name,
                 _range(design.published_usd_per_month),
                 *(_range(older_bill(design, self._prices, market)) for market in MARKETS),
-                _range(holds),
-                f"{'held' if holds[1] >= self._peak else 'not held'}, {self._peak:g}/h",
+                _range(claimed) + (" of a task" if design.one_task_each else ""),
+                f"{'held' if self._held(design) else 'not held'}, {self._peak_for(design):g}/h",
             )
         return table
 
-    def _per_1000(self, one: Bill) -> float:
-        return one.total / self._images * 1000 if self._images else 0.0
+    def _peak_for(self, design: OlderDesign) -> float:
+        return self._peak_of_a_task if design.one_task_each else self._peak
+
+    def _held(self, design: OlderDesign) -> bool:
+        return _images_per_h(design)[1] >= self._peak_for(design)
+
+    def _per_1000(self, one: Bill) -> float | None:
+        return one.total / self._images * 1000 if self._images else None
 
     # --- for programs ---
 
@@ -200,6 +245,8 @@ class _Report:
             "published_usd_per_month": design.published_usd_per_month,
             "usd_per_month": {m: older_bill(design, self._prices, m) for m in MARKETS},
             "images_per_h": _images_per_h(design),
+            "peak_per_h": self._peak_for(design),
+            "held": self._held(design),
         }
 
 
@@ -237,8 +284,24 @@ def _bill_values(one: Bill) -> dict[str, float]:
 
 
 def _images_per_h(design: OlderDesign) -> tuple[float, float]:
-    least, most = (n * design.images_per_s_of_a_gpu * 3600 for n in design.machines)
+    """What the design claims to make, of one task if each machine has its own: least and most."""
+    of_a_gpu = design.images_per_s_of_a_gpu * 3600
+    if design.one_task_each:
+        return of_a_gpu, of_a_gpu
+    least, most = (n * of_a_gpu for n in design.machines)
     return least, most
+
+
+def _peak_of_a_task(lines: Sequence[Line]) -> float:
+    """The most requests of one task in an hour."""
+    by_task: dict[str, list[Line]] = {}
+    for line in lines:
+        by_task.setdefault(line.task, []).append(line)
+    return max(
+        sum(line.by_hour[hour] for line in those)
+        for those in by_task.values()
+        for hour in range(HOURS)
+    )
 
 
 def _alike(hours: Sequence[Hour]) -> list[tuple[int, int]]:

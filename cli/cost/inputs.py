@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from cli.paths import user_path
 from deployments.errors import ConfigError
@@ -25,9 +25,29 @@ Size = tuple[PositiveInt, PositiveInt]
 F = TypeVar("F", bound=Strict)
 
 
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"write a number, not {str(value).lower()}")
+    return value
+
+
+def _ordered(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    if pair[0] > pair[1]:
+        raise ValueError("the first is the least, the second the most")
+    return pair
+
+
+# With a largest value, so that no sum of them overflows; it also refuses infinity and NaN.
+_LARGEST = 1e9
+Number = Annotated[float, Field(ge=0, le=_LARGEST), BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST), BeforeValidator(_no_bool)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST), BeforeValidator(_no_bool)]
+
+
 def _day(value: Any) -> Any:
     """One number is that of every hour."""
-    return [value] * HOURS if isinstance(value, int | float) else value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [value] * HOURS if number else value
 
 
 class Requests(Strict):
@@ -42,7 +62,7 @@ class Requests(Strict):
     task: Task
     size: Size
     per_hour: Annotated[
-        tuple[NonNegativeFloat, ...],
+        tuple[Number, ...],
         Field(min_length=HOURS, max_length=HOURS),
         BeforeValidator(_day),
     ]
@@ -53,12 +73,17 @@ class Traffic(Strict):
 
     name: str
     requests: list[Requests] = Field(min_length=1)
-    model_stays_s: NonNegativeFloat = 900
-    node_stays_s: NonNegativeFloat = 600
-    node_start_s: NonNegativeFloat = 240
-    busy_share: float = Field(default=0.6, gt=0, le=1)
-    always_on: dict[str, int] = Field(default_factory=dict[str, int])
-    other_usd_per_month: NonNegativeFloat = 0
+    model_stays_s: Number = 900
+    node_stays_s: Number = 900
+    node_start_s: Number = 240
+    busy_share: float = Field(default=0.6, ge=0.01, le=1)
+    always_on: dict[str, Count] = Field(default={"e2-standard-8": 2})
+    other_usd_per_month: Number = 20
+
+    @property
+    def lasts_s(self) -> float:
+        """How long a GPU node is billed for a request that comes alone."""
+        return self.node_start_s + self.model_stays_s + self.node_stays_s
 
 
 class Source(Strict):
@@ -71,8 +96,8 @@ class Source(Strict):
 class Machine(Strict):
     """Dollars an hour; `gpu` is a name of `imagen plan --gpu`, for a machine with one GPU."""
 
-    on_demand: PositiveFloat
-    spot: PositiveFloat
+    on_demand: Positive
+    spot: Positive
     source: str
     gpu: str = ""
 
@@ -80,30 +105,43 @@ class Machine(Strict):
 class ClusterPrice(Strict):
     """Of the cluster's management."""
 
-    usd_per_hour: NonNegativeFloat
+    usd_per_hour: Number
     source: str
 
 
 class OlderDesign(Strict):
-    """A design to compare with, always on. Pairs are the least and the most."""
+    """A design to compare with, always on. Pairs are the least and the most.
+
+    Attributes:
+        images_per_s_of_a_gpu: as its own page claims.
+        one_task_each: each machine serves one task, so that one must hold that task's peak.
+    """
 
     name: str
-    published_usd_per_month: tuple[float, float]
+    published_usd_per_month: Annotated[tuple[Number, Number], AfterValidator(_ordered)]
     machine: str
-    machines: tuple[int, int]
-    other_usd_per_month: float
-    images_per_s_of_a_gpu: PositiveFloat
+    machines: Annotated[tuple[Count, Count], AfterValidator(_ordered)]
+    other_usd_per_month: Number
+    images_per_s_of_a_gpu: Positive
+    one_task_each: bool = False
 
 
 class Prices(Strict):
     """Prices with their sources."""
 
     region: str
-    hours_per_month: PositiveFloat
+    hours_per_month: Positive
     sources: dict[str, Source]
     machines: dict[str, Machine]
     cluster: ClusterPrice
     older_designs: list[OlderDesign] = Field(default_factory=list[OlderDesign])
+
+    @model_validator(mode="after")
+    def _one_machine_for_each_gpu(self) -> Self:
+        gpus = [one.gpu for one in self.machines.values() if one.gpu]
+        if twice := sorted({gpu for gpu in gpus if gpus.count(gpu) > 1}):
+            raise ValueError(f"several machines have gpu {', '.join(twice)}: keep one of them")
+        return self
 
     def machine(self, name: str) -> Machine:
         """The price of a machine.
@@ -140,8 +178,8 @@ class Prices(Strict):
 class GpuData(Strict):
     """Of a data sheet."""
 
-    tflops: PositiveFloat
-    memory_gb_per_s: PositiveFloat
+    tflops: Positive
+    memory_gb_per_s: Positive
 
 
 class Operations(Strict):
@@ -149,7 +187,7 @@ class Operations(Strict):
 
     model: str
     size_px: Size
-    tflop: PositiveFloat
+    tflop: Positive
     request: str = ""
 
 
@@ -159,7 +197,7 @@ class MeasuredSpeed(Strict):
     model: str
     gpu: str
     size_px: Size
-    seconds: PositiveFloat
+    seconds: Positive
     file: str = Field(alias="from")
     cell: str
 

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from cli.cost.bill import seconds_of, up_share
+from cli.cost.bill import seconds_of, up_shares
 from cli.cost.inputs import PRICES, SPEEDS, TRAFFIC, Prices, Speeds, Traffic, load
 from cli.main import app
 from deployments.errors import ConfigError
 from deployments.settings import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 # As in docs/cost.md: five models with licences for commercial use, on one L4.
@@ -48,24 +49,35 @@ def example() -> dict[str, Any]:
 # ----------------------------------------------------------------------- the arithmetic, again
 
 
+def expected(per_hour: Sequence[float], start_h: float, end_h: float) -> float:
+    """Requests between two moments; the day comes again and again."""
+    return sum(
+        per_hour[hour % 24] * max(min(end_h, hour + 1) - max(start_h, hour), 0)
+        for hour in range(math.floor(start_h), math.ceil(end_h))
+    )
+
+
 def test_the_gpus_of_every_hour_follow_from_the_printed_inputs(example: dict[str, Any]) -> None:
     traffic, lines = example["traffic"], example["lines"]
-    stays_s = traffic["model_stays_s"] + traffic["node_stays_s"]
+    lasts_h = (
+        sum(traffic[f"{name}_s"] for name in ("node_start", "model_stays", "node_stays")) / 3600
+    )
+    assert {line["gpu_index"] for line in lines} == {0}  # as --gpus 1 says
+    of_gpu = [sum(line["per_hour"][at] for line in lines) for at in range(24)]
+    wanted: list[int] = []
     for hour in example["hours"]:
         at = hour["hour"]
         work_s = sum(line["per_hour"][at] * line["seconds"] for line in lines)
         assert hour["gpu_seconds"] == pytest.approx(work_s)
-        rates = [
-            sum(line["per_hour"][at] for line in lines if line["gpu_index"] == gpu) / 3600
-            for gpu in {line["gpu_index"] for line in lines}
-        ]
-        awake = [rate for rate in rates if rate]
-        wanted = max(len(awake), math.ceil(work_s / 3600 / traffic["busy_share"]))
-        assert hour["gpus"] == wanted
-        # Up for a busy period and its start, down until the next request: means of both.
-        up_s = [(math.exp(r * stays_s) - 1) / r + traffic["node_start_s"] for r in awake]
-        shares = [up / (up + 1 / r) for up, r in zip(up_s, awake, strict=True)]
-        assert hour["gpu_hours"] == pytest.approx(sum(shares) + wanted - len(awake))
+        busy = math.ceil(work_s / 3600 / traffic["busy_share"])
+        wanted.append(max(busy, 1) if of_gpu[at] else 0)
+        assert hour["gpus"] == wanted[-1]
+    for at, hour in enumerate(example["hours"]):
+        moments = [at + (minute + 0.5) / 60 for minute in range(60)]
+        quiet = sum(math.exp(-expected(of_gpu, now - lasts_h, now)) for now in moments) / 60
+        further = max(wanted[at] - 1, 0)
+        gone = max(wanted[at - 1] - 1 - further, 0)
+        assert hour["gpu_hours"] == pytest.approx(1 - quiet + further + gone * lasts_h, abs=0.005)
 
 
 @pytest.mark.parametrize("market", MARKETS)
@@ -90,18 +102,23 @@ def test_older_designs_at_these_prices_count_the_machines_too(example: dict[str,
     assert triton["usd_per_month"]["on_demand"] == pytest.approx(
         [n * 730 * t4["on_demand"] + 95 for n in (1, 3)]
     )
-    assert workers["images_per_h"][1] == pytest.approx(5 * 0.07 * 3600)
+    assert workers["images_per_h"] == pytest.approx([0.07 * 3600] * 2)  # each task has one worker
+    assert (workers["peak_per_h"], workers["held"]) == (120, True)
+    assert triton["images_per_h"][1] == pytest.approx(3 * 0.3 * 3600)
+    assert (triton["peak_per_h"], triton["held"]) == (290, True)
 
 
-def test_the_share_of_time_that_a_node_is_up_is_that_of_requests_at_random() -> None:
-    traffic = load(Traffic, TRAFFIC)
-    rate, stays_s = 1 / 1200, 1500.0
-    gaps = np.random.default_rng(7).exponential(1 / rate, 40_000)
-    # The node goes down once a gap is longer than it stays, and starts at the next request.
-    quiet = gaps[gaps > stays_s]
-    down_s = float((quiet - stays_s).sum())
-    up_s = float(gaps.sum()) - down_s + traffic.node_start_s * len(quiet)
-    assert up_share(rate, traffic) == pytest.approx(up_s / (up_s + down_s), rel=0.02)
+def test_hours_billed_are_those_of_requests_at_random() -> None:
+    """A lunch hour, an evening with few requests, and nothing in between."""
+    traffic, days = load(Traffic, TRAFFIC), 2000
+    per_hour = [100.0 if hour == 12 else 1.5 if hour > 19 else 0.0 for hour in range(24)]
+    random = np.random.default_rng(7)
+    hours = np.tile(np.arange(24.0), days) + np.repeat(np.arange(days) * 24.0, 24)
+    moments_h = np.repeat(hours, random.poisson(np.tile(per_hour, days)))
+    moments_h = np.sort(moments_h + random.random(len(moments_h)))
+    # Billed from each request until the next one, or until the node has gone.
+    billed_h = np.minimum(np.diff(moments_h), traffic.lasts_s / 3600).sum() / days
+    assert sum(up_shares(per_hour, traffic)) == pytest.approx(billed_h, rel=0.02)
 
 
 # --------------------------------------------------------------------------- what users change
@@ -112,18 +129,117 @@ def write(path: Path, values: Any) -> Path:
     return path
 
 
+def day_of(folder: Path, *requests: tuple[str, Any], **further: Any) -> Path:
+    """A file with these requests an hour, by task, and further keys."""
+    those = [{"task": task, "size": [512, 512], "per_hour": n} for task, n in requests]
+    return write(folder / "day.yaml", {"name": "a day", "requests": those} | further)
+
+
 def test_much_work_needs_more_gpus_than_the_models_themselves(tmp_path: Path) -> None:
-    busy = {"name": "busy", "requests": [{"task": "comic", "size": [512, 512], "per_hour": 9000}]}
-    values = values_of(write(tmp_path / "busy.yaml", busy))
+    values = values_of(day_of(tmp_path, ("comic", 9000)))
     seconds = values["lines"][0]["seconds"]
     assert values["hours"][3]["gpus"] == math.ceil(9000 * seconds / 3600 / 0.6) > 1
+    # One worker has the whole task, so that four others do not help it.
+    assert not values["older_designs"][0]["held"]
+
+
+def test_a_busy_model_does_not_use_the_gpu_of_the_others(tmp_path: Path) -> None:
+    values = values_of(day_of(tmp_path, ("upscale", 130), ("enhance", 1), ("comic", 1)))
+    busy = next(line for line in values["lines"] if line["task"] == "upscale")
+    alone = {line["gpu_index"] for line in values["lines"]} - {busy["gpu_index"]}
+    assert alone
+    assert values["hours"][3]["gpus"] >= math.ceil(130 * busy["seconds"] / 3600 / 0.6) + len(alone)
+
+
+def test_a_burst_pays_for_the_time_that_its_gpus_stay(tmp_path: Path) -> None:
+    for n, gpus in ((100, 1), (3000, 2)):
+        burst = [n if hour == 9 else 0 for hour in range(24)]
+        values = values_of(day_of(tmp_path, ("comic", burst)))
+        most = values["hours"][9]["gpus"]
+        assert most >= gpus
+        # kuberay/README.md: half an hour and the length; the start comes on top.
+        billed = sum(hour["gpu_hours"] for hour in values["hours"])
+        assert billed == pytest.approx(most * (1 + 0.5 + 240 / 3600), rel=0.02)
 
 
 def test_an_hour_without_requests_costs_no_gpu(tmp_path: Path) -> None:
-    quiet = {"name": "quiet", "requests": [{"task": "comic", "size": [512, 512], "per_hour": 0}]}
-    values = values_of(write(tmp_path / "quiet.yaml", quiet))
+    quiet = day_of(tmp_path, ("comic", 0))
+    values = values_of(quiet)
     assert values["usd_per_month"]["spot"]["gpus"] == 0
-    assert values["usd_per_month"]["spot"]["total"] == pytest.approx(73)  # the cluster
+    always = 2 * 730 * values["prices"]["machines"]["e2-standard-8"]["on_demand"]
+    assert values["usd_per_month"]["spot"]["total"] == pytest.approx(always + 73 + 20)
+    assert values["usd_per_1000_images"] == {"spot": None, "on_demand": None}
+    assert re.search(r"per 1,000 images +- +-", run(quiet).stdout)
+
+
+def test_what_a_file_leaves_out_is_as_in_the_one_that_comes_with_it(tmp_path: Path) -> None:
+    least, whole = (load(Traffic, one) for one in (day_of(tmp_path, ("comic", 1)), TRAFFIC))
+    keys = {"name", "requests"}
+    assert least.model_dump(exclude=keys) == whole.model_dump(exclude=keys)
+
+
+def test_text_to_image_asks_for_its_model_and_is_counted(tmp_path: Path) -> None:
+    day = day_of(tmp_path, ("generate", 10))
+    refused = run(day)
+    assert refused.exit_code == 2
+    assert "--serve generate=NAME" in " ".join(refused.stderr.split())
+    for model in ("generate-sdxl-base", "generate-sd21", "generate-lcm-dreamshaper7"):
+        (line,) = values_of(day, "--serve", f"generate={model}")["lines"]
+        assert line["model"] == model
+        assert line["seconds"] > 0
+
+
+def test_a_licence_that_is_not_accepted_is_named(example: dict[str, Any]) -> None:
+    assert "background-rmbg14 is planned, but" in " ".join(run().stderr.split())
+    assert "background-rmbg14" not in {line["model"] for line in example["lines"]}
+
+
+def test_prices_without_older_designs_show_no_table_of_them(tmp_path: Path) -> None:
+    prices = yaml.safe_load((ROOT / PRICES).read_text(encoding="utf-8"))
+    del prices["older_designs"]
+    shown = run("--prices", write(tmp_path / "prices.yaml", prices), *EXAMPLE)
+    assert shown.exit_code == 0
+    assert "Older design" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("per_hour", math.inf),
+        ("per_hour", True),
+        ("per_hour", 1e300),
+        ("always_on", {"e2-standard-8": -3}),
+        ("always_on", {"e2-standard-8": True}),
+        ("node_stays_s", math.nan),
+    ],
+)
+def test_a_wrong_number_of_the_requests_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    further = {} if key == "per_hour" else {key: value}
+    day = day_of(tmp_path, ("comic", value if key == "per_hour" else 1), **further)
+    done = run(day)
+    assert done.exit_code == 2
+    assert key in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        ("machines|g2-standard-8|spot", math.inf, "machines.g2-standard-8.spot"),
+        ("older_designs|0|machines", [-5, 1], "older_designs.0.machines"),
+        ("older_designs|0|machines", [5, 1], "the first is the least"),
+        ("older_designs|0|published_usd_per_month", [435, 365], "the first is the least"),
+        ("machines|e2-standard-8|gpu", "l4", "several machines have gpu l4"),
+    ],
+)
+def test_a_wrong_price_is_refused(tmp_path: Path, path: str, value: Any, word: str) -> None:
+    prices = yaml.safe_load((ROOT / PRICES).read_text(encoding="utf-8"))
+    node, (*steps, last) = prices, path.split("|")
+    for step in steps:
+        node = node[int(step) if isinstance(node, list) else step]
+    node[last] = value
+    done = run("--prices", write(tmp_path / "prices.yaml", prices), *EXAMPLE)
+    assert done.exit_code == 2
+    assert word in " ".join(done.stderr.split())
 
 
 def test_prices_of_ones_own_are_taken(tmp_path: Path, example: dict[str, Any]) -> None:
@@ -188,7 +304,10 @@ def test_the_times_that_nodes_stay_are_those_of_the_manifests() -> None:
     base = yaml.safe_load((ROOT / "configs/gke.yaml").read_text(encoding="utf-8"))["base"]
     scaling = base["serve"]["model"]["autoscaling_config"]
     assert traffic.model_stays_s == scaling["downscale_to_zero_delay_s"]
-    assert traffic.node_stays_s == base["models"]["group"]["idleTimeoutSeconds"]
+    text = (ROOT / "kuberay/gke/compute-class.yaml").read_text(encoding="utf-8")
+    waits_min = yaml.safe_load(text)["spec"]["autoscalingPolicy"]["consolidationDelayMinutes"]
+    idle_s = base["models"]["group"]["idleTimeoutSeconds"]
+    assert traffic.node_stays_s == idle_s + 60 * waits_min
 
 
 def test_the_documentation_shows_what_the_command_prints() -> None:
