@@ -299,6 +299,13 @@ def test_every_price_has_a_source_with_a_date() -> None:
         assert machine.spot < machine.on_demand
 
 
+def test_the_guide_of_migration_has_these_prices() -> None:
+    text, prices = (ROOT / "docs/migration.md").read_text(encoding="utf-8"), load(Prices, PRICES)
+    for name in ("n1-standard-8-t4", "g2-standard-8"):
+        month = {m: prices.hours_per_month * getattr(prices.machine(name), m) for m in MARKETS}
+        assert f"{month['spot']:.0f} spot, {month['on_demand']:.0f} on demand" in text
+
+
 def test_the_times_that_nodes_stay_are_those_of_the_manifests() -> None:
     traffic = load(Traffic, TRAFFIC)
     base = yaml.safe_load((ROOT / "configs/gke.yaml").read_text(encoding="utf-8"))["base"]
