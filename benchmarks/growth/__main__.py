@@ -20,6 +20,8 @@ from deployments.settings import ROOT
 MORNING_PER_S: Final = 30.0
 SPOT_PER_S: Final = 60.0
 SPOT_GPUS: Final = 48
+MOST_PER_S: Final = 1700.0
+"""What about 1,000 GPUs hold, the most that is simulated."""
 GKE_PODS: Final = 4
 """The most ingress pods that configs/gke.yaml allows."""
 
@@ -79,10 +81,14 @@ def controller() -> None:
 
 @app.command()
 def gpus(
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second")],
+    rate: Annotated[
+        float, typer.Option(min=0.01, max=MOST_PER_S, help="Requests of the refiner a second")
+    ],
     p95: Annotated[float, typer.Option(min=0.1, help="Seconds that 95 % of pictures may take")] = 2,
 ) -> None:
-    """How many GPUs hold a percentile, and what that asks of what stands before them."""
+    """How many H100 hold a percentile with the SDXL refiner at 1024 px, and what that asks of what
+    stands before them.
+    """
     from benchmarks.growth import limits, scenarios
 
     measured, work = limits.front(), limits.work()
@@ -91,8 +97,9 @@ def gpus(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(
-        f"{found.gpus} GPUs: p50 {found.p50_s:.2f} s, p95 {found.p95_s:.2f} s, at"
-        f" {found.load:.0%} of what they can do; {found.pods} ingress pods at half their time."
+        f"{found.gpus} H100 for the SDXL refiner at 1024 px: p50 {found.p50_s:.2f} s,"
+        f" p95 {found.p95_s:.2f} s, at {found.load:.0%} of what they can do;"
+        f" {found.pods} ingress pods, each at most half busy."
     )
     if found.gpus > measured.controller_replicas:
         console.print("More replicas than one Serve controller should have: split the service.")

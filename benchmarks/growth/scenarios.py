@@ -48,7 +48,7 @@ class Held:
         rate: requests a second.
         load: that rate over what the GPUs can do in the groups that pay most.
         p50_s, p95_s: at that rate.
-        pods: ingress pods at half of their time.
+        pods: ingress pods, each busy for half of its time at most.
     """
 
     gpus: int

@@ -138,3 +138,5 @@ def test_the_documentation_has_the_tables_of_the_results() -> None:
     assert tables.mornings(kept["mornings"]) in text
     assert tables.spots(kept["spots"]) in text
     assert tables.limits(limits.front()) in text
+    work = limits.work()
+    assert f"(a lone request takes {work.alone_s + work.front_s:.2f} s)" in text
