@@ -163,7 +163,8 @@ python=$(dirname "$imagen")/python
 named=$context
 typed="kubectl${named:+ --context $named}" # for commands that are only printed
 [ -n "$context" ] || context=$(kubectl config current-context 2>/dev/null) || [ -n "$dry_run" ] ||
-  refuse "kubectl knows no cluster. Run: gcloud container clusters get-credentials NAME --location REGION"
+  refuse "kubectl knows no cluster. Run: kubectl config use-context NAME (on GKE, gcloud container clusters \
+get-credentials NAME --location REGION adds one)"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 manifests=$scratch/manifests.yaml

@@ -39,7 +39,7 @@ for target in "$@"; do
   esac
 done
 digest=$(sed -n 's/^python: *//p' kuberay/images.lock)
-[[ $digest =~ ^sha256:[0-9a-f]{64}$ ]] || refuse "kuberay/images.lock has no digest of the base image" \
+[[ -n $dry_run || $digest =~ ^sha256:[0-9a-f]{64}$ ]] || refuse "kuberay/images.lock has no digest of the base image" \
   "(python: ${digest:-no line}). With a network, run: make image-lock IMAGES=python"
 tag=${TAG:-$(git describe --always --dirty --exclude='*')} ||
   refuse "there is no commit to name the images after. Set TAG=."

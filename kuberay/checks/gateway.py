@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _CERTIFICATES = "networking.gke.io/certmap"
+_ISSUERS = {"cert-manager.io/cluster-issuer", "cert-manager.io/issuer"}
 _NEEDED = {"HTTPRoute": "no request gets in"}
 _NEEDED_BY_GOOGLE = {
     "GCPBackendPolicy": "the service is open to everybody",
@@ -29,6 +30,8 @@ def check(manifests: Manifests) -> Iterator[Finding]:
         for kind, without in (_NEEDED | (_NEEDED_BY_GOOGLE if google else {})).items():
             if not manifests.of(kind):
                 yield Finding("way-in", where(gateway), f"there is no {kind}: {without}")
+        if not google:
+            yield from _issuer(gateway, manifests)
     for policy in manifests.of("GCPBackendPolicy"):
         iap = (policy["spec"].get("default") or {}).get("iap") or {}
         if iap.get("enabled") is not True or not iap.get("clientID"):
@@ -47,6 +50,16 @@ def _gateway(gateway: Document) -> Iterator[Finding]:
             yield Finding("https", place, f"{message} unencrypted")
         elif not (certificates or (one.get("tls") or {}).get("certificateRefs")):
             yield Finding("https", place, f"no certificate: set {_CERTIFICATES} or tls")
+
+
+def _issuer(gateway: Document, manifests: Manifests) -> Iterator[Finding]:
+    """Without an annotation cert-manager makes no certificate, and proxies open no port."""
+    named = _ISSUERS & (gateway["metadata"].get("annotations") or {}).keys()
+    listeners = gateway["spec"].get("listeners") or []
+    refers = any((one.get("tls") or {}).get("certificateRefs") for one in listeners)
+    if refers and not named and not manifests.of("Certificate"):
+        message = f"nothing issues its certificate: set {min(_ISSUERS)}, or add a Certificate"
+        yield Finding("issuer", where(gateway), message)
 
 
 def _route(route: Document, manifests: Manifests) -> Iterator[Finding]:

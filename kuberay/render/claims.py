@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deployments.errors import ConfigError
+from kuberay.quantity import as_bytes
 from kuberay.render.kustomize import Text, dump
 from kuberay.render.rayservice import MODELS_CLAIM, metadata
 
@@ -16,12 +18,23 @@ _SOURCE = f"{MODELS_CLAIM}-source"
 
 
 def claims(sizing: Sizing) -> list[Values]:
-    """The claims of an environment; none if its pods share no volume."""
+    """The claims of an environment; none if its pods share no volume.
+
+    Raises:
+        ConfigError: the size that is asked for does not hold the models.
+    """
     environment = sizing.environment
     cache = environment.cache
     if cache.kind != "claim":
         return []
     size = cache.size or sizing.cache_size
+    if as_bytes(size) < as_bytes(sizing.cache_size):
+        raise ConfigError(
+            "The shared volume is smaller than its models.",
+            value=size,
+            remedy=f"Raise cache.size to {sizing.cache_size}, or lower cache.copies"
+            f" ({cache.copies:g} copies of all models).",
+        )
     if cache.snapshot is None:
         return [_claim(environment, MODELS_CLAIM, "ReadWriteMany", size)]
     api = {"apiGroup": "snapshot.storage.k8s.io", "kind": "VolumeSnapshot"}

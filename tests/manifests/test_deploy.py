@@ -268,15 +268,14 @@ def test_the_commands_of_the_readme_that_need_no_cluster_run_without_one(
         "CACHE": str(cache),
         "PYTHONPATH": str(ROOT),
         "KUBECONFIG": os.devnull,
+        "HOME": str(tmp_path / "own"),
     }
     lines = commands("### On kind or k3d")
     assert len(lines) == 8
     # `imagen` takes relative paths from its own project; here it is a copy.
     places = "--source $PWD/configs/gke.yaml --folder $PWD/kuberay"
     for line in lines:
-        here = line.replace("kuberay render", f"kuberay render {places}").replace(
-            "--keys keys.yaml", "--keys $PWD/keys.yaml"
-        )
+        here = line.replace("kuberay render", f"kuberay render {places}")
         done = subprocess.run(
             ["bash", "-c", here], cwd=spoiled, env=variables, capture_output=True, text=True
         )

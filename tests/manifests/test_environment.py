@@ -80,7 +80,6 @@ def refused(tmp_path: Path) -> Refused:
         ("redis|own_ca", True, "has no TLS"),
         ("redis|disk", "8", "redis.disk"),
         ("redis", {"address": "redis://10.0.0.3:6379", "own_ca": True}, "rediss://"),
-        ("redis", {"address": "rediss://10.0.0.3:6378", "disk": "8Gi"}, "imagen-redis: remove"),
         ("cache|read_only", True, "stays empty"),
         ("cache|snapshot", "filled", "kind: claim"),
         ("cache|size", "1Ti", "kind: claim"),
@@ -115,6 +114,7 @@ def test_a_gpu_that_is_too_small_is_named(refused: Refused) -> None:
         ("overlay", {}, "overlay: Extra inputs"),
         ("overlays|dev|models|size|nvidia.com/gpu", "1", "dev in"),
         ("overlays|prod-hostpath|gpu|boot_disk_gb", 50, "boot_disk_gb 50"),
+        ("overlays|prod-shared|cache|size", "1Gi", "Raise cache.size to 27Gi"),
     ],
 )
 def test_a_wrong_overlay_is_named(refused: Refused, path: str, value: Any, word: str) -> None:

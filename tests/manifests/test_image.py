@@ -231,6 +231,14 @@ def test_a_registry_is_pushed_to_and_a_dry_run_only_tells(project: Path) -> None
     assert asked[-1] == f"docker push {registry}/imagen-cpu:abc123"
 
 
+def test_a_dry_run_shows_the_command_before_the_base_is_locked(project: Path) -> None:
+    placeholder = f"sha256:{UNRESOLVED}"
+    (project / "kuberay" / "images.lock").write_text(f"python: {placeholder}\n")
+    code, output, asked = build(project, "--dry-run", "cpu")
+    assert (code, asked) == (0, [])
+    assert f"PYTHON_DIGEST={placeholder} --tag imagen-cpu:abc123" in output
+
+
 def test_models_come_from_a_store_that_is_filled(project: Path) -> None:
     _, _, asked = build(project, "airgapped", MODELS=str(project / "weights"))
     assert f"--build-context models={project / 'weights'} ." in asked[0]
