@@ -79,6 +79,12 @@ def _text(width: int, layers: int, heads: int, projection: int, act: str = "gelu
 
 _SD1_TEXT = _text(768, 12, 12, 768, "quick_gelu")
 _SD2_TEXT = _text(1024, 23, 16, 512)
+_SD21_UNET = {
+    "sample_size": 96,
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
 # A tile of 512 px with the largest overlap of our 4x networks on each side.
 _TILE_PX = (512 + 2 * 64, 512 + 2 * 64)
 
@@ -143,12 +149,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "img2img",
         (768, 768),
         latent_px=8,
-        unet={
-            "sample_size": 96,
-            "attention_head_dim": (5, 10, 20, 20),
-            "cross_attention_dim": 1024,
-            "use_linear_projection": True,
-        },
+        unet=_SD21_UNET,
         vae={**_SD_VAE, "sample_size": 768},
         text=_SD2_TEXT,
     ),
@@ -177,12 +178,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "text2img",
         (768, 768),
         latent_px=8,
-        unet={
-            "sample_size": 96,
-            "attention_head_dim": (5, 10, 20, 20),
-            "cross_attention_dim": 1024,
-            "use_linear_projection": True,
-        },
+        unet=_SD21_UNET,
         vae={**_SD_VAE, "sample_size": 768},
         text=_SD2_TEXT,
     ),
