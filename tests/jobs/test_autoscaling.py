@@ -155,8 +155,9 @@ async def test_a_frozen_redis_holds_up_neither_the_loop_nor_the_policy(
 
 async def test_between_looks_no_connection_is_open(queue: JobQueue) -> None:
     await decision(JobWorkerPolicy("test", poll_s=60), now=0)
-    clients = await queue._redis().client_list()
-    assert [one["cmd"] for one in clients] == ["client"], "only that of this test"
+    async with asyncio.timeout(10):  # Redis sees a closed connection when it reads from it.
+        while len(await queue._redis().client_list()) > 1:  # the one that asks
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("url", [None, "http://nowhere", "redis://127.0.0.1:1/0"])
