@@ -92,6 +92,8 @@ _ASCII: Final = b"ASCII\0\0\0"
 CHECKED: Final = LimitSettings(max_body_bytes=2**30, max_input_px=2**30)
 """For what needs no check: results of ours, and uploads that the Ingress has checked."""
 
+_QUALITY = {"jpeg": 92, "webp": 90}
+"""Where a request names none."""
 _THUMBNAIL_PX = 192
 
 
@@ -402,12 +404,20 @@ def media_type_of(data: bytes) -> str:
     return f"image/{_kind(data).lower()}"
 
 
-def check_encodable(output_format: OutputFormat, width_px: int, height_px: int) -> None:
-    """Refuse a size that the format cannot hold, before any work.
+def check_encodable(
+    output_format: OutputFormat, width_px: int, height_px: int, quality: int | None = None
+) -> None:
+    """Refuse a size or a quality that the format cannot have, before any work.
 
     Raises:
-        InvalidParameter: a side is longer than the format allows.
+        InvalidParameter: a side is longer than the format allows, or a PNG should lose something.
     """
+    if output_format == "png" and quality not in (None, 100):
+        raise InvalidParameter(
+            "A PNG loses nothing, so that its output_compression is 100.",
+            value=f"output_compression={quality}, and the result is a PNG",
+            remedy="Send output_format=jpeg or webp, or leave output_compression out.",
+        )
     longest = _MAX_SIDE_PX.get(output_format)
     if longest is not None and max(width_px, height_px) > longest:
         raise InvalidParameter(
@@ -440,6 +450,7 @@ def encode(
     output_format: OutputFormat,
     metadata: Mapping[str, object] | None,
     source_type: SourceType | None = None,
+    quality: int | None = None,
 ) -> bytes:
     """The picture as a file. Nothing of the uploaded file but pixels gets into it.
 
@@ -449,15 +460,15 @@ def encode(
         metadata: written as JSON of at most 60 kB: in a PNG as the text chunk `imagen`, else as the
             EXIF UserComment. None writes nothing.
         source_type: written as XMP; None writes nothing.
+        quality: of a JPEG or a WebP, 0 to 100; None is 92 and 90. A PNG has none.
 
     Raises:
         InvalidParameter: the picture is too large for the format.
     """
     check_encodable(output_format, picture.width_px, picture.height_px)
     picture = fitted(picture, output_format)
-    image = Image.fromarray(picture.rgb)
-    if picture.alpha is not None:
-        image.putalpha(Image.fromarray(picture.alpha))
+    image = _image_of(picture)
+    quality = _QUALITY.get(output_format) if quality is None else quality
     text = "" if metadata is None else json.dumps(metadata, default=str)
     xmp = "" if source_type is None else provenance.packet(source_type)
     file = io.BytesIO()
@@ -468,12 +479,19 @@ def encode(
             image.save(file, "PNG", pnginfo=_text_chunks(text, xmp), **options)
         case "webp":
             # Method 3 and above take twice as long for 2 % fewer bytes.
-            options = {"quality": 90, "method": 2, "xmp": xmp.encode()}
+            options = {"quality": quality, "method": 2, "xmp": xmp.encode()}
             image.save(file, "WEBP", exif=_user_comment(text), **options)
         case "jpeg":
-            options = {"quality": 92, "subsampling": "4:4:4", "xmp": xmp.encode()}
+            options = {"quality": quality, "subsampling": "4:4:4", "xmp": xmp.encode()}
             image.save(file, "JPEG", exif=_user_comment(text), **options)
     return file.getvalue()
+
+
+def _image_of(picture: Picture) -> Image.Image:
+    image = Image.fromarray(picture.rgb)
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(picture.alpha))
+    return image
 
 
 def read_metadata(data: bytes) -> dict[str, object]:

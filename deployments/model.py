@@ -417,7 +417,8 @@ class ModelDeployment:
         notes = tuple(dict.fromkeys((*making.input.notes, *restored.notes)))
         result = images.fitted(replace(restored, notes=notes), job.output_format)
         metadata = self._metadata(making, served, result.notes)
-        body = images.encode(result, job.output_format, metadata, self._spec.task.source_type)
+        source_type, quality = self._spec.task.source_type, making.input.request.output_compression
+        body = images.encode(result, job.output_format, metadata, source_type, quality)
         return result, self._signed(job, making.input.request, body, served)
 
     def _signed(self, job: ImageJob, request: ImageRequest, body: bytes, served: Served) -> bytes:

@@ -315,7 +315,7 @@ class Intake:
         if spec.scale > 1:
             check_output((width_px, height_px), result_px, self._limits.max_output_px)
         chosen = choose_format(request.output_format, accept, transparent=request.needs_alpha)
-        images.check_encodable(chosen, *result_px)
+        images.check_encodable(chosen, *result_px, request.output_compression)
         return chosen
 
     async def _why_late(self, name: str) -> ImagenError:

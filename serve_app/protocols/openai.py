@@ -44,7 +44,7 @@ router = APIRouter(tags=["OpenAI"])
 
 _MOST_PARTIAL_IMAGES = 3
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
-_UNREAD = ("quality", "style", "user", "moderation", "input_fidelity", "output_compression")
+_UNREAD = ("quality", "style", "user", "moderation", "input_fidelity")
 """What OpenAI's clients send, and no model here reads."""
 
 

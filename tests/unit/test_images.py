@@ -521,6 +521,18 @@ def test_an_encoded_picture_reads_back(output_format: OutputFormat) -> None:
     assert images.media_type(output_format) == f"image/{header.format.lower()}"
 
 
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_more_quality_takes_more_bytes_and_comes_nearer(output_format: OutputFormat) -> None:
+    pictures = [
+        images.encode(Picture(scene(), None), output_format, None, quality=quality)
+        for quality in (0, 60, None, 100)
+    ]
+    sizes = [len(data) for data in pictures]
+    distances = [distance(rgb_of(data), scene()) for data in pictures]
+    assert sizes == sorted(set(sizes))
+    assert distances[0] > distances[1] > distances[-1]
+
+
 @pytest.mark.parametrize(
     ("output_format", "kept"), [("png", True), ("webp", True), ("jpeg", False)]
 )

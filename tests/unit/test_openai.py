@@ -138,6 +138,17 @@ async def test_what_no_model_reads_is_a_note(
     assert {one.code for one in notes} == {Code.PARAMETER_UNUSED}
 
 
+@pytest.mark.parametrize(("output_format", "quality"), [("jpeg", 30), ("webp", 0), ("png", 100)])
+async def test_compression_is_the_quality_of_the_file(
+    output_format: Any, quality: int, client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    drawing(backends)
+    await client.images.generate(
+        prompt="a red ball", output_format=output_format, output_compression=quality
+    )
+    assert backends.jobs[0].request.output_compression == quality
+
+
 async def test_notes_come_back_beside_the_picture(app: FastAPI, backends: FakeBackends) -> None:
     told = note(Code.PROMPT_CUT, "Some words were cut.")
     drawing(backends, (told,))
@@ -168,6 +179,8 @@ async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
         ({"prompt": " "}, openai.BadRequestError, "prompt must not be empty"),
         ({"extra_query": {"steps": 3}}, openai.BadRequestError, "behind the"),
         ({"response_format": "url"}, openai.BadRequestError, "b64_json"),
+        ({"output_compression": 50}, openai.BadRequestError, "PNG loses nothing"),
+        ({"output_compression": 101, "output_format": "webp"}, openai.BadRequestError, "up to 100"),
         ({"extra_body": {"stepz": 3}}, openai.BadRequestError, "stepz"),
         ({"extra_body": {"steps": [3]}}, openai.BadRequestError, "steps must be"),
     ],

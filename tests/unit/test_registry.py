@@ -59,7 +59,7 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
         for family in task.families:
             assert task.parameters(family) <= task.request.model_fields.keys()
     assert Task.UPSCALE.parameters("upscale_gan") == {
-        *("output_format", "metadata", "strict"),
+        *("output_format", "output_compression", "metadata", "strict"),
         *("scale", "width", "height"),
     }
 
