@@ -248,6 +248,7 @@ class Intake:
         fields = {name: text for name, text in call.fields.items() if name != "model"}
         request = parse(call.task.request, fields)
         check_used(request, spec.parameters)
+        check_prompt(request, spec)
         check_n(call.n, spec)
         check_files(call, request)
         if call.image is None:
@@ -392,6 +393,23 @@ def check_picture(call: Call) -> None:
             f"The task {call.task} takes no picture.",
             value=f"{len(call.image)} bytes",
             remedy="Leave it out.",
+        )
+
+
+def check_prompt(request: ImageRequest, spec: ModelSpec) -> None:
+    """Whether a task that has nothing but a text to go by gets one.
+
+    Raises:
+        InvalidParameter: there is none, nor one among the model's defaults.
+    """
+    if spec.task.needs_picture:
+        return
+    prompt = getattr(request, "prompt", "")
+    if "prompt" not in request.model_fields_set:
+        prompt = spec.defaults.get("prompt", prompt)
+    if not prompt.strip():
+        raise InvalidParameter(
+            "prompt must not be empty.", value="no text", remedy="Say what the picture shows."
         )
 
 

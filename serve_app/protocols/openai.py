@@ -174,10 +174,6 @@ async def generate(request: Request, intake: TheIntake) -> Response:
     check_query(request)
     deadline_s = intake.deadline_s()
     body = Body(_texts(await intake.read(read_object(request), deadline_s)))
-    if not body.fields.get("prompt", "").strip():
-        raise InvalidParameter(
-            "prompt must not be empty.", value="no text", remedy="Say what the picture shows."
-        )
     return await _answer(
         _order(request, body, "image_generation"), intake, deadline_s, request.scope["state"]
     )

@@ -352,6 +352,22 @@ async def test_an_error_in_mid_stream_is_an_event(
         _ = [event async for event in events]
 
 
+@pytest.mark.parametrize("fields", [{}, {"prompt": ""}, {"prompt": " \n"}])
+async def test_nothing_is_drawn_of_an_empty_text(
+    fields: dict[str, str], app: FastAPI, backends: FakeBackends
+) -> None:
+    route, infer = "/api/v1/images/generate", "/v2/models/generate/infer"
+    answers = [
+        await send(app, "POST", route, files={"steps": (None, "4")}, data=fields),
+        await send(app, "POST", route, json=fields),
+        await send(app, "POST", infer, json={"parameters": fields}),
+        await send(app, "POST", GENERATIONS, json=fields),
+    ]
+    assert [answer.status_code for answer in answers] == [422, 422, 400, 400]
+    assert all("Say what the picture shows." in answer.text for answer in answers)
+    assert not backends.jobs
+
+
 async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> None:
     app = create_app(FakeBackends(), REGISTRY, ClientSettings(access=OPEN_TO_ALL))
     answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
