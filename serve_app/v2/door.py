@@ -62,6 +62,8 @@ class Context(Protocol):
 
     def set_details(self, details: str) -> None: ...
 
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
+
 
 def add_to_server(servicer: Any, server: Any) -> None:
     """Register the calls; `grpc_servicer_functions` of a Serve config names this function."""
@@ -118,7 +120,12 @@ class GrpcDoor:
             return answered(ready=False)
         if found.status_code != HTTPStatus.OK:
             code = _CODES.get(found.status_code, grpc.StatusCode.INVALID_ARGUMENT)
-            return _refused(answered, context, code, found.json()["error"])
+            details = found.json()["error"]
+            if wait_s := found.headers.get("retry-after"):
+                context.set_trailing_metadata([("retry-after", wait_s)])
+                # Triton's clients show nothing of an error but its text.
+                details = f"{details} Retry-After: {wait_s}."
+            return _refused(answered, context, code, details)
         return _inferred(found) if name == "ModelInfer" else _message(answered, found.json())
 
     async def _send(self, name: str, asked: Any, context: Context) -> httpx.Response:

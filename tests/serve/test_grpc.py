@@ -24,12 +24,14 @@ def seen(scripted: str, grpc_port: int, tmp_path_factory: pytest.TempPathFactory
     """What the client saw of an application that asks for keys, and of one without gRPC."""
     folder: Path = tmp_path_factory.mktemp("grpc")
     _, token = create_key(folder / "keys.yaml", "triton", KeyLimits())
+    _, once = create_key(folder / "keys.yaml", "rare", KeyLimits(requests_per_s=0.001))
     models = dict.fromkeys(SERVED, ScriptedModel)
     run_models("grpc", models, replicas=1, wait=True, keys=folder / "keys.yaml")
     picture = folder / "photo.jpg"
     picture.write_bytes(jpeg())
+    arguments = [f"127.0.0.1:{grpc_port}", token, once, str(picture)]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.serve.triton_grpc", f"127.0.0.1:{grpc_port}", token, picture],
+        [sys.executable, "-m", "tests.serve.triton_grpc", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -59,6 +61,7 @@ def test_a_picture_comes_back_with_what_the_model_did(seen: dict[str, Any]) -> N
         ("wrong", "INVALID_ARGUMENT", "steps"),
         ("too_large", "RESOURCE_EXHAUSTED", "larger than max"),
         ("off", "UNIMPLEMENTED", "off"),
+        ("busy", "RESOURCE_EXHAUSTED", "Retry-After: "),
     ],
 )
 def test_a_refusal_has_a_status_and_says_why(
@@ -67,6 +70,10 @@ def test_a_refusal_has_a_status_and_says_why(
     status, message = seen[call]
     assert status == f"StatusCode.{code}", message
     assert words in message
+
+
+def test_a_client_that_must_wait_is_told_how_long(seen: dict[str, Any]) -> None:
+    assert 0 < int(seen["trailing"]["retry-after"]) <= 1000
 
 
 def test_nobody_is_told_of_the_calls_that_there_are(seen: dict[str, Any]) -> None:

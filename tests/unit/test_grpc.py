@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from cli.config import SERVICER, SIZE_VARIABLE, grpc_environment
-from deployments.errors import ConfigError
+from deployments.errors import ConfigError, Full
 from deployments.settings import AccessSettings, ClientSettings, GrpcSettings, parse_settings
 from serve_app.v2 import kserve_pb2 as pb
 from serve_app.v2.door import GrpcDoor, check_message_size
@@ -31,6 +31,7 @@ class Call:
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
     metadata: list[tuple[str, str | bytes]] = field(default_factory=list)
+    trailing: list[tuple[str, str]] = field(default_factory=list)
 
     def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
         return self.metadata
@@ -43,6 +44,9 @@ class Call:
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailing = trailing_metadata
 
 
 def door(backends: FakeBackends | None = None) -> GrpcDoor:
@@ -117,6 +121,16 @@ async def test_what_is_wrong_is_refused(asked: pb.ModelInferRequest, code: str, 
     assert call.code is grpc.StatusCode[code], call.details
     assert words in call.details
     assert not backends.jobs
+
+
+async def test_a_busy_service_says_when_to_come_again() -> None:
+    full = Full("The queue is full.", value="comic", remedy="Wait.", retry_after_s=2.1)
+    call, asked = Call(), request(model_name="comic")
+    asked.inputs.append(image(contents=Contents(bytes_contents=[PICTURE])))
+    await door(FakeBackends(error=full)).call("ModelInfer", asked, call)
+    assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert call.trailing == [("retry-after", "3")]
+    assert call.details.endswith("Retry-After: 3.")
 
 
 async def test_what_would_be_ignored_is_refused() -> None:
