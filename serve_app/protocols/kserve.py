@@ -1,7 +1,7 @@
 """The KServe V2 protocol, which clients of Triton speak, over HTTP.
 
-A model is named by its own name, or by its task. It has the inputs IMAGE, BACKGROUND and PARAMETERS
-and the output IMAGE, each a BYTES tensor of one element.
+A model is named by its own name, or by its task. It has the inputs IMAGE, BACKGROUND, MASK and
+PARAMETERS, as far as its task takes them, and the output IMAGE, each a BYTES tensor of one element.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from starlette.responses import Response
 
 from deployments.contract import PICTURE
 from deployments.errors import InvalidParameter, NotFound, UnsupportedMedia
-from deployments.tasks import Task
 from serve_app.doors import JSON, KSERVE_HEALTH, KSERVE_ROOT
 from serve_app.intake import Backends, Call, Intake, not_ready
 from serve_app.protocols.inline import text_of
 from serve_app.protocols.naming import check_query, named, names_of
 from serve_app.protocols.picture import image_headers
 from serve_app.protocols.tensors import (
-    BACKGROUND,
+    FILES,
     IMAGE,
     JSON_LENGTH,
     PARAMETERS,
@@ -208,7 +207,7 @@ async def describe_model(request: Request) -> ModelMetadata:
     """Its tensors."""
     spec = await spec_of(request)
     inputs = [IMAGE] if spec.task.needs_picture else []
-    inputs += [BACKGROUND] if spec.task is Task.BACKGROUND else []
+    inputs += [name for name, field in FILES.items() if field in spec.parameters]
     return ModelMetadata(
         name=request.path_params["name"],
         versions=[VERSION],
@@ -294,20 +293,20 @@ def _call(request: Request, spec: ModelSpec, asked: Infer) -> Call:
         raise InvalidParameter(
             "The address names the model.", value=fields["model"], remedy="Leave model out."
         )
-    if BACKGROUND in asked.files:
-        if "background" in fields:
-            raise InvalidParameter(
-                "There are two backgrounds.",
-                value=f"background={fields['background']}, and the input {BACKGROUND}",
-                remedy="Send one of them.",
-            )
-        fields["background"] = PICTURE
+    files = {field: asked.files[name] for name, field in FILES.items() if name in asked.files}
+    if twice := sorted(files.keys() & fields.keys()):
+        raise InvalidParameter(
+            f"{twice[0]} is an input and a parameter.",
+            value=f"{twice[0]}={fields[twice[0]]}, and the input {twice[0].upper()}",
+            remedy="Send one of them.",
+        )
     state = request.scope["state"]
     return Call(
         task=spec.task,
-        fields={**fields, "model": spec.name},
+        fields={**fields, **dict.fromkeys(files, PICTURE), "model": spec.name},
         image=asked.files.get(IMAGE),
-        background=asked.files.get(BACKGROUND),
+        background=files.get("background"),
+        mask=files.get("mask"),
         request_id=state["request_id"],
         charge=state["charge"],
     )

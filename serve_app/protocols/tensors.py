@@ -19,13 +19,16 @@ from deployments.contract import validated
 from deployments.errors import InvalidParameter, MalformedRequest
 from deployments.settings import Strict
 from serve_app.protocols.inline import base64_of, object_of, picture_of
+from serve_app.protocols.multipart import MAY_BE_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 JSON_LENGTH = "Inference-Header-Content-Length"
-IMAGE, BACKGROUND, PARAMETERS = "IMAGE", "BACKGROUND", "PARAMETERS"
-_INPUTS = (IMAGE, BACKGROUND, PARAMETERS)
+IMAGE, PARAMETERS = "IMAGE", "PARAMETERS"
+FILES = {name.upper(): name for name in MAY_BE_FILES}
+"""Inputs that are further pictures, and the fields that they stand for."""
+_INPUTS = (IMAGE, *FILES, PARAMETERS)
 _LENGTH = struct.Struct("<I")
 _MOST_TENSORS = 10
 _MOST_DIMENSIONS = 8
@@ -83,7 +86,7 @@ class Infer:
     Attributes:
         request_id: the client's own; empty if it has none.
         parameters: of the model, as JSON has them.
-        files: the elements of IMAGE and BACKGROUND, by name.
+        files: the elements of the inputs that are pictures, by name.
         shape: of the answer's IMAGE: that of the request's.
         binary: whether the answer has it as bytes behind its JSON.
     """

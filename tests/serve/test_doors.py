@@ -124,6 +124,20 @@ def test_a_client_of_triton_gets_its_picture_upscaled(address: str, binary: bool
     assert Image.open(io.BytesIO(data)).size == (192, 128)
 
 
+def test_a_client_of_triton_changes_what_is_white_in_its_mask(address: str) -> None:
+    image, mask = jpeg(96, 64), Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 48, 64))
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    inputs = [tensor("IMAGE", image), tensor("MASK", file.getvalue())]
+    with triton_client(address) as client:
+        assert "MASK" in [one["name"] for one in client.get_model_metadata("aged")["inputs"]]
+        found = client.infer("aged", inputs, parameters=fields_of("aged"))
+    changed = np.abs(pixels(found.as_numpy("IMAGE")[0]) - pixels(image))
+    assert changed[:, 48:].max() == 0
+    assert changed[:, :48].mean() > 1
+
+
 def test_a_client_of_triton_reads_what_was_wrong(address: str) -> None:
     with triton_client(address) as client:
         inputs = [tensor("IMAGE", jpeg())]

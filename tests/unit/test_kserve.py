@@ -109,6 +109,48 @@ async def test_a_background_is_an_input_of_its_own(app: FastAPI, backends: FakeB
     assert len(backends.jobs) == 1
 
 
+MASK = picture_file(mode="L")
+
+
+async def masked(
+    app: FastAPI, mask: bytes, parameters: dict[str, str], model: str = "comic"
+) -> httpx.Response:
+    head = {"inputs": [tensor(), tensor("MASK", mask)], "parameters": parameters}
+    return await infer(app, head, element(PICTURE) + element(mask), f"/v2/models/{model}/infer")
+
+
+async def test_a_mask_is_an_input_of_its_own(app: FastAPI, backends: FakeBackends) -> None:
+    answer = await masked(app, MASK, {"mask_changes": "transparent"})
+    assert answer.status_code == 200, answer.text
+    (job,) = backends.jobs
+    request: Any = job.request
+    assert (job.image, job.mask) == (PICTURE, MASK)
+    assert (request.mask, request.mask_changes) == ("picture", "transparent")
+
+
+@pytest.mark.parametrize(
+    ("model", "mask", "parameters", "told"),
+    [
+        ("comic", picture_file(32, 24), {}, "another size"),
+        ("comic", b"no picture", {}, "Of the mask: "),
+        ("background", MASK, {}, "mask is not a parameter of background"),
+        ("comic", MASK, {"mask": "alpha"}, "mask is an input and a parameter"),
+    ],
+)
+async def test_a_mask_that_does_not_fit_is_refused(
+    model: str,
+    mask: bytes,
+    parameters: dict[str, str],
+    told: str,
+    app: FastAPI,
+    backends: FakeBackends,
+) -> None:
+    answer = await masked(app, mask, parameters, model)
+    assert answer.status_code in (400, 415)
+    assert told in answer.json()["error"]
+    assert not backends.jobs
+
+
 async def test_the_answer_says_what_the_model_did(app: FastAPI, backends: FakeBackends) -> None:
     await infer(app, {"inputs": [in_json()]})
     lost = note(Code.PARAMETER_UNUSED, "steps was ignored.")
@@ -125,7 +167,7 @@ async def test_a_model_is_named_by_itself_or_its_task(name: str, app: FastAPI) -
     assert (await infer(app, {"inputs": [in_json()]}, path=f"/v2/models/{name}/infer")).is_success
     assert (await send(app, "GET", f"/v2/models/{name}/ready")).json() == {"ready": True}
     known = (await send(app, "GET", f"/v2/models/{name}")).json()
-    assert [one["name"] for one in known["inputs"]] == ["IMAGE", "PARAMETERS"]
+    assert [one["name"] for one in known["inputs"]] == ["IMAGE", "MASK", "PARAMETERS"]
     assert known["outputs"] == [{"name": "IMAGE", "datatype": "BYTES", "shape": [1]}]
 
 
