@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from deployments.contract import PICTURE
-from deployments.errors import InvalidParameter, NotFound, UnsupportedMedia
+from deployments.errors import InvalidParameter, NotFound
 from serve_app.doors import JSON, KSERVE_HEALTH, KSERVE_ROOT
 from serve_app.intake import Backends, Call, Intake, not_ready
 from serve_app.protocols.inline import text_of
-from serve_app.protocols.naming import check_query, named, names_of
+from serve_app.protocols.naming import check_plain, named, names_of
 from serve_app.protocols.picture import image_headers
 from serve_app.protocols.tensors import (
     FILES,
@@ -252,7 +252,7 @@ async def infer(request: Request) -> Response:
     intake: Intake = request.app.state.intake
     deadline_s = intake.deadline_s()
     spec = await spec_of(request)
-    _check_plain(request)
+    check_plain(request)
     body = await intake.read(request.body(), deadline_s)
     asked = read_infer(body, request.headers.get(JSON_LENGTH))
     result = await intake.run(_call(request, spec, asked), deadline_s)
@@ -271,18 +271,6 @@ async def _check_ready(spec: ModelSpec, backends: Backends) -> None:
     state = (await backends.states()).get(spec.name, "starting")
     if state not in ("ready", "idle"):
         raise not_ready(spec.name, state, backends.recovery_s(spec.name))
-
-
-def _check_plain(request: Request) -> None:
-    """Refuse what would be ignored otherwise."""
-    check_query(request)
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise UnsupportedMedia(
-            "Compressed bodies are not read.",
-            value=encoding,
-            remedy="Send it as it is; pictures are compressed already.",
-        )
 
 
 def _call(request: Request, spec: ModelSpec, asked: Infer) -> Call:

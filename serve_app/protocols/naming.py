@@ -1,10 +1,10 @@
-"""What all protocols ask of a request's address: models by name or task, and no query."""
+"""What all protocols ask of a request: models by name or task, no query, and a plain body."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployments.errors import InvalidParameter, NotFound
+from deployments.errors import InvalidParameter, NotFound, UnsupportedMedia
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
@@ -54,12 +54,20 @@ def known_models(served: Registry) -> str:
     return f"Models: {', '.join(f'{spec.name} ({spec.task})' for spec in served.models)}."
 
 
-def check_query(request: Request) -> None:
-    """Refuse parameters in the address, which no protocol reads.
+def check_plain(request: Request) -> None:
+    """Refuse what no protocol reads: parameters in the address, and compressed bodies.
 
     Raises:
-        InvalidParameter: there are some.
+        InvalidParameter: there are parameters.
+        UnsupportedMedia: the body is compressed.
     """
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.strip().lower() not in ("identity", ""):
+        raise UnsupportedMedia(
+            "Compressed bodies are not read.",
+            value=f"Content-Encoding: {packed}",
+            remedy="Send it without Content-Encoding; pictures are compressed already.",
+        )
     if request.url.query:
         raise InvalidParameter(
             "Parameters go into the body, not behind the ? of the address.",

@@ -16,7 +16,7 @@ from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import inline, jobs, multipart
 from serve_app.protocols.hints import NEEDS, hints
 from serve_app.protocols.jobs import AcceptedJob
-from serve_app.protocols.naming import check_query
+from serve_app.protocols.naming import check_plain
 from serve_app.protocols.parameters import header_parameters
 from serve_app.protocols.picture import image_response, json_response
 
@@ -33,7 +33,7 @@ _STATUSES = {
     408: "The upload did not end in time",
     409: "The Idempotency-Key came before with another request",
     413: "Too many bytes or pixels",
-    415: "Not an image, or neither a form nor JSON",
+    415: "Not an image, neither a form nor JSON, or a compressed body",
     422: "A parameter is unknown, out of range or contradictory, or asks for too much work",
     429: "Every queue slot is taken; see Retry-After",
     503: "The model is not ready; see Retry-After",
@@ -143,9 +143,9 @@ async def _read(
     request: Request, task: Task, intake: Intake, deadline_s: float
 ) -> tuple[Call, dict[str, str]]:
     """The request, and those of its fields that belong to a job."""
+    check_plain(request)
     read = inline.read_form if is_json(request.headers) else multipart.read_form
     form = await intake.read(read(request, needs_image=task.needs_picture), deadline_s)
-    check_query(request)
     fields, options = split(form.fields)
     call = Call(
         task=task,

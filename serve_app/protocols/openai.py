@@ -27,7 +27,7 @@ from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
 from serve_app.protocols.inline import base64_of, picture_at, read_object, take_files, text_of
 from serve_app.protocols.multipart import read_form
-from serve_app.protocols.naming import check_query, known_models, named, unserved
+from serve_app.protocols.naming import check_plain, known_models, named, unserved
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -171,7 +171,7 @@ TheIntake = Annotated[Intake, Depends(intake_of)]
 )
 async def generate(request: Request, intake: TheIntake) -> Response:
     """JSON in, JSON or a stream of events out."""
-    check_query(request)
+    check_plain(request)
     deadline_s = intake.deadline_s()
     body = Body(_texts(await intake.read(read_object(request), deadline_s)))
     return await _answer(
@@ -187,7 +187,7 @@ async def generate(request: Request, intake: TheIntake) -> Response:
 )
 async def edit(request: Request, intake: TheIntake) -> Response:
     """A form or JSON in, JSON or a stream of events out."""
-    check_query(request)
+    check_plain(request)
     deadline_s = intake.deadline_s()
     body = await intake.read(_read_edit(request), deadline_s)
     return await _answer(

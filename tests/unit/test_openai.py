@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -350,6 +351,21 @@ async def test_an_error_in_mid_stream_is_an_event(
     events = await client.images.generate(prompt="a red ball", stream=True)
     with pytest.raises(openai.APIError, match="queue is full"):
         _ = [event async for event in events]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity, br", "Zstd"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=cut"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1/images/style/comic", GENERATIONS, EDITS, "/v2/models/comic/infer"]
+)
+async def test_a_compressed_body_is_refused_as_what_it_is(
+    path: str, kind: str, encoding: str, app: FastAPI
+) -> None:
+    headers = {"Content-Type": kind, "Content-Encoding": encoding}
+    answer = await send(app, "POST", path, content=gzip.compress(b"{}"), headers=headers)
+    assert answer.status_code == 415, answer.text
+    assert f"Content-Encoding: {encoding}" in answer.text
+    assert "Send it without Content-Encoding" in answer.text
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": ""}, {"prompt": " \n"}])
