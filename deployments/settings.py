@@ -398,8 +398,12 @@ class ClientSettings(Strict):
 
     @model_validator(mode="after")
     def _holds_the_largest_body(self) -> Self:
-        if self.uploads.max_held_bytes < self.limits.max_body_bytes:
-            raise ValueError("uploads.max_held_bytes must not be below limits.max_body_bytes")
+        # Over gRPC a body is held beside the message that it came in.
+        times, word = (2, "twice ") if self.grpc.enabled else (1, "")
+        if self.uploads.max_held_bytes < times * self.limits.max_body_bytes:
+            raise ValueError(
+                f"uploads.max_held_bytes must not be below {word}limits.max_body_bytes"
+            )
         return self
 
     @model_validator(mode="after")

@@ -191,6 +191,9 @@ class BodyLimit:
     bodies together hold too much, the one that has stood still longest gives up its room.
 
     A body that no route reads is left to the server in front, which discards it after the answer.
+
+    `beside_bytes` of the request's state, where it is there, are held besides from the beginning: a
+    message over gRPC, say.
     """
 
     def __init__(
@@ -215,7 +218,9 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         self._make_room(bodies=1)
         now_s = asyncio.get_running_loop().time()
-        body = _Body(asyncio.timeout_at(now_s + self.uploads.pause_s), now_s)
+        beside_bytes = scope["state"].get("beside_bytes", 0)
+        body = _Body(asyncio.timeout_at(now_s + self.uploads.pause_s), now_s, beside_bytes)
+        self._held_bytes += beside_bytes
         scope["state"]["leave_upload"] = partial(self._forget, body)
         scope["state"]["hold_bytes"] = partial(self._hold, body)
         try:
@@ -239,7 +244,7 @@ class BodyLimit:
     def _forget(self, body: _Body) -> None:
         """Count its bytes no more."""
         self._held_bytes -= body.held_bytes
-        body.came_bytes = 0
+        body.came_bytes = body.beside_bytes = 0
 
     def _limited(self, body: _Body, receive: Receive) -> Receive:
         async def limited() -> Message:
@@ -332,18 +337,20 @@ class _Body:
     Attributes:
         timer: ends the request unless more arrives by then.
         last_s: when the last byte arrived.
+        beside_bytes: that are held for it besides: the message that it was taken out of.
         came_bytes: bytes so far.
         given_up: whether its room went to others.
     """
 
     timer: asyncio.Timeout
     last_s: float
+    beside_bytes: int = 0
     came_bytes: int = 0
     given_up: bool = False
 
     @property
     def held_bytes(self) -> int:
-        return 0 if self.given_up else self.came_bytes
+        return 0 if self.given_up else self.came_bytes + self.beside_bytes
 
     def wait(self, some_bytes: int, uploads: UploadSettings) -> None:
         """Each byte buys time, but never more than one pause."""

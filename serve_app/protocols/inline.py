@@ -26,12 +26,17 @@ _MOST_HEAD = 200
 """Characters of a data URL before its data."""
 _MOST_NESTED = 1000
 """Objects and lists of a body: far more than any request has."""
-_BLANKS = dict.fromkeys(map(ord, "\t\n\r "))
+_BLANKS = "\t\n\r "
+
+
+async def read_body(request: Request) -> bytes:
+    """All of a body. Unlike `Request.body`, the request does not keep it."""
+    return b"".join([chunk async for chunk in request.stream()])
 
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The JSON object that a request's body holds. Raises as `object_of`."""
-    return object_of(await request.body())
+    return object_of(await read_body(request))
 
 
 def object_of(body: bytes) -> dict[str, Any]:
@@ -47,12 +52,15 @@ def object_of(body: bytes) -> dict[str, Any]:
             value=f"{len(body)} bytes",
             remedy="Send each parameter once.",
         )
+    size = len(body)
     try:
-        found: object = json.loads(body, object_pairs_hook=_once)
+        text = body.decode("utf-8-sig")
+        del body  # it may be large, and the caller may have let it go
+        found: object = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(
             "The body is not JSON.",
-            value=f"{len(body)} bytes",
+            value=f"{size} bytes",
             remedy="Send a JSON object in UTF-8.",
         ) from error
     if not isinstance(found, dict):
@@ -154,10 +162,14 @@ def picture_of(name: str, value: object) -> bytes:
             " fetching on for native JSON and OpenAI's edits: fetch.enabled.",
         )
     if text[:5].lower() == "data:":
-        head, _, text = text[len("data:") :].partition(",")
-        _check_head(name, head)
+        most = len("data:") + _MOST_HEAD + 1
+        end = text.find(",", 0, most)
+        _check_head(name, text[len("data:") : most if end < 0 else end])
+        text = text[end + 1 :]
+    if any(blank in text for blank in _BLANKS):
+        text = text.translate(dict.fromkeys(map(ord, _BLANKS)))
     try:
-        data = base64.b64decode(text.translate(_BLANKS), validate=True)
+        data = binascii.a2b_base64(text, strict_mode=True)
     except (binascii.Error, ValueError):
         data = b""
     if not data:

@@ -17,7 +17,7 @@ from deployments.contract import PICTURE
 from deployments.errors import InvalidParameter, NotFound
 from serve_app.doors import JSON, KSERVE_HEALTH, KSERVE_ROOT
 from serve_app.intake import Backends, Call, Intake, not_ready
-from serve_app.protocols.inline import text_of
+from serve_app.protocols.inline import read_body, text_of
 from serve_app.protocols.naming import check_plain, named, names_of
 from serve_app.protocols.picture import image_headers
 from serve_app.protocols.tensors import (
@@ -253,10 +253,13 @@ async def infer(request: Request) -> Response:
     deadline_s = intake.deadline_s()
     spec = await spec_of(request)
     check_plain(request)
-    body = await intake.read(request.body(), deadline_s)
-    asked = read_infer(body, request.headers.get(JSON_LENGTH))
+    asked = await intake.read(_read(request), deadline_s)
     result = await intake.run(_call(request, spec, asked), deadline_s)
     return _answer(request.path_params["name"], asked, result)
+
+
+async def _read(request: Request) -> Infer:
+    return read_infer(await read_body(request), request.headers.get(JSON_LENGTH))
 
 
 def infer_paths(served: Registry) -> Iterator[str]:

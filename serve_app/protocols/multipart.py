@@ -193,7 +193,7 @@ class _FormReader:
                 value=f"at least {MAX_PARTS + 1}",
                 remedy="Send each parameter once.",
             )
-        self._headers, self._data = {}, bytearray()
+        self._headers = {}
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header.extend(data[start:end])
@@ -232,9 +232,10 @@ class _FormReader:
             )
 
     def _on_part_end(self) -> None:
-        if self._filename == b"" and not self._data:
+        data, self._data = bytes(self._data), bytearray()
+        if self._filename == b"" and not data:
             return  # what a page sends of a file that nobody chose
-        self._parts.append((self._name, bytes(self._data)))
+        self._parts.append((self._name, data))
         if self._filename:
             self._files.add(self._name)
 

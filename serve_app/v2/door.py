@@ -21,9 +21,9 @@ from serve_app.protocols.tensors import JSON_LENGTH
 from serve_app.v2 import kserve_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from deployments.settings import ClientSettings
 
@@ -133,14 +133,30 @@ class GrpcDoor:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         known = ("authorization", "x-request-id")
         headers = {key: metadata[key] for key in known if key in metadata}
-        transport = httpx.ASGITransport(self._app, client=(context.peer(), 0))
+        app = self._counting(asked.ByteSize())
+        transport = httpx.ASGITransport(app, client=(context.peer(), 0))
         async with httpx.AsyncClient(transport=transport, base_url="http://grpc") as client:
             if name != "ModelInfer":
                 return await client.get(_path(name, asked), headers=headers)
-            body, json_size = _body(asked)
-            headers[JSON_LENGTH] = str(json_size)
+            head, tensors = _parts(asked)
+            headers[JSON_LENGTH] = str(len(head))
             path = f"{_model(asked.model_name, asked.model_version)}/infer"
-            return await client.post(path, content=body, headers=headers)
+            return await client.post(path, content=_let_go(head, tensors), headers=headers)
+
+    def _counting(self, message_bytes: int) -> ASGIApp:
+        """The application, which is told of the message: Serve keeps it until the call's end."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app({**scope, "state": {"beside_bytes": message_bytes}}, receive, send)
+
+        return app
+
+
+async def _let_go(head: bytes, tensors: list[bytes]) -> AsyncGenerator[bytes]:
+    """The parts of a body; none is kept here once it is sent."""
+    yield head
+    while tensors:
+        yield tensors.pop(0)
 
 
 def _path(name: str, asked: Any) -> str:
@@ -160,8 +176,8 @@ def _model(name: str, version: str) -> str:
     return f"{KSERVE_ROOT}/models/{name}" + (f"/versions/{version}" if version else "")
 
 
-def _body(asked: pb.ModelInferRequest) -> tuple[bytes, int]:
-    """The request's JSON, with its tensors behind it, and the size of the JSON."""
+def _parts(asked: pb.ModelInferRequest) -> tuple[bytes, list[bytes]]:
+    """The request's JSON, and the tensors behind it."""
     raw = list(asked.raw_input_contents)
     if raw and len(raw) != len(asked.inputs):
         raise InvalidParameter(
@@ -188,8 +204,7 @@ def _body(asked: pb.ModelInferRequest) -> tuple[bytes, int]:
     outputs = [{"name": o.name, "parameters": _values(o.parameters)} for o in asked.outputs]
     parameters = _values(asked.parameters) | {"binary_data_output": True}
     head = {"id": asked.id, "inputs": inputs, "outputs": outputs, "parameters": parameters}
-    text = json.dumps(head).encode()
-    return text + b"".join(data), len(text)
+    return json.dumps(head).encode(), data
 
 
 def _elements(contents: pb.InferTensorContents) -> bytes:

@@ -11,10 +11,18 @@ import pytest
 
 from cli.config import SERVICER, SIZE_VARIABLE, grpc_environment
 from deployments.errors import ConfigError, Full
-from deployments.settings import AccessSettings, ClientSettings, GrpcSettings, parse_settings
+from deployments.settings import (
+    AccessSettings,
+    ClientSettings,
+    GrpcSettings,
+    LimitSettings,
+    UploadSettings,
+    parse_settings,
+)
+from serve_app.api import create_app
 from serve_app.v2 import kserve_pb2 as pb
 from serve_app.v2.door import GrpcDoor, check_message_size
-from tests.unit.fakes import FakeBackends, app_of, picture_file
+from tests.unit.fakes import OPEN_TO_ALL, REGISTRY, FakeBackends, app_of, picture_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,6 +139,22 @@ async def test_a_busy_service_says_when_to_come_again() -> None:
     assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert call.trailing == [("retry-after", "3")]
     assert call.details.endswith("Retry-After: 3.")
+
+
+@pytest.mark.parametrize(("times", "code"), [(1.5, "RESOURCE_EXHAUSTED"), (3, "OK")])
+async def test_a_message_is_held_beside_its_picture(times: float, code: str) -> None:
+    size = int(times * len(PICTURE))
+    clients = ClientSettings(
+        access=OPEN_TO_ALL,
+        limits=LimitSettings(max_body_bytes=size),
+        uploads=UploadSettings(max_held_bytes=size),
+    )
+    held = GrpcDoor(create_app(FakeBackends(), REGISTRY, clients), enabled=True)
+    for _ in range(2):  # what the first one held is free again
+        call, asked = Call(), request(model_name="comic")
+        asked.inputs.append(image(contents=Contents(bytes_contents=[PICTURE])))
+        await held.call("ModelInfer", asked, call)
+        assert call.code is grpc.StatusCode[code], call.details
 
 
 async def test_what_would_be_ignored_is_refused() -> None:

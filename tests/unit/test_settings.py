@@ -52,7 +52,15 @@ def test_a_wrong_setting_is_named_with_its_file(values: Any, named: str) -> None
         ({"limits": {"max_input_px": 0}}, "limits.max_input_px: "),
         ({"limits": {"max_input_px": 2**31}}, "limits.max_input_px: "),
         ({"limits": None}, "limits: "),
-        ({"uploads": {"max_held_bytes": 1024}}, "uploads.max_held_bytes must not be below"),
+        ({"uploads": {"max_held_bytes": 1024}}, "uploads.max_held_bytes must not be below limits"),
+        (
+            {
+                "grpc": {"enabled": True},
+                "limits": {"max_body_bytes": 1024},
+                "uploads": {"max_held_bytes": 2047},
+            },
+            "must not be below twice limits.max_body_bytes",
+        ),
         # Beyond this Serve would refuse first, in plain text.
         ({"max_uploads": 9000}, "is 10500, above 10000"),
     ],
