@@ -30,12 +30,13 @@ from serve_app.protocols.multipart import read_form
 from serve_app.protocols.naming import check_plain, known_models, named, unserved
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from deployments.catalogue import Registry
     from deployments.contract import JobProgress
     from deployments.registry import ModelSpec
     from serve_app.intake import Answers
+    from serve_app.jobs.service import Jobs
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -79,7 +80,8 @@ class Refused(BaseModel):
 class Picture(BaseModel):
     """One result."""
 
-    b64_json: str
+    b64_json: str | None = Field(default=None, description="the file; not with url")
+    url: str | None = Field(default=None, description="of the file, with response_format=url")
     imagen: dict[str, Any] = Field(description="model, seed, batch_size, timings_s, notes")
 
 
@@ -174,9 +176,7 @@ async def generate(request: Request, intake: TheIntake) -> Response:
     check_plain(request)
     deadline_s = intake.deadline_s()
     body = Body(_texts(await intake.read(read_object(request), deadline_s)))
-    return await _answer(
-        _order(request, body, "image_generation"), intake, deadline_s, request.scope["state"]
-    )
+    return await _answer(request, _order(request, body, "image_generation"), deadline_s)
 
 
 @router.post(
@@ -190,9 +190,7 @@ async def edit(request: Request, intake: TheIntake) -> Response:
     check_plain(request)
     deadline_s = intake.deadline_s()
     body = await intake.read(_read_edit(request), deadline_s)
-    return await _answer(
-        _order(request, body, "image_edit"), intake, deadline_s, request.scope["state"]
-    )
+    return await _answer(request, _order(request, body, "image_edit"), deadline_s)
 
 
 @router.get("/v1/models", summary="What may stand in the field model")
@@ -262,7 +260,7 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     if body.mask is not None:
         fields.setdefault("mask_changes", "transparent")
     wishes = validated(Wishes, own, "image")
-    _check_format(wishes)
+    _check_format(wishes, request.app.state.jobs)
     spec = _model_for(wishes.model, _served(request), needs_picture=body.image is not None)
     task = spec.task
     # OpenAI's clients must send a prompt, also where a picture is cut out.
@@ -292,13 +290,21 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     return Order(call, wishes, event)
 
 
-def _check_format(wishes: Wishes) -> None:
-    if wishes.response_format == "url":
+def _check_format(wishes: Wishes, jobs: Jobs | None) -> None:
+    """Whether pictures can come back as asked for."""
+    if wishes.response_format != "url":
+        return
+    if wishes.stream:
         raise InvalidParameter(
-            "Pictures come back in the answer, not as addresses.",
+            "The events of a stream hold pictures, not addresses.",
+            value="response_format=url, stream=true",
+            remedy="Leave one of them out.",
+        )
+    if jobs is None:
+        raise InvalidParameter(
+            "This service keeps no pictures, and so has no addresses of them.",
             value="response_format=url",
-            remedy="Send response_format=b64_json, or leave it out. A job by a native route"
-            " (docs/jobs.md) keeps its results behind links.",
+            remedy="Send response_format=b64_json, or leave it out; operators: set jobs.enabled.",
         )
 
 
@@ -379,18 +385,28 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
 # --- out ---
 
 
-async def _answer(
-    order: Order, intake: Intake, deadline_s: float, state: dict[str, Any]
-) -> Response:
+async def _answer(request: Request, order: Order, deadline_s: float) -> Response:
+    intake: Intake = request.app.state.intake
     answers = await intake.follow(order.call, deadline_s)
     if order.wishes.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(
-            _events(order, answers, state), media_type=_EVENTS, headers=headers
+            _events(order, answers, request.scope["state"]), media_type=_EVENTS, headers=headers
         )
     results = [result async for result in _results(answers)]
-    document = {"created": int(time.time()), "data": [_datum(one) for one in results]}
-    return JSONResponse(document | _described(results[0]))
+    if order.wishes.response_format == "url":
+        data = [{"url": url} for url in await _kept(request, results)]
+    else:
+        data = [{"b64_json": base64_of(result.image)} for result in results]
+    data = [one | _facts(result) for one, result in zip(data, results, strict=True)]
+    return JSONResponse({"created": int(time.time()), "data": data} | _described(results[0]))
+
+
+async def _kept(request: Request, results: Sequence[ImageResult]) -> list[str]:
+    """Addresses of the pictures, which open without a key for a while."""
+    jobs: Jobs = request.app.state.jobs
+    root = str(request.base_url).rstrip("/")
+    return [root + link if link.startswith("/") else link for link in await jobs.keep(results)]
 
 
 async def _results(answers: Answers) -> AsyncGenerator[ImageResult]:
@@ -429,10 +445,6 @@ def _is_due(progress: JobProgress, sent: int, wanted: int) -> bool:
 def _event(name: str, body: Mapping[str, Any]) -> str:
     data = json.dumps({"type": name, "created_at": int(time.time()), **body})
     return f"event: {name}\ndata: {data}\n\n"
-
-
-def _datum(result: ImageResult) -> dict[str, Any]:
-    return {"b64_json": base64_of(result.image)} | _facts(result)
 
 
 def _facts(result: ImageResult) -> dict[str, Any]:

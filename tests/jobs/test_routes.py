@@ -71,6 +71,23 @@ def refused(answer: httpx.Response, status: int, code: str) -> Any:
     return problem
 
 
+async def test_openais_clients_may_ask_for_addresses(idle: Application) -> None:
+    files = {"image": ("photo.png", picture(0))}
+    fields = {"model": "comic", "prompt": "ink", "seed": "5", "n": "2", "response_format": "url"}
+    answer = await idle.client.post("/v1/images/edits", files=files, data=fields)
+    assert answer.status_code == 200, answer.text
+    made = answer.json()["data"]
+    assert [one["imagen"]["seed"] for one in made] == [5, 6]
+    assert not any("b64_json" in one for one in made)
+    for seed, one in enumerate(made, 5):
+        assert one["url"].startswith(f"{idle.url}/files/")
+        shown = await idle.client.get(one["url"])
+        assert shown.status_code == 200, shown.text
+        assert shown.content == picture(seed)
+        assert shown.headers["content-type"] == "image/png"
+    assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
+
+
 # Submitting
 
 

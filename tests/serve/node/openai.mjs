@@ -40,6 +40,7 @@ const upscaled = await client.images.edit({
   prompt: "",
 });
 const masked = await edited({ mask: createReadStream(mask), n: 2, output_format: "png" });
+const linked = await edited({ response_format: "url" });
 const models = await all(client.models.list());
 const events = await all(await edited({ stream: true, partial_images: 2 }));
 console.log(
@@ -50,6 +51,7 @@ console.log(
     upscaled: upscaled.data[0].b64_json,
     masked: masked.data.map((one) => one.b64_json),
     seeds: masked.data.map((one) => one.imagen.seed),
+    url: linked.data[0].url,
     events: events.map((event) => [event.type, event.b64_json]),
     drawn: await outcome(() => client.images.generate({ model: "generate", prompt: "a red ball" })),
     wrong: await outcome(() => edited({ steps: 0 })),
