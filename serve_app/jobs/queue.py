@@ -236,16 +236,19 @@ class JobQueue:
 
     # --- for workers ---
 
-    async def claim(self, room: Mapping[str, int], others: int = 0) -> list[Job]:
+    async def claim(
+        self, room: Mapping[str, int], others: int = 0, others_after_s: float = 0
+    ) -> list[Job]:
         """Take jobs to run.
 
         Args:
             room: how many of each line (see `record.line_of`), or of several lines together, whose
                 names have spaces between them; 0 or more.
             others: how many of all the lines that `room` does not name.
+            others_after_s: how long after their submission; until then they are left to others.
         """
         pairs = [text for lines, count in room.items() for text in (str(lines), count)]
-        found = await self._run("claim", self._lease_s, others, *pairs)
+        found = await self._run("claim", self._lease_s, others, others_after_s, *pairs)
         jobs = {found[i]: _loaded(found[i + 1]) for i in range(0, len(found), 2)}
         for job_id in (job_id for job_id, job in jobs.items() if job is None):
             await self.discard(job_id)

@@ -35,6 +35,10 @@ _BEAT_S = 0.25
 _REAP_S = 1.0
 _UNSERVED = 4
 """Jobs at a time whose task or model is not served: each fails as soon as it is looked at."""
+_LEAVE_S = 600.0
+"""How long such jobs are left to others: while versions of the application change, one of them may
+serve what the other one does not.
+"""
 _IDLE_S = 1.0
 """How long a worker with nothing to do waits for a word before it looks by itself."""
 logger = logging.getLogger("ray.serve.imagen.jobs")
@@ -123,7 +127,9 @@ class Worker:
     async def _claim(self) -> None:
         self._wake.clear()
         async with self._claiming:
-            jobs = [] if self._is_draining else await self._queue.claim(*self._room())
+            jobs = []
+            if not self._is_draining:
+                jobs = await self._queue.claim(*self._room(), _LEAVE_S)
             for job in jobs:
                 self._begin(job)
         if not jobs:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deployments.contract import ImageJob
-    from serve_app.jobs.record import Job
+    from serve_app.jobs.record import Job, Priority
 
 LEASE_S = 2.0
 _PAUSES = ("REAP", "IDLE", "BEAT")
@@ -122,6 +122,14 @@ async def when(queue: JobQueue, job_id: str, true: Callable[[Job], bool]) -> Job
         while not ((job := await queue.get(job_id)) and true(job)):
             await asyncio.sleep(0.02)
     return job
+
+
+async def age(queue: JobQueue, jobs: list[JobSpec], seconds: float) -> None:
+    """Make jobs look as if they had been submitted so long ago."""
+    for one in jobs:
+        name = f"test:job:{one.job_id}"
+        created_s = float(str(await queue._redis().hget(name, "created")))  # type: ignore[misc]
+        await queue._redis().hset(name, "created", created_s - seconds)  # type: ignore[misc]
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -218,16 +226,42 @@ async def test_jobs_that_name_the_default_share_its_places_with_those_that_name_
 
 
 @pytest.mark.parametrize("gone", [{"task": Task.GENERATE}, {"model": "comic-gone"}])
-async def test_a_job_whose_task_or_model_is_served_no_longer_fails_at_once(
+async def test_a_job_whose_task_or_model_is_served_no_longer_fails_after_ten_minutes(
     gone: dict[str, Any], queue: JobQueue, settings: JobSettings
 ) -> None:
-    jobs = [spec(has_image=False, **gone) for _ in range(9)]
+    priorities: tuple[Priority, ...] = ("interactive", "batch", "batch") * 3
+    jobs = [spec(has_image=False, priority=priority, **gone) for priority in priorities]
+    young = spec(owner="b", has_image=False, **gone)
+    await submit(queue, young, *jobs)
+    await age(queue, jobs, 601)
+    await age(queue, [young], 500)
     async with at_work(queue, settings, Model()):
-        await submit(queue, *jobs)
         ended = [await when(queue, one.job_id, lambda job: job.has_ended) for one in jobs]
     assert {job.status for job in ended} == {"failed"}
     assert {job.error["code"] for job in ended if job.error} == {"invalid_parameter"}
     assert not await queue.dead()  # sent again unchanged, it fails again
+    left = await queue.get(young.job_id)
+    assert left
+    assert left.status == "queued"
+
+
+async def test_while_a_further_model_rolls_out_workers_of_the_former_version_leave_its_jobs(
+    queue: JobQueue, settings: JobSettings
+) -> None:
+    model, further = Model(), Model()
+    async with at_work(queue, settings, model):
+        early = await submit(
+            queue, *(spec(has_image=False, model="comic-further") for _ in range(6))
+        )
+        # A worker that has carried another one meanwhile has seen these.
+        [own] = await submit(queue, spec(has_image=False))
+        await when(queue, own, lambda job: job.has_ended)
+        seen = await queue.read(early)
+        assert {(job.status, job.claim) for job in seen} == {("queued", "0")}
+        async with at_work(queue, settings, model, further):
+            ended = [await when(queue, job_id, lambda job: job.has_ended) for job_id in early]
+    assert {job.status for job in ended} == {"completed"}
+    assert further.taken == len(early)
 
 
 async def test_a_claim_without_work_is_no_attempt(queue: JobQueue, settings: JobSettings) -> None:
