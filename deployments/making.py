@@ -29,25 +29,26 @@ class Making:
 
     Args:
         one: what the engine is given of it; `pixels` and `mask` are of the whole picture if there
-            are tiles.
+            are tiles. Its `whole` is of the request, where that has several results.
         grid: its tiles; None for one row.
-        steps: passes of a tile, as far as can be told before.
+        steps: passes of a row, as far as can be told before; 0 if nothing can.
 
     Attributes:
         rows: for the engine. A tile of which nothing may change has none.
     """
 
     def __init__(self, one: RowInput[Any], grid: Grid | None = None, steps: int = 0) -> None:
-        self.input = one
+        self._whole = one.whole or Whole(time.monotonic())
+        self.input = replace(one, whole=self._whole)
         self._grid = grid
         self._blend: Blend | None = None
         if grid is None:
-            self.rows = [Row(one)]
-            return
-        self._whole = Whole(0, time.monotonic(), 0)
-        self._tiles = [(corner, self._tile(grid, *corner)) for corner in grid.corners]
-        self.rows = [row for _, row in self._tiles if row is not None]
-        self._whole.tiles = self._whole.waiting = len(self.rows)
+            self.rows = [Row(self.input)]
+        else:
+            self._tiles = [(corner, self._tile(grid, *corner)) for corner in grid.corners]
+            self.rows = [row for _, row in self._tiles if row is not None]
+        self._whole.rows += len(self.rows)
+        self._whole.waiting += len(self.rows)
         for row in self.rows:
             row.progress.steps = row.progress.steps_left = steps
 
@@ -56,7 +57,7 @@ class Making:
         mask = self.input.mask
         if mask is not None and not grid.cut(mask, left, top).max():
             return None
-        return Row(replace(self.input, place=Place(left, top, self._whole)))
+        return Row(replace(self.input, place=Place(left, top)))
 
     async def output(self, put: Put, ahead: int, on_pool: OnPool) -> Pixels:
         """The pixels that the model makes.
@@ -72,6 +73,7 @@ class Making:
             Whatever a row's future does.
         """
         if self._grid is None:
+            self._whole.waiting -= 1
             await put(self.rows[0])
             return await asyncio.wrap_future(self.rows[0].future)
         grid, one = self._grid, self.input
@@ -153,7 +155,7 @@ class Making:
 
 def _cut(one: RowInput[Any], grid: Grid) -> RowInput[Any]:
     """A tile's own part of its picture, and of the mask."""
-    left, top, _ = cast("Place", one.place)
+    left, top = cast("Place", one.place)
     mask = None if one.mask is None else grid.cut(one.mask, left, top)
     return replace(one, pixels=grid.cut(one.pixels, left, top), mask=mask)
 

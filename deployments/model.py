@@ -30,7 +30,7 @@ from deployments.contract import (
 from deployments.credentials import Origin, Signing
 from deployments.cutout import laid_on
 from deployments.detail import settled, tiled_note
-from deployments.engine.row import Row, RowInput
+from deployments.engine.row import Row, RowInput, Whole
 from deployments.errors import ConfigError, ImagenError, ServiceError, TooMuchWork, too_late
 from deployments.estimate import Size, file_px, fits
 from deployments.making import Making, left_s
@@ -339,11 +339,13 @@ class ModelDeployment:
         if first is None:
             first, drawn = draw_seed()
             notes += [drawn] if "seed" in parameters else []
-        if grid is not None:
-            steps = served.pipeline.work(*_size(job), request).steps // grid.count
+        if grid is not None or job.n > 1:
+            steps = served.pipeline.work(*_size(job), request).steps
+            steps //= 1 if grid is None else grid.count
         trace = tracing.current()
+        whole, mask = Whole(time.monotonic()), opened.seen_mask
         one = RowInput(
-            request, opened.pixels, first, deadline_s, trace, notes, mask=opened.seen_mask
+            request, opened.pixels, first, deadline_s, trace, notes, whole=whole, mask=mask
         )
         seeds = [(first + k) % MOST_SEEDS for k in range(job.n)]
         makings = [Making(replace(one, seed=seed, notes=[*notes]), grid, steps) for seed in seeds]

@@ -155,7 +155,7 @@ def choose(
     As in shortest remaining processing time, a row is urgent if it is nearly done and was small to
     begin with. Waiting adds urgency, in units of the row's own work. A row that is overdue by that
     measure goes before all that are not, so that no number of small rows keeps it waiting for ever.
-    The tiles of a picture count as one row: the picture, with the tiles that are still to come.
+    The results of a request and their tiles count as one row, with those that are still to come.
     Once a deadline is near, the earliest deadline goes first instead.
 
     Args:
@@ -180,12 +180,12 @@ def choose(
 
 
 def _urgency(row: Row, pace: Pace, now_s: float) -> tuple[float, float]:
-    """The row with the lowest goes first. A tile is as urgent as its whole picture."""
-    progress, place = row.progress, row.input.place
+    """The row with the lowest goes first. It is as urgent as its whole request."""
+    progress, whole = row.progress, row.input.whole
     work_px, left_px, since_s = progress.work_px, progress.work_left_px, progress.arrived_s
-    if place is not None:
-        left_px += work_px * place.whole.waiting
-        work_px, since_s = work_px * place.whole.tiles, place.whole.since_s
+    if whole is not None:
+        left_px += work_px * whole.waiting
+        work_px, since_s = work_px * whole.rows, whole.since_s
     age = (now_s - since_s) / (2 * pace.seconds(work_px))
     if age > _OVERDUE:
         return -age, progress.arrived_s
@@ -197,9 +197,9 @@ def _is_deadline_near(by_deadline: Sequence[Row], pace: Pace, now_s: float) -> b
     ahead_s, wholes = 0.0, set[int]()
     for row in by_deadline:
         ahead_s += pace.seconds(row.progress.work_left_px)
-        if (place := row.input.place) and id(place.whole) not in wholes:
-            wholes.add(id(place.whole))
-            ahead_s += pace.seconds(row.progress.work_px * place.whole.waiting)
+        if (whole := row.input.whole) and id(whole) not in wholes:
+            wholes.add(id(whole))
+            ahead_s += pace.seconds(row.progress.work_px * whole.waiting)
         left_s = row.input.deadline_s - now_s
         # A row that is late in any case is no reason to change the order of the others.
         if ahead_s <= left_s <= _DEADLINE_RESERVE * ahead_s:

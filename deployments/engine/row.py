@@ -22,17 +22,17 @@ RequestT_co = TypeVar("RequestT_co", covariant=True)
 
 @dataclass(slots=True, eq=False)
 class Whole:
-    """A picture whose tiles are rows of their own. All of them share it.
+    """A request of which each result, or each tile of it, is a row. All of them share it.
 
     Attributes:
-        tiles: how many there are.
-        since_s: when the first one came, on the engine's clock.
-        waiting: tiles that the engine has not got yet.
+        since_s: when it came, on the engine's clock.
+        rows: how many there are.
+        waiting: rows that the engine has not got yet.
     """
 
-    tiles: int
     since_s: float
-    waiting: int
+    rows: int = 0
+    waiting: int = 0
 
 
 class Place(NamedTuple):
@@ -40,7 +40,6 @@ class Place(NamedTuple):
 
     left_px: int
     top_px: int
-    whole: Whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +54,7 @@ class RowInput(Generic[RequestT_co]):
         trace: the request's span context, if it is traced.
         notes: what was lost or chosen so far; the pipeline adds its own in `begin`.
         place: of a tile; None for a row that is a whole picture.
+        whole: the request that the row is a part of; None if it is all of it.
         mask: `H x W` uint8, of the size of `pixels`: 255 where the model may change them, 0 where
             it may not; None where it may everywhere. Only family img2img reads it.
     """
@@ -66,6 +66,7 @@ class RowInput(Generic[RequestT_co]):
     trace: SpanContext | None = None
     notes: list[Note] = field(default_factory=list["Note"])
     place: Place | None = None
+    whole: Whole | None = None
     mask: Pixels | None = None
 
 
@@ -75,7 +76,7 @@ class Progress:
 
     Attributes:
         cost_px: network pixels of each step, see `Pipeline.cost_px`.
-        steps: passes the row takes in all; 0 until it has begun, and of a tile an estimate.
+        steps: passes the row takes in all; until it has begun 0, or an estimate.
         steps_left: passes still to come.
         pass_rows: rows of all its passes so far, added up; the row itself counts in each.
         arrived_s: on the engine's clock.
@@ -113,7 +114,7 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One request, or one tile of it: what came in, what comes out, and what lies between.
+    """A result, or one tile of it: what came in, what comes out, and what lies between.
 
     Attributes:
         input: what the caller gives.

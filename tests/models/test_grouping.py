@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.engine.grouping import GroupLimits, Pace, choose
-from deployments.engine.row import Place, Whole
+from deployments.engine.row import Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -140,29 +140,32 @@ def test_no_row_waits_longer_than_the_bound(
 
 
 class Album:
-    """A picture in tiles, of which the shop has four at a time."""
+    """Pictures of one request, in tiles, of which the shop has some of each picture at a time."""
 
-    def __init__(self, shop: Shop, tiles: int) -> None:
-        self.whole = Whole(tiles, shop.now_s, tiles)
+    def __init__(self, shop: Shop, tiles: int, pictures: int = 1, at_a_time: int = 4) -> None:
+        self.whole = Whole(shop.now_s, tiles * pictures, tiles * pictures)
         self.inside: list[Row] = []
+        self._at_a_time = at_a_time * pictures
         self._shop = shop
 
     def refill(self, deadline_s: float = math.inf) -> None:
         self.inside = [one for one in self.inside if one.progress.steps_left]
-        while self.whole.waiting and len(self.inside) < 4:
+        while self.whole.waiting and len(self.inside) < self._at_a_time:
             tile = make(4, 1, arrived_s=self._shop.now_s)
-            place = Place(0, 0, self.whole)
-            tile.input = replace(tile.input, place=place, deadline_s=deadline_s)
+            tile.input = replace(tile.input, whole=self.whole, deadline_s=deadline_s)
             self.whole.waiting -= 1
             self.inside.append(tile)
             self._shop.rows.append(tile)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_picture_in_tiles_holds_up_no_small_request_and_is_done_all_the_same(batch: int) -> None:
+@pytest.mark.parametrize("pictures", [1, 8])
+def test_pictures_in_tiles_hold_up_no_small_request_and_are_done_all_the_same(
+    pictures: int, batch: int
+) -> None:
     shop = Shop(GroupLimits(batch))
-    album, smalls = Album(shop, 60), list["Row"]()
-    alone_s = 60 * work_s(make(4, 1))
+    album, smalls = Album(shop, 60, pictures), list["Row"]()
+    alone_s = pictures * 60 * work_s(make(4, 1))
     album.refill()
     while album.inside:
         if shop.turns % 8 == 0:  # half of what a shop that takes one a turn can do
@@ -175,6 +178,23 @@ def test_a_picture_in_tiles_holds_up_no_small_request_and_is_done_all_the_same(b
     print(f"{batch} a pass: small ones took {max(waited):.1f} times as long as alone")
     assert len(waited) >= 8
     assert max(waited) <= 2 * batch
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_results_of_a_request_give_way_to_a_single_one_that_comes_later(batch: int) -> None:
+    shop = Shop(GroupLimits(batch))
+    whole = Whole(0.0, 8, 0)
+    eight = [make(20, 1) for _ in range(8)]
+    for one in eight:
+        one.input = replace(one.input, whole=whole)
+    shop.rows = list(eight)
+    for _ in range(5):
+        shop.turn()
+    later = make(20, 1, arrived_s=shop.now_s)
+    shop.rows.append(later)
+    groups = [shop.turn() for _ in range(20)]
+    assert all(later in group for group in groups)
+    assert {len(group) for group in groups} == {batch}  # and nobody's place is left empty
 
 
 def test_the_tiles_of_a_picture_that_are_still_to_come_count_before_its_deadline() -> None:
