@@ -99,15 +99,21 @@ class Making:
         for row in self.rows:
             row.cancel()
 
+    def forget(self) -> None:
+        """Let go of what the model made, once it was used."""
+        self._blend = None
+        for row in self.rows:
+            row.forget()
+
     def preview(self, pipeline: AnyPipeline) -> Pixels | None:
         """A small picture of how far it is; None if there is none."""
-        if self._blend is not None:
-            apart = max(max(self._blend.canvas.shape[:2]) // _PREVIEW_PX, 1)
-            return self._blend.canvas[::apart, ::apart].copy()
-        row = self.rows[0]
-        if self._grid is not None or row.state is None:
+        # Read once, because another thread may let go of it meanwhile.
+        if (blend := self._blend) is not None:
+            apart = max(max(blend.canvas.shape[:2]) // _PREVIEW_PX, 1)
+            return blend.canvas[::apart, ::apart].copy()
+        if self._grid is not None or (state := self.rows[0].state) is None:
             return None
-        return pipeline.preview(row.input, row.state)
+        return pipeline.preview(self.rows[0].input, state)
 
     # --- what it cost ---
 
@@ -138,17 +144,11 @@ class Making:
         Of tiles they are added up. Their stages overlap, so that they may be more than `engine_s`.
 
         Args:
-            engine_s: that passed between its first row's arrival and its result.
+            engine_s: that passed until its result since it could have gone to the engine.
         """
-        if self._grid is None:
-            progress = self.rows[0].progress
-            return {
-                "queue": progress.queue_s,
-                "denoise": progress.stepping_s,
-                "vae": progress.staging_s,
-            }
         staging_s = sum(row.progress.staging_s for row in self.rows)
-        denoise_s = self.compute_s - staging_s
+        in_tiles = self._grid is not None
+        denoise_s = self.compute_s - staging_s if in_tiles else self.rows[0].progress.stepping_s
         queue_s = max(engine_s - denoise_s - staging_s, 0.0)
         return {"queue": queue_s, "denoise": denoise_s, "vae": staging_s}
 

@@ -50,7 +50,7 @@ from deployments.settings import (
 from deployments.tiling import tiles_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 
     from deployments.admission import Ticket
     from deployments.engine.engine import Engine
@@ -272,18 +272,18 @@ class ModelDeployment:
         seconds = self._estimate_s(job, request)
         with self._admission.admit(seconds, timeout_s, give_up, job.limit_s) as ticket:
             try:
-                async with deadline, self._taken(job, request):
-                    return await self._process(job, request, ticket, makings, arrived_s)
+                async with deadline, self._taken(job, request) as most:
+                    return await self._process(job, request, ticket, makings, arrived_s, most)
             except TimeoutError as error:
                 raise ticket.refusal or too_late() from error
 
-    def _taken(self, job: ImageJob, request: ImageRequest) -> AbstractAsyncContextManager[None]:
+    def _taken(self, job: ImageJob, request: ImageRequest) -> AbstractAsyncContextManager[int]:
         # A background and a mask are pictures in memory, too. Tiles reach beyond a thin picture.
         grid = self._grid(job, request)
         work_px = 0 if grid is None else grid.work_px
         px = max(file_px(request, _size(job), self._spec.scale), job.background_px, work_px)
         others = (job.background is not None) + (job.mask is not None)
-        return self._seats.taken(px, job.n + others)
+        return self._seats.taken(px, job.n, others)
 
     def _estimate_s(self, job: ImageJob, request: ImageRequest) -> float | None:
         served = self._host.served
@@ -300,25 +300,33 @@ class ModelDeployment:
         ticket: Ticket,
         makings: list[Making],
         arrived_s: float,
+        at_a_time: int,
     ) -> tuple[ImageResult, ...]:
-        start_s = time.monotonic()
+        start_s, turns = time.monotonic(), asyncio.Semaphore(at_a_time)
         async with self._host.use() as served:
             # 1) Bytes to pixels, off the event loop.
             opened = await self._on_pool(self._open, job, request, served.pipeline)
             decoded_s = time.monotonic()
-            # 2) Pixels through the engine.
             makings += self._makings(job, request, opened, ticket.deadline_s, served)
             ticket.rows = [row for making in makings for row in making.rows]
-            outputs = await self._step(served.engine, makings)
-            # 3) Pixels to bytes.
-            stepped_s = time.monotonic()
-            results: list[ImageResult] = []
-            for one, output in zip(makings, outputs, strict=True):
-                result, body = await self._on_pool(self._close, job, one, output, opened, served)
+
+            async def made(one: Making) -> ImageResult:
+                async with turns:
+                    # 2) Pixels through the engine.
+                    output = await self._step(served.engine, one)
+                    stepped_s = time.monotonic()
+                    # 3) Pixels to bytes.
+                    picture, body = await self._on_pool(
+                        self._close, job, one, output, opened, served
+                    )
+                    one.forget()
                 times = _Times(start_s, decoded_s, stepped_s, time.monotonic())
                 timings_s = times.stages_s(one, arrived_s)
-                results.append(self._result(job, one, served, result, body, timings_s))
-                self._report(one, times, timings_s, results[-1].gpu_seconds)
+                result = self._result(job, one, served, picture, body, timings_s)
+                self._report(one, times, timings_s, result.gpu_seconds)
+                return result
+
+            results = await _all(made, makings)
             if job.n == 1 and opened.mask is None:  # which leaves tiles out
                 served.estimator.record(request, _size(job), results[0].timings_s)
         return tuple(results)
@@ -386,19 +394,13 @@ class ModelDeployment:
         in_tiles = self._grid(job, request) is not None
         return open_job(job, request, pipeline, in_tiles=in_tiles)
 
-    async def _step(self, engine: Engine, makings: list[Making]) -> list[Pixels]:
+    async def _step(self, engine: Engine, making: Making) -> Pixels:
         async def put(row: Row) -> None:
             window: Any = self._admission_window
             await window((engine, row))
 
         # Tiles for one pass, and for the next while those begin and finish.
-        ahead = 2 * engine.limits.max_batch_size
-        outputs = [making.output(put, ahead, self._on_pool) for making in makings]
-        try:
-            return await asyncio.gather(*outputs)
-        finally:
-            for making in makings:
-                making.cancel()
+        return await making.output(put, 2 * engine.limits.max_batch_size, self._on_pool)
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.0)
     async def _admission_window(self, rows: list[tuple[Engine, Row]]) -> list[None]:
@@ -440,12 +442,12 @@ class ModelDeployment:
     async def _progress(
         self, job: ImageJob, makings: list[Making], told: JobProgress
     ) -> JobProgress:
-        """How far results are; with a picture of the first, if that has moved since `told`."""
+        """How far results are; with a picture of the first at work, if they moved since `told`."""
         steps = sum(one.steps for one in makings)
         done = steps - sum(one.steps_left for one in makings)
         preview = None
         if job.preview and done > told.steps_done and (served := self._host.served):
-            preview = await self._on_pool(_preview, served.pipeline, makings[0])
+            preview = await self._on_pool(_preview, served.pipeline, makings)
         rows = [row for one in makings for row in one.rows]
         return JobProgress(done, steps, left_s(rows, done, steps), preview)
 
@@ -491,8 +493,22 @@ class ModelDeployment:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-def _preview(pipeline: AnyPipeline, making: Making) -> bytes | None:
-    pixels = making.preview(pipeline)
+async def _all(
+    made: Callable[[Making], Coroutine[None, None, ImageResult]], makings: list[Making]
+) -> list[ImageResult]:
+    """All results; once one of them fails, the others are given up."""
+    tasks = [asyncio.create_task(made(one)) for one in makings]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task, making in zip(tasks, makings, strict=True):
+            task.cancel()
+            making.cancel()
+
+
+def _preview(pipeline: AnyPipeline, makings: list[Making]) -> bytes | None:
+    shown = (making.preview(pipeline) for making in makings)
+    pixels = next((one for one in shown if one is not None), None)
     return None if pixels is None else images.thumbnail(pixels)
 
 

@@ -144,9 +144,6 @@ class Engine:
         self._begun.put(row)
 
     def _resolve(self, row: Row, pixels: Any) -> None:
-        progress = row.progress
-        waited_s = self._clock() - progress.arrived_s
-        progress.queue_s = waited_s - progress.stepping_s - progress.staging_s
         with suppress(InvalidStateError):
             row.future.set_result(pixels)
         self._settle(row)

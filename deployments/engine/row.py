@@ -80,7 +80,6 @@ class Progress:
         steps_left: passes still to come.
         pass_rows: rows of all its passes so far, added up; the row itself counts in each.
         arrived_s: on the engine's clock.
-        queue_s: seconds of waiting.
         stepping_s: seconds of its passes.
         staging_s: seconds of its `begin` and `finish`.
         compute_s: its share of the seconds of its passes, and all of `staging_s`.
@@ -91,7 +90,6 @@ class Progress:
     steps_left: int = 0
     pass_rows: int = 0
     arrived_s: float = 0.0
-    queue_s: float = 0.0
     stepping_s: float = 0.0
     staging_s: float = 0.0
     compute_s: float = 0.0

@@ -120,7 +120,7 @@ class Deployment(ModelDeployment):
             max_tiles=128,
         )
         self._pool = ThreadPoolExecutor(1)
-        self._seats = Seats(4, 100)
+        self._seats = Seats(8, 2**20)
         self._defaults: dict[str, Any] = {}
         self._in_flight = 0
         self._streams: dict[str, Any] = {}

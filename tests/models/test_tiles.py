@@ -25,6 +25,7 @@ from deployments.images import Picture
 from deployments.loader import build
 from deployments.making import Making
 from deployments.pipelines.noise import NoiseField
+from deployments.seats import Seats
 from deployments.settings import LimitSettings, Settings
 from deployments.store.folder_bucket import local_folder
 from deployments.tasks import Task
@@ -257,6 +258,25 @@ async def test_progress_counts_the_steps_of_all_tiles(deployment: Any) -> None:
     assert counts == sorted(counts)
     one, other = (images.decode(result.image, LimitSettings()).rgb for result in results)
     assert (one != other).any()
+
+
+async def test_eight_results_at_full_detail_leave_seats_and_turns_to_a_small_request(
+    deployment: Any,
+) -> None:
+    deployment._seats = Seats(4, 20 * 64 * 64)
+    makings: list[Making] = []
+    eight = asyncio.create_task(deployment._run(job_of(260, 200, FULL, n=8), makings))
+    while not any(0 < one.steps_left < one.steps for one in makings):
+        await asyncio.sleep(0.001)
+    left = sum(one.steps_left for one in makings)
+    await deployment(job_of(64, 64, SINGLE))
+    assert sum(one.steps_left for one in makings) > left / 2
+    at_work: set[int] = set()
+    while not eight.done():
+        at_work.add(sum(one._blend is not None for one in makings))
+        await asyncio.sleep(0.001)
+    assert max(at_work) == 2  # what two of four seats hold
+    assert [one.seed for one in await eight] == list(range(7, 15))
 
 
 async def test_a_picture_of_too_many_tiles_gets_the_working_size_unless_asked_for(

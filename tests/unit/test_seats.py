@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
+import pytest
+
 from deployments.seats import Seats
 
 LARGEST_PX = 50_000_000
@@ -36,12 +38,42 @@ async def test_large_pictures_take_several_places() -> None:
     assert await places_left(seats) == 16
 
 
-async def test_several_results_take_the_places_of_as_many_pictures() -> None:
+@pytest.mark.parametrize(
+    ("px", "results", "others", "at_a_time", "left"),
+    [
+        (1, 8, 0, 8, 8),
+        (1, 3, 1, 3, 12),
+        (1, 8, 1, 7, 8),
+        (LARGEST_PX // 2, 8, 0, 4, 8),
+        (LARGEST_PX, 8, 0, 2, 8),
+        (LARGEST_PX, 8, 1, 1, 8),
+        (LARGEST_PX, 1, 2, 1, 4),
+        (LARGEST_PX, 8, 2, 1, 4),  # one result of them needs more than half
+    ],
+)
+async def test_the_results_of_a_request_are_made_a_few_at_a_time(
+    px: int, results: int, others: int, at_a_time: int, left: int
+) -> None:
     seats = Seats(16, LARGEST_PX // 4)
-    async with seats.taken(1, results=8):
-        assert await places_left(seats) == 8
-    async with seats.taken(LARGEST_PX, results=8):
-        assert await places_left(seats) == 0
+    async with seats.taken(px, results, others) as given:
+        assert given == at_a_time
+        assert await places_left(seats) == left
+    assert await places_left(seats) == 16
+
+
+async def test_requests_of_several_results_leave_places_to_others() -> None:
+    seats = Seats(16, LARGEST_PX // 4)
+
+    async def work() -> None:
+        async with seats.taken(LARGEST_PX, results=8):
+            await asyncio.sleep(60)
+
+    working = [asyncio.create_task(work()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert await places_left(seats) == 8
+    for task in working:
+        task.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
     assert await places_left(seats) == 16
 
 
