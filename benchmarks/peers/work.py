@@ -129,14 +129,10 @@ class Img2Img(Work):
     def load(self, folder: Path) -> None:
         import diffusers
 
-        from deployments.pipelines.stock import load_stock, read_index
+        from deployments.pipelines.stock import load_stable_diffusion, read_index
 
-        name = read_index(self.spec, folder)["_class_name"]
-        extras: dict[str, Any] = {"add_watermarker": False}
-        if "XL" not in name:
-            extras = dict.fromkeys(("safety_checker", "feature_extractor"))
-            extras["requires_safety_checker"] = False
-        self.stock = load_stock(getattr(diffusers, name), self.spec, folder, **extras)
+        kind = getattr(diffusers, read_index(self.spec, folder)["_class_name"])
+        self.stock = load_stable_diffusion(kind, kind, self.spec, folder)
 
     def fit(self, picture: Picture, request: Any) -> Pixels:
         bucket = choose_bucket(picture.width_px, picture.height_px, self.spec.buckets)

@@ -111,7 +111,14 @@ class Diffusion(ABC, Generic[RequestT]):
         return encode_in_chunks(self._stock, wording)
 
     def _encode(self, text: str) -> Embeddings:
-        return self._encode_prompt(text)[0], None
+        # Of SDXL the stock call gives two more: the texts as one vector each.
+        embeds, _, *pooled = self._stock.encode_prompt(
+            text,
+            device=self._stock.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return embeds, pooled[0] if pooled else None
 
     def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
         """What steers a place of the pass that works on `pixels`."""
@@ -251,14 +258,6 @@ class Diffusion(ABC, Generic[RequestT]):
             )
             notes.append(note(Code.SEED_SHORTENED, told))
         return notes
-
-    def _encode_prompt(self, text: str) -> Any:
-        return self._stock.encode_prompt(
-            text,
-            device=self._stock.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
 
 
 def most_places(limits: GroupLimits, pixels: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from deployments.pipelines.denoiser import Condition
 from deployments.pipelines.diffusion import Diffusion, Start
 from deployments.pipelines.grey import without_tint
 from deployments.pipelines.pictures import require_picture, with_alpha_of
-from deployments.pipelines.stock import load_stock, read_index
+from deployments.pipelines.stock import load_stable_diffusion
 from deployments.tiling import tiles_of
 
 if TYPE_CHECKING:
@@ -35,16 +35,11 @@ if TYPE_CHECKING:
     from deployments.images import Picture
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.noise import Noise
-    from deployments.pipelines.prompts import Embeddings, Wording
+    from deployments.pipelines.prompts import Wording
     from deployments.registry import ModelSpec
 
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
 """Scores the refiner was trained with, as the stock pipeline sends them."""
-_NO_SAFETY_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
 
 
 class Img2Img(Diffusion[Img2ImgRequest]):
@@ -57,12 +52,8 @@ class Img2Img(Diffusion[Img2ImgRequest]):
 
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         self._buckets = spec.buckets
-        self._is_xl = "XL" in read_index(spec, folder)["_class_name"]
-        if self._is_xl:
-            kind, components = StableDiffusionXLImg2ImgPipeline, {"add_watermarker": False}
-        else:
-            kind, components = StableDiffusionImg2ImgPipeline, _NO_SAFETY_CHECKER
-        super().__init__(load_stock(kind, spec, folder, **components), spec, lanes)
+        kinds = StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+        super().__init__(load_stable_diffusion(*kinds, spec, folder), spec, lanes)
         self._starts_from_noise = starts_from_noise(self._stock.scheduler)
 
     def fit(self, picture: Picture | None, request: Img2ImgRequest) -> Pixels:
@@ -112,10 +103,6 @@ class Img2Img(Diffusion[Img2ImgRequest]):
         shares = latent_mask(np.ascontiguousarray(row.mask), self.autoencoder.scale)
         kept = Kept(shares.to(clean.device), clean.float(), drawn.float())
         return Start(noisy, schedule, source=clean, kept=kept)
-
-    def _encode(self, text: str) -> Embeddings:
-        values = self._encode_prompt(text)
-        return values[0], values[2] if self._is_xl else None
 
     def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
         embeds, pooled = self._texts(wording)

@@ -75,6 +75,25 @@ def load_stock(
     return pipeline
 
 
+def load_stable_diffusion(
+    plain: type[DiffusionPipeline], xl: type[DiffusionPipeline], spec: ModelSpec, folder: Path
+) -> Any:
+    """Stable Diffusion without a safety checker, or SDXL without watermarks.
+
+    Args:
+        plain: class for a folder of Stable Diffusion 1.x or 2.x.
+        xl: class for a folder of SDXL.
+        spec: of the model, as `load_stock` takes it.
+        folder: whose `model_index.json` says which of the two it is.
+
+    Raises as `load_stock`.
+    """
+    if "XL" in read_index(spec, folder)["_class_name"]:
+        return load_stock(xl, spec, folder, add_watermarker=False)
+    unchecked = {"safety_checker": None, "feature_extractor": None}
+    return load_stock(plain, spec, folder, **unchecked, requires_safety_checker=False)
+
+
 def _from_pretrained(
     kind: type[DiffusionPipeline], spec: ModelSpec, folder: Path, components: dict[str, Any]
 ) -> Any:

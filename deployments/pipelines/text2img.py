@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from deployments.images import Picture
 from deployments.notes import Code, note
 from deployments.pipelines.denoiser import Condition
 from deployments.pipelines.diffusion import Diffusion, Start
-from deployments.pipelines.stock import load_stock, read_index
+from deployments.pipelines.stock import load_stable_diffusion
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     from deployments.pipelines.denoiser import Denoising
     from deployments.pipelines.lanes import Lanes
     from deployments.pipelines.noise import Noise
-    from deployments.pipelines.prompts import Embeddings, Wording
+    from deployments.pipelines.prompts import Wording
     from deployments.registry import ModelSpec
-
-_NO_SAFETY_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
 
 
 class Text2Img(Diffusion[GenerateRequest]):
@@ -43,12 +37,8 @@ class Text2Img(Diffusion[GenerateRequest]):
 
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         self._buckets = spec.buckets
-        self._is_xl = "XL" in read_index(spec, folder)["_class_name"]
-        if self._is_xl:
-            kind, components = StableDiffusionXLPipeline, {"add_watermarker": False}
-        else:
-            kind, components = StableDiffusionPipeline, _NO_SAFETY_CHECKER
-        super().__init__(load_stock(kind, spec, folder, **components), spec, lanes)
+        kinds = StableDiffusionPipeline, StableDiffusionXLPipeline
+        super().__init__(load_stable_diffusion(*kinds, spec, folder), spec, lanes)
 
     def fit(self, picture: Picture | None, request: GenerateRequest) -> Pixels:
         """An empty canvas of the bucket's size, which takes no memory."""
@@ -90,10 +80,6 @@ class Text2Img(Diffusion[GenerateRequest]):
         latents = noise.draw(shape, unet.dtype, unet.device).float()
         yield from ()
         return Start(latents * schedule.first_noise, schedule)
-
-    def _encode(self, text: str) -> Embeddings:
-        values = self._encode_prompt(text)
-        return values[0], values[2] if self._is_xl else None
 
     def _condition(self, wording: Wording, pixels: Pixels, *, is_negative: bool) -> Condition:
         embeds, pooled = self._texts(wording)
