@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from scipy import ndimage
 
 from benchmarks import machine
 from benchmarks.output import console, make_table
@@ -37,8 +36,8 @@ from deployments.store.lockfile import load_lock
 from deployments.store.provider import Provider
 from deployments.tasks import Task
 from deployments.tiling import tiles_of
+from starter_models import measures
 from starter_models.training.data import KEPT_OUT, photo
-from starter_models.training.styles import degraded
 
 if TYPE_CHECKING:
     from deployments.contract import ImageRequest
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from deployments.engine.pipeline import AnyPipeline
     from deployments.engine.row import Pixels, Row
 
-_SIGMA, _QUALITY = 10, 20
-"""Noise, of 255, and quality of the JPEG, as in `make quality`."""
 _MAX_LEVEL = 255
 
 
@@ -115,29 +112,16 @@ def soft(name: str, width_px: int, height_px: int) -> Pixels:
 
 def spoiled(clean: Pixels) -> Pixels:
     """With noise, and then JPEG artefacts."""
-    rng = np.random.default_rng(0)
-    noisy = degraded(
-        clean.astype(np.float32) / np.float32(_MAX_LEVEL), rng, sigma=_SIGMA, quality=_QUALITY
-    )
-    return _levels(noisy)
-
-
-def decibel(a: Pixels, b: Pixels) -> float:
-    """PSNR of two pictures."""
-    bands = range(0, len(a), 256)
-    squares = [(a[y : y + 256].astype(np.float32) - b[y : y + 256]) ** 2 for y in bands]
-    mean = sum(float(one.sum(dtype=np.float64)) for one in squares) / a.size
-    return 10 * math.log10(_MAX_LEVEL**2 / mean) if mean else math.inf
-
-
-def sharpness(pixels: Pixels) -> float:
-    """Variance of the luma's Laplacian, the usual measure of focus (Pech-Pacheco et al. 2000)."""
-    luma = np.asarray(Image.fromarray(pixels).convert("L"), np.float32)
-    return float(ndimage.laplace(luma).var())
+    return _levels(measures.spoiled(clean.astype(np.float32) / np.float32(_MAX_LEVEL)))
 
 
 def _levels(values: Any) -> Pixels:
     return (np.clip(values, 0, 1) * _MAX_LEVEL + 0.5).astype(np.uint8)
+
+
+def _measured(pixels: Pixels, clean: Pixels) -> list[str]:
+    db = measures.decibel(pixels, clean, white=_MAX_LEVEL)
+    return [f"{db:.2f}", f"{measures.sharpness(Image.fromarray(pixels)):.0f}"]
 
 
 def _rows(passes: Counter[int]) -> str:
@@ -150,11 +134,11 @@ def compare(model: Model, clean: Pixels, title: str, keep: Path | None) -> None:
         title, ("input", "result"), ("dB", "Laplacian", "seconds", "passes by number of rows")
     )
     for kind, given in (("clean", clean), ("spoiled", spoiled(clean))):
-        row = [f"{decibel(given, clean):.2f}", f"{sharpness(given):.0f}"]
+        row = _measured(given, clean)
         table.add_row(kind, "the input itself", *row, "", "")
         for detail in ("working", "full"):
             result = model.run(given, EnhanceRequest(detail=detail))
-            row = [f"{decibel(result, clean):.2f}", f"{sharpness(result):.0f}"]
+            row = _measured(result, clean)
             table.add_row(kind, detail, *row, f"{model.seconds:.1f}", _rows(model.passes))
             if keep is not None:
                 Image.fromarray(result).save(

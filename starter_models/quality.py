@@ -125,7 +125,7 @@ def enhance_scores() -> Scores:
             decibel(unsharp, clean) - decibel(soft, clean),
             decibel(running.run(Task.ENHANCE, soft), clean) - decibel(soft, clean),
             decibel(kept, clean),
-            sharpness(kept) / sharpness(clean),
+            sharpness(to_image(kept)) / sharpness(to_image(clean)),
         )
 
     return Scores(
