@@ -36,7 +36,7 @@ from deployments.store.cache import Store
 from deployments.store.convert import convert
 from deployments.store.folder import read_manifest
 from deployments.store.gc import make_room
-from deployments.store.lockfile import LockedModel, locked_origins, origin_manifest, update_lock
+from deployments.store.lockfile import LockedModel, locked_origins, origin_manifest
 from deployments.store.manifest import SHORT
 from deployments.store.provider import Provider, mirror_url, open_bucket
 from deployments.store.publish import publish, publish_compiled
@@ -60,9 +60,7 @@ def resolve_models(
         def work(entry: ArtefactSpec) -> Row:
             known = opened.lock.models.get(entry.name)
             locked = resolve(entry, opened.settings, known, renew=renew)
-            update_lock(
-                opened.catalogue.file_of(entry), lambda lock: lock.with_model(entry.name, locked)
-            )
+            opened.lock_entry(entry, locked)
             status = "unchanged" if opened.lock.models[entry.name] == known else "resolved"
             digest = None if locked.digest == UNRESOLVED else locked.digest
             hint = digest[:SHORT] if digest else f"now run `imagen models convert {entry.name}`"
@@ -304,10 +302,7 @@ def bring_entry(opened: Session, entry: ArtefactSpec) -> str:
     if digest is None and not entry.convert:
         origins = locked_origins(entry, opened.lock)
         digest = origin_manifest(entry, origins).digest
-        locked = LockedModel(digest=digest, origins=origins)
-        update_lock(
-            opened.catalogue.file_of(entry), lambda lock: lock.with_model(entry.name, locked)
-        )
+        opened.lock_entry(entry, LockedModel(digest=digest, origins=origins))
     if digest and opened.store.find(entry.name, digest, "crc32c"):
         return digest
     if entry.convert and not opened.settings.mirror:

@@ -27,7 +27,7 @@ from cli.paths import existing
 from deployments.errors import ConfigError
 from deployments.registry import ArtefactSpec
 from deployments.store.gc import make_room
-from deployments.store.lockfile import locked_origins, update_lock
+from deployments.store.lockfile import locked_origins
 from deployments.store.manifest import SHORT
 from deployments.store.resolve import resolve
 
@@ -81,9 +81,7 @@ def _resolve_if_needed(opened: Session, entry: ArtefactSpec) -> None:
     except ConfigError:
         opened.output.say(f"{entry.name}: looking up revision, sizes and hashes")
         known = opened.lock.models.get(entry.name)
-        locked = resolve(entry, opened.settings, known)
-        file = opened.catalogue.file_of(entry)
-        update_lock(file, lambda lock: lock.with_model(entry.name, locked))
+        opened.lock_entry(entry, resolve(entry, opened.settings, known))
 
 
 def _announce(opened: Session, entry: ArtefactSpec) -> None:

@@ -21,7 +21,7 @@ from deployments.registry import ArtefactSpec
 from deployments.settings import ROOT_VARIABLE, Settings, StoreSettings, parse_settings
 from deployments.store.cache import Store
 from deployments.store.events import Listener, ignore
-from deployments.store.lockfile import Lock, known_digest, load_lock
+from deployments.store.lockfile import Lock, LockedModel, known_digest, load_lock, update_lock
 from deployments.store.provider import Provider
 
 EVERY = [*Settings().models]
@@ -110,6 +110,10 @@ class Session:
     def digest(self, name: str) -> str | None:
         """The locked digest; None while it is unresolved."""
         return known_digest(self.lock, self.catalogue.find(name))
+
+    def lock_entry(self, entry: ArtefactSpec, locked: LockedModel) -> None:
+        """Write what is known of an entry into the lock file of its registry."""
+        update_lock(self.catalogue.file_of(entry), lambda lock: lock.with_model(entry.name, locked))
 
     def choose(self, names: Sequence[str] | None, everything: bool) -> dict[str, ArtefactSpec]:
         """The entries that the command line names, by name.
