@@ -23,7 +23,6 @@ from cli.console import Output
 from cli.ending import ending
 from cli.serving import Serve, serve_of
 from deployments.errors import ConfigError
-from deployments.former import unheeded
 from deployments.settings import ROOT, AccessSettings, resolve
 
 if TYPE_CHECKING:
@@ -53,8 +52,6 @@ def run(
                 value=address,
                 remedy="Stop it, or change http_options.",
             )
-    for line in unheeded(os.environ):
-        console.print(f"Warning: {line}", style="yellow", soft_wrap=True, markup=False)
     start_s = time.monotonic()
     # A shell makes background jobs ignore Ctrl-C, which the server would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
