@@ -1,7 +1,7 @@
 // The page: what was chosen, what runs, what is shown.
 
 import { Offline, Problem, key, root } from "./api.js";
-import { $, announce, el, image, randomId, release, toast, urlOf } from "./dom.js";
+import { $, announce, el, hideToast, image, randomId, release, toast, urlOf, words } from "./dom.js";
 import { settings, taskList } from "./form.js";
 import { listen, showSamples } from "./pictures.js";
 import { cancel, carry, openapi, readiness } from "./run.js";
@@ -30,16 +30,21 @@ const valuesOf = (task) => (values[task.id] ??= {});
 
 // --- what to make ---
 
-async function addFiles(files) {
+async function addFiles(files, isSample = false) {
   const [only] = files;
   const said = files.length === 1 && only.size < 64e6 ? await metadataOf(only) : null;
   const known = said && tasks.find((task) => task.id === said.task);
   if (known) {
     // Whoever made the file wrote them. They may say how a picture looks, but not where a job reports.
-    restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
-    toast(`The settings of ${only.name} are back in the form.`);
+    const lost = restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
+    const but = lost.length ? ` It had a file as well, which is not in it: ${lost.join(", ")}.` : "";
+    toast(`The settings of ${only.name} are back in the form.${but}`);
+  } else hideToast();
+  if (!known || !sources.length) {
+    // Whoever brings a picture of their own has done with the sample.
+    const kept = sources.filter((source) => !source.isSample);
+    sources = [...kept, ...files.map((blob) => ({ blob, name: blob.name, isSample }))];
   }
-  if (!known || !sources.length) sources = [...sources, ...files.map((blob) => ({ blob, name: blob.name }))];
   picked = sources.length - 1;
   shown = [];
   focus = null;
@@ -47,17 +52,20 @@ async function addFiles(files) {
   if (!known) $("run").focus({ preventScroll: true });
 }
 
-/** Put settings into the form, as text. Fields other than these keep their values. */
+/** Put settings into the form; returns the files that they only name. Fields other than these keep their values. */
 function restoreValues(task, parameters, fields = task.fields) {
   chosen = new Set([task.id]);
   const into = valuesOf(task);
+  const lost = [];
   for (const field of fields) {
     delete into[field.name];
     const value = parameters[field.name];
     if (value instanceof Blob) into[field.name] = value;
-    else if (field.isFile) continue; // only its name is known
-    else if (value !== undefined && value !== null && String(value) !== field.value) into[field.name] = String(value);
+    else if (value === undefined || value === null || String(value) === field.value) continue;
+    else if (field.isFile) lost.push(words(field.name));
+    else into[field.name] = String(value);
   }
+  return lost;
 }
 
 function again(item) {
@@ -66,6 +74,7 @@ function again(item) {
   restoreValues(task, item.fields);
   if (item.source) sources = [{ blob: item.source, name: item.name }];
   picked = 0;
+  $("count").value = 1;
   showForm();
   const first = $("settings").querySelector("input[type=range], textarea, input, summary");
   first?.focus();
@@ -105,6 +114,7 @@ function begin(made) {
   items = [...made, ...items];
   shown = made.map((item) => item.id);
   focus = made.length === 1 ? made[0].id : null;
+  hideToast();
   announce(made.length > 1 ? `${made.length} runs have begun.` : "The run has begun.");
   for (const item of made) start(item);
   show();
@@ -244,7 +254,7 @@ function showSettings() {
   const remember = () => {
     $("settings").dataset.shown = JSON.stringify(chosenTasks().map((task) => [task.id, valuesOf(task)]));
   };
-  $("settings").replaceChildren(...wanted.map((task, place) => settings(task, valuesOf(task), place === 0, remember)));
+  $("settings").replaceChildren(...wanted.map((task, place) => settings(task, valuesOf(task), place === 0 || Object.keys(valuesOf(task)).length > 0, remember)));
   remember();
 }
 
@@ -272,7 +282,7 @@ function showStage() {
   $("tools").hidden = isGrid || Boolean($("viewer").hidden);
   $("acts").hidden = !isDone;
   $("all").hidden = !item || group.length < 2;
-  $("all").textContent = `‹ All ${group.length} results`;
+  $("all").textContent = `‹ All ${group.length}`;
   $("result").hidden = !isDone;
   if (!isDone || $("result").dataset.shown === item.id) return;
   $("result").dataset.shown = item.id;
@@ -391,7 +401,7 @@ for (const name of ["curl", "python"]) {
   });
 }
 listen(addFiles, (id) => again(itemOf(id)));
-showSamples((files) => { sources = []; addFiles(files); });
+showSamples((files) => { sources = []; addFiles(files, true); });
 setInterval(() => {
   if (items.some(isRunning)) showProgress((focus && itemOf(focus)) || null);
 }, 500);

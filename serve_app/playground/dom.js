@@ -14,11 +14,11 @@ export function el(tag, props = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-const SHORT = /\b(vae|png|jpeg|webp)\b/g;
+const SHORT = /\b(vae|png|jpeg|webp|rgba)\b/g;
 
-/** "guidance_scale" as "Guidance scale", "vae" as "VAE". */
+/** "guidance_scale" as "Guidance scale", "deadline_s" as "Deadline, s", "vae" as "VAE". */
 export function words(name) {
-  const text = name.replaceAll("_", " ").trim().replace(SHORT, (short) => short.toUpperCase());
+  const text = name.replace(/_(px|s)$/, ", $1").replaceAll("_", " ").trim().replace(SHORT, (short) => short.toUpperCase());
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
@@ -68,8 +68,11 @@ export function toast(text) {
   $("toast").textContent = text;
   $("toast").classList.add("shown");
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => $("toast").classList.remove("shown"), 5000);
+  toastTimer = setTimeout(hideToast, 5000);
 }
+
+/** What was said in passing is over. */
+export const hideToast = () => $("toast").classList.remove("shown");
 
 export async function copy(text) {
   try {

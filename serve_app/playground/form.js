@@ -77,7 +77,7 @@ function control(task, field, set) {
     const swatch = el("input", {
       type: "color", ariaLabel: `${words(field.name)}, picker`, oninput: () => set(swatch.value),
     });
-    const text = el("input", { ...common, type: "text", oninput: () => set(text.value) });
+    const text = el("input", { ...common, type: "text", placeholder: "None", oninput: () => set(text.value) });
     const show = (value) => {
       if (document.activeElement !== text) text.value = value;
       if (/^#[0-9a-f]{6}$/i.test(value)) swatch.value = value;

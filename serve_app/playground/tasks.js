@@ -24,7 +24,7 @@ export function tasksOf(document, root) {
       url: new URL(path.slice(1), root).href,
       route: path,
       picture,
-      fields: fields.filter((field) => field !== picture),
+      fields: inOrder(fields.filter((field) => field !== picture)),
       hasJobs: (post.parameters ?? []).some((one) => one.name === WAIT_HEADER),
       needsKey: Boolean(post.security?.length),
       formats: Object.keys(post.responses["200"].content).filter((type) => type.startsWith("image/")),
@@ -32,6 +32,17 @@ export function tasksOf(document, root) {
   }
   return found;
 }
+
+/** What is written or slid comes first, as people change it most; what follows a file belongs to it. */
+function inOrder(fields) {
+  const file = fields.findIndex((field) => field.isFile);
+  const isOften = (field, place) => field.isLong || (field.hasSlider && (file < 0 || place < file));
+  const often = fields.filter(isOften);
+  return [...often, ...fields.filter((field) => !often.includes(field))];
+}
+
+/** A help text with fields named as their labels are. */
+const help = (text) => text.replace(/`(\w+)`|\b[a-z]+(_[a-z]+)+\b/g, (name, quoted) => words(quoted ?? name));
 
 /** A field of a form. Values are text, as a form sends them, or files. */
 function fieldOf(name, raw) {
@@ -50,7 +61,7 @@ function fieldOf(name, raw) {
     group: hint.group ?? "task",
     needs: hint.needs ?? {},
     choices: hint.choices ?? {},
-    help: schema.description ?? "",
+    help: help(schema.description ?? ""),
     type: schema.type,
     isFile: schema.format === "binary",
     isColor: schema.format === "color",

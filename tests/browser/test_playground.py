@@ -76,6 +76,11 @@ def facts(page: Page) -> dict[str, str]:
     return dict(zip(names, page.locator("#facts dd").all_inner_texts(), strict=True))
 
 
+def codes(made: str) -> set[str]:
+    """Of the notes that a result's metadata have."""
+    return {note["code"] for note in json.loads(made)["notes"]}
+
+
 def split_of(page: Page) -> float:
     return float(page.input_value("#split"))
 
@@ -156,8 +161,8 @@ def test_seeds_side_by_side_again_with_another_strength_and_on_to_another_task(
     assert "VAE" in page.inner_text("#timings")
     page.click("#again")
     strength = page.get_by_label("Strength", exact=True)
+    expect(strength).to_be_in_viewport()
     strength.fill("0.4")
-    page.fill("#count", "1")
     run(page)
     assert (facts(page)["Seed"], facts(page)["Strength"]) == (seed, "0.4")
     assert f"-F seed={seed}" in page.inner_text("#code")
@@ -214,8 +219,56 @@ def test_a_mask_is_a_file_of_the_form(address: str, visit: Visit) -> None:
     mask = {"name": "mask.png", "mimeType": "image/png", "buffer": png()}
     page.get_by_label("Mask", exact=True).set_input_files([mask])
     run(page)
-    notes = json.loads(picture(page).info["imagen"])["notes"]
-    assert "masked" in {one["code"] for one in notes}
+    made = picture(page).info["imagen"]
+    assert "masked" in codes(made)
+    # This browser has the mask still; a dropped file only says that there was one.
+    page.click("#again")
+    run(page)
+    assert "masked" in codes(picture(page).info["imagen"])
+    page.evaluate(GIVE, ["drop", list(png(made)), "earlier.png"])
+    expect(page.locator("#toast")).to_contain_text("not in it: Mask.")
+    run(page)
+    again = picture(page).info["imagen"]
+    assert json.loads(again)["parameters"]["seed"] == json.loads(made)["parameters"]["seed"]
+    assert "masked" not in codes(again)
+
+
+def test_a_newcomer_is_told_what_is_missing_and_finds_settings_menus_and_the_call(
+    address: str, visit: Visit
+) -> None:
+    page = visit(address, viewport={"width": 1280, "height": 800})
+    toast = page.locator("#toast")
+    page.click("#run")
+    expect(toast).to_have_text("Choose a picture first.")
+    page.click("#samples li:nth-child(2) button")
+    expect(toast).not_to_be_visible()
+    # A picture of one's own takes the place of the sample, and stands beside another one.
+    page.evaluate(GIVE, ["paste", list(png()), "own.png"])
+    expect(page.get_by_role("button", name="Show own.png")).to_be_visible()
+    page.evaluate(GIVE, ["paste", list(png()), "second.png"])
+    expect(page.locator("#tray li")).to_have_count(2)
+    page.locator("#tray .delete").last.click()
+    choose(page, "Comic")
+    tops = [
+        page.get_by_text(words, exact=True).bounding_box()["y"] for words in ("Strength", "Cut")
+    ]
+    assert tops == sorted(tops), "what people change most comes first"
+    assert "unless Long prompt says" in page.inner_text("#settings")
+    steps = page.get_by_label("Steps", exact=True)
+    steps.fill("6")
+    page.get_by_label("Also run Background").check()
+    expect(steps, "what was changed stays open").to_be_visible()
+    assert page.get_by_label("Background", exact=True).get_attribute("placeholder") == "None"
+    choose(page, "Background")
+    run(page)
+    for size in ((1280, 800), (390, 844)):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.click(".menu summary:has-text('Send on to')")
+        for entry in page.locator("#send-on button").all():
+            expect(entry).to_be_in_viewport(ratio=1)
+        page.keyboard.press("Escape")
+    page.click("#acts :text('Code')")
+    expect(page.locator("#copy")).to_be_in_viewport()
 
 
 def test_a_size_that_goes_by_another_is_empty_and_can_be_emptied(
