@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deployments.catalogue import Registry
     from deployments.registry import ModelSpec
     from serve_app.intake import State
+    from serve_app.jobs.service import Jobs
 
 router = APIRouter(tags=["service"])
 
@@ -60,6 +61,9 @@ class Readiness(BaseModel):
     )
     replicas: dict[str, list[Any]] = Field(description="what each running replica serves, likewise")
     pulling_percent: dict[str, float] = Field(description="progress of models being fetched")
+    jobs_waiting: dict[str, int] = Field(
+        description="jobs in the queue, by task; empty without jobs, or while Redis is away"
+    )
 
 
 async def backends_of(request: Request) -> Backends:
@@ -113,7 +117,15 @@ async def readyz(request: Request, response: Response, backends: AnyBackends) ->
         models={label[name]: state for name, state in models.items()},
         replicas={label[name]: replicas for name, replicas in details.replicas.items()},
         pulling_percent={name: round(percent, 1) for name, percent in details.pulling.items()},
+        jobs_waiting=_jobs_waiting(request.app.state.jobs, registry),
     )
+
+
+def _jobs_waiting(jobs: Jobs | None, registry: Registry) -> dict[str, int]:
+    """As they were when the metrics were told, so that a Redis that hangs delays no probe."""
+    seen = (jobs and jobs.queue.seen) or {}
+    served = {spec.task for spec in registry.models}
+    return {str(task): waiting for task, (waiting, _, _) in seen.items() if task in served}
 
 
 def _state(states: Mapping[str, State], name: str) -> State:

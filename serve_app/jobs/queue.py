@@ -94,6 +94,9 @@ class JobQueue:
         keep_s: how long a job is kept after its end.
         lease_s: how long a claim holds without a heartbeat.
         max_kept: ended jobs of an owner.
+
+    Attributes:
+        seen: the `depth` when the metrics were told last; None if Redis was away.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class JobQueue:
         self._keep_s = keep_s
         self._lease_s = lease_s
         self._max_kept = max_kept
+        self.seen: dict[Task, tuple[int, int, float]] | None = None
 
     # --- for clients ---
 

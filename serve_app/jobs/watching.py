@@ -25,8 +25,10 @@ async def watch(queue: JobQueue, metrics: JobMetrics, every_s: float = EVERY_S) 
     """
     while True:
         try:
-            metrics.set_queue(await queue.depth())
+            queue.seen = await queue.depth()
+            metrics.set_queue(queue.seen)
             metrics.set_backlog(*await queue.backlog())
         except JobsUnavailable:
+            queue.seen = None
             metrics.set_away()
         await asyncio.sleep(every_s)

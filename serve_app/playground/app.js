@@ -118,6 +118,8 @@ function begin(made) {
   announce(made.length > 1 ? `${made.length} runs have begun.` : "The run has begun.");
   for (const item of made) start(item);
   show();
+  clearTimeout(looking);
+  looking = setTimeout(watchService, 1_000);
   if (matchMedia("(max-width: 800px)").matches) $("hero").scrollIntoView();
 }
 
@@ -315,24 +317,31 @@ const stopIfRunning = (item) => (isRunning(item) ? stop(item) : undefined);
 let service = null;
 
 function showStatus() {
-  const own = items.filter(isRunning);
-  const queued = own.filter((item) => item.state === "queued").length;
-  const mine = own.length ? `, ${own.length - queued} of yours running${queued ? `, ${queued} queued` : ""}` : "";
   const known = Object.entries(service?.models ?? {});
   const ready = known.filter(([, state]) => state === "ready" || state === "idle").length;
   const percents = Object.entries(service?.pulling_percent ?? {});
   const loading = percents.length ? `, loading ${Math.round(Math.min(...percents.map(([, one]) => one)))} %` : "";
   const all = ready === known.length ? `${ready} models ready` : `${ready} of ${known.length} models ready`;
-  $("status-text").textContent = service ? all + loading + mine : "No connection to the service";
+  $("status-text").textContent = service ? all + loading + busy() : "No connection to the service";
   $("status").className = `status ${!service ? "lost" : ready === known.length ? "ready" : "waiting"}`;
   const row = (name, text) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: text }));
   const list = known.map(([task, state]) => {
     const replicas = service.replicas?.[task]?.length ?? 0;
-    return row(tasks.find((one) => one.id === task)?.title ?? task, `${state}, ${replicas} ${replicas === 1 ? "replica" : "replicas"}`);
+    const count = `${replicas} ${replicas === 1 ? "replica" : "replicas"}`;
+    return row(tasks.find((one) => one.id === task)?.title ?? task, `${state}, ${count}${busy(task)}`);
   });
   fill($("status-list"), [service], () => [el("dl", {}, list, percents.map(([name, one]) => row(`Loading ${name}`, `${one} %`)))]);
 }
 
+/** What a model, or all of them, has at work, and what waits for it; by everybody. */
+function busy(task) {
+  const of = (all) => (task ? [all?.[task] ?? []] : Object.values(all ?? {})).flat();
+  const working = of(service.replicas).reduce((sum, replica) => sum + (replica.requests ?? 0), 0);
+  const waiting = of(service.jobs_waiting).reduce((sum, one) => sum + one, 0);
+  return (working ? `, ${working} at work` : "") + (waiting ? `, ${waiting} waiting` : "");
+}
+
+let looking;
 async function watchService() {
   service = await readiness();
   states = Object.fromEntries(Object.entries(service?.models ?? {}).map(([task, text]) =>
@@ -340,8 +349,9 @@ async function watchService() {
   if (service && !tasks.length) await loadTasks();
   showForm();
   showStatus();
-  const isWell = service?.status === "ready" && tasks.length;
-  setTimeout(watchService, document.hidden ? 60_000 : isWell ? 10_000 : 2_000);
+  const isQuiet = service?.status === "ready" && tasks.length && !items.some(isRunning);
+  clearTimeout(looking);
+  looking = setTimeout(watchService, document.hidden ? 60_000 : isQuiet ? 10_000 : 2_000);
 }
 
 async function loadTasks() {

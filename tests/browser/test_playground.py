@@ -318,6 +318,7 @@ def test_a_job_is_shown_step_by_step_survives_a_killed_server_and_a_slow_link_an
     )
     page.get_by_label("Steps", exact=True).fill("150")
     page.click("#run")
+    expect(page.locator("#status-text")).to_contain_text("1 at work")
     page.click("#cancel")
     page.wait_for_selector("#progress", state="hidden")
     assert page.locator("#history li").count() == 1

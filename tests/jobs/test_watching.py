@@ -90,6 +90,7 @@ async def test_the_queue_is_told_again_and_again_even_if_redis_goes(
     async with running(watch(queue, told, 0.05)):
         await until(lambda: bool(told.depth) and told.depth[Task.AGED][:2] == (0, 1))
         assert told.depth[Task.COMIC][:2] == (1, 0)
+        assert queue.seen == told.depth
         assert told.depth[Task.COMIC][2] > 0
         assert told.backlog == (0, 0, 0)
         await queue.finish(aged, "failed", {}, "{}", claim=job.claim, dead=True)
@@ -97,6 +98,7 @@ async def test_the_queue_is_told_again_and_again_even_if_redis_goes(
         await until(lambda: told.backlog[2] > 0)
         server.kill()
         await until(lambda: told.is_up is False)
+        assert queue.seen is None
         server.start()
         await until(lambda: told.is_up is True)
 

@@ -11,6 +11,7 @@ import re
 import struct
 import zlib
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +27,7 @@ from deployments.settings import ClientSettings
 from deployments.tasks import Task
 from serve_app.api import create_app
 from serve_app.intake import Call, Details, Intake
+from serve_app.jobs.queue import JobQueue
 from serve_app.protocols import native, openai
 from tests.unit.fakes import (
     OPEN_TO_ALL,
@@ -836,6 +838,19 @@ async def test_readiness_tells_what_is_served_and_what_is_pulled() -> None:
     assert response.status_code == 200, "the former model goes on serving"
     assert response.json()["replicas"] == {"comic": [served]}
     assert response.json()["pulling_percent"] == {"comic-starter": 43.2}
+
+
+async def test_readiness_tells_how_many_jobs_wait_and_asks_no_redis_for_it() -> None:
+    def nobody() -> Any:
+        raise AssertionError("a probe would wait for Redis")
+
+    queue = JobQueue(nobody, "test", keep_s=1, lease_s=1)
+    app = app_of()
+    assert (await send(app, "GET", "/readyz")).json()["jobs_waiting"] == {}
+    app.state.jobs = SimpleNamespace(queue=queue)
+    assert (await send(app, "GET", "/readyz")).json()["jobs_waiting"] == {}
+    queue.seen = {Task.COMIC: (3, 1, 2.5), Task.GENERATE: (0, 0, 0.0)}
+    assert (await send(app, "GET", "/readyz")).json()["jobs_waiting"] == {"comic": 3}
 
 
 # Below a prefix, as Serve hands it over: in the path, and as root_path
