@@ -20,6 +20,7 @@ from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
 from deployments.settings import KeyLimits
 from deployments.tasks import Task
 from serve_app.access.editing import create_key, revoke_key
+from serve_app.jobs import worker
 from tests.jobs.application import PATIENCE_S, Application, application, picture
 from tests.jobs.redis_server import RedisServer
 from tests.unit.fakes import REGISTRY
@@ -651,8 +652,9 @@ async def test_a_job_runs_on_the_model_that_its_request_named(
 
 
 async def test_a_job_whose_model_is_not_served_any_more_fails_and_says_so(
-    server: RedisServer, tmp_path: Path
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "_LEAVE_S", 0.0)
     second = REGISTRY[Task.COMIC].model_copy(update={"name": "comic-second"})
     two = Registry([*REGISTRY.models, second], {"comic-second": Task.COMIC})
     async with application(
