@@ -151,7 +151,7 @@ _WEBHOOKS = (
     *(b"https://169.254.169.254/", b"https://localhost", b"https://a\0b", b"https://a b", b"://"),
     *(b"file:///etc/passwd", b"javascript:1", b"https://example.com/" + b"a" * 2500, b"https://."),
 )
-_PLAUSIBLE: dict[bytes, tuple[bytes, ...]] = {
+PLAUSIBLE: dict[bytes, tuple[bytes, ...]] = {
     b"steps": (b"1", b"2", b"3", b"150"),
     b"seed": (b"7", b"-1", b"9223372036854775807"),
     b"strength": (b"0.5", b"1", b"0.001"),
@@ -160,6 +160,7 @@ _PLAUSIBLE: dict[bytes, tuple[bytes, ...]] = {
     b"prompt": (b"a cat", "é💥".encode(), b"slow", b"slow"),
     b"negative_prompt": (b"blue",),
     b"output_format": (b"png", b"webp", b"jpeg", b"jpg", b"gif"),
+    b"output_compression": (b"0", b"50", b"100", b"101", b"high"),
     b"output_size": (b"input", b"working"),
     b"output": (b"rgba", b"mask", b"color"),
     b"color": (b"#2060a0", b"red", b"#fa0", b"reddish"),
@@ -315,12 +316,12 @@ def _form(draw: st.DrawFn, task: Task) -> tuple[bytes, bytes]:
     """A Content-Type and a body."""
     parts: list[bytes] = []
     read = [*task.request.model_fields, *JobOptions.model_fields]
-    names = sorted(_PLAUSIBLE) if _rarely(draw, 20) else [name.encode() for name in read]
+    names = sorted(PLAUSIBLE) if _rarely(draw, 20) else [name.encode() for name in read]
     if not _rarely(draw, 15):
         file = draw(pictures()) if _rarely(draw, 3) else draw(st.sampled_from(WHOLE))
         parts.append(draw(_part(b"image", file)))
     for name in draw(st.lists(st.sampled_from(names), max_size=4, unique=not _rarely(draw, 20))):
-        value = draw(_mostly(_PLAUSIBLE[name]))
+        value = draw(_mostly(PLAUSIBLE[name]))
         parts.append(draw(_part(draw(_odd()) if _rarely(draw, 40) else name, value)))
     if _rarely(draw, 40):
         parts += [parts[-1]] * draw(st.sampled_from((1, 45))) if parts else []

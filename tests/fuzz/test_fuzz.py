@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deployments.tasks import Task
+from serve_app.jobs.options import JobOptions
+from tests.fuzz.attacks import PLAUSIBLE
 from tests.fuzz.hunt import HANG_S, Hunt
 from tests.fuzz.target import target
 
@@ -91,6 +94,11 @@ def schemathesis(served: Target, folder: Path) -> subprocess.CompletedProcess[st
         text=True,
         check=False,
     )
+
+
+def test_the_attacks_know_every_field() -> None:
+    fields = {name for task in Task for name in task.request.model_fields}
+    assert {name.encode() for name in fields | JobOptions.model_fields.keys()} <= PLAUSIBLE.keys()
 
 
 def test_no_hostile_request_makes_the_service_fail(served: Target) -> None:
