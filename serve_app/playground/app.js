@@ -14,6 +14,7 @@ let tasks = [];
 let states = {}; // of models, by task
 let chosen = new Set(); // ids of tasks
 const values = {}; // changed fields, by task
+const forms = {}; // settings, by task
 let sources = []; // { blob, name }
 let picked = 0; // which source is shown
 let items = []; // newest first
@@ -62,7 +63,7 @@ function restoreValues(task, parameters, fields = task.fields) {
     const value = parameters[field.name];
     if (value instanceof Blob) into[field.name] = value;
     else if (value === undefined || value === null || String(value) === field.value) continue;
-    else if (field.isFile) lost.push(words(field.name));
+    else if (field.isOnlyFile || value === field.fileWord) lost.push(words(field.name));
     else into[field.name] = String(value);
   }
   return lost;
@@ -248,16 +249,13 @@ function showForm() {
   if (count) $("count").max = count.max;
 }
 
-/** The settings, made anew only where other tasks are chosen, or a value came from elsewhere. */
 function showSettings() {
-  const wanted = chosenTasks();
-  const signature = JSON.stringify(wanted.map((task) => [task.id, valuesOf(task)]));
-  if ($("settings").dataset.shown === signature) return;
-  const remember = () => {
-    $("settings").dataset.shown = JSON.stringify(chosenTasks().map((task) => [task.id, valuesOf(task)]));
-  };
-  $("settings").replaceChildren(...wanted.map((task, place) => settings(task, valuesOf(task), place === 0 || Object.keys(valuesOf(task)).length > 0, remember)));
-  remember();
+  const wanted = chosenTasks().map((task) => (forms[task.id] ??= settings(task, valuesOf(task))));
+  for (const form of wanted) form.refresh();
+  fill($("settings"), [...chosen], () => wanted.map(({ node }, place) => {
+    node.open = place === 0 || !node.querySelector(".settings-body > .quiet").hidden;
+    return node;
+  }));
 }
 
 function showStage() {
@@ -344,8 +342,7 @@ function busy(task) {
 let looking;
 async function watchService() {
   service = await readiness();
-  states = Object.fromEntries(Object.entries(service?.models ?? {}).map(([task, text]) =>
-    [task, { text, kind: text === "failed" ? "bad" : "wait" }]));
+  states = service?.models ?? {};
   if (service && !tasks.length) await loadTasks();
   showForm();
   showStatus();

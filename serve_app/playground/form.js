@@ -3,144 +3,119 @@
 import { el, words } from "./dom.js";
 import { applies } from "./tasks.js";
 
-const GROUPS = { task: "", file: "The file", job: "The job" };
-const SHOWN_BESIDE_RUN = new Set(["count", "preview"]);
+const GROUPS = { file: "The file", job: "The job" };
+const BESIDE_RUN = ["count", "preview"]; // roles of fields that have their place elsewhere
 
 /**
- * A task's settings as a fieldset.
+ * A task's settings: { node, refresh }; `refresh` shows what `values` has.
  *
- * `values` has what differs from the defaults, by name; it is changed in place. `open` says whether
- * the fieldset starts unfolded.
+ * `values` has what differs from the defaults, by name; it is changed in place.
  */
-export function settings(task, values, open, onChange) {
-  const updates = [];
+export function settings(task, values) {
+  const refresh = () => {
+    for (const { field, node, show } of controls) {
+      node.hidden = !applies(task, field, values);
+      show(values[field.name] ?? field.value);
+    }
+    reset.hidden = Object.keys(values).length === 0;
+  };
   const set = (field, value) => {
     if (value === field.value || value === undefined) delete values[field.name];
     else values[field.name] = value;
     refresh();
-    onChange();
-  };
-  const refresh = () => {
-    for (const update of updates) update();
-    reset.hidden = Object.keys(values).length === 0;
   };
   const reset = el("button", {
     type: "button", className: "quiet", textContent: "Reset", ariaLabel: `Reset ${task.title}`,
-    onclick: () => {
-      for (const name of Object.keys(values)) delete values[name];
-      refresh();
-      onChange();
-    },
+    onclick: () => { for (const field of task.fields) set(field); },
   });
-  const make = (field) => {
-    const [node, show] = control(task, field, (value) => set(field, value));
-    updates.push(() => {
-      node.hidden = !applies(task, field, values);
-      show(values[field.name] ?? field.value);
-    });
-    return node;
-  };
-  const hasChoice = (field) => field.options?.length !== 1;
-  const shown = task.fields.filter((field) => !SHOWN_BESIDE_RUN.has(field.role) && hasChoice(field));
-  const groups = Object.groupBy(shown, (field) => field.group);
-  const others = Object.keys(groups).filter((group) => group !== "task");
-  const body = [
-    ...(groups.task ?? []).map(make),
-    ...others.map((group) =>
-      el("details", { className: "group" },
-        el("summary", { textContent: GROUPS[group] || words(group) }),
-        groups[group].map(make))),
-  ];
-  const heading = el("summary", {}, el("span", { textContent: `${task.title} settings` }));
-  const node = el("details", { className: "settings", open },
-    heading, el("div", { className: "settings-body" }, reset, body));
+  const hasChoice = (field) => field.isFile || field.options?.length !== 1;
+  const shown = task.fields.filter((field) => !BESIDE_RUN.includes(field.role) && hasChoice(field));
+  const controls = shown.map((field) => control(task, field, (value) => set(field, value)));
+  const { task: own = [], ...others } = Object.groupBy(controls, ({ field }) => field.group);
+  const groups = Object.entries(others).map(([group, inside]) => el("details", { className: "group" },
+    el("summary", { textContent: GROUPS[group] ?? words(group) }), inside.map(({ node }) => node)));
+  const node = el("details", { className: "settings" },
+    el("summary", { textContent: `${task.title} settings` }),
+    el("div", { className: "settings-body" }, reset, own.map((one) => one.node), groups));
   refresh();
-  return node;
+  return { node, refresh };
 }
 
-/** A labelled control, and a function that shows a value in it. */
+/** A labelled control for a field, and a function that shows a value in it. */
 function control(task, field, set) {
+  const title = words(field.name);
   const id = `field-${task.id}-${field.name}`;
-  const describedBy = `${id}-help`;
-  const common = { id, "aria-describedby": describedBy };
-  const help = el("small", { id: describedBy, textContent: field.help });
-  const label = el("label", { htmlFor: id, textContent: words(field.name) });
-  const wrap = (kind, ...parts) => el("div", { className: `field ${kind}` }, ...parts);
-  if (field.isFile) return fileControl(field, common, label, help, wrap, set);
-  if (field.options) return choiceControl(field, id, help, set);
-  if (field.type === "boolean") {
-    const box = el("input", { ...common, type: "checkbox", onchange: () => set(String(box.checked)) });
-    return [wrap("switch", box, label, help), (value) => (box.checked = value === "true")];
-  }
-  if (field.isNumber) return numberControl(field, common, label, help, wrap, set);
-  if (field.isColor) {
-    const swatch = el("input", {
-      type: "color", ariaLabel: `${words(field.name)}, picker`, oninput: () => set(swatch.value),
-    });
-    const text = el("input", { ...common, type: "text", placeholder: "None", oninput: () => set(text.value) });
-    const show = (value) => {
-      if (document.activeElement !== text) text.value = value;
-      if (/^#[0-9a-f]{6}$/i.test(value)) swatch.value = value;
-    };
-    return [wrap("color", label, swatch, text, help), show];
-  }
-  const input = el(field.isLong ? "textarea" : "input", {
-    ...common, maxLength: field.longest, rows: 2, oninput: () => set(input.value),
-  });
-  return [wrap("text", label, input, help), (value) => (input.value === value || (input.value = value))];
+  const help = el("small", { id: `${id}-help`, textContent: field.help });
+  const props = { id, "aria-describedby": help.id };
+  const make = field.options ? choice : field.type === "boolean" ? flag : field.isOnlyFile ? null : written;
+  const { kind = "text", parts = [], show } = make?.(field, props, set, title) ?? {};
+  const file = field.isFile && el("input", { ...(make ? { ariaLabel: `${title}, file` } : props),
+    type: "file", accept: "image/*", onchange: () => set(file.files[0]) });
+  const [box, name] = field.options ? ["fieldset", "legend"] : ["div", "label"];
+  const label = el(name, { htmlFor: id, textContent: title });
+  if (kind === "choice" && Object.keys(field.choices).length && !file) help.classList.add("sr-only");
+  const node = el(box, { className: `field ${kind}` }, label, parts, file || null, help);
+  return { field, node, show: (value) => {
+    show?.(value instanceof Blob ? null : value);
+    if (file) file.files = listOf(value);
+  } };
 }
 
-function numberControl(field, common, label, help, wrap, set) {
+/** A file as a file control holds it; none for a text. */
+function listOf(value) {
+  const data = new DataTransfer();
+  if (value instanceof File) data.items.add(value);
+  return data.files;
+}
+
+function flag(field, props, set) {
+  const box = el("input", { ...props, type: "checkbox", onchange: () => set(String(box.checked)) });
+  return { kind: "switch", parts: [box], show: (value) => (box.checked = value === "true") };
+}
+
+/** A text or a number, with a slider or a colour picker beside it. */
+function written(field, props, set, title) {
   const { min, max, step } = field;
   // A default such as 0 may stand for something else, as "by height": no number is shown for it.
   const meaning = field.choices[field.value];
-  const text = (value) => (meaning && value === field.value ? "" : value);
+  const unset = { seed: "Random" }[field.role] ?? (field.isColor ? "None" : field.hasSlider ? "Unset" : "");
+  const placeholder = meaning ? words(meaning) : (field.isNumber && field.value) || unset;
   // A seed may be larger than a JavaScript number is exact, so that it stays text.
-  const kind = field.hasSlider ? { type: "number", min, max, step: "any" } : { inputMode: "numeric" };
-  const input = el("input", { ...common, ...kind,
+  const bounds = field.hasSlider ? { type: "number", min, max, step: "any" }
+    : field.isNumber ? { inputMode: "numeric" } : { maxLength: field.longest, rows: 2 };
+  const input = el(field.isLong ? "textarea" : "input", { ...props, ...bounds, placeholder,
     oninput: () => set(input.value === "" && meaning ? field.value : input.value) });
-  input.placeholder = meaning ? words(meaning) : field.value || (field.role ? "random" : "");
-  if (!field.hasSlider) {
-    return [wrap("text", label, input, help),
-      (value) => (input.value === text(value) || (input.value = text(value)))];
-  }
-  const slider = el("input", {
-    type: "range", min, max, step, ariaLabel: `${words(field.name)}, slider`,
-    oninput: () => set(slider.value),
-  });
+  const slider = field.hasSlider && el("input", { type: "range", min, max, step,
+    ariaLabel: `${title}, slider`, oninput: () => set(slider.value) });
+  const swatch = field.isColor && el("input", { type: "color", ariaLabel: `${title}, picker`,
+    oninput: () => set(swatch.value) });
   const show = (value) => {
-    if (document.activeElement !== input) input.value = text(value);
-    slider.value = value;
-    slider.style.setProperty("--filled", `${((slider.value - min) / (max - min)) * 100}%`);
+    const text = value === null || (meaning && value === field.value) ? "" : value;
+    if (input.value !== text) input.value = text;
+    if (swatch && /^#[0-9a-f]{6}$/i.test(text)) swatch.value = text;
+    if (!slider) return;
+    slider.value = text;
+    slider.ariaValueText = text || placeholder;
+    const part = text === "" ? 0 : (slider.value - min) / (max - min);
+    slider.style.setProperty("--filled", `${100 * part}%`);
   };
-  return [wrap("number", label, input, slider, help), show];
+  const kind = slider ? "number" : swatch ? "color" : "text";
+  return { kind, parts: [swatch || null, input, slider || null], show };
 }
 
-function choiceControl(field, id, help, set) {
-  const explained = Object.keys(field.choices).length > 0;
-  const any = field.value === "" ? [""] : [];
-  const radios = [...any, ...field.options].map((option) => {
-    const radio = el("input", {
-      type: "radio", name: id, value: option, onchange: () => radio.checked && set(option),
-    });
-    const meaning = field.choices[option];
-    return el("label", {}, radio, el("span", {}, el("b", { textContent: option ? words(option) : "Any" }),
+function choice(field, { id }, set) {
+  const none = field.value === "" ? [""] : [];
+  const radios = [...none, ...field.options].map((value) =>
+    el("input", { type: "radio", name: id, value, onchange: () => set(value) }));
+  const labels = radios.map((radio) => {
+    const title = radio.value ? words(radio.value) : field.isFile ? "None" : "Any";
+    const meaning = field.choices[radio.value];
+    return el("label", {}, radio, el("span", {}, el("b", { textContent: title }),
       meaning ? el("small", { textContent: words(meaning) }) : null));
   });
-  if (explained) help.classList.add("sr-only");
-  const legend = el("legend", { textContent: words(field.name) });
-  const list = el("div", { className: explained ? "choices" : "segments" }, radios);
-  const node = el("fieldset", { className: "field choice" }, legend, list, help);
-  const show = (value) => {
-    for (const radio of node.querySelectorAll("input")) radio.checked = radio.value === value;
-  };
-  return [node, show];
-}
-
-function fileControl(field, common, label, help, wrap, set) {
-  const input = el("input", { ...common, type: "file", accept: "image/*",
-    onchange: () => set(input.files[0]) });
-  return [wrap("text", label, input, help), (value) => value || (input.value = "")];
+  const list = el("div", { className: Object.keys(field.choices).length ? "choices" : "segments" }, labels);
+  const show = (value) => radios.forEach((radio) => (radio.checked = radio.value === value));
+  return { kind: "choice", parts: [list], show };
 }
 
 /** The list of tasks: a click chooses one, its box adds it to the others. */
@@ -150,18 +125,16 @@ export function taskList(tasks, chosen, states, onChange) {
     const state = states[task.id];
     const choose = el("button", {
       type: "button", className: "task-name", ariaPressed: String(isChosen),
-      onclick: () => onChange(new Set([task.id]), task.id),
+      onclick: () => onChange(new Set([task.id])),
     }, el("b", { textContent: task.title }), el("small", { textContent: task.summary, title: task.summary }),
-    state && !["ready", "idle"].includes(state.text)
-      ? el("em", { className: state.kind, textContent: state.text }) : null);
+    state && !["ready", "idle"].includes(state)
+      ? el("em", { className: state === "failed" ? "bad" : "wait", textContent: state }) : null);
     const box = el("input", {
       type: "checkbox", checked: isChosen, ariaLabel: `Also run ${task.title}`,
       title: "Run it beside the others",
       onchange: () => {
-        const others = new Set(chosen);
-        if (box.checked) others.add(task.id);
-        else others.delete(task.id);
-        onChange(others.size ? others : new Set([task.id]), task.id, true);
+        const next = chosen.symmetricDifference(new Set([task.id]));
+        onChange(next.size ? next : new Set([task.id]));
       },
     });
     return el("li", { className: isChosen ? "chosen" : "" }, choose, box);

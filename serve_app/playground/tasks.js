@@ -44,11 +44,13 @@ function inOrder(fields) {
 /** A help text with fields named as their labels are. */
 const help = (text) => text.replace(/`(\w+)`|\b[a-z]+(_[a-z]+)+\b/g, (name, quoted) => words(quoted ?? name));
 
-/** A field of a form. Values are text, as a form sends them, or files. */
+/** A field of a form. Values are text, as a form sends them, or files; some fields take both. */
 function fieldOf(name, raw) {
   const { anyOf, ...shared } = raw;
-  const option = (anyOf ?? [{}]).find((one) => one.type !== "null");
-  const schema = { ...shared, ...option };
+  const isBinary = (one) => one.format === "binary";
+  const text = anyOf?.find((one) => one.type !== "null" && !isBinary(one));
+  const schema = { ...shared, ...text };
+  const isFile = [raw, ...(anyOf ?? [])].some(isBinary);
   const hint = raw[HINTS] ?? {};
   const value = hint.default ?? schema.default;
   const isWhole = schema.type === "integer";
@@ -63,7 +65,9 @@ function fieldOf(name, raw) {
     choices: hint.choices ?? {},
     help: help(schema.description ?? ""),
     type: schema.type,
-    isFile: schema.format === "binary",
+    isFile,
+    isOnlyFile: isFile && !text,
+    fileWord: hint.file,
     isColor: schema.format === "color",
     options: schema.enum,
     isLong: schema.type === "string" && schema.maxLength >= 500,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from deployments.contract import ImageRequest
+from deployments.contract import PICTURE, ImageRequest
 from serve_app.jobs.options import JobOptions
+from serve_app.protocols.multipart import MAY_BE_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +23,9 @@ def hints(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
 
     Its `group` says whom the field concerns: `task`, `file` (the result's file; every task has
     these) or `job`. Optional are `role`, `choices` (what each value of an enumeration means, or the
-    default of a number that stands for something else) and `needs` (values of other fields
-    without which it means nothing, and its `default` does not count).
+    default of a number that stands for something else), `needs` (values of other fields without
+    which it means nothing, and its `default` does not count) and `file` (the word that a result's
+    metadata have in place of a file).
 
     Args:
         name: of the field.
@@ -34,6 +36,8 @@ def hints(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
         said["role"] = role
     if needs := NEEDS.get(name):
         said |= {"needs": needs, "default": field.get("default")}
+    if name in MAY_BE_FILES:
+        said["file"] = PICTURE
     if choices := _choices(field):
         said["choices"] = choices
     return {"x-imagen": said}
@@ -47,7 +51,9 @@ def _group(name: str) -> str:
 
 def _choices(field: Mapping[str, Any]) -> dict[str, str]:
     """Each value's words in the description, which has them as `value: words.`"""
-    text, values = field.get("description", ""), map(str, field.get("enum", ()))
+    options = [field, *field.get("anyOf", ())]
+    text = field.get("description", "")
+    values = [str(value) for option in options for value in option.get("enum", ())]
     if field.get("type") in ("integer", "number"):
         values = [str(field.get("default"))]
     said = {value: re.search(rf"\b{re.escape(value)}: (.+?)\.(?: |$)", text) for value in values}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from deployments.contract import OutputFormat
+from deployments.contract import PICTURE, OutputFormat
 from deployments.tasks import Task
 from serve_app.doors import JSON, is_json
 from serve_app.intake import Call, Intake, accepted
@@ -186,8 +186,8 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
     fields = {name: field | hints(name, field) for name, field in fields.items()}
     for name in (NEEDS.keys() & fields.keys()) | (read - spec.parameters):
         fields[name].pop("default", None)
-    if mask := fields.get("mask"):
-        fields["mask"] = _BINARY | {name: mask[name] for name in ("description", "x-imagen")}
+    for name in fields.keys() & set(multipart.MAY_BE_FILES):
+        fields[name] = _text_or_file(fields[name])
     required: list[str] = []
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
@@ -206,6 +206,20 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
         "parameters": header_parameters(_REQUEST_HEADERS if with_jobs else {}),
         "requestBody": {"required": True, "content": content},
     }
+
+
+def _text_or_file(field: dict[str, Any]) -> dict[str, Any]:
+    """A field that a form sends as a text, or as a file.
+
+    Its own format is that of the file where the texts are a few words: /docs shows one control for
+    a field, and goes by that.
+    """
+    texts: list[dict[str, Any]] = [one for one in field["anyOf"] if one["type"] != "null"]
+    words = [word for one in texts for word in one.get("enum", ()) if word != PICTURE]
+    described = {name: value for name, value in field.items() if name not in ("anyOf", "default")}
+    if not words:
+        return described | {"anyOf": [*texts, _BINARY]}
+    return described | _BINARY | {"anyOf": [_BINARY, {"type": "string", "enum": words}]}
 
 
 def _model_field(models: Sequence[ModelSpec]) -> dict[str, Any]:

@@ -131,10 +131,7 @@ def test_a_cut_out_gets_a_white_background_and_is_saved_in_each_format(
     assert picture(page).mode == "RGBA"
     assert "conic-gradient" in page.evaluate("getComputedStyle(layer, '::before').backgroundImage")
     page.locator("label", has_text="plain colour, white").click()
-    assert (
-        page.get_by_label("Color", exact=True).and_(page.locator("[type=text]")).input_value()
-        == "#ffffff"
-    )
+    assert page.input_value("#field-background-color") == "#ffffff"
     run(page)
     assert facts(page)["Output"] == "color"
     for kind in ("PNG", "WEBP", "JPEG"):
@@ -217,12 +214,14 @@ def test_a_mask_is_a_file_of_the_form(address: str, visit: Visit) -> None:
     page.evaluate(GIVE, ["paste", list(png()), "pasted.png"])
     choose(page, "Comic")
     mask = {"name": "mask.png", "mimeType": "image/png", "buffer": png()}
-    page.get_by_label("Mask", exact=True).set_input_files([mask])
+    page.get_by_label("Mask, file").set_input_files([mask])
     run(page)
     made = picture(page).info["imagen"]
     assert "masked" in codes(made)
     # This browser has the mask still; a dropped file only says that there was one.
     page.click("#again")
+    chosen = page.get_by_label("Mask, file").evaluate("input => input.files[0].name")
+    assert chosen == "mask.png"
     run(page)
     assert "masked" in codes(picture(page).info["imagen"])
     page.evaluate(GIVE, ["drop", list(png(made)), "earlier.png"])
@@ -231,6 +230,24 @@ def test_a_mask_is_a_file_of_the_form(address: str, visit: Visit) -> None:
     again = picture(page).info["imagen"]
     assert json.loads(again)["parameters"]["seed"] == json.loads(made)["parameters"]["seed"]
     assert "masked" not in codes(again)
+
+
+def test_a_field_takes_a_word_or_a_file_as_the_service_does(address: str, visit: Visit) -> None:
+    page = visit(address)
+    page.evaluate(GIVE, ["paste", list(png(clear=True)), "clear.png"])
+    choose(page, "Comic")
+    page.get_by_label("Alpha").check()
+    run(page)
+    assert "masked" in codes(picture(page).info["imagen"])
+    assert "-F mask=alpha" in page.inner_text("#code")
+    choose(page, "Background")
+    below = page.get_by_label("Background, file")
+    below.set_input_files(SAMPLES / "rocket.jpg")
+    run(page)
+    assert facts(page)["Background"] == "rocket.jpg"
+    assert picture(page).mode == "RGB"
+    page.fill("#field-background-background", "navy")
+    assert below.input_value() == "", "a colour takes the place of the file"
 
 
 def test_a_newcomer_is_told_what_is_missing_and_finds_settings_menus_and_the_call(
@@ -283,6 +300,8 @@ def test_a_size_that_goes_by_another_is_empty_and_can_be_emptied(
     assert reset.is_visible()
     width.fill("")
     assert not reset.is_visible(), "no value is sent"
+    slider = page.locator("[aria-label='Output compression, slider']")
+    assert slider.get_attribute("aria-valuetext") == "Unset"
 
 
 def test_a_job_is_shown_step_by_step_survives_a_killed_server_and_a_slow_link_and_is_canceled(
@@ -435,11 +454,14 @@ def test_everybody_can_use_it(address: str, visit: Visit, scheme: str) -> None:
             assert wide <= width, f"{step} scrolls sideways"
 
 
-def png(said: str = "") -> bytes:
-    """A small picture, with what a result says of itself."""
+def png(said: str = "", *, clear: bool = False) -> bytes:
+    """A small picture, with what a result says of itself; a part of it may be clear."""
     file, chunks = io.BytesIO(), PngInfo()
     if said:
         chunks.add_text("imagen", said)
     chunks.add_text("Title", "<script>alert(1)</script>")
-    Image.effect_noise((64, 48), 60).convert("RGB").save(file, "PNG", pnginfo=chunks)
+    drawn = Image.effect_noise((64, 48), 60).convert("RGB")
+    if clear:
+        drawn.putalpha(Image.linear_gradient("L").resize(drawn.size))
+    drawn.save(file, "PNG", pnginfo=chunks)
     return file.getvalue()

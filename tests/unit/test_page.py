@@ -102,6 +102,16 @@ def test_fields_say_whom_they_concern_what_they_are_and_what_their_values_mean()
     assert background["color"]["format"] == "color"
 
 
+def test_fields_that_take_a_file_or_a_text_say_both() -> None:
+    mask, background = fields_of("comic")["mask"], fields_of("background")["background"]
+    binary = {"type": "string", "format": "binary"}
+    assert mask["anyOf"] == [binary, {"type": "string", "enum": ["alpha"]}]
+    assert binary.items() <= mask.items(), "/docs shows one control, which takes a file"
+    assert mask["x-imagen"]["choices"]["alpha"].startswith("what is transparent")
+    assert [one["format"] for one in background["anyOf"]] == ["color", "binary"]
+    assert (mask["x-imagen"]["file"], background["x-imagen"]["file"]) == ("picture", "picture")
+
+
 def test_without_jobs_the_reference_has_neither_their_fields_nor_their_headers() -> None:
     described = request_body(REGISTRY.models[:1], with_jobs=False)
     assert described["parameters"] == []
