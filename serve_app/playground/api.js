@@ -21,7 +21,13 @@ export class Problem extends Error {
 }
 
 /** The connection failed: nobody knows whether the service got the request. */
-export class Offline extends Error {}
+export class Offline extends Error {
+  said = {
+    fact: "The service cannot be reached.",
+    remedy: "Check the connection, then try again. The picture and its settings are still here.",
+  };
+  passing = true;
+}
 
 /** The answer to a call below the root, or one of the errors above. */
 export async function call(path, { headers = {}, ...options } = {}) {
@@ -54,51 +60,31 @@ export async function* events(path, last, signal) {
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await soon(reader.read());
+      const { value, done } = await Promise.race([reader.read(), silence()]);
       if (done) return;
       const blocks = (rest + value).split("\n\n");
       rest = blocks.pop();
-      for (const block of blocks) {
-        const event = parse(block);
-        if (event.data) yield { ...event, data: JSON.parse(event.data) };
+      for (const { data, ...event } of blocks.map(parse)) {
+        if (data) yield { ...event, data: JSON.parse(data) };
       }
     }
   } catch (error) {
-    if (signal.aborted) throw error;
-    throw new Offline();
+    throw signal.aborted ? error : new Offline();
   } finally {
     reader.cancel().catch(() => {});
   }
 }
 
-function parse(block) {
-  const event = {};
-  for (const line of block.split("\n")) {
-    const [, field, value] = /^(\w+): ?(.*)$/.exec(line) ?? [];
-    if (field) event[field] = value;
-  }
-  return event;
-}
+const parse = (block) => Object.fromEntries(block.split("\n").map((line) => line.split(/: ?(.*)/)));
 
 /** A connection that says nothing for long is lost, whatever the system thinks of it. */
-function soon(reading) {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new Offline()), SILENCE_MS);
-    reading.finally(() => clearTimeout(timer)).then(resolve, reject);
-  });
-}
+const silence = () => new Promise((_, reject) => setTimeout(reject, SILENCE_MS, new Offline()));
 
 /** Wait, or until somebody gives up, or the network is back. */
 export function pause(ms, signal) {
   return new Promise((resolve, reject) => {
-    const done = (end) => () => {
-      clearTimeout(timer);
-      window.removeEventListener("online", resume);
-      end();
-    };
-    const resume = done(resolve);
-    const timer = setTimeout(resume, ms);
-    window.addEventListener("online", resume);
-    signal?.addEventListener("abort", done(() => reject(signal.reason)), { once: true });
+    setTimeout(resolve, ms);
+    window.addEventListener("online", resolve, { once: true });
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
 }

@@ -1,17 +1,17 @@
 // The page: what was chosen, what runs, what is shown.
 
-import { Offline, Problem, key, root } from "./api.js";
-import { $, announce, el, hideToast, image, randomId, release, toast, urlOf, words } from "./dom.js";
+import { Offline, key, root } from "./api.js";
+import { $, announce, copy, el, hideToast, randomId, release, toast, urlOf, words } from "./dom.js";
 import { settings, taskList } from "./form.js";
-import { listen, showSamples } from "./pictures.js";
+import { listen } from "./pictures.js";
 import { cancel, carry, openapi, readiness } from "./run.js";
-import { historyEntry, isRunning, showCall, showMenus, showProblem, showProgress, showResult, tile, updateTile } from "./stage.js";
+import { fileName, historyEntry, isRunning, showMenus, showProblem, showProgress, showResult, terms, tile, titleOf, updateTile } from "./stage.js";
 import { forget, keep, load, metadataOf, surplus, thumbnail } from "./store.js";
 import { ofRole, tasksOf, toSend } from "./tasks.js";
 import { Viewer } from "./viewer.js";
 
 let tasks = [];
-let states = {}; // of models, by task
+let service = null; // what it last said of itself
 let chosen = new Set(); // ids of tasks
 const values = {}; // changed fields, by task
 const forms = {}; // settings, by task
@@ -20,7 +20,6 @@ let picked = 0; // which source is shown
 let items = []; // newest first
 let shown = []; // ids of the run that is shown
 let focus = null; // id of the item that is shown alone
-let language = "curl";
 const controllers = new Map(); // of what runs, by item
 const viewer = new Viewer();
 
@@ -40,17 +39,29 @@ async function addFiles(files, isSample = false) {
     const lost = restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
     const but = lost.length ? ` It had a file as well, which is not in it: ${lost.join(", ")}.` : "";
     toast(`The settings of ${only.name} are back in the form.${but}`);
-  } else hideToast();
+  } else {
+    hideToast();
+  }
   if (!known || !sources.length) {
     // Whoever brings a picture of their own has done with the sample.
     const kept = sources.filter((source) => !source.isSample);
     sources = [...kept, ...files.map((blob) => ({ blob, name: blob.name, isSample }))];
   }
-  picked = sources.length - 1;
-  shown = [];
-  focus = null;
-  show();
+  pick(sources.length - 1);
   if (!known) $("run").focus({ preventScroll: true });
+}
+
+/** Show a source alone. */
+function pick(place) {
+  [picked, shown, focus] = [place, [], null];
+  show();
+}
+
+/** Show a result, or another item, alone. */
+function openItem(item) {
+  if (!shown.includes(item.id)) shown = [item.id];
+  focus = item.id;
+  show();
 }
 
 /** Put settings into the form; returns the files that they only name. Fields other than these keep their values. */
@@ -76,7 +87,7 @@ function again(item) {
   if (item.source) sources = [{ blob: item.source, name: item.name }];
   picked = 0;
   $("count").value = 1;
-  showForm();
+  show();
   const first = $("settings").querySelector("input[type=range], textarea, input, summary");
   first?.focus();
   $("settings").scrollIntoView({ block: "nearest" });
@@ -84,16 +95,15 @@ function again(item) {
 }
 
 function sendOn(item, task) {
-  const name = `${item.name?.replace(/\.\w+$/, "") || "picture"}-${item.task}.${item.result.type.split("/")[1]}`;
-  sources = [{ blob: item.result, name }];
-  [picked, shown, focus, chosen] = [0, [], null, new Set([task.id])];
-  show();
+  sources = [{ blob: item.result, name: fileName(item) }];
+  chosen = new Set([task.id]);
+  pick(0);
   $("run").focus({ preventScroll: true });
   toast(`The result is the picture now. Press Run for ${task.title}.`);
 }
 
 function submit(event) {
-  event?.preventDefault();
+  event.preventDefault();
   const wanted = chosenTasks();
   if (!wanted.length) return toast("The service has not said yet what it can do.");
   if (!sources.length && wanted.some((task) => task.picture)) {
@@ -145,7 +155,8 @@ async function start(item) {
   await Promise.all(items.filter((one) => one.result && !one.thumb).map(async (one) => {
     one.thumb = await thumbnail(one.result);
   }));
-  for (const one of items.filter((one) => one.id === item.id || (item.job && one.job === item.job))) await keep(one);
+  const made = items.filter((one) => one.id === item.id || (item.job && one.job === item.job));
+  for (const one of made) await keep(one);
   for (const one of surplus(items)) await remove(one.id);
   show();
 }
@@ -153,7 +164,7 @@ async function start(item) {
 /** An item for each picture, with the seed that made it. */
 function finish(item, pictures) {
   const seed = ofRole(taskOf(item), "seed");
-  const whole = Object.fromEntries(Object.entries(item.timings ?? {}).filter(([stage]) => stage !== "total"));
+  const { total, ...whole } = item.timings ?? {};
   const made = pictures.map(({ blob, info }, k) => {
     const fields = seed && info.seed ? { ...item.fields, [seed.name]: info.seed } : item.fields;
     const timings = Object.keys(whole).length ? whole : info.timings;
@@ -172,11 +183,7 @@ function fail(item, error) {
     Object.assign(item, { state: "canceled" });
     return remove(item.id);
   }
-  let said = { fact: "Something went wrong on this page.", value: String(error.message), remedy: "Reload it." };
-  if (error instanceof Problem) said = error.said;
-  if (error instanceof Offline) {
-    said = { fact: "The service cannot be reached.", remedy: "Check the connection, then try again. The picture and its settings are still here." };
-  }
+  const said = error.said ?? { fact: "Something went wrong on this page.", value: error.message, remedy: "Reload it." };
   const job = said.status === 401 ? item.job : "";
   Object.assign(item, { state: "failed", problem: said, waiting: "", job });
   if (said.status === 401) askKey(said);
@@ -236,26 +243,23 @@ function show() {
 
 function showForm() {
   fill($("tray"), [sources.map(({ blob }) => urlOf(blob)), picked], () => sources.map(({ blob, name }, place) => el("li", {},
-    el("button", { type: "button", ariaPressed: String(place === picked), title: name, ariaLabel: `Show ${name}`,
-      onclick: () => { [picked, shown, focus] = [place, [], null]; show(); } }, image(urlOf(blob))),
-    el("button", { type: "button", className: "delete", textContent: "×", ariaLabel: `Leave out ${name}`,
+    el("button", { ariaPressed: String(place === picked), title: name, ariaLabel: `Show ${name}`,
+      onclick: () => pick(place) }, el("img", { src: urlOf(blob), alt: "" })),
+    el("button", { className: "delete", textContent: "×", ariaLabel: `Leave out ${name}`,
       onclick: () => { sources.splice(place, 1); picked = 0; show(); } }))));
   $("choose").classList.toggle("primary", !sources.length);
+  const states = service?.models ?? {};
   fill($("tasks"), [[...chosen], states, tasks.length], () =>
     taskList(tasks, chosen, states, (next) => { chosen = next; show(); }));
-  showSettings();
-  const count = chosenTasks().map((task) => ofRole(task, "count")).find(Boolean);
-  $("count-label").hidden = !count;
-  if (count) $("count").max = count.max;
-}
-
-function showSettings() {
   const wanted = chosenTasks().map((task) => (forms[task.id] ??= settings(task, valuesOf(task))));
   for (const form of wanted) form.refresh();
   fill($("settings"), [...chosen], () => wanted.map(({ node }, place) => {
     node.open = place === 0 || !node.querySelector(".settings-body > .quiet").hidden;
     return node;
   }));
+  const count = chosenTasks().map((task) => ofRole(task, "count")).find(Boolean);
+  $("count-label").hidden = !count;
+  if (count) $("count").max = count.max;
 }
 
 function showStage() {
@@ -270,16 +274,16 @@ function showStage() {
   $("grid").hidden = !isGrid;
   const tiles = isGrid ? group : [];
   fill($("grid"), tiles.map((one) => [one.id, one.state]), () =>
-    tiles.map((one) => tile(one, taskOf(one), () => { focus = one.id; show(); })));
+    tiles.map((one) => tile(one, taskOf(one), () => openItem(one))));
   tiles.forEach((one, place) => updateTile($("grid").children[place], one));
   if (!isGrid) showPicture(item, source);
-  showProgress(item || null);
+  showProgress(item);
   showProblem(item, item ? [
-    el("button", { type: "button", className: "primary", textContent: "Try again", onclick: () => tryAgain(item) }),
-    el("button", { type: "button", className: "button", textContent: "Change the settings", onclick: () => again(item) }),
+    el("button", { className: "primary", textContent: "Try again", onclick: () => tryAgain(item) }),
+    el("button", { className: "button", textContent: "Change the settings", onclick: () => again(item) }),
   ] : []);
   const isDone = item?.state === "completed";
-  $("tools").hidden = isGrid || Boolean($("viewer").hidden);
+  $("tools").hidden = $("viewer").hidden;
   $("acts").hidden = !isDone;
   $("all").hidden = !item || group.length < 2;
   $("all").textContent = `‹ All ${group.length}`;
@@ -288,7 +292,7 @@ function showStage() {
   $("result").dataset.shown = item.id;
   const task = taskOf(item);
   $("again").textContent = item.info.seed ? "Again with this seed" : "Again with these settings";
-  showResult(item, task, language);
+  showResult(item, task);
   showMenus(item, task, tasks, (next) => sendOn(item, next));
 }
 
@@ -296,39 +300,43 @@ function showPicture(item, source) {
   const from = item ? item.source : source?.blob;
   const before = from ? urlOf(from) : "";
   const after = item?.result ? urlOf(item.result) : (item && isRunning(item) && item.preview) || "";
-  const alt = item?.result ? `${taskOf(item)?.title ?? item.task} of ${item.name || "no picture"}` : (item ?? source)?.name ?? "";
+  const name = (item ?? source)?.name || "no picture";
+  const alt = item?.result ? `${titleOf(item, taskOf(item))} of ${name}` : name;
   viewer.show(before, after, alt, !item?.result);
 }
 
 function showHistory() {
-  fill($("history"), items.map((item) => [item.id, item.state, !item.thumb, item.id === focus]), () => items.map((item) => historyEntry(item, taskOf(item), item.id === focus,
-    () => { [shown, focus] = [shown.includes(item.id) ? shown : [item.id], item.id]; show(); $("hero").scrollIntoView({ block: "nearest" }); },
-    async () => { await stopIfRunning(item); await remove(item.id); show(); })));
+  fill($("history"), items.map((item) => [item.id, item.state, !item.thumb, item.id === focus]), () => items.map((item) =>
+    historyEntry(item, taskOf(item), item.id === focus,
+      () => { openItem(item); $("hero").scrollIntoView({ block: "nearest" }); },
+      async () => { await discard(item); show(); })));
   $("history-empty").hidden = items.length > 0;
   $("clear").hidden = items.length === 0;
 }
 
-const stopIfRunning = (item) => (isRunning(item) ? stop(item) : undefined);
+async function discard(item) {
+  if (isRunning(item)) await stop(item);
+  await remove(item.id);
+}
 
 // --- the service ---
 
-let service = null;
-
 function showStatus() {
-  const known = Object.entries(service?.models ?? {});
-  const ready = known.filter(([, state]) => state === "ready" || state === "idle").length;
+  const models = service?.models ?? {};
+  const states = Object.values(models);
+  const ready = states.filter((state) => state === "ready" || state === "idle").length;
   const percents = Object.entries(service?.pulling_percent ?? {});
   const loading = percents.length ? `, loading ${Math.round(Math.min(...percents.map(([, one]) => one)))} %` : "";
-  const all = ready === known.length ? `${ready} models ready` : `${ready} of ${known.length} models ready`;
+  const all = ready === states.length ? `${ready} models ready` : `${ready} of ${states.length} models ready`;
   $("status-text").textContent = service ? all + loading + busy() : "No connection to the service";
-  $("status").className = `status ${!service ? "lost" : ready === known.length ? "ready" : "waiting"}`;
-  const row = (name, text) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: text }));
-  const list = known.map(([task, state]) => {
+  $("status").className = `status quiet ${!service ? "lost" : ready === states.length ? "ready" : "waiting"}`;
+  const lines = Object.keys(models).map((task) => {
     const replicas = service.replicas?.[task]?.length ?? 0;
     const count = `${replicas} ${replicas === 1 ? "replica" : "replicas"}`;
-    return row(tasks.find((one) => one.id === task)?.title ?? task, `${state}, ${count}${busy(task)}`);
+    return [tasks.find((one) => one.id === task)?.title ?? task, `${models[task]}, ${count}${busy(task)}`];
   });
-  fill($("status-list"), [service], () => [el("dl", {}, list, percents.map(([name, one]) => row(`Loading ${name}`, `${one} %`)))]);
+  const loads = percents.map(([name, one]) => [`Loading ${name}`, `${one} %`]);
+  fill($("status-list"), [service, tasks.length], () => terms(Object.fromEntries([...lines, ...loads])));
 }
 
 /** What a model, or all of them, has at work, and what waits for it; by everybody. */
@@ -342,7 +350,6 @@ function busy(task) {
 let looking;
 async function watchService() {
   service = await readiness();
-  states = service?.models ?? {};
   if (service && !tasks.length) await loadTasks();
   showForm();
   showStatus();
@@ -378,39 +385,24 @@ function askKey(said) {
 $("panel").addEventListener("submit", submit);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
-  if (event.key === "Escape") closeMenus();
 });
-const closeMenus = (but) => document.querySelectorAll(".menu[open], .status[open]").forEach((menu) => menu !== but && (menu.open = false));
-document.addEventListener("click", (event) => closeMenus(event.target.closest("summary")?.parentElement));
-$("key-button").addEventListener("click", () => askKey());
+const onClick = (id, act) => $(id).addEventListener("click", act);
+onClick("key-button", () => askKey());
+onClick("cancel", () => stop(itemOf(focus)));
+onClick("all", () => { focus = null; show(); });
+onClick("again", () => again(itemOf(focus)));
+onClick("copy", () => copy($("code")));
+onClick("clear", async () => {
+  if (!confirm("Delete everything that this browser keeps of the playground?")) return;
+  for (const item of items) await discard(item);
+  show();
+});
 $("key-dialog").addEventListener("close", () => {
   if ($("key-dialog").returnValue === "use") key.set($("key").value.trim());
 });
-$("cancel").addEventListener("click", () => stop(itemOf(focus)));
-$("all").addEventListener("click", () => { focus = null; show(); });
-$("again").addEventListener("click", () => again(itemOf(focus)));
-$("clear").addEventListener("click", async () => {
-  if (!confirm("Delete everything that this browser keeps of the playground?")) return;
-  for (const item of [...items]) { await stopIfRunning(item); await remove(item.id); }
-  show();
-});
-$("zoom-in").addEventListener("click", () => viewer.zoom(1.5));
-$("zoom-out").addEventListener("click", () => viewer.zoom(1 / 1.5));
-$("zoom-fit").addEventListener("click", () => viewer.fit());
-$("zoom-real").addEventListener("click", () => viewer.real());
-for (const name of ["curl", "python"]) {
-  const choose = () => { language = name; showCall(itemOf(focus), taskOf(itemOf(focus)), name); };
-  $(`tab-${name}`).addEventListener("click", choose);
-  $(`tab-${name}`).addEventListener("keydown", (event) => {
-    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-    $(name === "curl" ? "tab-python" : "tab-curl").click();
-    $(name === "curl" ? "tab-python" : "tab-curl").focus();
-  });
-}
-listen(addFiles, (id) => again(itemOf(id)));
-showSamples((files) => { sources = []; addFiles(files, true); });
+listen(addFiles, (files) => { sources = []; addFiles(files, true); }, (id) => again(itemOf(id)));
 setInterval(() => {
-  if (items.some(isRunning)) showProgress((focus && itemOf(focus)) || null);
+  if (items.some(isRunning)) showProgress(itemOf(focus));
 }, 500);
 items = await load();
 show();

@@ -1,14 +1,15 @@
 // Small helpers. Text from elsewhere (file names, metadata, errors) only ever becomes text nodes.
 
-/** An element with properties or attributes, and children. */
+/** An element with properties or attributes, and children; none for a child that is null or false. */
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
+  if (tag === "button") node.type = "button";
   for (const [name, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
+    if (value === undefined) continue;
     if (name in node) node[name] = value;
-    else node.setAttribute(name, value === true ? "" : value);
+    else node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat().filter(Boolean));
   return node;
 }
 
@@ -32,18 +33,11 @@ export function bytes(n) {
   return n < 1e6 ? `${Math.max(1, Math.round(n / 1e3))} kB` : `${(n / 1e6).toFixed(1)} MB`;
 }
 
-export function randomId() {
-  const some = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(some, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
+export const randomId = () => crypto.getRandomValues(new BigUint64Array(2)).join("-");
 
-/** A picture; where the browser cannot draw it, its place stays and says so. */
-export function image(src, props = {}) {
-  const node = el("img", { alt: "", ...props });
-  node.addEventListener("error", () => node.classList.add("broken"));
-  node.addEventListener("load", () => node.classList.remove("broken"));
-  if (src) node.src = src;
-  return node;
+// Where the browser cannot draw a picture, its place stays and says so.
+for (const kind of ["error", "load"]) {
+  document.addEventListener(kind, ({ target }) => target.classList?.toggle("broken", kind === "error"), true);
 }
 
 /** One URL for each blob, for as long as the page lives. */
@@ -74,24 +68,17 @@ export function toast(text) {
 /** What was said in passing is over. */
 export const hideToast = () => $("toast").classList.remove("shown");
 
-export async function copy(text) {
+/** Copy what an element shows. */
+export async function copy(node) {
   try {
-    await navigator.clipboard.writeText(text);
+    await navigator.clipboard.writeText(node.innerText);
   } catch {
     // Pages without TLS have no clipboard; the older way needs a selection.
-    const area = el("textarea", { value: text, className: "hidden-copy", "aria-hidden": "true" });
-    document.body.append(area);
-    area.select();
+    getSelection().selectAllChildren(node);
     document.execCommand("copy");
-    area.remove();
   }
   toast("Copied.");
 }
 
 /** Save a file as the browser does; the name is a suggestion. */
-export function download(blob, name) {
-  const link = el("a", { href: urlOf(blob), download: name });
-  document.body.append(link);
-  link.click();
-  link.remove();
-}
+export const download = (blob, name) => el("a", { href: urlOf(blob), download: name }).click();

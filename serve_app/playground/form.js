@@ -25,7 +25,7 @@ export function settings(task, values) {
     refresh();
   };
   const reset = el("button", {
-    type: "button", className: "quiet", textContent: "Reset", ariaLabel: `Reset ${task.title}`,
+    className: "quiet", textContent: "Reset", ariaLabel: `Reset ${task.title}`,
     onclick: () => { for (const field of task.fields) set(field); },
   });
   const hasChoice = (field) => field.isFile || field.options?.length !== 1;
@@ -51,10 +51,9 @@ function control(task, field, set) {
   const { kind = "text", parts = [], show } = make?.(field, props, set, title) ?? {};
   const file = field.isFile && el("input", { ...(make ? { ariaLabel: `${title}, file` } : props),
     type: "file", accept: "image/*", onchange: () => set(file.files[0]) });
-  const [box, name] = field.options ? ["fieldset", "legend"] : ["div", "label"];
-  const label = el(name, { htmlFor: id, textContent: title });
+  const label = field.options ? el("legend", { textContent: title }) : el("label", { htmlFor: id, textContent: title });
   if (kind === "choice" && Object.keys(field.choices).length && !file) help.classList.add("sr-only");
-  const node = el(box, { className: `field ${kind}` }, label, parts, file || null, help);
+  const node = el(field.options ? "fieldset" : "div", { className: `field ${kind}` }, label, parts, file, help);
   return { field, node, show: (value) => {
     show?.(value instanceof Blob ? null : value);
     if (file) file.files = listOf(value);
@@ -96,22 +95,20 @@ function written(field, props, set, title) {
     if (!slider) return;
     slider.value = text;
     slider.ariaValueText = text || placeholder;
-    const part = text === "" ? 0 : (slider.value - min) / (max - min);
-    slider.style.setProperty("--filled", `${100 * part}%`);
   };
   const kind = slider ? "number" : swatch ? "color" : "text";
-  return { kind, parts: [swatch || null, input, slider || null], show };
+  return { kind, parts: [swatch, input, slider], show };
 }
 
 function choice(field, { id }, set) {
-  const none = field.value === "" ? [""] : [];
-  const radios = [...none, ...field.options].map((value) =>
+  const values = field.value === "" ? ["", ...field.options] : field.options;
+  const radios = values.map((value) =>
     el("input", { type: "radio", name: id, value, onchange: () => set(value) }));
   const labels = radios.map((radio) => {
-    const title = radio.value ? words(radio.value) : field.isFile ? "None" : "Any";
+    const title = words(radio.value) || (field.isFile ? "None" : "Any");
     const meaning = field.choices[radio.value];
     return el("label", {}, radio, el("span", {}, el("b", { textContent: title }),
-      meaning ? el("small", { textContent: words(meaning) }) : null));
+      meaning && el("small", { textContent: words(meaning) })));
   });
   const list = el("div", { className: Object.keys(field.choices).length ? "choices" : "segments" }, labels);
   const show = (value) => radios.forEach((radio) => (radio.checked = radio.value === value));
@@ -124,11 +121,10 @@ export function taskList(tasks, chosen, states, onChange) {
     const isChosen = chosen.has(task.id);
     const state = states[task.id];
     const choose = el("button", {
-      type: "button", className: "task-name", ariaPressed: String(isChosen),
+      className: "task-name", ariaPressed: String(isChosen),
       onclick: () => onChange(new Set([task.id])),
     }, el("b", { textContent: task.title }), el("small", { textContent: task.summary, title: task.summary }),
-    state && !["ready", "idle"].includes(state)
-      ? el("em", { className: state === "failed" ? "bad" : "wait", textContent: state }) : null);
+    state && !["ready", "idle"].includes(state) && el("em", { className: state, textContent: state }));
     const box = el("input", {
       type: "checkbox", checked: isChosen, ariaLabel: `Also run ${task.title}`,
       title: "Run it beside the others",

@@ -1,16 +1,13 @@
 // Where pictures come from: files, drop, paste, the camera, samples.
 
-import { root } from "./api.js";
-import { $, el, toast } from "./dom.js";
-
-const SAMPLES = ["coffee", "astronaut", "rocket"];
-const sampleUrl = (name) => new URL(`playground/samples/${name}.jpg`, root).href;
+import { $, toast } from "./dom.js";
+import { drawn } from "./store.js";
 
 /** The type under which an item of the history is dragged. */
 export const ITEM = "text/x-imagen-item";
 
-/** Call `onFiles(files)` with whatever comes in, and `onItem(id)` with what is dragged back. */
-export function listen(onFiles, onItem) {
+/** Call `onFiles(files)` or `onSample(files)` with what comes in, `onItem(id)` with what is dragged back. */
+export function listen(onFiles, onSample, onItem) {
   const input = $("files");
   input.addEventListener("change", () => {
     onFiles([...input.files]);
@@ -19,42 +16,30 @@ export function listen(onFiles, onItem) {
   document.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) onFiles([...event.clipboardData.files]);
   });
-  let depth = 0;
-  const over = (change) => (event) => {
-    const types = event.dataTransfer?.types ?? [];
-    if (!types.includes("Files") && !types.includes(ITEM)) return;
-    event.preventDefault();
-    depth += change;
-    $("drop").classList.toggle("shown", depth > 0);
-  };
-  document.addEventListener("dragenter", over(1));
-  document.addEventListener("dragleave", over(-1));
-  document.addEventListener("dragover", over(0));
+  const drop = $("drop");
+  const isWelcome = ({ types }) => types.includes("Files") || types.includes(ITEM);
+  document.addEventListener("dragenter", (event) => drop.classList.toggle("shown", isWelcome(event.dataTransfer)));
+  drop.addEventListener("dragleave", () => drop.classList.remove("shown"));
+  drop.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
     event.preventDefault();
-    depth = 0;
-    $("drop").classList.remove("shown");
+    drop.classList.remove("shown");
     const id = event.dataTransfer.getData(ITEM);
     if (id) onItem(id);
     else if (event.dataTransfer.files.length) onFiles([...event.dataTransfer.files]);
   });
   $("camera-button").addEventListener("click", () => photograph(onFiles));
+  $("samples").addEventListener("click", async (event) => {
+    const chosen = event.target.closest("button")?.querySelector("img");
+    if (chosen) fetchSample(chosen.src, onSample);
+  });
 }
 
-export function showSamples(onFiles) {
-  $("samples").replaceChildren(...SAMPLES.map((name) => {
-    const image = el("img", { src: sampleUrl(name), alt: "", loading: "lazy", decoding: "async" });
-    const button = el("button", { type: "button", onclick: () => fetchSample(name, onFiles) },
-      image, el("span", { textContent: name }));
-    return el("li", {}, button);
-  }));
-}
-
-async function fetchSample(name, onFiles) {
+async function fetchSample(url, onSample) {
   try {
-    const answer = await fetch(sampleUrl(name));
+    const answer = await fetch(url);
     if (!answer.ok) throw new Error();
-    onFiles([new File([await answer.blob()], `${name}.jpg`, { type: "image/jpeg" })]);
+    onSample([new File([await answer.blob()], url.split("/").at(-1), { type: "image/jpeg" })]);
   } catch {
     toast("The sample could not be loaded. Check the connection and try again.");
   }
@@ -78,9 +63,7 @@ async function photograph(onFiles) {
   dialog.showModal();
   dialog.onclose = async () => {
     if (dialog.returnValue === "take") {
-      const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
-      canvas.getContext("2d").drawImage(video, 0, 0);
-      const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+      const blob = await drawn(video, "image/jpeg");
       onFiles([new File([blob], "camera.jpg", { type: blob.type })]);
     }
     for (const track of stream.getTracks()) track.stop();

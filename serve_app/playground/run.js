@@ -1,6 +1,6 @@
 // Carries one item from the form to its results, over lost connections and restarts of the server.
 
-import { Offline, Problem, call, events, pause, root } from "./api.js";
+import { Problem, call, events, pause, root } from "./api.js";
 import { ofRole } from "./tasks.js";
 
 const SENDS = 4; // a picture is sent so often at most; the key makes one job of them all
@@ -47,32 +47,27 @@ async function send(task, item, headers, tell, signal) {
 async function follow(job, tell, signal) {
   let last = "";
   let isQueued = true;
-  let failures = 0;
   const look = async () => {
     const now = await (await call(job, { signal })).json();
     tell({ state: now.status, position: now.position, eta: now.eta_s });
     return now;
   };
+  const watch = async () => {
+    for await (const { id, event, data } of events(`${job}/events`, last, signal)) {
+      last = id ?? last;
+      isQueued = event === "queued";
+      if (ENDED.has(event)) return data;
+      tell(event === "preview" ? { preview: data.image, waiting: "" } : progressOf(data));
+    }
+    // The stream has had its time, or the job ended long ago.
+    return look();
+  };
   const timer = setInterval(() => isQueued && look().catch(() => {}), 2000);
   try {
     for (;;) {
-      try {
-        for await (const { id, event, data } of events(`${job}/events`, last, signal)) {
-          last = id ?? last;
-          failures = 0;
-          isQueued = event === "queued";
-          if (ENDED.has(event)) return data;
-          if (event === "preview") tell({ preview: data.image, waiting: "" });
-          else tell(progressOf(data));
-        }
-        // The stream has had its time, or the job ended long ago.
-        const now = await look();
-        if (ENDED.has(now.status)) return now;
-        await pause(500, signal);
-      } catch (error) {
-        failures += 1;
-        await passing(error, failures, tell, signal);
-      }
+      const now = await patiently(watch, tell, signal);
+      if (ENDED.has(now.status)) return now;
+      await pause(500, signal);
     }
   } finally {
     clearInterval(timer);
@@ -83,25 +78,17 @@ const progressOf = (data) => ({
   state: data.status, done: data.steps_done, steps: data.steps, eta: data.eta_s, waiting: "",
 });
 
-/** Try until it works, so many times at most. */
+/** Try until it works, so many times at most, where the failure may pass; wait longer after each. */
 async function patiently(work, tell, signal, tries = Infinity) {
   for (let n = 1; ; n += 1) {
     try {
       return await work();
     } catch (error) {
-      if (n >= tries) throw error;
-      await passing(error, n, tell, signal);
+      if (n >= tries || signal.aborted || !error.passing) throw error;
+      if (n > 1) tell({ waiting: `${error.said.fact} Trying again; nothing is lost.` });
+      await pause(1000 * Math.max(error.retryAfterS ?? 0, Math.min(n, 5)), signal);
     }
   }
-}
-
-/** Wait for what may pass, longer after each failure; throw all else. */
-async function passing(error, failures, tell, signal) {
-  const passes = error instanceof Offline || (error instanceof Problem && error.passing);
-  if (signal.aborted || !passes) throw error;
-  const why = error instanceof Offline ? "The connection was lost" : error.message.replace(/\.$/, "");
-  if (failures > 1) tell({ waiting: `${why}. Trying again; nothing is lost.` });
-  await pause(1000 * Math.max(error.retryAfterS ?? 0, Math.min(failures, 5)), signal);
 }
 
 /** A picture and what its headers say. */

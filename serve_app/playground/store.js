@@ -4,16 +4,12 @@ const MOST = 80;
 const MOST_BYTES = 250e6;
 const ENDED = new Set(["completed", "failed"]);
 
-const opened = new Promise((resolve) => {
-  try {
-    const request = indexedDB.open("imagen-playground", 1);
-    request.onupgradeneeded = () => request.result.createObjectStore("items", { keyPath: "id" });
-    request.onsuccess = () => resolve(request.result);
-    request.onerror = () => resolve(null);
-  } catch {
-    resolve(null);
-  }
-});
+const opened = new Promise((resolve, reject) => {
+  const request = indexedDB.open("imagen-playground", 1);
+  request.onupgradeneeded = () => request.result.createObjectStore("items", { keyPath: "id" });
+  request.onsuccess = () => resolve(request.result);
+  request.onerror = reject;
+}).catch(() => null);
 
 async function act(mode, work) {
   const database = await opened;
@@ -44,33 +40,23 @@ export function surplus(items) {
   });
 }
 
-/** A small picture for the list; null where the browser cannot draw it. */
-export async function thumbnail(blob, side = 224) {
-  try {
-    const bitmap = await createImageBitmap(blob);
-    const scale = Math.min(1, side / Math.min(bitmap.width, bitmap.height));
-    const canvas = new OffscreenCanvas(
-      Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale)));
-    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    bitmap.close();
-    return await canvas.convertToBlob({ type: "image/webp", quality: 0.8 });
-  } catch {
-    return null;
-  }
+/** A picture drawn anew, without its metadata: at `scaleOf(bitmap)` of its size, in another format. */
+export async function drawn(source, type, quality = 0.92, scaleOf = () => 1) {
+  const bitmap = await createImageBitmap(source);
+  const scale = scaleOf(bitmap);
+  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff";
+  if (type === "image/jpeg") context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
+  bitmap.close();
+  return canvas.convertToBlob({ type, quality });
 }
 
-/** The picture in another format, drawn by the browser: without the metadata of the original. */
-export async function converted(blob, type) {
-  const bitmap = await createImageBitmap(blob);
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  const context = canvas.getContext("2d");
-  if (type === "image/jpeg") {
-    context.fillStyle = "#fff";
-    context.fillRect(0, 0, canvas.width, canvas.height);
-  }
-  context.drawImage(bitmap, 0, 0);
-  return canvas.convertToBlob({ type, quality: 0.92 });
-}
+/** A small picture for the list; null where the browser cannot draw it. */
+export const thumbnail = (blob) =>
+  drawn(blob, "image/webp", 0.8, ({ width, height }) => Math.min(1, 224 / Math.min(width, height))).catch(() => null);
 
 const MARKS = ["imagen\0", "ASCII\0\0\0"]; // a PNG's text chunk; the EXIF comment of the others
 

@@ -1,29 +1,35 @@
-// The picture: before and after, zoom to real pixels, pan. Positions are CSS px within the box.
+// The picture: before and after, and zoom to real pixels. The browser scrolls it, and slides the line.
 
 import { $ } from "./dom.js";
 
-const GRIP_PX = 28;
 const MOST_FIT = 4; // a small picture is enlarged so far at most
 const MOST_ZOOM = 16;
 
 export class Viewer {
   constructor() {
-    this.box = $("viewer");
+    this.frame = $("viewer");
+    this.box = $("scroll");
     this.layer = $("layer");
     this.before = $("before");
     this.after = $("after");
     this.split = $("split");
-    this.handle = $("handle");
     this.size = [0, 0];
-    this.pointers = new Map();
-    new ResizeObserver(() => this.#fit()).observe(this.box);
-    this.split.addEventListener("input", () => this.#draw());
+    this.scale = 1;
+    const [fit, real] = [() => this.#fit(), () => this.#zoomTo(this.#realScale)];
+    const by = (factor) => () => this.#zoomTo(this.scale * factor);
+    const acts = { "+": by(1.5), "-": by(1 / 1.5), 0: fit, 1: real };
+    for (const button of $("zoom-buttons").children) button.onclick = acts[button.value];
+    this.box.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey) acts[event.key]?.();
+    });
+    this.box.addEventListener("dblclick", () => (this.isFit ? real() : fit()));
     this.box.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
-    this.box.addEventListener("keydown", (event) => this.#key(event));
-    this.box.addEventListener("dblclick", () => (this.isFit ? this.real() : this.fit()));
-    for (const kind of ["pointerdown", "pointermove", "pointerup", "pointercancel"]) {
-      this.box.addEventListener(kind, (event) => this.#pointer(kind, event));
-    }
+    this.box.addEventListener("pointermove", ({ buttons, pointerType, target, movementX, movementY }) => {
+      // Fingers scroll by themselves.
+      if (buttons === 1 && pointerType !== "touch" && target !== this.split) this.box.scrollBy(-movementX, -movementY);
+    });
+    this.split.addEventListener("input", () => this.#divide());
+    new ResizeObserver(() => this.isFit && fit()).observe(this.box);
   }
 
   /**
@@ -39,153 +45,71 @@ export class Viewer {
     };
     await Promise.all([load(this.before, before), load(this.after, after)]);
     if (token !== this.token) return;
-    const shown = this.after.src && !(isPreview && this.before.src) ? this.after : this.before;
+    const [hasBefore, hasAfter] = [this.before, this.after].map((image) => image.hasAttribute("src"));
+    const shown = hasAfter && !(isPreview && hasBefore) ? this.after : this.before;
     const size = [shown.naturalWidth, shown.naturalHeight];
     const other = [this.before.naturalWidth, this.before.naturalHeight];
-    const sameShape = Math.abs(size[0] * other[1] - size[1] * other[0]) < 0.03 * size[0] * other[1];
-    this.canCompare = Boolean(!isPreview && this.after.src && this.before.src && sameShape);
-    this.box.classList.toggle("compares", this.canCompare);
-    this.box.classList.toggle("no-picture", !size[0]);
-    this.after.hidden = !this.after.src;
-    this.before.hidden = !this.before.src || (!this.canCompare && !isPreview && Boolean(this.after.src));
+    const isSameShape = Math.abs(size[0] * other[1] - size[1] * other[0]) < 0.03 * size[0] * other[1];
+    const canCompare = !isPreview && hasAfter && hasBefore && isSameShape;
+    this.frame.classList.toggle("compares", canCompare);
+    this.frame.classList.toggle("no-picture", !size[0]);
+    this.after.hidden = !hasAfter;
+    this.before.hidden = !hasBefore || (!canCompare && !isPreview && hasAfter);
     shown.alt = alt;
-    if (String(size) !== String(this.size)) this.isFit = true;
-    this.size = size;
-    this.box.style.setProperty("--shape", `${size[0] || 3} / ${size[1] || 2}`);
     if (after !== this.last) this.split.value = 50;
     this.last = after;
+    this.#divide();
+    if (String(size) === String(this.size)) return;
+    this.size = size;
+    this.frame.style.setProperty("--shape", `${size[0] || 3} / ${size[1] || 2}`);
     this.#fit();
   }
 
   get #fitScale() {
-    const { clientWidth, clientHeight } = this.box;
     const [width, height] = this.size;
-    return Math.min(clientWidth / width, clientHeight / height, MOST_FIT) || 1;
+    return Math.min(this.box.clientWidth / width, this.box.clientHeight / height, MOST_FIT) || 1;
   }
 
   get #realScale() {
-    return 1 / (window.devicePixelRatio || 1);
-  }
-
-  fit() {
-    this.isFit = true;
-    this.#fit();
-  }
-
-  real() {
-    this.#zoomTo(this.#realScale);
-  }
-
-  zoom(factor) {
-    this.#zoomTo(this.scale * factor);
+    return 1 / window.devicePixelRatio;
   }
 
   #fit() {
-    if (this.isFit !== false) {
-      this.scale = this.#fitScale;
-      this.x = (this.box.clientWidth - this.size[0] * this.scale) / 2;
-      this.y = (this.box.clientHeight - this.size[1] * this.scale) / 2;
-    }
-    this.#draw();
+    this.isFit = true;
+    this.#draw(this.#fitScale);
   }
 
+  /** Enlarge to so many CSS px for each of the picture's; a place of the box keeps what it shows. */
   #zoomTo(scale, [x, y] = [this.box.clientWidth / 2, this.box.clientHeight / 2]) {
-    const least = Math.min(this.#fitScale, this.#realScale);
-    const next = Math.min(Math.max(scale, least), MOST_ZOOM);
-    this.x = x - ((x - this.x) * next) / this.scale;
-    this.y = y - ((y - this.y) * next) / this.scale;
-    this.scale = next;
+    const { scrollLeft, scrollTop } = this.box;
+    const { offsetLeft, offsetTop } = this.layer;
+    const next = Math.min(Math.max(scale, Math.min(this.#fitScale, this.#realScale)), MOST_ZOOM);
+    const grown = next / this.scale;
     this.isFit = false;
-    this.#draw();
+    this.#draw(next);
+    this.box.scrollTo((scrollLeft + x - offsetLeft) * grown - x, (scrollTop + y - offsetTop) * grown - y);
   }
 
-  /** Keep a picture that is larger than the box over all of it, and a smaller one in the middle. */
-  #within(place, room, length) {
-    return length <= room ? (room - length) / 2 : Math.min(0, Math.max(room - length, place));
+  #draw(scale) {
+    this.scale = scale;
+    const real = scale / this.#realScale;
+    const [width, height] = this.size.map((side) => side * scale);
+    Object.assign(this.layer.style, { width: `${width}px`, height: `${height}px` });
+    this.layer.classList.toggle("pixels", real >= 3);
+    this.frame.classList.toggle("zoomed", width > this.box.clientWidth + 1 || height > this.box.clientHeight + 1);
+    $("zoom").textContent = width ? `${Math.round(real * 100)} %` : "";
   }
 
-  #draw() {
-    const [width, height] = this.size.map((side) => side * this.scale);
-    this.x = this.#within(this.x, this.box.clientWidth, width);
-    this.y = this.#within(this.y, this.box.clientHeight, height);
-    const style = this.layer.style;
-    style.width = `${this.size[0]}px`;
-    style.height = `${this.size[1]}px`;
-    style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.scale})`;
-    style.setProperty("--tile", `${20 / this.scale}px`);
-    const part = this.split.value / 100;
-    this.after.style.clipPath = this.canCompare ? `inset(0 0 0 ${part * 100}%)` : "none";
-    this.before.style.clipPath = this.canCompare ? `inset(0 ${(1 - part) * 100}% 0 0)` : "none";
-    this.handle.style.left = `${this.x + part * width}px`;
-    this.layer.classList.toggle("pixels", this.scale / this.#realScale >= 3);
-    this.box.classList.toggle("zoomed", width > this.box.clientWidth + 1 || height > this.box.clientHeight + 1);
-    $("zoom").textContent = this.size[0] ? `${Math.round((this.scale / this.#realScale) * 100)} %` : "";
-  }
-
-  #at(event) {
-    const box = this.box.getBoundingClientRect();
-    return [event.clientX - box.left, event.clientY - box.top];
+  #divide() {
+    this.layer.style.setProperty("--split", `${this.split.value}%`);
   }
 
   #wheel(event) {
     // A page that scrolls keeps its wheel until somebody has clicked into the picture.
-    if (!this.size[0] || !(event.ctrlKey || this.box.contains(document.activeElement))) return;
+    if (!event.ctrlKey && !this.box.contains(document.activeElement)) return;
     event.preventDefault();
-    this.#zoomTo(this.scale * Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.002)), this.#at(event));
-  }
-
-  #pointer(kind, event) {
-    const place = this.#at(event);
-    if (kind === "pointerdown") {
-      if (event.button || event.target.closest("button")) return;
-      const isNear = Math.abs(place[0] - parseFloat(this.handle.style.left)) < GRIP_PX;
-      const isZoomed = this.box.classList.contains("zoomed");
-      this.moves = this.canCompare && (isNear || !isZoomed) ? "split" : "pan";
-      this.pointers.set(event.pointerId, place);
-      this.box.setPointerCapture(event.pointerId);
-    } else if (kind === "pointermove" && this.pointers.has(event.pointerId)) {
-      this.#drag(event.pointerId, place);
-    } else if (kind !== "pointermove") {
-      this.pointers.delete(event.pointerId);
-    }
-    if (this.pointers.size === 1 && this.moves === "split" && kind !== "pointerup") this.#splitAt(place[0]);
-  }
-
-  #splitAt(x) {
-    this.split.value = ((x - this.x) / (this.size[0] * this.scale)) * 100;
-    this.#draw();
-  }
-
-  #drag(id, place) {
-    const last = this.pointers.get(id);
-    if (this.pointers.size === 2) {
-      const other = [...this.pointers].find(([key]) => key !== id)[1];
-      const far = (point) => Math.hypot(point[0] - other[0], point[1] - other[1]) || 1;
-      this.#zoomTo((this.scale * far(place)) / far(last), other);
-    } else if (this.moves === "pan" && this.box.classList.contains("zoomed")) {
-      this.x += place[0] - last[0];
-      this.y += place[1] - last[1];
-      this.isFit = false;
-      this.#draw();
-    }
-    this.pointers.set(id, place);
-  }
-
-  #key(event) {
-    if (event.target !== this.box || event.ctrlKey || event.metaKey) return;
-    const step = 60;
-    const moves = { ArrowLeft: [step, 0], ArrowRight: [-step, 0], ArrowUp: [0, step], ArrowDown: [0, -step] };
-    const acts = { "+": () => this.zoom(1.5), "-": () => this.zoom(1 / 1.5), 0: () => this.fit(), 1: () => this.real() };
-    if (moves[event.key]) {
-      this.x += moves[event.key][0];
-      this.y += moves[event.key][1];
-      this.isFit = false;
-      this.#draw();
-    } else if (acts[event.key]) {
-      acts[event.key]();
-    } else {
-      return;
-    }
-    event.preventDefault();
+    const { left, top } = this.box.getBoundingClientRect();
+    const factor = Math.exp(-event.deltaY * (event.ctrlKey ? 0.01 : 0.002));
+    this.#zoomTo(this.scale * factor, [event.clientX - left, event.clientY - top]);
   }
 }
