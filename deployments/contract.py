@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from deployments.errors import InvalidParameter, Problem
+from deployments.errors import InvalidParameter, Problem, plain
 from deployments.notes import Code, Note, note
 from deployments.prompts import check_weights
 
@@ -690,7 +690,7 @@ def validated(kind: type[M], fields: Mapping[str, object], whose: str) -> M:
 
 def _problem(kind: type[BaseModel], detail: ErrorDetails, whose: str) -> Problem:
     name = str(detail["loc"][0]) if detail["loc"] else "request"
-    name = name.encode("utf-8", "backslashreplace").decode()[:100]
+    name = plain(name, 100)
     shown: object = detail["input"]
     if detail["type"] == "extra_forbidden":
         fact = f"{name} is not a parameter of {whose}."
@@ -701,8 +701,7 @@ def _problem(kind: type[BaseModel], detail: ErrorDetails, whose: str) -> Problem
     else:
         fact = f"{name}: {detail['msg'].removeprefix('Value error, ')}."
         remedy = f"Send {name} as {describe(kind, name)}."
-    text = str(shown).encode("utf-8", "backslashreplace").decode()
-    return Problem(parameter=name, fact=fact, value=text[:80] or "nothing", remedy=remedy)
+    return Problem(parameter=name, fact=fact, value=plain(shown, 80) or "nothing", remedy=remedy)
 
 
 def describe(kind: type[BaseModel], name: str) -> str:

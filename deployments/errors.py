@@ -53,6 +53,35 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 
+_SHOWN = 200
+"""Characters of a value that an error shows."""
+
+
+def plain(value: object, most: int = _SHOWN) -> str:
+    r"""A value as text that any terminal, log and protocol can show.
+
+    Bytes are read as UTF-8. What is none, control characters and lone surrogates are escaped, such
+    as `\xff` and `\n`.
+
+    Args:
+        value: bytes, or anything that `str` can show.
+        most: characters of the text; the rest is cut.
+    """
+    if isinstance(value, bytes | bytearray):
+        # No character has more than four bytes, and one may be cut in two.
+        value = value[: 4 * most].decode("utf-8", "backslashreplace")
+    return _escaped(str(value)[:most])[:most]
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
+
 class Problem(TypedDict):
     """One invalid parameter among several."""
 
@@ -70,7 +99,7 @@ class ImagenError(Exception):
 
     Args:
         message: what is wrong, one sentence.
-        value: what was found, shortened to 200 characters. Errors that clients see have one.
+        value: what was found, as `plain` text. Errors that clients see have one.
         remedy: what to do about it, one sentence.
         retry_after_s: when a new try makes sense.
         problems: the findings, if there are several.
@@ -89,8 +118,8 @@ class ImagenError(Exception):
         problems: tuple[Problem, ...] = (),
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.value = str(value)[:200]
+        self.message = _escaped(message)
+        self.value = plain(value)
         self.remedy = remedy
         self.retry_after_s = retry_after_s
         self.problems = problems

@@ -33,6 +33,7 @@ from deployments.errors import (
     MalformedRequest,
     TooLarge,
     UnsupportedMedia,
+    plain,
 )
 from deployments.icc import Chromaticities
 from deployments.notes import Code, Note, note, trailing_bytes
@@ -77,6 +78,10 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_SEGMENTS: Final = 2000
+_SHOWN: Final = 40
+"""Characters of the beginning of a file that an error shows."""
+_NAME: Final = re.compile(rb"[ -~]{1,250}\.[A-Za-z]{1,5}")
+"""A file's name or path, where the file itself should be."""
 _STRIP_ROWS: Final = 256
 _ADOBE_RGB: Final = Declared(
     gamma=256 / 563,
@@ -344,8 +349,10 @@ def _kind(data: bytes) -> str:
     known = ", ".join(_READERS)
     raise UnsupportedMedia(
         f"The file is not an image of a format that is read: {known}.",
-        value=f"a file that starts with {data[:12]!r}",
-        remedy=f"Send one of: {known}.",
+        value=f"a file that starts with {plain(data, _SHOWN)}",
+        remedy=f"Send the file itself, not its name; one of: {known}."
+        if _NAME.fullmatch(data)
+        else f"Send one of: {known}.",
     )
 
 

@@ -216,7 +216,7 @@ class _FormReader:
         if not self._name:
             raise MalformedRequest(
                 "A part of the form has no name.",
-                value=disposition or "no content-disposition",
+                value=disposition.encode("latin-1") or "no content-disposition",
                 remedy=_FORM_REMEDY,
             )
 
@@ -257,6 +257,6 @@ def _text(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise InvalidParameter(
             f"The field {name[:100]} is not UTF-8 text.",
-            value=data[:40].decode("utf-8", "backslashreplace"),
+            value=data[:40],
             remedy="Encode it as UTF-8; lone surrogates cannot be encoded.",
         ) from error

@@ -493,4 +493,4 @@ def test_an_error_keeps_the_headers_it_is_given() -> None:
 
 def test_a_value_no_encoding_has_is_still_an_answer() -> None:
     response = error_response(errors.NotFound("No.", value="\ud800\xe9\n"), scope())
-    assert json.loads(bytes(response.body))["value"] == "\ud800\xe9\n"
+    assert json.loads(bytes(response.body))["value"] == r"\ud800é\n"
