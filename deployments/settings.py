@@ -176,6 +176,8 @@ class ClientJobSettings(Strict):
         max_streams: event streams of one Ingress replica at a time, and as many downloads of
             pictures in a folder; more get 429.
         max_waits: requests with `Prefer: wait` of one Ingress replica; more get their 202 at once.
+        max_urls: pictures of one API key that are kept at a time for `response_format=url` of
+            OpenAI's clients, each until its address stops working (`link_s`); more get 429.
         stream_s: after which an event stream ends and the client reconnects. Keep it below Serve's
             own request_timeout_s.
     """
@@ -185,6 +187,7 @@ class ClientJobSettings(Strict):
     max_queued: int = Field(default=10_000, ge=1)
     max_streams: int = Field(default=200, ge=1)
     max_waits: int = Field(default=100, ge=1)
+    max_urls: int = Field(default=1000, ge=8)
     stream_s: float = Field(default=50, gt=0)
 
 

@@ -225,6 +225,33 @@ class JobQueue:
         )
         return now, bool(was_set)
 
+    async def keep(
+        self,
+        kept_id: str,
+        owner: str,
+        pictures: int,
+        *,
+        most: int,
+        seconds: float,
+        only_check: bool = False,
+    ) -> float:
+        """Have the sweep forget pictures that belong to no job, unless their owner has too many.
+
+        Args:
+            kept_id: that their files lie under, like a job's id. Once kept, a second call changes
+                when they are forgotten.
+            owner: id of the API key.
+            pictures: how many; at most `most`.
+            most: pictures of an owner that are kept at a time.
+            seconds: after which they are forgotten.
+            only_check: whether to change nothing, and only tell whether there is room.
+
+        Returns:
+            0, or the seconds after which there is room.
+        """
+        args = (kept_id, owner, pictures, most, seconds, int(only_check))
+        return float(await self._run("keep", *args))
+
     async def preview(self, job_id: str) -> str:
         """The picture of its latest step, as an event's data; empty if there is none."""
         async with answered():
@@ -292,7 +319,7 @@ class JobQueue:
         return [(found[i], found[i + 1]) for i in range(0, len(found), 2)]
 
     async def sweep(self) -> list[str]:
-        """Forget jobs whose time is over, at most 100; returns their ids."""
+        """Forget jobs, and what `keep` kept, whose time is over; the ids of at most 100."""
         return await self._run("sweep")
 
     async def depth(self) -> dict[Task, tuple[int, int, float]]:

@@ -18,15 +18,14 @@ from deployments.errors import (
     RateLimited,
 )
 from serve_app.jobs.files import open_job_files
+from serve_app.jobs.kept import Kept
 from serve_app.jobs.places import Places
 from serve_app.jobs.queue import Event, open_queue
 from serve_app.jobs.record import ENDED, is_job_id, job_view, new_job_id
-from serve_app.jobs.results import document_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator
 
-    from deployments.contract import ImageResult
     from deployments.settings import ClientJobSettings, JobSettings
     from deployments.tasks import Task
     from serve_app.jobs.connection import RedisLink
@@ -70,6 +69,7 @@ class Jobs:
         on_end: called with the task, outcome and seconds of each job that is canceled here.
 
     Attributes:
+        kept: results of requests without a job.
         streams, downloads: places for those who follow a job, or fetch a picture from a folder.
     """
 
@@ -88,6 +88,7 @@ class Jobs:
         self.queue = queue
         self._signals = signals
         self._on_end = on_end
+        self.kept = Kept(queue, files, clients)
         self.streams = Places(clients.max_streams)
         self.downloads = Places(clients.max_streams)
         self._waits = Places(clients.max_waits)
@@ -234,17 +235,6 @@ class Jobs:
         """A fresh link to a result; raises as `completed`."""
         await self.completed(owner, job_id, k)
         return await self.files.link(job_id, k, self.clients.link_s)
-
-    async def keep(self, results: Sequence[ImageResult]) -> list[str]:
-        """Keep results of a request without a job, as long as those of jobs; a link to each.
-
-        Raises:
-            JobsUnavailable: the storage does not answer.
-        """
-        kept_id = new_job_id()
-        for k, result in enumerate(results):
-            await self.files.put_result(kept_id, k, result.image, document_of(result))
-        return [await self.files.link(kept_id, k, self.clients.link_s) for k in range(len(results))]
 
     def view(self, job: Job, prefix: str = "") -> dict[str, Any]:
         """A job as clients see it."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from deployments.contract import JobProgress
     from deployments.registry import ModelSpec
     from serve_app.intake import Answers
+    from serve_app.jobs.kept import Kept
     from serve_app.jobs.service import Jobs
 
 GENERATIONS = "/v1/images/generations"
@@ -387,6 +388,8 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
 
 async def _answer(request: Request, order: Order, deadline_s: float) -> Response:
     intake: Intake = request.app.state.intake
+    if order.wishes.response_format == "url":
+        await _kept(request).check_room(_owner(request), order.call.n)
     answers = await intake.follow(order.call, deadline_s)
     if order.wishes.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -395,18 +398,28 @@ async def _answer(request: Request, order: Order, deadline_s: float) -> Response
         )
     results = [result async for result in _results(answers)]
     if order.wishes.response_format == "url":
-        data = [{"url": url} for url in await _kept(request, results)]
+        data = [{"url": url} for url in await _addresses(request, results)]
     else:
         data = [{"b64_json": base64_of(result.image)} for result in results]
     data = [one | _facts(result) for one, result in zip(data, results, strict=True)]
     return JSONResponse({"created": int(time.time()), "data": data} | _described(results[0]))
 
 
-async def _kept(request: Request, results: Sequence[ImageResult]) -> list[str]:
+async def _addresses(request: Request, results: Sequence[ImageResult]) -> list[str]:
     """Addresses of the pictures, which open without a key for a while."""
-    jobs: Jobs = request.app.state.jobs
     root = str(request.base_url).rstrip("/")
-    return [root + link if link.startswith("/") else link for link in await jobs.keep(results)]
+    links = await _kept(request).keep(_owner(request), results)
+    return [root + link if link.startswith("/") else link for link in links]
+
+
+def _kept(request: Request) -> Kept:
+    """What keeps pictures; `_check_format` has refused a request that needs it without."""
+    jobs: Jobs = request.app.state.jobs
+    return jobs.kept
+
+
+def _owner(request: Request) -> str:
+    return request.scope["state"]["key"].id
 
 
 async def _results(answers: Answers) -> AsyncGenerator[ImageResult]:

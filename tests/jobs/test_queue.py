@@ -345,6 +345,24 @@ async def test_of_the_ended_jobs_of_an_owner_only_so_many_are_kept(queue: JobQue
     assert await status(queue, others[0]) == "canceled"
 
 
+async def test_so_many_pictures_of_an_owner_are_kept_and_swept_when_they_end(
+    queue: JobQueue,
+) -> None:
+    first, second = new_job_id(), new_job_id()
+    assert await queue.keep(first, "a", 6, most=8, seconds=30) == 0
+    assert await queue.keep(first, "a", 6, most=8, seconds=40) == 0, "the same, not more"
+    assert await queue.keep(second, "a", 2, most=8, seconds=50, only_check=True) == 0
+    assert await queue.keep(second, "a", 2, most=8, seconds=50) == 0
+    for others, wait_s in ((1, 40), (6, 40), (7, 50), (8, 50)):
+        told = await queue.keep(new_job_id(), "a", others, most=8, seconds=30)
+        assert told == pytest.approx(wait_s, abs=5)
+    assert await queue.keep(new_job_id(), "b", 8, most=8, seconds=30) == 0
+    assert await queue.sweep() == []
+    assert await queue.keep(first, "a", 6, most=8, seconds=0) == 0
+    assert await queue.sweep() == [first]
+    assert await queue.keep(new_job_id(), "a", 6, most=8, seconds=0) == 0
+
+
 async def test_an_event_for_the_webhook_is_written_with_the_change(queue: JobQueue) -> None:
     told = spec(webhook="https://a.example", webhook_events=("processing", "completed"))
     await submit(queue, told)

@@ -20,7 +20,7 @@ from deployments.errors import DamagedImage, Full, ModelFailed, NotReady
 from deployments.settings import KeyLimits
 from deployments.tasks import Task
 from serve_app.access.editing import create_key, revoke_key
-from serve_app.jobs import worker
+from serve_app.jobs import kept, worker
 from tests.jobs.application import PATIENCE_S, Application, application, picture
 from tests.jobs.redis_server import RedisServer
 from tests.unit.fakes import REGISTRY
@@ -87,6 +87,60 @@ async def test_openais_clients_may_ask_for_addresses(idle: Application) -> None:
         assert shown.content == picture(seed)
         assert shown.headers["content-type"] == "image/png"
     assert (await idle.client.get("/api/v1/jobs")).json()["jobs"] == []
+
+
+async def ask_for_addresses(app: Application, n: int, token: str = "") -> httpx.Response:
+    files = {"image": ("photo.png", picture(0))}
+    fields = {"model": "comic", "prompt": "ink", "n": str(n), "response_format": "url"}
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return await app.client.post("/v1/images/edits", files=files, data=fields, headers=headers)
+
+
+async def test_pictures_behind_addresses_are_few_and_make_room_when_they_end(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_SPARE_S", 0)
+    _, token = create_key(tmp_path / "keys.yaml", "other", KeyLimits())
+    _, mine = create_key(tmp_path / "keys.yaml", "mine", KeyLimits())
+    async with application(
+        server.url,
+        tmp_path / "f",
+        namespace="kept-urls",
+        keys=tmp_path / "keys.yaml",
+        working=False,
+        max_urls=8,
+        link_s=2,
+    ) as app:
+        assert (await ask_for_addresses(app, 6, mine)).status_code == 200
+        before = len(app.models.jobs)
+        answer = await ask_for_addresses(app, 3, mine)
+        assert answer.status_code == 429, answer.text
+        assert len(app.models.jobs) == before, "refused before any work"
+        assert 1 <= int(answer.headers["retry-after"]) <= 2
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limited")
+        assert "let the answer hold the pictures themselves" in error["message"]
+        assert (await ask_for_addresses(app, 2, mine)).status_code == 200, "which fill it"
+        assert (await ask_for_addresses(app, 1, token)).status_code == 200, "of another key"
+        async with asyncio.timeout(PATIENCE_S):
+            while [one for one in (tmp_path / "f/files/outputs").rglob("*") if one.is_file()]:
+                await asyncio.sleep(0.1)
+        assert (await ask_for_addresses(app, 8, mine)).status_code == 200
+
+
+async def test_pictures_that_could_not_be_stored_take_no_place(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    async with application(
+        server.url, tmp_path, namespace="kept-no", working=False, max_urls=8
+    ) as app:
+        outputs = tmp_path / "files/outputs"
+        outputs.write_bytes(b"a file where the folder should be")
+        answer = await ask_for_addresses(app, 8)
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "jobs_unavailable"
+        outputs.unlink()
+        assert (await ask_for_addresses(app, 8)).status_code == 200
 
 
 # Submitting
