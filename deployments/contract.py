@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -575,6 +576,8 @@ class JobProgress:
     preview: bytes | None = None
 
 
+WHOLE = "request"
+"""The parameter of a problem that is about several."""
 _JOINT = ("steps", "strength")
 
 
@@ -689,7 +692,7 @@ def validated(kind: type[M], fields: Mapping[str, object], whose: str) -> M:
 
 
 def _problem(kind: type[BaseModel], detail: ErrorDetails, whose: str) -> Problem:
-    name = str(detail["loc"][0]) if detail["loc"] else "request"
+    name = str(detail["loc"][0]) if detail["loc"] else WHOLE
     name = plain(name, 100)
     shown: object = detail["input"]
     if detail["type"] == "extra_forbidden":
@@ -701,6 +704,8 @@ def _problem(kind: type[BaseModel], detail: ErrorDetails, whose: str) -> Problem
     else:
         fact = f"{name}: {detail['msg'].removeprefix('Value error, ')}."
         remedy = f"Send {name} as {describe(kind, name)}."
+    if not isinstance(shown, str):
+        shown = json.dumps(shown, default=str, ensure_ascii=False)
     return Problem(parameter=name, fact=fact, value=plain(shown, 80) or "nothing", remedy=remedy)
 
 

@@ -25,6 +25,7 @@ from serve_app import authorization, page, service
 from serve_app.access.keys import KeyFile
 from serve_app.access.limits import Limits
 from serve_app.authorization import Access
+from serve_app.doors import below_root, door_at
 from serve_app.fetching import Fetcher
 from serve_app.intake import Intake
 from serve_app.middleware import (
@@ -196,7 +197,11 @@ def _ours(error: HTTPException, request: Request) -> ImagenError:
 def _not_found(request: Request, prefix: str) -> NotFound:
     """The error for a path that is no route, or the route of a task that no model serves."""
     path = request.scope["path"]
-    routes = ", ".join(prefix + task.route for task in request.app.state.registry)
+    registry: Registry = request.app.state.registry
+    by_door = {"openai": openai.IMAGE_ROUTES, "kserve": kserve.ROUTES}
+    of_tasks = tuple(task.route for task in registry)
+    named = by_door.get(door_at(below_root(request.scope)), of_tasks)
+    routes = ", ".join(prefix + route for route in named)
     for task in Task:
         if path == prefix + task.route:
             return unserved(task, path, f"Served: {routes}.")

@@ -462,7 +462,7 @@ def _check_file(
         raise MalformedRequest(
             f"The field {name} says picture, and is no file.",
             value=f"{name}=picture",
-            remedy=f"Send it as a file: {example}; or send {other}.",
+            remedy=f"Send the picture itself, in a form as {example}; or send {other}.",
         )
     if file is not None and not wanted:
         raise InvalidParameter(

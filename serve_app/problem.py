@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from deployments.contract import WHOLE
 from deployments.errors import SlowUpload, Unauthorized
 from serve_app.doors import JSON, below_root, door_at
 
@@ -74,7 +75,7 @@ def error_response(
 def openai_document(error: ImagenError, request_id: str) -> dict[str, Any]:
     """An error as clients of OpenAI's API read it."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    names = [problem["parameter"] for problem in error.problems]
+    names = [one["parameter"] for one in error.problems if one["parameter"] != WHOLE]
     return {
         "error": {
             "message": str(error),

@@ -155,12 +155,7 @@ def picture_of(name: str, value: object) -> bytes:
     """
     text = value if isinstance(value, str) else ""
     if _ADDRESS.match(text):
-        raise InvalidParameter(
-            f"{name} is an address, and nothing is fetched here.",
-            value=text[:_SHOWN],
-            remedy="Send the picture itself, as base64 or as a data URL. The operator can switch"
-            " fetching on for native JSON and OpenAI's edits: fetch.enabled.",
-        )
+        raise _not_fetched(name, text)
     if text[:5].lower() == "data:":
         most = len("data:") + _MOST_HEAD + 1
         end = text.find(",", 0, most)
@@ -175,10 +170,22 @@ def picture_of(name: str, value: object) -> bytes:
     if not data:
         raise InvalidParameter(
             f"{name} is not base64.",
-            value=str(value)[:_SHOWN],
+            value=(text or json.dumps(value))[:_SHOWN],
             remedy="Send base64 (RFC 4648) or data:image/png;base64,….",
         )
     return data
+
+
+def _not_fetched(name: str, address: str) -> InvalidParameter:
+    remedy = "Send the picture itself, as base64 or as a data URL."
+    if name.lower() == "image":  # no other picture is ever fetched
+        remedy += (
+            " The operator can switch fetching on for native JSON and OpenAI's edits:"
+            " fetch.enabled."
+        )
+    return InvalidParameter(
+        f"{name} is an address, and is not fetched.", value=address[:_SHOWN], remedy=remedy
+    )
 
 
 def _check_head(name: str, head: str) -> None:

@@ -18,7 +18,7 @@ from deployments.errors import InvalidParameter, NotFound
 from serve_app.doors import JSON, KSERVE_HEALTH, KSERVE_ROOT
 from serve_app.intake import Backends, Call, Intake, not_ready
 from serve_app.protocols.inline import read_body, text_of
-from serve_app.protocols.naming import check_plain, named, names_of
+from serve_app.protocols.naming import check_plain, named, names_of, unread_headers
 from serve_app.protocols.picture import image_headers
 from serve_app.protocols.tensors import (
     FILES,
@@ -44,6 +44,8 @@ _BYTES = "application/octet-stream"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MODEL = f"{KSERVE_ROOT}/models/{{name}}"
 _VERSION = f"{_MODEL}/versions/{{version}}"
+ROUTES = (f"{_MODEL}/infer", f"{_VERSION}/infer")
+"""Those that make pictures."""
 router = APIRouter(tags=["KServe V2"])
 
 
@@ -300,6 +302,7 @@ def _call(request: Request, spec: ModelSpec, asked: Infer) -> Call:
         mask=files.get("mask"),
         request_id=state["request_id"],
         charge=state["charge"],
+        notes=tuple(unread_headers(request)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deployments.errors import InvalidParameter, NotFound, UnsupportedMedia
+from deployments.notes import Code, Note, note
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
     from deployments.catalogue import Registry
     from deployments.registry import ModelSpec
+
+_OF_JOBS = ("Prefer", "Idempotency-Key")
+"""Headers that native routes read."""
 
 
 def named(name: str, served: Registry) -> ModelSpec:
@@ -74,3 +78,12 @@ def check_plain(request: Request) -> None:
             value=request.url.query,
             remedy="Send them beside the picture, in the form or the JSON.",
         )
+
+
+def unread_headers(request: Request) -> list[Note]:
+    """A note for each header about jobs, for protocols that have none."""
+    return [
+        note(Code.PARAMETER_UNUSED, f"{name} was ignored: only routes below /api/v1/ make jobs.")
+        for name in _OF_JOBS
+        if name in request.headers
+    ]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.contract import ImageResult, validated
-from deployments.errors import ImagenError, InvalidParameter, MalformedRequest
+from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, UnsupportedMedia
 from deployments.notes import Code, Note, documents, note
 from deployments.settings import Strict
 from deployments.tasks import Task
@@ -27,7 +27,13 @@ from serve_app.jobs.options import MAX_N
 from serve_app.problem import openai_document
 from serve_app.protocols.inline import base64_of, picture_at, read_object, take_files, text_of
 from serve_app.protocols.multipart import read_form
-from serve_app.protocols.naming import check_plain, known_models, named, unserved
+from serve_app.protocols.naming import (
+    check_plain,
+    known_models,
+    named,
+    unread_headers,
+    unserved,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -48,6 +54,7 @@ _MOST_PARTIAL_IMAGES = 3
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _UNREAD = ("quality", "style", "user", "moderation", "input_fidelity")
 """What OpenAI's clients send, and no model here reads."""
+_PICTURES = ("image", "images", "mask")
 
 
 class Wishes(Strict):
@@ -176,7 +183,7 @@ async def generate(request: Request, intake: TheIntake) -> Response:
     """JSON in, JSON or a stream of events out."""
     check_plain(request)
     deadline_s = intake.deadline_s()
-    body = Body(_texts(await intake.read(read_object(request), deadline_s)))
+    body = Body(_texts(await intake.read(_read_generation(request), deadline_s)))
     return await _answer(request, _order(request, body, "image_generation"), deadline_s)
 
 
@@ -207,6 +214,24 @@ async def get_model(request: Request) -> dict[str, Any]:
 
 
 # --- in ---
+
+
+async def _read_generation(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "")
+    if kind.lower().startswith("multipart/"):
+        raise UnsupportedMedia(
+            "Generations are asked for in JSON.",
+            value=kind,
+            remedy=f"Send a JSON object; or POST a form with a picture to {EDITS}.",
+        )
+    given = await read_object(request)
+    if pictures := [name for name in _PICTURES if given.get(name) is not None]:
+        raise InvalidParameter(
+            "Generations take no picture.",
+            value=f"a field {pictures[0]}",
+            remedy=f"Leave it out, or POST to {EDITS}.",
+        )
+    return given
 
 
 async def _read_edit(request: Request) -> Body:
@@ -266,7 +291,8 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     task = spec.task
     # OpenAI's clients must send a prompt, also where a picture is cut out.
     unread = _UNREAD if "prompt" in task.request.model_fields else (*_UNREAD, "prompt")
-    notes = [
+    notes = unread_headers(request)
+    notes += [
         note(Code.PARAMETER_UNUSED, f"{name} was ignored: the model does not read it.")
         for name in unread
         if fields.pop(name, None) is not None

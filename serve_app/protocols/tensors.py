@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import Field, StrictBool, StrictInt
 
 from deployments.contract import validated
-from deployments.errors import InvalidParameter, MalformedRequest
+from deployments.errors import InvalidParameter, MalformedRequest, about
 from deployments.settings import Strict
 from serve_app.protocols.inline import base64_of, object_of, picture_of
 from serve_app.protocols.multipart import MAY_BE_FILES
@@ -121,7 +121,7 @@ def read_infer(body: bytes, json_length: str | None) -> Infer:
         request_id=head.id,
         parameters=_joined(
             {name: value for name, value in head.parameters.items() if name not in own},
-            object_of(elements.pop(PARAMETERS)) if PARAMETERS in elements else {},
+            _parameters(elements.pop(PARAMETERS)) if PARAMETERS in elements else {},
         ),
         files=elements,
         shape=shapes[0] if shapes else [1],
@@ -153,7 +153,9 @@ def _elements(tensors: Sequence[_Tensor], rest: memoryview) -> dict[str, bytes]:
         if size is None:
             found[tensor.name] = _element_of_json(tensor)
         elif tensor.data is not None:
-            raise _wrong(tensor.name, "has both data and binary_data_size", "Send one of them.")
+            raise _wrong(
+                tensor.name, "has both data and binary_data_size", "both", "Send one of them."
+            )
         else:
             found[tensor.name] = _element_of_bytes(tensor.name, rest[:size], size)
             rest = rest[size:]
@@ -172,15 +174,15 @@ def _check_tensor(tensor: _Tensor, found: Mapping[str, bytes]) -> None:
             "There is no such input.", value=tensor.name, remedy=f"Inputs: {', '.join(_INPUTS)}."
         )
     if tensor.name in found:
-        raise _wrong(tensor.name, "comes more than once", "Send it once.")
+        raise _wrong(tensor.name, "comes more than once", "another one", "Send it once.")
     if tensor.datatype != "BYTES":
-        raise _wrong(tensor.name, "is not of type BYTES", "Send BYTES.", tensor.datatype)
+        raise _wrong(tensor.name, "is not of type BYTES", tensor.datatype, "Send BYTES.")
     if not tensor.shape or any(side != 1 for side in tensor.shape):
         raise _wrong(
             tensor.name,
             "must have one element, of shape [1] or [1, 1]",
-            "Send one request for each picture; requests share passes here.",
             tensor.shape,
+            "Send one request for each picture; requests share passes here.",
         )
 
 
@@ -189,7 +191,12 @@ def _element_of_json(tensor: _Tensor) -> bytes:
     while isinstance(value, list) and len(cast("list[Any]", value)) == 1:
         value = cast("list[Any]", value)[0]
     if not isinstance(value, str):
-        raise _wrong(tensor.name, "must have one text as data", 'Send "data": ["…"].')
+        raise _wrong(
+            tensor.name,
+            "must have one text as data",
+            "no data" if tensor.data is None else json.dumps(tensor.data),
+            'Send "data": ["…"], or binary_data_size and the bytes behind the JSON.',
+        )
     if tensor.name == PARAMETERS:
         return value.encode("utf-8", "surrogatepass")  # object_of refuses lone surrogates
     return picture_of(tensor.name, value)
@@ -198,18 +205,26 @@ def _element_of_json(tensor: _Tensor) -> bytes:
 def _element_of_bytes(name: str, data: memoryview, size: int) -> bytes:
     length = _LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else None
     if len(data) != size or length != size - _LENGTH.size:
+        says = "no length" if length is None else f"an element of {length} bytes"
         raise MalformedRequest(
             f"The bytes of {name} are not one element.",
-            value=f"binary_data_size {size}, {len(data)} bytes there, element of {length} bytes",
+            value=f"binary_data_size {size}, {len(data)} bytes there, {says}",
             remedy="Send the element's length in four bytes, little-endian, and the element;"
             " binary_data_size counts both.",
         )
     return bytes(data[_LENGTH.size :])
 
 
+def _parameters(element: bytes) -> dict[str, Any]:
+    with about(f"input {PARAMETERS}"):
+        return object_of(element)
+
+
 def _joined(parameters: Mapping[str, Any], of_tensor: Mapping[str, Any]) -> dict[str, Any]:
     for name in parameters.keys() & of_tensor.keys():
-        raise _wrong(name, f"is in the request's parameters and in {PARAMETERS}", "Send one.")
+        raise _wrong(
+            name, f"is in the request's parameters and in {PARAMETERS}", "both", "Send one."
+        )
     return {**parameters, **of_tensor}
 
 
@@ -227,8 +242,8 @@ def _is_binary(outputs: Sequence[Mapping[str, Any]], *, by_default: bool) -> boo
     return binary
 
 
-def _wrong(name: str, what: str, remedy: str, value: object = "") -> InvalidParameter:
-    return InvalidParameter(f"{name[:100]} {what}.", value=value or name, remedy=remedy)
+def _wrong(name: str, what: str, value: object, remedy: str) -> InvalidParameter:
+    return InvalidParameter(f"{name[:100]} {what}.", value=value, remedy=remedy)
 
 
 def write_infer(

@@ -132,14 +132,19 @@ class GrpcDoor:
         # Those of the proxy's own, such as content-type and te, are none of HTTP's.
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         known = ("authorization", "x-request-id")
-        headers = {key: metadata[key] for key in known if key in metadata}
+        # As bytes: only those of gRPC's own clients are ASCII.
+        headers = {
+            key.encode(): metadata[key].encode("utf-8", "replace")
+            for key in known
+            if key in metadata
+        }
         app = self._counting(asked.ByteSize())
         transport = httpx.ASGITransport(app, client=(context.peer(), 0))
         async with httpx.AsyncClient(transport=transport, base_url="http://grpc") as client:
             if name != "ModelInfer":
                 return await client.get(_path(name, asked), headers=headers)
             head, tensors = _parts(asked)
-            headers[JSON_LENGTH] = str(len(head))
+            headers[JSON_LENGTH.encode()] = b"%d" % len(head)
             path = f"{_model(asked.model_name, asked.model_version)}/infer"
             return await client.post(path, content=_let_go(head, tensors), headers=headers)
 

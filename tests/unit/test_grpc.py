@@ -131,6 +131,16 @@ async def test_what_is_wrong_is_refused(asked: pb.ModelInferRequest, code: str, 
     assert not backends.jobs
 
 
+async def test_a_key_of_odd_letters_is_an_unknown_one(tmp_path: Path) -> None:
+    clients = ClientSettings(access=AccessSettings(keys=tmp_path / "keys.yaml"))
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+    app = create_app(FakeBackends(), REGISTRY, clients)
+    for odd in ("Bearer \xe9", "Bearer \ud800", "Bearer a\nb", b"Bearer a"):
+        call = Call(metadata=[("authorization", odd)])
+        await GrpcDoor(app, enabled=True).call("ServerMetadata", pb.ServerMetadataRequest(), call)
+        assert call.code is grpc.StatusCode.UNAUTHENTICATED, call.details
+
+
 async def test_a_busy_service_says_when_to_come_again() -> None:
     full = Full("The queue is full.", value="comic", remedy="Wait.", retry_after_s=2.1)
     call, asked = Call(), request(model_name="comic")

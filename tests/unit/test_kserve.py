@@ -325,3 +325,48 @@ def test_no_body_raises_anything_but_a_refusal(
     text = json.dumps(head).encode()
     with contextlib.suppress(RequestError):
         read_infer(text + rest, None if off is None else str(len(text) + off))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shape": []}, "(got [])"),
+        ({"shape": [True]}, "(got true)"),
+        ({"shape": None}, "(got null)"),
+        ({"datatype": ""}, "is not of type BYTES. Send"),
+        ({"data": []}, "(got [])"),
+        ({"data": None}, "(got no data)"),
+        ({"data": ["a", "b"]}, '(got ["a", "b"])'),
+        ({"data": [5]}, "(got [5])"),
+        ({"data": ["https://example.com/a.png"]}, "(got https://example.com/a.png)"),
+    ],
+)
+async def test_an_error_of_a_tensor_shows_what_was_found(
+    changes: dict[str, Any], told: str, app: FastAPI
+) -> None:
+    answer = await infer(app, {"inputs": [in_json(**changes)]})
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]
+
+
+async def test_a_size_without_bytes_is_told_in_words(app: FastAPI) -> None:
+    head = {"inputs": [tensor(parameters={"binary_data_size": 2})]}
+    answer = await infer(app, head, b"ab")
+    assert "(got binary_data_size 2, 2 bytes there, no length)" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("wrong", [b"{", b"[]", b"", b'{"a": 1, "a": 2}'])
+async def test_a_wrong_json_among_the_tensors_is_told_from_the_body(
+    wrong: bytes, app: FastAPI
+) -> None:
+    head = {"inputs": [tensor(), tensor("PARAMETERS", wrong)]}
+    answer = await infer(app, head, element(PICTURE) + element(wrong))
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("Of the input PARAMETERS: ")
+
+
+async def test_an_unknown_route_below_v2_is_refused_with_those_there_are(app: FastAPI) -> None:
+    answer = await send(app, "GET", "/v2/repository/index")
+    assert answer.status_code == 404
+    assert "/v2/models/{name}/infer" in answer.json()["error"]
+    assert "/api/v1" not in answer.json()["error"]

@@ -189,6 +189,12 @@ async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
         ({"output_compression": 101, "output_format": "webp"}, openai.BadRequestError, "up to 100"),
         ({"extra_body": {"stepz": 3}}, openai.BadRequestError, "stepz"),
         ({"extra_body": {"steps": [3]}}, openai.BadRequestError, "steps must be"),
+        ({"extra_body": {"image": DRAWN}}, openai.BadRequestError, "no picture.*/v1/images/edits"),
+        (
+            {"extra_body": {"mask": {"image_url": "data:image/png;base64,aGk="}}},
+            openai.BadRequestError,
+            "no picture.*field mask.*/v1/images/edits",
+        ),
     ],
 )
 async def test_mistakes_are_openais_errors(
@@ -201,6 +207,32 @@ async def test_mistakes_are_openais_errors(
     with pytest.raises(kind, match=told):
         await client.images.generate(**{"model": "painter", "prompt": "a ball", **changes})
     assert not backends.jobs
+
+
+async def test_generations_are_no_form(app: FastAPI) -> None:
+    answer = await send(app, "POST", GENERATIONS, files={"prompt": (None, "a ball")})
+    assert answer.status_code == 415
+    assert "asked for in JSON" in answer.json()["error"]["message"]
+
+
+async def test_an_error_of_several_fields_names_none(app: FastAPI) -> None:
+    body = {"model": "upscale", "image": DRAWN, "size": "96x64", "scale": 2}
+    answer = await send(app, "POST", EDITS, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, "/v2/models/generate/infer"])
+async def test_headers_of_jobs_are_not_silently_ignored(
+    path: str, app: FastAPI, backends: FakeBackends
+) -> None:
+    drawing(backends)
+    body: dict[str, Any] = {"parameters": {"prompt": "a"}} if "v2" in path else {"prompt": "a"}
+    headers = {"Prefer": "respond-async", "Idempotency-Key": "mine"}
+    answer = await send(app, "POST", path, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    told = [one.text.split()[0] for one in backends.jobs[0].notes]
+    assert told == ["Prefer", "Idempotency-Key"]
 
 
 async def test_a_picture_stands_in_one_field_of_json(app: FastAPI, backends: FakeBackends) -> None:
@@ -403,4 +435,15 @@ async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> Non
 async def test_an_unknown_route_below_v1_is_openais_error(app: FastAPI) -> None:
     answer = await send(app, "POST", "/v1/images/variations", json={})
     assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "not_found"
+    error = answer.json()["error"]
+    assert error["code"] == "not_found"
+    assert f"{GENERATIONS}, {EDITS}." in error["message"], "and no routes of other protocols"
+
+
+async def test_only_the_picture_may_ever_be_an_address(app: FastAPI) -> None:
+    address = "https://example.com/a.png"
+    for name, told in (("image", "fetch.enabled"), ("mask", "as a data URL.")):
+        body = {"model": "comic", "image": DRAWN, "prompt": "x", name: address}
+        message = (await send(app, "POST", EDITS, json=body)).json()["error"]["message"]
+        assert message.startswith(f"{name} is an address, and is not fetched")
+        assert message.rstrip(".").endswith(told.rstrip("."))
