@@ -219,6 +219,11 @@ train-comic: setup ## Retrain comic; needs train-vae
 train-aged: setup ## Retrain aged; needs train-vae
 	$(BIN)/python -m starter_models.training.diffusion aged --seed 5
 
+.PHONY: train-generate
+train-generate: setup ## Go on training the UNet of text to image (MINUTES=60, on two cores)
+	$(BIN)/python -m starter_models.training.text2img scenes
+	$(BIN)/python -m starter_models.training.text2img unet --minutes $(or $(MINUTES),60)
+
 .PHONY: collections
 collections: setup ## Fetch the training pictures that Debian packages (on Debian alone)
 	$(BIN)/python -m starter_models.training.collections

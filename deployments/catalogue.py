@@ -155,7 +155,8 @@ class Catalogue(Strict):
     def _first_defaults(cls, parts: Sequence[Catalogue]) -> dict[Task, str | None]:
         serving: dict[Task, str | None] = {}
         for task in Task:
-            candidates = next(filter(None, (part._candidates(task) for part in parts)), [])
+            deciding = (part for part in parts if any(m.task == task for m in part.models))
+            candidates = next((part._candidates(task) for part in deciding), [])
             if len(candidates) == 1:
                 serving[task] = candidates[0].name
             elif not candidates:
@@ -269,7 +270,7 @@ def _task(name: str) -> Task:
 def load_catalogue(*paths: Path) -> Catalogue:
     """Every entry of registry files.
 
-    The first file that has a model for a task decides the task's default.
+    The first file that has a model for a task decides the task's default, or that it has none.
 
     Raises:
         ConfigError: unreadable, an unknown key or value, or a name that stands in two files.

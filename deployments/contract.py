@@ -351,6 +351,14 @@ class GenerateRequest(DiffusionRequest):
     """Make a picture from a text."""
 
     task = "generate"
+    prompt: Prompt = Field(
+        default="",
+        max_length=2000,
+        description="What the picture shows. Models read 75 tokens, unless long_prompt says "
+        "otherwise.",
+        examples=["a red star to the left of a blue ring"],
+        json_schema_extra={"unit": "characters"},
+    )
     width: int = Field(
         default=0,
         ge=0,

@@ -433,7 +433,7 @@ class Settings(Strict):
         torch_threads: CPU threads of each model replica, which share the rows of a pass. A GPU
             needs none.
         pixel_threads: threads of each replica that decode and encode image files.
-        model_num_cpus: CPUs that each model replica reserves. With the default, five models and the
+        model_num_cpus: CPUs that each model replica reserves. With the default, six models and the
             Ingress fit two cores. A GPU share is the model's own (`num_gpus` in the registry).
         store: the model store of a node.
         jobs: requests that outlive their client.

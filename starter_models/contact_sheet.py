@@ -1,4 +1,4 @@
-"""One picture of every starter model's results on kept-out photos, to judge by eye."""
+"""One picture of every starter model's results on kept-out photos and prompts, to judge by eye."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageOps
 
+from deployments.contract import GenerateRequest
 from deployments.tasks import Task
 from starter_models import running
 from starter_models.measures import SCALE, shrunk, spoiled
@@ -17,12 +18,23 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 CELL_PX = (300, 216)
+DRAWN = (
+    "a red star to the left of a blue ring",
+    "a yellow heart on a purple background",
+    "the sea with a boat at sunset",
+    "mountains at noon",
+    "hills with a house at night",
+    "a desert at dawn",
+    "a green circle above an orange square",
+    "pink dots on blue",
+)
 
 
 def draw_sheet() -> Image.Image:
-    """Two rows a photo, a cell a result."""
+    """Two rows a photo, then two of pictures from texts; a cell a result."""
     width, height = CELL_PX
     cells = [cell for name in KEPT_OUT for cell in sheet_cells(photo(name)).items()]
+    cells += [(prompt, drawn(prompt)) for prompt in DRAWN]
     rows = len(cells) // COLUMNS
     canvas = Image.new("RGB", (width * COLUMNS, height * rows), "white")
     draw = ImageDraw.Draw(canvas)
@@ -50,6 +62,10 @@ def sheet_cells(picture: Picture) -> dict[str, Picture]:
         "comic": running.run(Task.COMIC, picture),
         "aged": running.run(Task.AGED, picture),
     }
+
+
+def drawn(prompt: str) -> Picture:
+    return running.run(Task.GENERATE, None, GenerateRequest(prompt=prompt))
 
 
 def on_grey(cut: Picture) -> Picture:

@@ -2,7 +2,7 @@
 
 `python -m starter_models.quality --contact-sheet sheet.png` prints one table a task. Targets bind
 the last row, the mean; the exit code is 1 if one is missed. The pictures are three photographs of
-scikit-image and scikit-learn and those in `starter_models/judging`.
+scikit-image and scikit-learn and those in `starter_models/judging`, which has the prompts, too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from PIL import ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 
+from deployments.contract import GenerateRequest
 from deployments.tasks import Task
-from starter_models import running
+from starter_models import adherence, running
 from starter_models.contact_sheet import draw_sheet
 from starter_models.measures import (
     centre,
@@ -213,6 +214,28 @@ def aged_scores() -> Scores:
     )  # fmt: skip
 
 
+def generate_scores() -> Scores:
+    """Pictures from prompts that training kept out, read by a judge that is not the model."""
+    kinds: dict[str, list[adherence.Verdict]] = {"one thing": [], "two things": []}
+    for prompt in adherence.PROMPTS.read_text(encoding="utf-8").splitlines():
+        drawn = running.run(Task.GENERATE, None, GenerateRequest(prompt=prompt))
+        kind = "two things" if adherence.read(prompt).relation else "one thing"
+        kinds[kind].append(adherence.judge(prompt, drawn))
+    kinds["both"] = [verdict for verdicts in kinds.values() for verdict in verdicts]
+
+    def shares(verdicts: list[adherence.Verdict]) -> Values:
+        asked = ("right", "count", "colours", "shapes", "places", "background")
+        return tuple(float(np.mean([getattr(v, name) for v in verdicts])) for name in asked)
+
+    return Scores(
+        "generate: 200 prompts that training kept out; share of pictures in which all is right at "
+        "least 0.85",
+        ("right", "number of things", "colours", "shapes", "places", "background"),
+        {kind: shares(verdicts) for kind, verdicts in kinds.items()},
+        lambda v: v[0] >= 0.85,
+    )
+
+
 def main(
     contact_sheet: Annotated[Path | None, typer.Option(help="PNG to write")] = None,
 ) -> None:
@@ -237,6 +260,7 @@ MEASURES: dict[str, Callable[[], Scores]] = {
     "background": background_scores,
     "comic": comic_scores,
     "aged": aged_scores,
+    "generate": generate_scores,
 }
 
 

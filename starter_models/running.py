@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 REGISTRY = Path("configs/models/starter.yaml")
 
 
-def run(task: Task, picture: Picture, request: ImageRequest | None = None) -> Picture:
+def run(task: Task, picture: Picture | None, request: ImageRequest | None = None) -> Picture:
     """What the service makes of a picture with seed 0.
 
     Args:
         task: whose starter model runs.
-        picture: `H x W x 3` in [0, 1].
+        picture: `H x W x 3` in [0, 1]; None if the task needs none.
         request: None for the model's defaults.
 
     Returns:
@@ -46,7 +46,7 @@ def run(task: Task, picture: Picture, request: ImageRequest | None = None) -> Pi
     """
     spec, pipeline = _loaded(task)
     request = complete(request or task.request(), spec.defaults, spec.parameters)
-    source = images.Picture(np.asarray(to_image(picture)), None)
+    source = None if picture is None else images.Picture(np.asarray(to_image(picture)), None)
     row = Row(RowInput(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf))
     engine = Engine(pipeline)
     engine.put([row])

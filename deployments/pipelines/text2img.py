@@ -53,7 +53,8 @@ class Text2Img(Diffusion[GenerateRequest]):
         worked = content_box(*asked, (width, height))
         left, top = (width - worked[0]) // 2, (height - worked[1]) // 2
         content = output[top : top + worked[1], left : left + worked[0]]
-        told = f"The model worked at {worked[0]} x {worked[1]} px of {width} x {height} px."
+        told = f"The model worked at {worked[0]} x {worked[1]} px"
+        told += "." if worked == (width, height) else f" of {width} x {height} px."
         return Picture(resize(content, *asked), None, (note(Code.WORKING_SIZE, told),))
 
     @torch.inference_mode()

@@ -26,7 +26,7 @@ const viewer = new Viewer();
 const taskOf = (item) => tasks.find((task) => task.id === item.task);
 const itemOf = (id) => items.find((item) => item.id === id);
 const chosenTasks = () => tasks.filter((task) => chosen.has(task.id));
-const valuesOf = (task) => (values[task.id] ??= {});
+const valuesOf = (task) => (values[task.id] ??= { ...task.examples });
 
 // --- what to make ---
 

@@ -25,6 +25,9 @@ export function tasksOf(document, root) {
       route: path,
       picture,
       fields: inOrder(fields.filter((field) => field !== picture)),
+      // A form that must say something begins with an example of it.
+      examples: Object.fromEntries(fields.filter((field) => field.example && required.includes(field.name))
+        .map((field) => [field.name, field.example])),
       hasJobs: (post.parameters ?? []).some((one) => one.name === WAIT_HEADER),
       needsKey: Boolean(post.security?.length),
       formats: Object.keys(post.responses["200"].content).filter((type) => type.startsWith("image/")),
@@ -60,6 +63,7 @@ function fieldOf(name, raw) {
   return {
     name,
     role: hint.role,
+    example: schema.examples?.[0],
     group: hint.group ?? "task",
     needs: hint.needs ?? {},
     choices: hint.choices ?? {},

@@ -192,6 +192,9 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
     if spec.task.needs_picture:
         fields = {"image": {**_BINARY, "description": "The picture, a file."}, **fields}
         required.append("image")
+    elif not spec.defaults.get("prompt"):  # see intake.check_prompt
+        required.append("prompt")
+        fields["prompt"].pop("default")
     body = {
         "type": "object",
         "required": required,

@@ -72,13 +72,13 @@ def build_unet(*, refiner: bool) -> UNet2DConditionModel:
     )
 
 
-def text_config(vocabulary: int) -> CLIPTextConfig:
+def text_config(vocabulary: int, dim: int = TEXT_DIM, layers: int = 2) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=TEXT_DIM,
-        intermediate_size=2 * TEXT_DIM,
-        projection_dim=TEXT_DIM,
-        num_hidden_layers=2,
+        hidden_size=dim,
+        intermediate_size=2 * dim,
+        projection_dim=dim,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=77,
         bos_token_id=vocabulary - 2,

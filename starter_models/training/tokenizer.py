@@ -28,8 +28,13 @@ bad anatomy deformed extra ugly wrong text watermark logo signature soft blurry 
 """
 
 
-def build_tokenizer(vocabulary: int = 900) -> CLIPTokenizer:
-    """CLIP's tokenizer class and file format, with about `vocabulary` tokens instead of 49,408."""
+def build_tokenizer(words: str = _WORDS, vocabulary: int = 900) -> CLIPTokenizer:
+    """CLIP's tokenizer class and file format, with about `vocabulary` tokens instead of 49,408.
+
+    Args:
+        words: what the merges are learned from.
+        vocabulary: 512 tokens are single bytes; a longer word may take several tokens.
+    """
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -42,7 +47,7 @@ def build_tokenizer(vocabulary: int = 900) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    bpe.train_from_iterator([_WORDS], trainer)
+    bpe.train_from_iterator([words], trainer)
     learned = json.loads(bpe.to_str())["model"]
     return _clip_tokenizer(learned["merges"])
 

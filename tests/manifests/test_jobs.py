@@ -8,6 +8,7 @@ import pytest
 from ray._common.utils import import_module_and_attr
 from ray.serve._private.build_app import build_app
 
+from deployments.tasks import Task
 from kuberay.render.serve_config import JOB_POLICY
 from serve_app.app import build
 from serve_app.jobs.autoscaling import JobWorkerPolicy
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     Overlay = Callable[[str], Manifests]
 URLS = {"prod": "redis://imagen-redis:6379/0", "dev": None}
+# The application of these tests has the starter models, of which prod has no text to image.
+NOT_SERVED = {"prod": {Task.GENERATE.deployment}, "dev": set[str]()}
 
 
 def made(monkeypatch: pytest.MonkeyPatch, url: str | None) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def test_an_overlay_names_the_deployments_of_the_application(
 ) -> None:
     """Serve refuses a config that names another one."""
     named = {one["name"] for one in overlay(name).deployments}
-    assert named == made(monkeypatch, URLS[name]).keys()
+    assert named == made(monkeypatch, URLS[name]).keys() - NOT_SERVED[name]
 
 
 def test_workers_start_at_zero_where_the_controller_can_count_jobs(

@@ -152,7 +152,7 @@ def picture(
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    return build_tokenizer(600)
+    return build_tokenizer(vocabulary=600)
 
 
 def _text_config(initializer_factor: float = 20.0) -> CLIPTextConfig:

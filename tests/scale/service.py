@@ -215,7 +215,8 @@ def _small(config: Values, port: int) -> Values:
     config["http_options"] |= {"port": port, "request_timeout_s": DEADLINE_S + 30}
     # Two threads each of many replicas would mostly wait for each other on two cores.
     few = {"torch_threads": 1, "pixel_threads": 1}
-    args = local["applications"][0]["args"] | few
+    # As in prod, which serves no text to image unless it is named.
+    args = local["applications"][0]["args"] | few | {"serve": {"generate": []}}
     config["applications"][0]["args"] = args
     for name, deployment in by_name(config).items():
         if name == "Ingress":

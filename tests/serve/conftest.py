@@ -27,7 +27,6 @@ from tests.serve.scripted import BrokenModel, ScriptedModel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SERVED = [task for task in Task if task.needs_picture]
 UPLOAD_PAUSE_S = 4
 """Shorter than the default, so that tests wait less for it."""
 STARTER = Path("configs/models/starter.yaml")
@@ -123,8 +122,8 @@ def further_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(cluster: str, local_config: dict[str, Any], further_registry: Path) -> str:
     """The URL of the whole application, as configs/local.yaml has it.
 
-    But it serves a second upscaler, the models of configs/local.yaml take 0.2 of a GPU, and a body
-    may stand still for a shorter time.
+    But it serves a second upscaler, its six models share a GPU, and a body may stand still for a
+    shorter time.
     """
     application = local_config["applications"][0]
     args = application["args"]
@@ -133,7 +132,7 @@ def address(cluster: str, local_config: dict[str, Any], further_registry: Path) 
     args["serve"] = {"upscale": f"upscale-starter,{FURTHER}"}
     for deployment in application["deployments"]:
         if deployment["name"] != "Ingress":
-            deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.2}
+            deployment["ray_actor_options"] = {"num_cpus": 0.2, "num_gpus": 0.1666}
     one_replica = {"min_replicas": 1, "max_replicas": 1}
     application["deployments"] += [{"name": FURTHER, "autoscaling_config": one_replica}]
     deploy(application)
@@ -169,14 +168,14 @@ def wait_until_running(name: str) -> None:
 @pytest.fixture(scope="package")
 def scripted(cluster: str) -> str:
     """The URL of an application whose models follow the prompt; two Ingress replicas."""
-    run_models("scripted", dict.fromkeys(SERVED, ScriptedModel), replicas=2, wait=True)
+    run_models("scripted", dict.fromkeys(Task, ScriptedModel), replicas=2, wait=True)
     return f"{cluster}/scripted"
 
 
 @pytest.fixture(scope="package")
 def broken(cluster: str) -> str:
     """The URL of an application whose comic model never starts."""
-    kinds = {**dict.fromkeys(SERVED, ScriptedModel), Task.COMIC: BrokenModel}
+    kinds = {**dict.fromkeys(Task, ScriptedModel), Task.COMIC: BrokenModel}
     run_models("broken", kinds, replicas=1, wait=False)
     return f"{cluster}/broken"
 

@@ -35,7 +35,8 @@ class ScriptedModel:
             raise ZeroDivisionError("at /srv/secret/path.py")
         if prompt == "die":
             os._exit(1)
-        return ImageResult(job.image, "image/png", 1, 1, "scripted@0", 0, 1, 0.0)
+        picture = job.image or b"drawn from nothing"
+        return ImageResult(picture, "image/png", 1, 1, "scripted@0", 0, 1, 0.0)
 
 
 class BrokenModel:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deployments.settings import ROOT, KeyLimits
+from deployments.tasks import Task
 from serve_app.access.editing import create_key
-from tests.serve.conftest import SERVED, run_models
+from tests.serve.conftest import run_models
 from tests.serve.scripted import ScriptedModel
 from tests.serve.test_http import jpeg
 
@@ -25,7 +26,7 @@ def seen(scripted: str, grpc_port: int, tmp_path_factory: pytest.TempPathFactory
     folder: Path = tmp_path_factory.mktemp("grpc")
     _, token = create_key(folder / "keys.yaml", "triton", KeyLimits())
     _, once = create_key(folder / "keys.yaml", "rare", KeyLimits(requests_per_s=0.001))
-    models = dict.fromkeys(SERVED, ScriptedModel)
+    models = dict.fromkeys(Task, ScriptedModel)
     run_models("grpc", models, replicas=1, wait=True, keys=folder / "keys.yaml")
     picture = folder / "photo.jpg"
     picture.write_bytes(jpeg())

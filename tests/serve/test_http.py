@@ -1,4 +1,4 @@
-"""The running application over real HTTP: five tasks, headers, errors."""
+"""The running application over real HTTP: six tasks, headers, errors."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ ROUTES = {
     "aged": "style/aged",
     "background": "background/remove",
 }
+"""Of the tasks that need a picture."""
 SEEDED = ("enhance", "comic", "aged")
 Job = tuple[str, bytes, "Mapping[str, str]"]
 
@@ -73,9 +74,9 @@ def test_ready_and_models(address: str) -> None:
     models = httpx.get(f"{address}/api/v1/models", timeout=30).json()["models"]
     assert ready.status_code == 200
     assert {m["state"] for m in models} == {"ready"}
-    assert list(dict.fromkeys(m["task"] for m in models)) == list(ROUTES)
+    assert list(dict.fromkeys(m["task"] for m in models)) == [*ROUTES, "generate"]
     assert [m["name"] for m in models if m["task"] == "upscale"] == ["upscale-starter", FURTHER]
-    assert set(ready.json()["models"]) == {*ROUTES, FURTHER}
+    assert set(ready.json()["models"]) == {*ROUTES, "generate", FURTHER}
 
 
 def test_two_models_of_one_task_run_at_once_and_a_request_picks_one(address: str) -> None:
@@ -97,6 +98,29 @@ def test_a_model_that_is_not_served_is_refused_with_the_names_of_those_that_are(
     assert is_problem(answer, 422)
     assert f"upscale-starter, {FURTHER}" in answer.json()["remedy"]
     assert "imagen run --serve" in answer.json()["remedy"]
+
+
+def draw(address: str, prompt: str, **fields: str) -> httpx.Response:
+    form = {"prompt": prompt, **fields}
+    return httpx.post(
+        f"{address}/api/v1/images/generate",
+        files={name: (None, value) for name, value in form.items()},
+        timeout=120,
+    )
+
+
+def test_a_text_becomes_the_picture_that_it_says(address: str) -> None:
+    answer = draw(address, "a red circle", seed="1")
+    picture = np.asarray(opened(answer).convert("RGB")).astype(int)
+    assert picture.shape == (256, 256, 3)
+    red, green, blue = picture[112:144, 112:144].mean((0, 1))
+    assert red > 1.5 * max(green, blue), "in the middle"
+    corner = picture[:24, :24].mean((0, 1))
+    assert corner.max() - corner.min() < 60, "and nothing red beside it"
+    assert answer.headers["x-imagen-model"].startswith("generate-starter@")
+    again = draw(address, "a red circle", seed="1")
+    other = draw(address, "a red circle", seed="2")
+    assert opened(again).tobytes() == opened(answer).tobytes() != opened(other).tobytes()
 
 
 @pytest.mark.parametrize("task", ROUTES)

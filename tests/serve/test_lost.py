@@ -99,7 +99,7 @@ def test_while_the_controller_does_not_answer_readyz_says_what_the_replicas_say(
         for _ in range(3):
             answer = httpx.get(f"{address}/readyz", timeout=30)
             assert answer.json()["models"] == dict.fromkeys(
-                [*OTHERS, "background", FURTHER], "ready"
+                [*OTHERS, "background", "generate", FURTHER], "ready"
             )
             time.sleep(1)
         kill_now("replica")

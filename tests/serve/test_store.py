@@ -32,7 +32,7 @@ from deployments.tasks import Task
 from deployments.telemetry import ModelMetrics
 from tests.serve.conftest import deploy, wait_until_running
 from tests.serve.test_deployment import replicas
-from tests.serve.test_http import ROUTES, jpeg, post
+from tests.serve.test_http import ROUTES, draw, jpeg, post
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,12 +102,11 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.3)
 
 
-def test_all_five_models_serve_with_the_network_blocked(
-    address: str, network_reports: Path
-) -> None:
+def test_all_six_models_serve_with_the_network_blocked(address: str, network_reports: Path) -> None:
     for task in ROUTES:
         assert post(address, task, jpeg()).status_code == 200
-    assert len(list(network_reports.glob("*.blocked"))) >= 6, "five models and the ingress"
+    assert draw(address, "a red star").status_code == 200
+    assert len(list(network_reports.glob("*.blocked"))) >= 7, "six models and the ingress"
     assert [path.read_text() for path in network_reports.glob("*.touched")] == []
 
 

@@ -16,7 +16,7 @@ import ray
 from deployments.tasks import Task
 from tests.promql import alerts, panels, selectors, shown
 from tests.serve.conftest import FURTHER
-from tests.serve.test_http import ROUTES, jpeg, post
+from tests.serve.test_http import ROUTES, draw, jpeg, post
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +50,7 @@ def samples(address: str, scripted: str) -> Samples:
     for task in ROUTES:
         assert post(address, task, jpeg()).status_code == 200
     assert post(address, "upscale", jpeg(), model=FURTHER).status_code == 200
+    assert draw(address, "a red star").status_code == 200
     job = httpx.post(
         f"{address}{COMIC}",
         files={"image": jpeg()},
@@ -113,9 +114,11 @@ def test_every_stage_of_every_model_is_timed(samples: Samples) -> None:
     series = samples["ray_imagen_stage_seconds_count"]
     stages = {(one["model"], one["stage"]) for one in series}
     models = values(samples, "ray_imagen_requests_total", "model")
-    assert models == {*(f"{task}-starter" for task in ROUTES), FURTHER}
+    assert models == {*(f"{task}-starter" for task in Task), FURTHER}
     wanted = {"queue", "decode", "denoise", "vae", "encode"}
-    assert {(model, stage) for model in models for stage in wanted} <= stages
+    drawn = {("generate-starter", stage) for stage in wanted - {"decode"}}
+    others = models - {"generate-starter"}
+    assert drawn | {(model, stage) for model in others for stage in wanted} <= stages
 
 
 def serve_logs() -> Path:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 REGISTRY = load_registry(Path("configs/models/starter.yaml"))
 NAMES = [spec.name for spec in REGISTRY.models]
 COMIC_ALONE = Registry([REGISTRY[Task.COMIC]], {})
-SERVED = tuple(REGISTRY)
-"""The tasks that have a starter model."""
+SERVED = tuple(task for task in REGISTRY if task.needs_picture)
+"""The tasks that a starter model serves from a picture."""
 OPEN_TO_ALL = AccessSettings(auth="off")
 
 

@@ -63,7 +63,7 @@ JOB_ROUTES = {
     )
 } | {"/files/{path}", "/api/v1/webhook-secret"}
 OPENAI_ROUTES = {*openai.IMAGE_ROUTES, "/v1/models", "/v1/models/{name}"}
-ROUTES = {*(task.route for task in SERVED), "/api/v1/models", "/healthz", "/readyz"}
+ROUTES = {*(task.route for task in REGISTRY), "/api/v1/models", "/healthz", "/readyz"}
 KSERVE_MODEL = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 KSERVE_ROUTES = {
     *("/v2", "/v2/health/live", "/v2/health/ready"),
@@ -793,7 +793,7 @@ async def test_readiness_needs_every_model(state: State, ready: bool) -> None:
     assert response.status_code == (200 if ready else 503)
     body = response.json()
     assert body["status"] == ("ready" if ready else "not ready")
-    assert body["models"] == dict.fromkeys(map(str, SERVED), "ready") | {"aged": state}
+    assert body["models"] == dict.fromkeys(map(str, REGISTRY), "ready") | {"aged": state}
     assert response.headers.get("retry-after") == (None if ready else "13")
 
 
@@ -806,7 +806,7 @@ async def test_a_model_nobody_knows_of_is_starting() -> None:
     assert response.status_code == 503
     assert response.json()["models"]["aged"] == "starting"
     models = (await send(app_of(Forgetful()), "GET", "/api/v1/models")).json()["models"]
-    assert [model["state"] for model in models].count("starting") == 4
+    assert [model["state"] for model in models].count("starting") == 5
 
 
 async def test_readiness_that_cannot_be_asked_for_is_a_problem() -> None:
@@ -818,7 +818,7 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
     backends = FakeBackends(other_states={"aged-starter": "failed"})
     response = await send(app_of(backends), "GET", "/api/v1/models")
     models = {model["task"]: model for model in response.json()["models"]}
-    assert set(models) == set(map(str, SERVED))
+    assert set(models) == set(map(str, REGISTRY))
     for task, model in models.items():
         spec = REGISTRY[Task(task)]
         assert model["name"] == spec.name
@@ -850,7 +850,8 @@ async def test_readiness_tells_how_many_jobs_wait_and_asks_no_redis_for_it() -> 
     app.state.jobs = SimpleNamespace(queue=queue)
     assert (await send(app, "GET", "/readyz")).json()["jobs_waiting"] == {}
     queue.seen = {Task.COMIC: (3, 1, 2.5), Task.GENERATE: (0, 0, 0.0)}
-    assert (await send(app, "GET", "/readyz")).json()["jobs_waiting"] == {"comic": 3}
+    waiting = (await send(app, "GET", "/readyz")).json()["jobs_waiting"]
+    assert waiting == {"comic": 3, "generate": 0}
 
 
 # Below a prefix, as Serve hands it over: in the path, and as root_path

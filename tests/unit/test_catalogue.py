@@ -43,6 +43,7 @@ def test_the_first_file_with_a_model_for_a_task_decides_its_default(both: Catalo
     production = load_catalogue(PRODUCTION, STARTER).accepting().served()
     assert production[Task.UPSCALE].name == "upscale-sd-x4"  # by `serving` in that file
     assert production[Task.COMIC].name == "comic-ghibli"
+    assert Task.GENERATE not in production, "whose default is null in that file"
 
 
 def test_each_entry_keeps_its_file_and_its_lock(both: Catalogue) -> None:
@@ -111,7 +112,8 @@ def test_a_further_model_needs_a_licence_too(both: Catalogue) -> None:
 def test_a_default_has_its_tasks_deployment_and_a_further_model_its_own(both: Catalogue) -> None:
     registry = both.served({"upscale": ["upscale-starter", X4PLUS]})
     deployments = [registry.deployment(model) for model in registry.models]
-    assert deployments == ["Upscale", X4PLUS, "Enhance", "Comic", "Aged", "BackgroundRemove"]
+    assert deployments[:4] == ["Upscale", X4PLUS, "Enhance", "Comic"]
+    assert deployments[4:] == ["Aged", "BackgroundRemove", "Generate"]
 
 
 def test_a_request_chooses_by_name(both: Catalogue) -> None:
@@ -147,7 +149,7 @@ def test_a_task_that_no_model_serves_is_refused_with_the_way_to_one(
     name: str | None, both: Catalogue
 ) -> None:
     with pytest.raises(InvalidParameter, match="No model serves the task generate here") as caught:
-        both.served().choose(Task.GENERATE, name)
+        both.served({"generate": []}).choose(Task.GENERATE, name)
     assert "Served: upscale, " in caught.value.remedy
     assert "`imagen run --serve generate=NAME`" in caught.value.remedy
 

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from deployments.catalogue import Registry, load_catalogue
+from deployments.catalogue import Registry, load_catalogue, load_registry
 from deployments.contract import ImageJob
 from deployments.errors import Full
 from deployments.notes import Code, note
@@ -422,7 +422,8 @@ async def test_nothing_is_drawn_of_an_empty_text(
 
 
 async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> None:
-    app = create_app(FakeBackends(), REGISTRY, ClientSettings(access=OPEN_TO_ALL))
+    without = load_registry(Path("configs/models/starter.yaml"), serve={"generate": []})
+    app = create_app(FakeBackends(), without, ClientSettings(access=OPEN_TO_ALL))
     answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
     assert answer.status_code == 404
     assert "--serve generate=NAME" in answer.json()["error"]["message"]
