@@ -261,7 +261,9 @@ async def infer(request: Request) -> Response:
 
 
 async def _read(request: Request) -> Infer:
-    return read_infer(await read_body(request), request.headers.get(JSON_LENGTH))
+    # Several lengths are none: a proxy in front may have gone by another one.
+    lengths = request.headers.getlist(JSON_LENGTH)
+    return read_infer(await read_body(request), ", ".join(lengths) if lengths else None)
 
 
 def infer_paths(served: Registry) -> Iterator[str]:

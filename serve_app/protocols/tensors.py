@@ -177,7 +177,7 @@ def _check_tensor(tensor: _Tensor, found: Mapping[str, bytes]) -> None:
         raise _wrong(tensor.name, "comes more than once", "another one", "Send it once.")
     if tensor.datatype != "BYTES":
         raise _wrong(tensor.name, "is not of type BYTES", tensor.datatype, "Send BYTES.")
-    if not tensor.shape or any(side != 1 for side in tensor.shape):
+    if tensor.shape not in ([1], [1, 1]):
         raise _wrong(
             tensor.name,
             "must have one element, of shape [1] or [1, 1]",
@@ -230,6 +230,10 @@ def _joined(parameters: Mapping[str, Any], of_tensor: Mapping[str, Any]) -> dict
 
 def _is_binary(outputs: Sequence[Mapping[str, Any]], *, by_default: bool) -> bool:
     binary = by_default
+    if len(outputs) > 1:
+        raise InvalidParameter(
+            "There is one output.", value=f"{len(outputs)} outputs", remedy="Ask for it once."
+        )
     for given in outputs:
         output = validated(_Output, given, "an output")
         if output.name != IMAGE:

@@ -31,6 +31,8 @@ SIZE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 """Limits the messages of Serve's gRPC proxy; read where Ray is started."""
 _SERVICE = "inference.GRPCInferenceService"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_READ = ("authorization", "x-request-id", "prefer", "idempotency-key")
+"""Metadata that become headers: those that are read, or that a note says are not."""
 _KINDS: dict[str, tuple[Any, Any]] = {
     "ServerLive": (pb.ServerLiveRequest, pb.ServerLiveResponse),
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
@@ -130,21 +132,19 @@ class GrpcDoor:
 
     async def _send(self, name: str, asked: Any, context: Context) -> httpx.Response:
         # Those of the proxy's own, such as content-type and te, are none of HTTP's.
-        metadata = {key: str(value) for key, value in context.invocation_metadata()}
-        known = ("authorization", "x-request-id")
         # As bytes: only those of gRPC's own clients are ASCII.
-        headers = {
-            key.encode(): metadata[key].encode("utf-8", "replace")
-            for key in known
-            if key in metadata
-        }
+        headers = [
+            (key.encode(), str(value).encode("utf-8", "replace"))
+            for key, value in context.invocation_metadata()
+            if key in _READ
+        ]
         app = self._counting(asked.ByteSize())
         transport = httpx.ASGITransport(app, client=(context.peer(), 0))
         async with httpx.AsyncClient(transport=transport, base_url="http://grpc") as client:
             if name != "ModelInfer":
                 return await client.get(_path(name, asked), headers=headers)
             head, tensors = _parts(asked)
-            headers[JSON_LENGTH.encode()] = b"%d" % len(head)
+            headers.append((JSON_LENGTH.encode(), b"%d" % len(head)))
             path = f"{_model(asked.model_name, asked.model_version)}/infer"
             return await client.post(path, content=_let_go(head, tensors), headers=headers)
 

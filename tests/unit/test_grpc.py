@@ -15,10 +15,12 @@ from deployments.settings import (
     AccessSettings,
     ClientSettings,
     GrpcSettings,
+    KeyLimits,
     LimitSettings,
     UploadSettings,
     parse_settings,
 )
+from serve_app.access.editing import create_key
 from serve_app.api import create_app
 from serve_app.v2 import kserve_pb2 as pb
 from serve_app.v2.door import GrpcDoor, check_message_size
@@ -139,6 +141,24 @@ async def test_a_key_of_odd_letters_is_an_unknown_one(tmp_path: Path) -> None:
         call = Call(metadata=[("authorization", odd)])
         await GrpcDoor(app, enabled=True).call("ServerMetadata", pb.ServerMetadataRequest(), call)
         assert call.code is grpc.StatusCode.UNAUTHENTICATED, call.details
+
+
+async def test_two_keys_are_none(tmp_path: Path) -> None:
+    clients = ClientSettings(access=AccessSettings(keys=tmp_path / "keys.yaml"))
+    _, token = create_key(tmp_path / "keys.yaml", "alice", KeyLimits())
+    app, mine = create_app(FakeBackends(), REGISTRY, clients), ("authorization", f"Bearer {token}")
+    for metadata, code in (([mine], "OK"), ([("authorization", "x"), mine], "UNAUTHENTICATED")):
+        call = Call(metadata=metadata)
+        await GrpcDoor(app, enabled=True).call("ServerMetadata", pb.ServerMetadataRequest(), call)
+        assert call.code is grpc.StatusCode[code], call.details
+
+
+async def test_metadata_about_jobs_are_not_silently_ignored() -> None:
+    backends = FakeBackends()
+    call = Call(metadata=[("prefer", "respond-async"), ("idempotency-key", "a")])
+    asked = request(model_name="comic", inputs=[image(contents=Contents(bytes_contents=[PICTURE]))])
+    await door(backends).call("ModelInfer", asked, call)
+    assert [one.text.split()[0] for one in backends.jobs[0].notes] == ["Prefer", "Idempotency-Key"]
 
 
 async def test_a_busy_service_says_when_to_come_again() -> None:

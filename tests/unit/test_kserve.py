@@ -191,6 +191,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [in_json(shape=[])]}, "one element"),
     ({"inputs": [in_json(shape=[1] * 9)]}, "shape"),
     ({"inputs": [in_json(shape=[-1])]}, "one element"),
+    ({"inputs": [in_json(shape=[1, 1, 1])]}, "one element"),
     ({"inputs": [in_json(shape="1")]}, "shape"),
     ({"inputs": [in_json(datatype="FP32")]}, "not of type BYTES"),
     ({"inputs": [in_json(name="MASKS")]}, "no such input"),
@@ -206,6 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [in_json(parameters={"binary_data_size": 8})]}, "both data and"),
     ({"inputs": [in_json()], "outputs": [{"name": "LABELS"}]}, "no such output"),
     ({"inputs": [in_json()], "outputs": [{"name": "IMAGE", "parameters": {"x": 1}}]}, "x is not"),
+    ({"inputs": [in_json()], "outputs": [{"name": "IMAGE"}] * 2}, "one output"),
     ({"inputs": [in_json()], "parameters": {"stepz": 3}}, "stepz is not a parameter"),
     ({"inputs": [in_json()], "parameters": {"priority": 3}}, "priority is not a parameter"),
     ({"inputs": [in_json()], "parameters": {"steps": 0}}, "steps"),
@@ -258,6 +260,15 @@ async def test_a_lying_length_of_the_json_is_refused(length: str, app: FastAPI) 
     )
     assert answer.status_code == 400, answer.text
     assert isinstance(answer.json()["error"], str)
+
+
+async def test_two_lengths_of_the_json_are_refused(app: FastAPI, backends: FakeBackends) -> None:
+    head = json.dumps({"inputs": [tensor()]}).encode()
+    lengths = [(LENGTH, str(len(head))), (LENGTH, "5")]
+    answer = await send(app, "POST", COMIC, content=head + element(PICTURE), headers=lengths)
+    assert answer.status_code == 400, answer.text
+    assert f"{len(head)}, 5" in answer.json()["error"]
+    assert not backends.jobs
 
 
 async def test_imagen_bench_speaks_it(app: FastAPI) -> None:
