@@ -636,12 +636,31 @@ def unused_notes(request: ImageRequest, parameters: frozenset[str]) -> tuple[Not
     )
 
 
-def scale_notes(request: ImageRequest, most: int) -> tuple[Note, ...]:
-    """A note if the client asked for a larger `scale` than the `most` times a model enlarges."""
-    if "scale" not in request.model_fields_set or getattr(request, "scale", most) <= most:
+def scale_notes(request: ImageRequest, picture_px: tuple[int, int], most: int) -> tuple[Note, ...]:
+    """A note if the result is smaller than the client asked for.
+
+    Args:
+        request: as the client sent it.
+        picture_px: width and height of the picture.
+        most: times that the model enlarges.
+    """
+    if "scale" in request.model_fields_set and getattr(request, "scale", most) > most:
+        told = f"The model enlarges {most} times, which is the scale of the result."
+        return (note(Code.SCALE_REDUCED, told),)
+    asked = getattr(request, "width", 0), getattr(request, "height", 0)
+    given = request.result_size(*picture_px, most)
+    if not all(asked) or given == asked:
         return ()
-    told = f"The model enlarges {most} times, which is the scale of the result."
-    return (note(Code.SCALE_REDUCED, told),)
+    told = "The result has {} x {} px, not {} x {}: it keeps the picture's aspect ratio."
+    return (note(Code.SCALE_REDUCED, told.format(*given, *asked)),)
+
+
+def preview_notes(job: ImageJob, parameters: frozenset[str]) -> tuple[Note, ...]:
+    """A note if the client asked for previews of a model that has no steps to show."""
+    if not job.preview or "steps" in parameters:
+        return ()
+    told = f"There are no previews: the model behind {job.request.task} has no steps to show."
+    return (note(Code.PARAMETER_UNUSED, told),)
 
 
 def draw_seed() -> tuple[int, Note]:

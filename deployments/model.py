@@ -24,6 +24,7 @@ from deployments.contract import (
     JobProgress,
     complete,
     draw_seed,
+    preview_notes,
     scale_notes,
     unused_notes,
 )
@@ -342,7 +343,8 @@ class ModelDeployment:
         """What becomes of each result, with the notes that all of them share."""
         parameters, grid = self._spec.parameters, self._grid(job, request)
         notes = [*job.notes, *unused_notes(job.request, parameters)]
-        notes += scale_notes(job.request, self._spec.scale)
+        notes += preview_notes(job, parameters)
+        notes += scale_notes(job.request, _size(job), self._spec.scale)
         first, steps = getattr(request, "seed", None), 0
         if first is None:
             first, drawn = draw_seed()

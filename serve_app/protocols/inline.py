@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -209,7 +210,7 @@ def text_of(name: str, value: object) -> str:
     """A parameter's value as the text that a form would have.
 
     Raises:
-        InvalidParameter: it is a list, an object, null, or too long.
+        InvalidParameter: it is a list, an object, null, no finite number, or too long.
     """
     if isinstance(value, str):
         if len(value) > MAX_FIELD_BYTES:
@@ -219,10 +220,10 @@ def text_of(name: str, value: object) -> str:
                 remedy="Shorten it.",
             )
         return value
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     raise InvalidParameter(
-        f"{name} must be a text, a number, true or false.",
+        f"{name} must be a text, a finite number, true or false.",
         value=json.dumps(value)[:_SHOWN],
         remedy="Leave it out for its default.",
     )

@@ -65,7 +65,7 @@ def check_plain(request: Request) -> None:
         InvalidParameter: there are parameters.
         UnsupportedMedia: the body is compressed.
     """
-    packed = request.headers.get("content-encoding", "identity")
+    packed = ", ".join(request.headers.getlist("content-encoding"))
     if packed.strip().lower() not in ("identity", ""):
         raise UnsupportedMedia(
             "Compressed bodies are not read.",

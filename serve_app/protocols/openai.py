@@ -250,11 +250,11 @@ def _sent(picture: Any) -> Any:
     """What stands for a picture, out of the object that newer clients put it into."""
     if not isinstance(picture, dict):
         return picture
-    if picture.keys() == {"image_url"}:
+    if picture.keys() == {"image_url"} and picture["image_url"]:
         return picture["image_url"]
     raise InvalidParameter(
         "A picture in an object is its image_url, and nothing else. Files are not kept here.",
-        value=", ".join(map(str, picture)),
+        value=json.dumps(picture),
         remedy='Send {"image_url": "data:image/png;base64,..."}.',
     )
 

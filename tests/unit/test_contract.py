@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contract import (
+    ImageJob,
     ImageRequest,
     UpscaleRequest,
     complete,
     describe,
     parse,
+    preview_notes,
     scale_notes,
     unused_notes,
 )
@@ -398,8 +400,33 @@ def test_a_scale_beyond_the_model_is_noted_if_the_client_asked_for_it(
     fields: dict[str, str], codes: list[str]
 ) -> None:
     request = parse(Task.UPSCALE.request, fields)
-    assert [one.code for one in scale_notes(request, 2)] == codes
-    assert not scale_notes(request, 4)
+    assert [one.code for one in scale_notes(request, (24, 16), 2)] == codes
+    assert not scale_notes(request, (24, 16), 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"width": "96", "height": "96"}, ["96 x 64 px, not 96 x 96"]),
+        ({"width": "96", "height": "64"}, []),
+        ({"width": "96"}, []),
+    ],
+)
+def test_a_size_of_another_shape_is_noted(fields: dict[str, str], told: list[str]) -> None:
+    notes = scale_notes(parse(Task.UPSCALE.request, fields), (24, 16), 4)
+    assert [one.text.split("has ")[1].split(":")[0] for one in notes] == told
+
+
+def test_the_size_of_what_is_made_of_a_text_is_that_asked_for() -> None:
+    request = parse(Task.GENERATE.request, {"prompt": "a", "width": "300", "height": "200"})
+    assert not scale_notes(request, (300, 200), 1)
+
+
+@pytest.mark.parametrize("preview", [True, False])
+def test_previews_of_a_model_without_steps_are_noted(preview: bool) -> None:
+    job = ImageJob(UpscaleRequest(), b"", "png", 60, preview=preview)
+    assert len(preview_notes(job, GAN)) == preview
+    assert not preview_notes(job, Task.UPSCALE.parameters("upscale_diffusion"))
 
 
 @pytest.mark.parametrize("name", ["prompt", "steps", "seed", "noise_level"])

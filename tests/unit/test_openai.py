@@ -242,6 +242,8 @@ async def test_a_picture_stands_in_one_field_of_json(app: FastAPI, backends: Fak
         {"images": [{**sent, "file_id": "file-1"}]},
         {"image": {"file_id": "file-1"}},
         {"images": []},
+        {"image": DRAWN, "mask": {"image_url": None}},
+        {"image": DRAWN, "mask": {"image_url": ""}},
     ):
         answer = await send(app, "POST", EDITS, json={"model": "comic", **wrong})
         assert answer.status_code == 400, wrong
@@ -403,6 +405,24 @@ async def test_a_compressed_body_is_refused_as_what_it_is(
     assert answer.status_code == 415, answer.text
     assert f"Content-Encoding: {encoding}" in answer.text
     assert "Send it without Content-Encoding" in answer.text
+    lines = [("Content-Type", kind), ("Content-Encoding", ""), ("Content-Encoding", encoding)]
+    answer = await send(app, "POST", path, content=gzip.compress(b"{}"), headers=lines)
+    assert answer.status_code == 415, answer.text
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+async def test_what_is_no_number_is_no_text(
+    number: str, app: FastAPI, backends: FakeBackends
+) -> None:
+    """Python reads them, although JSON has none."""
+    for path, body in (
+        (GENERATIONS, f'{{"prompt": {number}}}'),
+        ("/v2/models/painter/infer", f'{{"parameters": {{"prompt": {number}}}}}'),
+    ):
+        answer = await send(app, "POST", path, content=body)
+        assert answer.status_code == 400, answer.text
+        assert "finite" in answer.text
+    assert not backends.jobs
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": ""}, {"prompt": " \n"}])
