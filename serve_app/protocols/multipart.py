@@ -25,6 +25,8 @@ MAY_BE_FILES = ("background", "mask")
 """Fields that are a text, or a picture that comes as a file."""
 _ALSO_IMAGE = "image[]"
 """The name that clients of other services, and forms of several files, give it."""
+_PLAIN = ("7bit", "8bit", "binary")
+"""Values of Content-Transfer-Encoding that change no byte."""
 _MAX_PREAMBLE_BYTES = 64 * 1024
 _MAX_PADDING_BYTES = 80
 """Behind the first boundary, where nothing precedes it."""
@@ -218,6 +220,13 @@ class _FormReader:
                 "A part of the form has no name.",
                 value=disposition.encode("latin-1") or "no content-disposition",
                 remedy=_FORM_REMEDY,
+            )
+        encoding = self._headers.get("content-transfer-encoding", "binary")
+        if encoding.strip().lower() not in _PLAIN:
+            raise MalformedRequest(
+                f"The field {self._name[:100]} is encoded, and no part of a form may be.",
+                value=f"Content-Transfer-Encoding: {encoding}",
+                remedy="Send its bytes as they are (RFC 7578, section 4.7).",
             )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

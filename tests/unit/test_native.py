@@ -268,6 +268,20 @@ async def test_a_part_without_a_name_is_malformed(head: bytes) -> None:
     await refusal(MalformedRequest, b"--cut\r\n" + head + b"\r\ndata\r\n--cut--\r\n")
 
 
+@pytest.mark.parametrize("encoding", ["base64", "Quoted-Printable"])
+async def test_a_part_that_is_encoded_is_malformed(encoding: str) -> None:
+    line = f"Content-Transfer-Encoding: {encoding}\r\n\r\n".encode()
+    error = await refusal(
+        MalformedRequest,
+        body_of(PHOTO, part("prompt", b"aGk=").replace(b"\r\n\r\n", b"\r\n" + line)),
+    )
+    assert encoding in error.value
+    plain = part("prompt", b"hi").replace(
+        b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: 8BIT\r\n\r\n"
+    )
+    assert (await read([body_of(PHOTO, plain)])).fields == {"prompt": "hi"}
+
+
 async def test_a_name_that_is_no_text_becomes_a_field_nobody_knows() -> None:
     form = await read([body_of(PHOTO, part(b"\xff\xfe", b"1"))])
     with pytest.raises(InvalidParameter, match="is not a parameter of comic"):
