@@ -655,14 +655,6 @@ def scale_notes(request: ImageRequest, picture_px: tuple[int, int], most: int) -
     return (note(Code.SCALE_REDUCED, told.format(*given, *asked)),)
 
 
-def preview_notes(job: ImageJob, parameters: frozenset[str]) -> tuple[Note, ...]:
-    """A note if the client asked for previews of a model that has no steps to show."""
-    if not job.preview or "steps" in parameters:
-        return ()
-    told = f"There are no previews: the model behind {job.request.task} has no steps to show."
-    return (note(Code.PARAMETER_UNUSED, told),)
-
-
 def draw_seed() -> tuple[int, Note]:
     """A seed for a request without one, and the note that says so."""
     told = "No seed was sent; one was drawn at random, which the result states."

@@ -24,7 +24,6 @@ from deployments.contract import (
     JobProgress,
     complete,
     draw_seed,
-    preview_notes,
     scale_notes,
     unused_notes,
 )
@@ -343,7 +342,6 @@ class ModelDeployment:
         """What becomes of each result, with the notes that all of them share."""
         parameters, grid = self._spec.parameters, self._grid(job, request)
         notes = [*job.notes, *unused_notes(job.request, parameters)]
-        notes += preview_notes(job, parameters)
         notes += scale_notes(job.request, _size(job), self._spec.scale)
         first, steps = getattr(request, "seed", None), 0
         if first is None:

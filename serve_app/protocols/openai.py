@@ -299,6 +299,9 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     ]
     if wishes.partial_images and not wishes.stream:
         notes.append(note(Code.PARAMETER_UNUSED, "partial_images was ignored without stream."))
+    elif wishes.partial_images and "steps" not in spec.parameters:
+        told = f"partial_images was ignored: {spec.name} has no steps to show."
+        notes.append(note(Code.PARAMETER_UNUSED, told))
     fields = _joined(fields, _size_fields(wishes, spec, notes), "size")
     fields = _joined(fields, _background_fields(wishes, task, notes), "background")
     state = request.scope["state"]

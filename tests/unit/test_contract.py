@@ -9,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.contract import (
-    ImageJob,
     ImageRequest,
     UpscaleRequest,
     complete,
     describe,
     parse,
-    preview_notes,
     scale_notes,
     unused_notes,
 )
@@ -420,13 +418,6 @@ def test_a_size_of_another_shape_is_noted(fields: dict[str, str], told: list[str
 def test_the_size_of_what_is_made_of_a_text_is_that_asked_for() -> None:
     request = parse(Task.GENERATE.request, {"prompt": "a", "width": "300", "height": "200"})
     assert not scale_notes(request, (300, 200), 1)
-
-
-@pytest.mark.parametrize("preview", [True, False])
-def test_previews_of_a_model_without_steps_are_noted(preview: bool) -> None:
-    job = ImageJob(UpscaleRequest(), b"", "png", 60, preview=preview)
-    assert len(preview_notes(job, GAN)) == preview
-    assert not preview_notes(job, Task.UPSCALE.parameters("upscale_diffusion"))
 
 
 @pytest.mark.parametrize("name", ["prompt", "steps", "seed", "noise_level"])

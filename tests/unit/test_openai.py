@@ -410,6 +410,15 @@ async def test_a_compressed_body_is_refused_as_what_it_is(
     assert answer.status_code == 415, answer.text
 
 
+@pytest.mark.parametrize(("model", "told"), [("background", ["partial_images"]), ("comic", [])])
+async def test_previews_of_a_model_without_steps_are_a_note(
+    model: str, told: list[str], app: FastAPI, backends: FakeBackends
+) -> None:
+    body = {"model": model, "image": DRAWN, "stream": True, "partial_images": 2}
+    assert (await send(app, "POST", EDITS, json=body)).status_code == 200
+    assert [one.text.split()[0] for one in backends.jobs[0].notes] == told
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 async def test_what_is_no_number_is_no_text(
     number: str, app: FastAPI, backends: FakeBackends
