@@ -87,11 +87,13 @@ function fieldOf(name, raw) {
 
 export const ofRole = (task, role) => task.fields.find((field) => field.role === role);
 
-/** Whether a field means anything beside these values. */
+/** Whether a field means anything beside these values; `true` among its needs is any value. */
 export function applies(task, field, values) {
   return Object.entries(field.needs).every(([name, wanted]) => {
     const other = task.fields.find((one) => one.name === name);
-    return other && (values[name] ?? other.value) === String(wanted);
+    const given = values[name] ?? other?.value ?? "";
+    const value = given instanceof Blob ? other.fileWord : given;
+    return wanted === true ? value !== "" : value === wanted;
   });
 }
 

@@ -12,8 +12,12 @@ from serve_app.protocols.multipart import MAY_BE_FILES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NEEDS = {"color": {"output": "color"}}
-"""Fields that have a meaning only with some value of others, and so are not sent by default."""
+NEEDS: dict[str, dict[str, str | bool]] = {
+    "color": {"output": "color"},
+    "mask_changes": {"mask": PICTURE},
+    "mask_feather_px": {"mask": True},
+}
+"""Fields that mean nothing without a value of others (True: any), and are not sent by default."""
 _ROLES = {"seed": "seed", "n": "count", "preview": "preview"}
 """Fields that a page treats in a way of their own."""
 
@@ -24,8 +28,8 @@ def hints(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
     Its `group` says whom the field concerns: `task`, `file` (the result's file; every task has
     these) or `job`. Optional are `role`, `choices` (what each value of an enumeration means, or the
     default of a number that stands for something else), `needs` (values of other fields without
-    which it means nothing, and its `default` does not count) and `file` (the word that a result's
-    metadata have in place of a file).
+    which it means nothing, and its `default` does not count; `true` is any value) and `file` (the
+    word that a result's metadata have in place of a file, and `needs` for one).
 
     Args:
         name: of the field.

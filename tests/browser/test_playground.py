@@ -219,7 +219,12 @@ def test_a_mask_is_a_file_of_the_form(address: str, visit: Visit) -> None:
     page.evaluate(GIVE, ["paste", list(png()), "pasted.png"])
     choose(page, "Comic")
     mask = {"name": "mask.png", "mimeType": "image/png", "buffer": png()}
+    of_a_mask = page.locator("#field-comic-mask_feather_px"), page.get_by_text("Mask changes")
+    for field in of_a_mask:
+        expect(field).not_to_be_visible()
     page.get_by_label("Mask, file").set_input_files([mask])
+    for field in of_a_mask:
+        expect(field).to_be_visible()
     run(page)
     made = picture(page).info["imagen"]
     assert "masked" in codes(made)
@@ -242,6 +247,8 @@ def test_a_field_takes_a_word_or_a_file_as_the_service_does(address: str, visit:
     page.evaluate(GIVE, ["paste", list(png(clear=True)), "clear.png"])
     choose(page, "Comic")
     page.get_by_label("Alpha").check()
+    expect(page.locator("#field-comic-mask_feather_px")).to_be_visible()
+    expect(page.get_by_text("Mask changes")).not_to_be_visible()
     run(page)
     assert "masked" in codes(picture(page).info["imagen"])
     assert "-F mask=alpha" in page.inner_text("#code")
