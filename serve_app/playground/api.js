@@ -40,15 +40,9 @@ export async function call(path, { headers = {}, ...options } = {}) {
     throw new Offline();
   }
   if (answer.ok) return answer;
-  throw await problemOf(answer);
-}
-
-async function problemOf(answer) {
-  const isProblem = answer.headers.get("content-type")?.startsWith("application/problem+json");
-  const said = isProblem ? await answer.json().catch(() => ({})) : {};
-  const fact = `The server answered ${answer.status} and no reason.`;
-  const retryAfterS = Number(answer.headers.get("retry-after")) || 0;
-  return new Problem(answer.status, said.code ? said : { fact, remedy: "Try again." }, retryAfterS);
+  const said = await answer.json().catch(() => null);
+  const unsaid = { fact: `The server answered ${answer.status} and no reason.`, remedy: "Try again." };
+  throw new Problem(answer.status, said?.code ? said : unsaid, Number(answer.headers.get("retry-after")) || 0);
 }
 
 /** Events of a job, from the one after `last`; ends with the stream. */

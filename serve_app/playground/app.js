@@ -1,11 +1,12 @@
 // The page: what was chosen, what runs, what is shown.
 
 import { Offline, key, root } from "./api.js";
-import { $, announce, copy, el, hideToast, randomId, release, toast, urlOf, words } from "./dom.js";
+import { $, announce, copy, el, fill, hideToast, randomId, release, toast, urlOf, words } from "./dom.js";
 import { settings, taskList } from "./form.js";
 import { listen } from "./pictures.js";
 import { cancel, carry, openapi, readiness } from "./run.js";
-import { fileName, historyEntry, isRunning, showMenus, showProblem, showProgress, showResult, terms, tile, titleOf, updateTile } from "./stage.js";
+import { fileName, historyEntry, isRunning, showGrid, showProblem, showProgress, showResult, titleOf } from "./stage.js";
+import { showStatus } from "./status.js";
 import { forget, keep, load, metadataOf, surplus, thumbnail } from "./store.js";
 import { ofRole, tasksOf, toSend } from "./tasks.js";
 import { Viewer } from "./viewer.js";
@@ -31,16 +32,14 @@ const valuesOf = (task) => (values[task.id] ??= { ...task.examples });
 // --- what to make ---
 
 async function addFiles(files, isSample = false) {
-  const [only] = files;
-  const said = files.length === 1 && only.size < 64e6 ? await metadataOf(only) : null;
+  const said = files.length === 1 ? await metadataOf(files[0]) : null;
   const known = said && tasks.find((task) => task.id === said.task);
+  hideToast();
   if (known) {
     // Whoever made the file wrote them. They may say how a picture looks, but not where a job reports.
     const lost = restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
     const but = lost.length ? ` It had a file as well, which is not in it: ${lost.join(", ")}.` : "";
-    toast(`The settings of ${only.name} are back in the form.${but}`);
-  } else {
-    hideToast();
+    toast(`The settings of ${files[0].name} are back in the form.${but}`);
   }
   if (!known || !sources.length) {
     // Whoever brings a picture of their own has done with the sample.
@@ -88,8 +87,7 @@ function again(item) {
   picked = 0;
   $("count").value = 1;
   show();
-  const first = $("settings").querySelector("input[type=range], textarea, input, summary");
-  first?.focus();
+  $("settings").querySelector("textarea, input, summary")?.focus();
   $("settings").scrollIntoView({ block: "nearest" });
   toast("The settings are back in the form. Change what you like, then press Run.");
 }
@@ -107,9 +105,8 @@ function submit(event) {
   const wanted = chosenTasks();
   if (!wanted.length) return toast("The service has not said yet what it can do.");
   if (!sources.length && wanted.some((task) => task.picture)) {
-    toast("Choose a picture first.");
     $("files").focus();
-    return;
+    return toast("Choose a picture first.");
   }
   if (wanted.some((task) => task.needsKey) && !key.get()) return askKey();
   const made = wanted.flatMap((task) =>
@@ -152,11 +149,10 @@ async function start(item) {
     await fail(item, error);
   }
   controllers.delete(item.id);
-  await Promise.all(items.filter((one) => one.result && !one.thumb).map(async (one) => {
-    one.thumb = await thumbnail(one.result);
-  }));
-  const made = items.filter((one) => one.id === item.id || (item.job && one.job === item.job));
-  for (const one of made) await keep(one);
+  for (const one of items.filter(({ id, job }) => id === item.id || (job && job === item.job))) {
+    if (one.result) one.thumb = await thumbnail(one.result);
+    await keep(one);
+  }
   for (const one of surplus(items)) await remove(one.id);
   show();
 }
@@ -180,13 +176,12 @@ function finish(item, pictures) {
 function fail(item, error) {
   if (error.name === "AbortError") {
     toast("Canceled.");
-    Object.assign(item, { state: "canceled" });
     return remove(item.id);
   }
   const said = error.said ?? { fact: "Something went wrong on this page.", value: error.message, remedy: "Reload it." };
-  const job = said.status === 401 ? item.job : "";
-  Object.assign(item, { state: "failed", problem: said, waiting: "", job });
-  if (said.status === 401) askKey(said);
+  const isLocked = said.status === 401;
+  Object.assign(item, { state: "failed", problem: said, waiting: "", job: isLocked ? item.job : "" });
+  if (isLocked) askKey(said);
 }
 
 async function stop(item) {
@@ -223,22 +218,11 @@ function tryAgain(item) {
 let pending = 0;
 const showSoon = () => (pending ||= requestAnimationFrame(() => ((pending = 0), show())));
 
-/** Fill a list, if what it shows has changed; whoever stood in it stands in it again. */
-function fill(list, signature, make) {
-  const text = JSON.stringify(signature);
-  if (list.dataset.shown === text) return;
-  list.dataset.shown = text;
-  const inside = list.contains(document.activeElement) ? document.activeElement : null;
-  const place = inside && [...list.querySelectorAll("button, input, summary")].indexOf(inside);
-  list.replaceChildren(...make());
-  if (inside) [...list.querySelectorAll("button, input, summary")].at(place)?.focus({ preventScroll: true });
-}
-
 function show() {
   showForm();
   showStage();
   showHistory();
-  showStatus();
+  showStatus(service, tasks);
 }
 
 function showForm() {
@@ -266,16 +250,11 @@ function showStage() {
   const group = shown.map(itemOf).filter(Boolean);
   const item = focus && itemOf(focus);
   const isGrid = !item && group.length > 0;
-  $("grid").style.setProperty("--columns", { 1: 1, 2: 2, 4: 2 }[group.length] ?? (group.length > 6 ? 4 : 3));
   const source = sources[picked];
   $("empty").hidden = Boolean(item || isGrid || source);
   $("viewer").hidden = isGrid || !$("empty").hidden;
   $("viewer").classList.toggle("waits", Boolean(item && !item.source && !item.result));
-  $("grid").hidden = !isGrid;
-  const tiles = isGrid ? group : [];
-  fill($("grid"), tiles.map((one) => [one.id, one.state]), () =>
-    tiles.map((one) => tile(one, taskOf(one), () => openItem(one))));
-  tiles.forEach((one, place) => updateTile($("grid").children[place], one));
+  showGrid(isGrid ? group : [], taskOf, openItem);
   if (!isGrid) showPicture(item, source);
   showProgress(item);
   showProblem(item, item ? [
@@ -288,12 +267,7 @@ function showStage() {
   $("all").hidden = !item || group.length < 2;
   $("all").textContent = `‹ All ${group.length}`;
   $("result").hidden = !isDone;
-  if (!isDone || $("result").dataset.shown === item.id) return;
-  $("result").dataset.shown = item.id;
-  const task = taskOf(item);
-  $("again").textContent = item.info.seed ? "Again with this seed" : "Again with these settings";
-  showResult(item, task);
-  showMenus(item, task, tasks, (next) => sendOn(item, next));
+  if (isDone) showResult(item, tasks, (next) => sendOn(item, next));
 }
 
 function showPicture(item, source) {
@@ -321,38 +295,12 @@ async function discard(item) {
 
 // --- the service ---
 
-function showStatus() {
-  const models = service?.models ?? {};
-  const states = Object.values(models);
-  const ready = states.filter((state) => state === "ready" || state === "idle").length;
-  const percents = Object.entries(service?.pulling_percent ?? {});
-  const loading = percents.length ? `, loading ${Math.round(Math.min(...percents.map(([, one]) => one)))} %` : "";
-  const all = ready === states.length ? `${ready} models ready` : `${ready} of ${states.length} models ready`;
-  $("status-text").textContent = service ? all + loading + busy() : "No connection to the service";
-  $("status").className = `status quiet ${!service ? "lost" : ready === states.length ? "ready" : "waiting"}`;
-  const lines = Object.keys(models).map((task) => {
-    const replicas = service.replicas?.[task]?.length ?? 0;
-    const count = `${replicas} ${replicas === 1 ? "replica" : "replicas"}`;
-    return [tasks.find((one) => one.id === task)?.title ?? task, `${models[task]}, ${count}${busy(task)}`];
-  });
-  const loads = percents.map(([name, one]) => [`Loading ${name}`, `${one} %`]);
-  fill($("status-list"), [service, tasks.length], () => terms(Object.fromEntries([...lines, ...loads])));
-}
-
-/** What a model, or all of them, has at work, and what waits for it; by everybody. */
-function busy(task) {
-  const of = (all) => (task ? [all?.[task] ?? []] : Object.values(all ?? {})).flat();
-  const working = of(service.replicas).reduce((sum, replica) => sum + (replica.requests ?? 0), 0);
-  const waiting = of(service.jobs_waiting).reduce((sum, one) => sum + one, 0);
-  return (working ? `, ${working} at work` : "") + (waiting ? `, ${waiting} waiting` : "");
-}
-
 let looking;
 async function watchService() {
   service = await readiness();
   if (service && !tasks.length) await loadTasks();
   showForm();
-  showStatus();
+  showStatus(service, tasks);
   const isQuiet = service?.status === "ready" && tasks.length && !items.some(isRunning);
   clearTimeout(looking);
   looking = setTimeout(watchService, document.hidden ? 60_000 : isQuiet ? 10_000 : 2_000);

@@ -5,7 +5,7 @@ const PLAIN = /^[\w.+%:/=-]+$/;
 const NAME = "photo.jpg";
 
 const shell = (text) => (PLAIN.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
-const python = (text) => JSON.stringify(text);
+const python = JSON.stringify;
 
 /** A file's name as text that is safe to paste: what could end a line or start an option is gone. */
 export function safeName(name) {
@@ -13,11 +13,7 @@ export function safeName(name) {
   return plain.slice(-100) || NAME;
 }
 
-function extension(item) {
-  return item.result?.type.split("/")[1] ?? "png";
-}
-
-const outName = (item) => `${item.task}.${extension(item)}`;
+const outName = (item) => `${item.task}.${item.result?.type.split("/")[1] ?? "png"}`;
 
 export function curl(task, item) {
   const parts = [`curl ${shell(task.url)}`];
@@ -44,17 +40,12 @@ export function pythonCall(task, item, root) {
     if (field?.type === "boolean") return value === "true" ? "True" : "False";
     return field?.isNumber && value !== "" && isFinite(value) ? value : python(value);
   };
-  const address = root.href.replace(/\/$/, "");
-  const name = task.route.split("/").slice(4).join("/");
-  const given = [python(name), task.picture ? python(safeName(item.name)) : "None"];
-  const named = Object.entries(item.fields).map(([field, value]) => `${field}=${literal(field, value)}`);
+  const given = [python(task.route.split("/").slice(4).join("/")), task.picture ? python(safeName(item.name)) : "None"];
+  const named = Object.entries(item.fields).map(([name, value]) => `${name}=${literal(name, value)}`);
   const parts = [...given, ...named].map((part) => `        ${part},\n`).join("");
-  return [
-    ...(task.needsKey ? ["# The key is read from $IMAGEN_KEY."] : []),
-    "from imagen_client import Imagen",
-    "",
-    `with Imagen(${python(address)}) as imagen:`,
-    `    picture = imagen.run(\n${parts}    )`,
-    `    picture.save(${python(outName(item))})`,
-  ].join("\n");
+  return `${task.needsKey ? "# The key is read from $IMAGEN_KEY.\n" : ""}from imagen_client import Imagen
+
+with Imagen(${python(root.href.replace(/\/$/, ""))}) as imagen:
+    picture = imagen.run(\n${parts}    )
+    picture.save(${python(outName(item))})`;
 }

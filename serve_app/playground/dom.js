@@ -1,5 +1,7 @@
 // Small helpers. Text from elsewhere (file names, metadata, errors) only ever becomes text nodes.
 
+export const $ = (id) => document.getElementById(id);
+
 /** An element with properties or attributes, and children; none for a child that is null or false. */
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -13,14 +15,27 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-export const $ = (id) => document.getElementById(id);
+/** Fill a list, if what it shows has changed; whoever stood in it stands in it again. */
+export function fill(list, signature, make) {
+  const text = JSON.stringify(signature);
+  if (list.dataset.shown === text) return;
+  list.dataset.shown = text;
+  const controls = () => [...list.querySelectorAll("button, input, summary")];
+  const place = controls().indexOf(document.activeElement);
+  list.replaceChildren(...make());
+  if (place >= 0) controls().at(place)?.focus({ preventScroll: true });
+}
 
-const SHORT = /\b(vae|png|jpeg|webp|rgba)\b/g;
+/** A list of terms and what they are, without those that are nothing. */
+export const terms = (said) => Object.entries(said).filter(([, value]) => value).map(([name, value]) =>
+  el("div", { className: String(value).length > 18 ? "wide" : "" },
+    el("dt", { textContent: name }), el("dd", { textContent: value })));
 
 /** "guidance_scale" as "Guidance scale", "deadline_s" as "Deadline, s", "vae" as "VAE". */
 export function words(name) {
-  const text = name.replace(/_(px|s)$/, ", $1").replaceAll("_", " ").trim().replace(SHORT, (short) => short.toUpperCase());
-  return text.charAt(0).toUpperCase() + text.slice(1);
+  const text = name.replace(/_(px|s)$/, ", $1").replaceAll("_", " ").trim();
+  const loud = text.replace(/\b(vae|png|jpeg|webp|rgba)\b/g, (short) => short.toUpperCase());
+  return loud.charAt(0).toUpperCase() + loud.slice(1);
 }
 
 export function seconds(s) {
@@ -29,9 +44,7 @@ export function seconds(s) {
   return `${s.toFixed(s < 10 ? 1 : 0)} s`;
 }
 
-export function bytes(n) {
-  return n < 1e6 ? `${Math.max(1, Math.round(n / 1e3))} kB` : `${(n / 1e6).toFixed(1)} MB`;
-}
+export const bytes = (n) => (n < 1e6 ? `${Math.max(1, Math.round(n / 1e3))} kB` : `${(n / 1e6).toFixed(1)} MB`);
 
 export const randomId = () => crypto.getRandomValues(new BigUint64Array(2)).join("-");
 
@@ -40,7 +53,7 @@ for (const kind of ["error", "load"]) {
   document.addEventListener(kind, ({ target }) => target.classList?.toggle("broken", kind === "error"), true);
 }
 
-/** One URL for each blob, for as long as the page lives. */
+/** One URL for each blob, until it is released. */
 const urls = new WeakMap();
 export function urlOf(blob) {
   if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
@@ -68,17 +81,9 @@ export function toast(text) {
 /** What was said in passing is over. */
 export const hideToast = () => $("toast").classList.remove("shown");
 
-/** Copy what an element shows. */
-export async function copy(node) {
-  try {
-    await navigator.clipboard.writeText(node.innerText);
-  } catch {
-    // Pages without TLS have no clipboard; the older way needs a selection.
-    getSelection().selectAllChildren(node);
-    document.execCommand("copy");
-  }
+/** Copy what an element shows. Pages without TLS have no clipboard, so that a selection does it for all. */
+export function copy(node) {
+  getSelection().selectAllChildren(node);
+  document.execCommand("copy");
   toast("Copied.");
 }
-
-/** Save a file as the browser does; the name is a suggestion. */
-export const download = (blob, name) => el("a", { href: urlOf(blob), download: name }).click();

@@ -8,15 +8,13 @@ export const ITEM = "text/x-imagen-item";
 
 /** Call `onFiles(files)` or `onSample(files)` with what comes in, `onItem(id)` with what is dragged back. */
 export function listen(onFiles, onSample, onItem) {
-  const input = $("files");
+  const [input, drop] = [$("files"), $("drop")];
+  const give = ({ files }) => files.length && onFiles([...files]);
   input.addEventListener("change", () => {
-    onFiles([...input.files]);
+    give(input);
     input.value = "";
   });
-  document.addEventListener("paste", (event) => {
-    if (event.clipboardData.files.length) onFiles([...event.clipboardData.files]);
-  });
-  const drop = $("drop");
+  document.addEventListener("paste", (event) => give(event.clipboardData));
   const isWelcome = ({ types }) => types.includes("Files") || types.includes(ITEM);
   document.addEventListener("dragenter", (event) => drop.classList.toggle("shown", isWelcome(event.dataTransfer)));
   drop.addEventListener("dragleave", () => drop.classList.remove("shown"));
@@ -26,13 +24,12 @@ export function listen(onFiles, onSample, onItem) {
     drop.classList.remove("shown");
     const id = event.dataTransfer.getData(ITEM);
     if (id) onItem(id);
-    else if (event.dataTransfer.files.length) onFiles([...event.dataTransfer.files]);
+    else give(event.dataTransfer);
   });
   $("camera-button").addEventListener("click", () => photograph(onFiles));
-  $("samples").addEventListener("click", async (event) => {
-    const chosen = event.target.closest("button")?.querySelector("img");
-    if (chosen) fetchSample(chosen.src, onSample);
-  });
+  for (const sample of $("samples").children) {
+    sample.addEventListener("click", () => fetchSample(sample.querySelector("img").src, onSample));
+  }
 }
 
 async function fetchSample(url, onSample) {

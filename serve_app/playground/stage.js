@@ -1,10 +1,10 @@
 // The right side of the page: what happens to an item, its result, facts, and the call for it.
 
-import { $, bytes, download, el, seconds, urlOf, words } from "./dom.js";
+import { root } from "./api.js";
 import { curl, pythonCall } from "./calls.js";
+import { $, bytes, el, fill, seconds, terms, urlOf, words } from "./dom.js";
 import { ITEM } from "./pictures.js";
 import { drawn } from "./store.js";
-import { root } from "./api.js";
 
 export const isRunning = (item) => !["completed", "failed", "canceled"].includes(item.state);
 export const titleOf = (item, task) => task?.title ?? words(item.task);
@@ -19,8 +19,7 @@ function stateOf(item) {
   if (item.waiting) return item.waiting;
   const line = item.position > 1 ? `Queued, number ${item.position} in line` : "Queued, next in line";
   const step = item.steps ? `Step ${item.done} of ${item.steps}` : "Working";
-  const known = { sending: "Sending", queued: line, processing: step,
-    fetching: "Fetching the result", failed: "Failed", canceled: "Canceled" };
+  const known = { sending: "Sending", queued: line, processing: step, fetching: "Fetching the result", failed: "Failed" };
   return known[item.state] ?? "";
 }
 
@@ -44,8 +43,7 @@ export function showProblem(item, acts) {
   const said = item?.problem;
   $("problem").hidden = !said;
   if (!said) return;
-  const others = (said.errors ?? []).slice(1).map((one) =>
-    el("li", { textContent: `${one.fact} ${one.remedy}` }));
+  const others = (said.errors ?? []).slice(1).map((one) => el("li", { textContent: `${one.fact} ${one.remedy}` }));
   $("problem").replaceChildren(...[
     el("strong", { textContent: said.fact }),
     said.value && el("p", {}, "Found: ", el("code", { textContent: said.value })),
@@ -56,26 +54,27 @@ export function showProblem(item, acts) {
   ].filter(Boolean));
 }
 
-/** One result, or one that is being made, of a run with several. */
-export function tile(item, task, onOpen) {
-  const text = item.state === "completed" && item.info.seed ? `seed ${item.info.seed}` : stateOf(item);
-  const title = titleOf(item, task);
-  return el("li", { className: item.state },
-    el("button", { ariaLabel: `${title}, ${item.name ?? ""} ${text}`, onclick: onOpen },
-      el("img", { alt: "" }), isRunning(item) && el("progress", { ariaLabel: "Progress" }),
-      el("span", {}, el("b", { textContent: title }), el("small", { textContent: text }))));
-}
-
-/** What changes in a tile while it is made. */
-export function updateTile(node, item) {
-  const picture = item.result ?? item.source;
-  const src = isRunning(item) && item.preview ? item.preview : picture ? urlOf(picture) : "";
-  const [shown, bar] = [node.querySelector("img"), node.querySelector("progress")];
-  shown.hidden = !src;
-  if (src && shown.src !== src) shown.src = src;
-  if (!bar) return;
-  node.querySelector("small").textContent = stateOf(item);
-  showSteps(bar, item);
+/** The results of a run side by side, also those that are being made. */
+export function showGrid(items, taskOf, onOpen) {
+  $("grid").hidden = !items.length;
+  fill($("grid"), items.map(({ id, state }) => [id, state]), () => items.map((item) => {
+    const title = titleOf(item, taskOf(item));
+    const text = item.info?.seed ? `seed ${item.info.seed}` : stateOf(item);
+    return el("li", { className: item.state },
+      el("button", { ariaLabel: `${title}, ${item.name} ${text}`, onclick: () => onOpen(item) },
+        el("img", { alt: "" }), isRunning(item) && el("progress", { ariaLabel: "Progress" }),
+        el("span", {}, el("b", { textContent: title }), el("small", { textContent: text }))));
+  }));
+  items.forEach((item, place) => {
+    const find = (what) => $("grid").children[place].querySelector(what);
+    const [image, bar, picture] = [find("img"), find("progress"), item.result ?? item.source];
+    const src = (isRunning(item) && item.preview) || (picture ? urlOf(picture) : "");
+    image.hidden = !src;
+    if (src && image.src !== src) image.src = src;
+    if (!bar) return;
+    find("small").textContent = stateOf(item);
+    showSteps(bar, item);
+  });
 }
 
 export function historyEntry(item, task, isShown, onOpen, onDelete) {
@@ -83,31 +82,28 @@ export function historyEntry(item, task, isShown, onOpen, onDelete) {
   const name = titleOf(item, task);
   const thumb = item.thumb ?? item.result;
   return el("li", { className: `${item.state} ${isShown ? "shown" : ""}` },
-    el("button", { title: `${item.name}, ${when}`, onclick: onOpen,
-      ariaLabel: `${name} of ${item.name || "no picture"}, ${when}`,
+    el("button", { title: `${item.name}, ${when}`, ariaLabel: `${name} of ${item.name || "no picture"}, ${when}`, onclick: onOpen,
       draggable: true, ondragstart: ({ dataTransfer }) => dataTransfer.setData(ITEM, item.id) },
       thumb ? el("img", { src: urlOf(thumb), alt: "", draggable: false })
         : el("i", { textContent: isRunning(item) ? "…" : "!" }),
       el("span", { textContent: name })),
-    el("button", { className: "delete", textContent: "×",
-      ariaLabel: `Delete ${name}, ${when}`, onclick: onDelete }));
+    el("button", { className: "delete", textContent: "×", ariaLabel: `Delete ${name}, ${when}`, onclick: onDelete }));
 }
 
-/** A list of terms and what they are, without those that are nothing. */
-export const terms = (said) => Object.entries(said).filter(([, value]) => value).map(([name, value]) =>
-  el("div", { className: String(value).length > 18 ? "wide" : "" },
-    el("dt", { textContent: name }), el("dd", { textContent: value })));
-
-export function showResult(item, task) {
-  const { info, fields, timings } = item;
+export function showResult(item, tasks, onSendOn) {
+  if ($("result").dataset.shown === item.id) return;
+  $("result").dataset.shown = item.id;
+  const { info, fields, timings, result } = item;
+  const task = tasks.find((one) => one.id === item.task);
   const total = Object.values(timings).reduce((sum, one) => sum + one, 0);
   const given = Object.entries(fields).filter(([, value]) => String(value) !== info.seed);
+  $("again").textContent = info.seed ? "Again with this seed" : "Again with these settings";
   $("facts").replaceChildren(...terms({
     Task: titleOf(item, task),
     Seed: info.seed,
     Time: seconds(total),
     Size: `${info.size} px`,
-    File: `${kindOf(item.result.type).toUpperCase()}, ${bytes(item.result.size)}`,
+    File: `${kindOf(result.type).toUpperCase()}, ${bytes(result.size)}`,
     Model: info.model,
     "Batch size": info.batch,
     ...Object.fromEntries(given.map(([name, value]) => [words(name), value.name ?? value])),
@@ -117,6 +113,10 @@ export function showResult(item, task) {
   const gone = "This service no longer has the task.";
   $("curl").textContent = task ? curl(task, item) : gone;
   $("python").textContent = task ? pythonCall(task, item, root) : gone;
+  const kinds = [...new Set([result.type, ...(task?.formats ?? [])])];
+  fillMenu($("download"), kinds.map((type) => [() => save(item, type), kindOf(type).toUpperCase(),
+    el("small", { textContent: type === result.type ? "as made, with its metadata" : "converted here, without metadata" })]));
+  fillMenu($("send-on"), tasks.filter((one) => one.picture).map((one) => [() => onSendOn(one), one.title]));
 }
 
 /** Where the time went, as one bar. */
@@ -130,15 +130,12 @@ function showTimings(timings, total) {
     texts.map((text) => el("li", {}, text))));
 }
 
-/** The entries of the two menus below the picture. */
-export function showMenus(item, task, tasks, onSendOn) {
-  const fillMenu = (menu, entries) => menu.replaceChildren(...entries.map(([act, ...said]) =>
-    el("button", { popoverTargetElement: menu, popoverTargetAction: "hide", onclick: act }, said)));
-  const own = item.result.type;
-  const save = async (type) =>
-    download(type === own ? item.result : await drawn(item.result, type), fileName(item, type));
-  fillMenu($("download"), [...new Set([own, ...(task?.formats ?? [])])].map((type) => [() => save(type),
-    kindOf(type).toUpperCase(),
-    el("small", { textContent: type === own ? "as made, with its metadata" : "converted here, without metadata" })]));
-  fillMenu($("send-on"), tasks.filter((one) => one.picture).map((one) => [() => onSendOn(one), one.title]));
+/** The entries of a menu below the picture: what each does, and its words. */
+const fillMenu = (menu, entries) => menu.replaceChildren(...entries.map(([onclick, ...said]) =>
+  el("button", { popoverTargetElement: menu, popoverTargetAction: "hide", onclick }, said)));
+
+/** Save a result as the browser does. */
+async function save(item, type) {
+  const file = type === item.result.type ? item.result : await drawn(item.result, type);
+  el("a", { href: urlOf(file), download: fileName(item, type) }).click();
 }

@@ -17,8 +17,8 @@ async function act(mode, work) {
   return new Promise((resolve) => {
     const transaction = database.transaction("items", mode);
     const request = work(transaction.objectStore("items"));
-    transaction.oncomplete = () => resolve(request?.result);
-    transaction.onerror = transaction.onabort = () => resolve(undefined); // full, or gone: not kept
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = () => resolve(undefined); // full, or gone: not kept
   });
 }
 
@@ -43,8 +43,7 @@ export function surplus(items) {
 /** A picture drawn anew, without its metadata: at `scaleOf(bitmap)` of its size, in another format. */
 export async function drawn(source, type, quality = 0.92, scaleOf = () => 1) {
   const bitmap = await createImageBitmap(source);
-  const scale = scaleOf(bitmap);
-  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scaleOf(bitmap))));
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   context.fillStyle = "#fff";
@@ -58,16 +57,15 @@ export async function drawn(source, type, quality = 0.92, scaleOf = () => 1) {
 export const thumbnail = (blob) =>
   drawn(blob, "image/webp", 0.8, ({ width, height }) => Math.min(1, 224 / Math.min(width, height))).catch(() => null);
 
-const MARKS = ["imagen\0", "ASCII\0\0\0"]; // a PNG's text chunk; the EXIF comment of the others
+const MARKS = /(imagen\0|ASCII\0\0\0)(?={)/g; // a PNG's text chunk; the EXIF comment of the others
 
 /** What a result of Imagen says of itself: { task, parameters }; null for any other file. */
 export async function metadataOf(blob) {
+  if (blob.size > 64e6) return null;
   const text = new TextDecoder("latin1").decode(await blob.arrayBuffer());
-  for (const mark of MARKS) {
-    const start = text.indexOf(`${mark}{`);
-    if (start < 0) continue;
+  for (const { 0: mark, index } of text.matchAll(MARKS)) {
     try {
-      const said = JSON.parse(balanced(text, start + mark.length));
+      const said = JSON.parse(balanced(text, index + mark.length));
       if (typeof said.task === "string" && said.parameters) return said;
     } catch {
       continue; // somebody else's

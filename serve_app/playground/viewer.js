@@ -7,14 +7,9 @@ const MOST_ZOOM = 16;
 
 export class Viewer {
   constructor() {
-    this.frame = $("viewer");
-    this.box = $("scroll");
-    this.layer = $("layer");
-    this.before = $("before");
-    this.after = $("after");
-    this.split = $("split");
-    this.size = [0, 0];
-    this.scale = 1;
+    [this.frame, this.box, this.layer] = ["viewer", "scroll", "layer"].map($);
+    [this.before, this.after, this.split] = ["before", "after", "split"].map($);
+    [this.size, this.scale] = [[0, 0], 1];
     const [fit, real] = [() => this.#fit(), () => this.#zoomTo(this.#realScale)];
     const by = (factor) => () => this.#zoomTo(this.scale * factor);
     const acts = { "+": by(1.5), "-": by(1 / 1.5), 0: fit, 1: real };
