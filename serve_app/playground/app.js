@@ -1,7 +1,7 @@
 // The page: what was chosen, what runs, what is shown.
 
 import { Offline, key, root } from "./api.js";
-import { $, announce, copy, el, fill, hideToast, randomId, release, toast, urlOf, words } from "./dom.js";
+import { $, announce, copy, el, fill, randomId, release, toast, urlOf, words } from "./dom.js";
 import { settings, taskList } from "./form.js";
 import { listen } from "./pictures.js";
 import { cancel, carry, openapi, readiness } from "./run.js";
@@ -34,7 +34,7 @@ const valuesOf = (task) => (values[task.id] ??= { ...task.examples });
 async function addFiles(files, isSample = false) {
   const said = files.length === 1 ? await metadataOf(files[0]) : null;
   const known = said && tasks.find((task) => task.id === said.task);
-  hideToast();
+  toast("");
   if (known) {
     // Whoever made the file wrote them. They may say how a picture looks, but not where a job reports.
     const lost = restoreValues(known, said.parameters, known.fields.filter((field) => field.group !== "job"));
@@ -122,7 +122,7 @@ function begin(made) {
   items = [...made, ...items];
   shown = made.map((item) => item.id);
   focus = made.length === 1 ? made[0].id : null;
-  hideToast();
+  toast("");
   announce(made.length > 1 ? `${made.length} runs have begun.` : "The run has begun.");
   for (const item of made) start(item);
   show();
@@ -141,7 +141,7 @@ async function start(item) {
     Object.assign(item, changes);
     if (changes.job) keep(item);
     if (changes.job && item.isStopping) stop(item);
-    if ("preview" in changes || "state" in changes || "waiting" in changes) showSoon();
+    showSoon();
   };
   try {
     finish(item, await carry(taskOf(item), item, tell, controller.signal));
@@ -248,12 +248,11 @@ function showForm() {
 
 function showStage() {
   const group = shown.map(itemOf).filter(Boolean);
-  const item = focus && itemOf(focus);
+  const item = itemOf(focus);
   const isGrid = !item && group.length > 0;
   const source = sources[picked];
   $("empty").hidden = Boolean(item || isGrid || source);
   $("viewer").hidden = isGrid || !$("empty").hidden;
-  $("viewer").classList.toggle("waits", Boolean(item && !item.source && !item.result));
   showGrid(isGrid ? group : [], taskOf, openItem);
   if (!isGrid) showPicture(item, source);
   showProgress(item);
@@ -272,11 +271,12 @@ function showStage() {
 
 function showPicture(item, source) {
   const from = item ? item.source : source?.blob;
-  const before = from ? urlOf(from) : "";
-  const after = item?.result ? urlOf(item.result) : (item && isRunning(item) && item.preview) || "";
+  const made = item?.result;
+  const after = made ? urlOf(made) : (item && isRunning(item) && item.preview) || "";
   const name = (item ?? source)?.name || "no picture";
-  const alt = item?.result ? `${titleOf(item, taskOf(item))} of ${name}` : name;
-  viewer.show(before, after, alt, !item?.result);
+  const alt = made ? `${titleOf(item, taskOf(item))} of ${name}` : name;
+  $("viewer").classList.toggle("waits", Boolean(item && !from && !made));
+  viewer.show(from ? urlOf(from) : "", after, alt, !made);
 }
 
 function showHistory() {

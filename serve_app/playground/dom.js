@@ -70,16 +70,12 @@ export function release(blob) {
 export const announce = (text) => ($("said").textContent = text);
 
 let toastTimer;
-/** Say something in passing, to everybody. */
+/** Say something in passing, to everybody; "" ends it. */
 export function toast(text) {
   $("toast").textContent = text;
-  $("toast").classList.add("shown");
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(hideToast, 5000);
+  if (text) toastTimer = setTimeout(toast, 5000, "");
 }
-
-/** What was said in passing is over. */
-export const hideToast = () => $("toast").classList.remove("shown");
 
 /** Copy what an element shows. Pages without TLS have no clipboard, so that a selection does it for all. */
 export function copy(node) {

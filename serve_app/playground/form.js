@@ -55,16 +55,11 @@ function control(task, field, set) {
   if (kind === "choice" && Object.keys(field.choices).length && !file) help.classList.add("sr-only");
   const node = el(field.options ? "fieldset" : "div", { className: `field ${kind}` }, label, parts, file, help);
   return { field, node, show: (value) => {
+    const data = new DataTransfer();
+    if (value instanceof File) data.items.add(value);
+    if (file) file.files = data.files;
     show?.(value instanceof Blob ? null : value);
-    if (file) file.files = listOf(value);
   } };
-}
-
-/** A file as a file control holds it; none for a text. */
-function listOf(value) {
-  const data = new DataTransfer();
-  if (value instanceof File) data.items.add(value);
-  return data.files;
 }
 
 function flag(field, props, set) {

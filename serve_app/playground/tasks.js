@@ -4,14 +4,12 @@
 import { words } from "./dom.js";
 
 const HINTS = "x-imagen";
-const FORM = "multipart/form-data";
-const WAIT_HEADER = "Prefer";
 
 /** The tasks of a document, in its order. */
 export function tasksOf(document, root) {
   const found = [];
   for (const [path, { post }] of Object.entries(document.paths)) {
-    const schema = post?.requestBody?.content?.[FORM]?.schema;
+    const schema = post?.requestBody?.content?.["multipart/form-data"]?.schema;
     // Forms of other protocols say nothing to this page.
     if (!Object.values(schema?.properties ?? {}).some((field) => HINTS in field)) continue;
     const required = schema.required ?? [];
@@ -28,7 +26,7 @@ export function tasksOf(document, root) {
       // A form that must say something begins with an example of it.
       examples: Object.fromEntries(fields.filter((field) => field.example && required.includes(field.name))
         .map((field) => [field.name, field.example])),
-      hasJobs: (post.parameters ?? []).some((one) => one.name === WAIT_HEADER),
+      hasJobs: (post.parameters ?? []).some((one) => one.name === "Prefer"),
       needsKey: Boolean(post.security?.length),
       formats: Object.keys(post.responses["200"].content).filter((type) => type.startsWith("image/")),
     });
@@ -36,13 +34,10 @@ export function tasksOf(document, root) {
   return found;
 }
 
-/** What is written or slid comes first, as people change it most; what follows a file belongs to it. */
-function inOrder(fields) {
-  const file = fields.findIndex((field) => field.isFile);
-  const isOften = (field, place) => field.isLong || (field.hasSlider && (file < 0 || place < file));
-  const often = fields.filter(isOften);
-  return [...often, ...fields.filter((field) => !often.includes(field))];
-}
+/** What is written or slid comes first, as people change it most, unless it belongs to something else. */
+const inOrder = (fields) => fields.toSorted((a, b) => isOften(b) - isOften(a));
+const isOften = ({ group, needs, isLong, hasSlider }) =>
+  group === "task" && Object.keys(needs).length === 0 && (isLong || hasSlider);
 
 /** A help text with fields named as their labels are. */
 const help = (text) => text.replace(/`(\w+)`|\b[a-z]+(_[a-z]+)+\b/g, (name, quoted) => words(quoted ?? name));
