@@ -44,7 +44,7 @@ export function showProblem(item, acts) {
   $("problem").hidden = !said;
   if (!said) return;
   const others = (said.errors ?? []).slice(1).map((one) => el("li", { textContent: `${one.fact} ${one.remedy}` }));
-  $("problem").replaceChildren(...[
+  fill($("problem"), item.id, () => [
     el("strong", { textContent: said.fact }),
     said.value && el("p", {}, "Found: ", el("code", { textContent: said.value })),
     said.remedy && el("p", { textContent: said.remedy }),
