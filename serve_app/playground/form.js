@@ -102,7 +102,8 @@ function choice(field, { id }, set) {
   const labels = radios.map((radio) => {
     const title = words(radio.value) || (field.isFile ? "None" : "Any");
     const meaning = field.choices[radio.value];
-    return el("label", {}, radio, el("span", {}, title, meaning && el("small", { textContent: words(meaning) })));
+    return el("label", {}, radio, el("span", {}, el("span", { textContent: title }),
+      meaning && el("small", { textContent: words(meaning) })));
   });
   const list = el("div", { className: Object.keys(field.choices).length ? "choices" : "segments" }, labels);
   const show = (value) => radios.forEach((radio) => (radio.checked = radio.value === value));
