@@ -12,6 +12,7 @@ from deployments.catalogue import load_registry
 from deployments.errors import ConfigError
 from deployments.settings import ClientSettings, Settings, parse_settings, resolve
 from deployments.store.lockfile import load_lock, locked_digest
+from deployments.tasks import Task
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -118,6 +119,7 @@ def config_serving(config: Path, serve: Mapping[str, Sequence[str]]) -> dict[str
     """A Serve config whose application runs these models; None if the file says the same.
 
     A further model of a task gets the options of the task's deployment, where the file has any.
+    Those of a task that is not served are left out.
 
     Args:
         config: the file.
@@ -144,7 +146,10 @@ def _serving(application: dict[str, Any], serve: Mapping[str, Sequence[str]]) ->
     registry, lock = load_registry(*settings.models, serve=chosen), load_lock(*settings.models)
     for spec in registry.models:
         locked_digest(lock, spec)
-    given: list[dict[str, Any]] = list(application.get("deployments") or ())
+    every: list[dict[str, Any]] = list(application.get("deployments") or ())
+    # Serve refuses options of a deployment that the application does not have.
+    absent = {task.deployment for task in Task if task not in registry}
+    given = [one for one in every if one.get("name") not in absent]
     options = {one.get("name"): one for one in given}
     further = [
         options[spec.task.deployment] | {"name": registry.deployment(spec)}
@@ -153,9 +158,11 @@ def _serving(application: dict[str, Any], serve: Mapping[str, Sequence[str]]) ->
     ]
     args: dict[str, Any] = application.get("args") or {}
     if serve:
-        args = args | {"serve": {task: list(names) for task, names in chosen.items()}}
-    changes = {"args": args} if serve else {}
-    return application | changes | ({"deployments": [*given, *further]} if further else {})
+        args = args | {"serve": {task: names and list(names) for task, names in chosen.items()}}
+    changes: dict[str, Any] = {"args": args} if serve else {}
+    if further or given != every:
+        changes["deployments"] = [*given, *further]
+    return application | changes
 
 
 def _settings(application: dict[str, Any]) -> Settings:

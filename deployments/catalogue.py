@@ -14,7 +14,7 @@ from deployments.registry import ArtefactSpec, ModelSpec
 from deployments.settings import Strict, parse_settings, resolve
 from deployments.tasks import Task
 
-Serve: TypeAlias = Mapping[str, Sequence[str]]
+Serve: TypeAlias = Mapping[str, Sequence[str] | None]
 """Names of models by task, the default first; see `Settings.serve`."""
 
 
@@ -208,7 +208,7 @@ class Catalogue(Strict):
                 and no default; or no task has any model.
             LicenceRefused: see `check_licence`.
         """
-        chosen = {_task(name): names for name, names in (serve or {}).items()}
+        chosen = {_task(name): names or () for name, names in (serve or {}).items()}
         models = [
             model
             for task in Task

@@ -428,7 +428,8 @@ class Settings(Strict):
         models: registries, YAML files of models. The first file that has a model for a task decides
             the task's default. A task without a model is not served.
         serve: names of models by task, as a list or with commas; the first is the task's default,
-            which a request gets that names none. Other tasks are served by their default alone.
+            which a request gets that names none. A task of null is not served, and other tasks
+            are served by their default alone.
         device: auto takes CUDA where there is one.
         torch_threads: CPU threads of each model replica, which share the rows of a pass. A GPU
             needs none.
@@ -445,7 +446,7 @@ class Settings(Strict):
         Path("configs/models/production.yaml"),
         Path("configs/models/own.yaml"),
     )
-    serve: dict[str, _Names] = Field(default={})
+    serve: dict[str, _Names | None] = Field(default={})
     device: Literal["auto", "cpu", "cuda"] = "auto"
     torch_threads: int = Field(default=1, ge=1, le=256)
     pixel_threads: int = Field(default=2, ge=1, le=64)

@@ -17,7 +17,9 @@ NEEDS: dict[str, dict[str, str | bool]] = {
     "mask_changes": {"mask": PICTURE},
     "mask_feather_px": {"mask": True},
 }
-"""Fields that mean nothing without a value of others (True: any), and are not sent by default."""
+"""Fields that mean nothing without a value of others (True: any)."""
+UNSENT = frozenset({"color"})
+"""Those of them whose default a form must not send: a colour that is not used gets a note."""
 _ROLES = {"seed": "seed", "n": "count", "preview": "preview"}
 """Fields that a page treats in a way of their own."""
 

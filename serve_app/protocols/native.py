@@ -14,7 +14,7 @@ from serve_app.intake import Call, Intake, accepted
 from serve_app.jobs.options import JobOptions, split
 from serve_app.problem import MEDIA_TYPE, Problem
 from serve_app.protocols import inline, jobs, multipart
-from serve_app.protocols.hints import NEEDS, hints
+from serve_app.protocols.hints import UNSENT, hints
 from serve_app.protocols.jobs import AcceptedJob
 from serve_app.protocols.naming import check_plain
 from serve_app.protocols.parameters import header_parameters
@@ -184,7 +184,7 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
         fields[name]["default"] = value
     fields |= _model_field(models) | (_job_fields(read) if with_jobs else {})
     fields = {name: field | hints(name, field) for name, field in fields.items()}
-    for name in (NEEDS.keys() & fields.keys()) | (read - spec.parameters):
+    for name in (UNSENT & fields.keys()) | (read - spec.parameters):
         fields[name].pop("default", None)
     for name in fields.keys() & set(multipart.MAY_BE_FILES):
         fields[name] = _text_or_file(fields[name])

@@ -216,7 +216,7 @@ def _small(config: Values, port: int) -> Values:
     # Two threads each of many replicas would mostly wait for each other on two cores.
     few = {"torch_threads": 1, "pixel_threads": 1}
     # As in prod, which serves no text to image unless it is named.
-    args = local["applications"][0]["args"] | few | {"serve": {"generate": []}}
+    args = local["applications"][0]["args"] | few | {"serve": {"generate": None}}
     config["applications"][0]["args"] = args
     for name, deployment in by_name(config).items():
         if name == "Ingress":

@@ -176,7 +176,7 @@ def server(
     address: str, local_config: dict[str, Any], grpc_port: int, tmp_path: Path
 ) -> Iterator[Server]:
     """The application while it asks for keys, and so may listen for gRPC."""
-    _, token = create_key(tmp_path / "keys.yaml", "everyone", KeyLimits())
+    _, token = create_key(tmp_path / "keys.yaml", "everyone", KeyLimits(requests_per_s=1000))
     application = local_config["applications"][0]
     changed = copy.deepcopy(application)
     keys = {"auth": "keys", "keys": str(tmp_path / "keys.yaml")}

@@ -149,7 +149,7 @@ def test_a_task_that_no_model_serves_is_refused_with_the_way_to_one(
     name: str | None, both: Catalogue
 ) -> None:
     with pytest.raises(InvalidParameter, match="No model serves the task generate here") as caught:
-        both.served({"generate": []}).choose(Task.GENERATE, name)
+        both.served({"generate": None}).choose(Task.GENERATE, name)
     assert "Served: upscale, " in caught.value.remedy
     assert "`imagen run --serve generate=NAME`" in caught.value.remedy
 
@@ -165,7 +165,7 @@ def test_names_are_a_list_or_have_commas(names: Any) -> None:
     assert settings.serve == {"upscale": ("a", "b")}
 
 
-@pytest.mark.parametrize("serve", [{"upscale": []}, {"upscale": None}, ["upscale"]])
+@pytest.mark.parametrize("serve", [{"upscale": []}, ["upscale"]])
 def test_a_task_is_not_served_by_nothing(serve: Mapping[str, Any]) -> None:
     with pytest.raises(ConfigError, match="serve"):
         parse_settings(Settings, {"serve": serve}, "args")

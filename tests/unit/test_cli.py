@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from cli.config import address_of, clients_of, config_serving
@@ -171,6 +172,17 @@ def test_serve_changes_the_config_and_a_further_model_is_scaled_as_its_task(
     options = {one["name"]: one for one in application["deployments"]}
     assert options["Upscale"]["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 1}
     assert options["upscale-second"] == options["Upscale"] | {"name": "upscale-second"}
+
+
+def test_a_task_that_the_config_leaves_out_has_no_options_either(tmp_path: Path) -> None:
+    values = yaml.safe_load(Path("configs/local.yaml").read_text(encoding="utf-8"))
+    values["applications"][0]["args"]["serve"] = {"generate": None}
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    changed = config_serving(tmp_path / "local.yaml", {})
+    assert changed is not None
+    names = {one["name"] for one in changed["applications"][0]["deployments"]}
+    assert "Comic" in names
+    assert "Generate" not in names
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ async def test_nothing_is_drawn_of_an_empty_text(
 
 
 async def test_without_a_model_for_it_a_text_is_refused_with_the_remedy() -> None:
-    without = load_registry(Path("configs/models/starter.yaml"), serve={"generate": []})
+    without = load_registry(Path("configs/models/starter.yaml"), serve={"generate": None})
     app = create_app(FakeBackends(), without, ClientSettings(access=OPEN_TO_ALL))
     answer = await send(app, "POST", GENERATIONS, json={"prompt": "a red ball"})
     assert answer.status_code == 404

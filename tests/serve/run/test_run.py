@@ -133,5 +133,5 @@ def test_serve_build_writes_a_config(environment: dict[str, str], tmp_path: Path
         yaml.safe_load(config.read_text())
     ).applications
     assert application.import_path == "serve_app.app:app"
-    # The Ingress, five models, and for jobs a worker and its Redis.
-    assert len(application.deployments) == 8
+    # The Ingress, six models, and for jobs a worker and its Redis.
+    assert len(application.deployments) == 9
