@@ -74,6 +74,12 @@ def gain_map_dropped() -> Note:
     return note(Code.GAIN_MAP_DROPPED, told)
 
 
+def no_steps(parameter: str, model: str) -> Note:
+    """The note of a parameter that asks for pictures of the steps, of a model that has none."""
+    told = f"{parameter} was ignored: {model} has no steps to show."
+    return note(Code.PARAMETER_UNUSED, told)
+
+
 def documents(notes: tuple[Note, ...]) -> list[dict[str, str]]:
     """Notes ready for JSON."""
     return [{"code": one.code, "text": one.text} for one in notes]

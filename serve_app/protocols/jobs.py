@@ -25,6 +25,7 @@ from deployments.errors import (
     NotFound,
     RateLimited,
 )
+from deployments.notes import no_steps
 from serve_app.intake import check_n
 from serve_app.jobs.options import MAX_N, JobOptions
 from serve_app.jobs.record import ENDED, Inputs, JobSpec, Priority, Status, new_job_id
@@ -253,7 +254,10 @@ async def submit(
 
 def _job_spec(request: Request, call: Call, checked: Checked, wanted: JobOptions) -> JobSpec:
     """What is kept of a request."""
-    fields, notes = _fields(checked.request, checked.spec)
+    spec = checked.spec
+    fields, notes = _fields(checked.request, spec)
+    if wanted.preview and "steps" not in spec.parameters:
+        notes += (no_steps("preview", spec.name),)
     return JobSpec(
         job_id=new_job_id(),
         owner=owner_of(request),

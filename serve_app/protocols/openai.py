@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from deployments.contract import ImageResult, validated
 from deployments.errors import ImagenError, InvalidParameter, MalformedRequest, UnsupportedMedia
-from deployments.notes import Code, Note, documents, note
+from deployments.notes import Code, Note, documents, no_steps, note
 from deployments.settings import Strict
 from deployments.tasks import Task
 from serve_app.doors import is_json
@@ -300,8 +300,7 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     if wishes.partial_images and not wishes.stream:
         notes.append(note(Code.PARAMETER_UNUSED, "partial_images was ignored without stream."))
     elif wishes.partial_images and "steps" not in spec.parameters:
-        told = f"partial_images was ignored: {spec.name} has no steps to show."
-        notes.append(note(Code.PARAMETER_UNUSED, told))
+        notes.append(no_steps("partial_images", spec.name))
     fields = _joined(fields, _size_fields(wishes, spec, notes), "size")
     fields = _joined(fields, _background_fields(wishes, task, notes), "background")
     state = request.scope["state"]

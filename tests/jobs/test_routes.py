@@ -809,6 +809,15 @@ async def test_a_seed_that_was_drawn_is_said_in_the_job_and_with_its_picture(
         assert told["results"][0]["metadata"]["notes"] == []
 
 
+async def test_a_preview_of_a_model_without_steps_is_said_to_be_ignored(app: Application) -> None:
+    files, headers = {"image": ("photo.png", picture(0))}, {"Prefer": "wait=30"}
+    for task, expected in ((Task.UPSCALE, True), (Task.COMIC, False)):
+        data = {"preview": "true"} if expected else {"preview": "true", "steps": "2", "seed": "1"}
+        answer = await app.client.post(task.route, files=files, data=data, headers=headers)
+        told = answer.headers.get("x-imagen-note", "")
+        assert ("preview was ignored" in told) is expected, told
+
+
 # Events
 
 
