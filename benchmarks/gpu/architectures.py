@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from deployments.pipelines.nets.birefnet import BiRefNet, BiRefNetWidths
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
@@ -198,6 +199,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "background-rmbg14": Architecture("matting", (1024, 1024), network=ISNet),
     "background-isnet-general": Architecture("matting", (1024, 1024), network=ISNet),
     "background-u2net": Architecture("matting", (320, 320), network=U2Net),
+    "background-birefnet": Architecture("matting", (1024, 1024), network=BiRefNet),
     "upscale-realesrgan-x4plus": Architecture("upscale_gan", _TILE_PX, network=RRDBNet),
     "upscale-realesrgan-x4plus-anime": Architecture(
         "upscale_gan", _TILE_PX, network=lambda: RRDBNet(num_block=6)
@@ -212,6 +214,10 @@ def _tiny_isnet() -> nn.Module:
     return ISNet(ISNetWidths(4, (4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5))
 
 
+def _tiny_birefnet() -> nn.Module:
+    return BiRefNet(BiRefNetWidths(8, (1, 1, 1, 1), (1, 1, 2, 2), 4))
+
+
 def _tiny_rrdb() -> nn.Module:
     return RRDBNet(num_feat=8, num_block=1, num_grow_ch=4)
 
@@ -220,6 +226,7 @@ _TINY_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "background-rmbg14": _tiny_isnet,
     "background-isnet-general": _tiny_isnet,
     "background-u2net": lambda: U2Net(U2NetWidths((4,) * 6, (8,) * 6, (4,) * 5, (8,) * 5)),
+    "background-birefnet": _tiny_birefnet,
     "upscale-realesrgan-x4plus": _tiny_rrdb,
     "upscale-realesrgan-x4plus-anime": _tiny_rrdb,
     "upscale-realesrgan-general-x4v3": lambda: SRVGGNetCompact(num_feat=8, num_conv=2),

@@ -1,4 +1,6 @@
-"""Background removal with IS-Net (RMBG-1.4 is one), U2-Net, and the starter model's own network."""
+"""Background removal with BiRefNet, IS-Net (RMBG-1.4 is one), U2-Net, and the starter model's own
+network.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deployments.buckets import resize, sample_bilinear
+from deployments.buckets import resize, sample_bilinear, shrink_bilinear
 from deployments.cutout import cut_out
 from deployments.engine.passes import Passes
 from deployments.engine.pipeline import Work
@@ -15,6 +17,7 @@ from deployments.errors import ModelFailed
 from deployments.pipelines import networks
 from deployments.pipelines.guided import refined
 from deployments.pipelines.lanes import Lanes
+from deployments.pipelines.nets.birefnet import BiRefNet, BiRefNetWidths
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
 from deployments.pipelines.nets.isnet import ISNet, ISNetWidths
 from deployments.pipelines.nets.u2net import U2Net, U2NetWidths
@@ -49,34 +52,42 @@ class Mask:
     valid: torch.Tensor = field(init=False, repr=False)
 
 
-_RESIZE = {"bilinear": sample_bilinear, "lanczos": resize}
+Net = ISNet | U2Net | BiRefNet | CutoutNet
+_RESIZE = {"bilinear": sample_bilinear, "triangle": shrink_bilinear, "lanczos": resize}
 
 
 class Matting:
     """One forward pass a row, at the network's own square size.
 
-    `config.json` may set `architecture` (isnet, u2net or cutout, the starter model's), `input_px`
-    (1024, 320, 320), `widths` (the published ones), `stretch` (true), `refine` (false) and
-    `resize`. The published networks' own code stretches each mask to the full range; a calibrated
-    network does without. `refine` moves the mask's edges to the picture's, for a small network.
-    `resize` is how a picture gets to `input_px`: bilinear reads single pixels, as IS-Net's own code
-    does, and is its default with `stretch`; lanczos reads all of them, much as U2-Net's own does.
+    `config.json` may set `architecture` (isnet, u2net, birefnet or cutout, the starter model's),
+    `input_px` (1024, 320, 1024, 320), `widths` (the published ones), `patch_order` (of birefnet:
+    columns), `stretch` (true; false for birefnet), `refine` (false) and `resize`. IS-Net's and
+    U2-Net's own code stretches each mask to the full range; a calibrated network does without.
+    `refine` moves the mask's edges to the picture's, for a small network. `resize` is how a picture
+    gets to `input_px`: bilinear reads single pixels, as IS-Net's own code does, and is its default
+    with `stretch`; triangle averages all of them, as BiRefNet's does; lanczos reads all of them
+    too, much as U2-Net's does.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, lanes: Lanes | None = None) -> None:
         config = networks.read_config(spec, folder)
-        self._stretch = bool(config.get("stretch", True))
         self._refine = bool(config.get("refine", False))
         self._device = "cpu"
         self._lanes = lanes or Lanes()
         self._dtype = getattr(torch, spec.dtype)
         with networks.building(spec):
             self._net = build_net(config)
-            self._input_px = int(config.get("input_px", self._net.input_px))
-            skips = self._stretch and isinstance(self._net, ISNet)
-            self._resize = _RESIZE[config.get("resize", "bilinear" if skips else "lanczos")]
+            config = untold(self._net) | config
+            self._input_px = int(config["input_px"])
+            self._stretch = bool(config["stretch"])
+            self._resize = _RESIZE[config.get("resize", self._usual_resize())]
         networks.load_weights(self._net, spec, folder, self._device)
         self.passes = Passes(self._lanes.spread(self._call))
+
+    def _usual_resize(self) -> str:
+        if isinstance(self._net, BiRefNet):
+            return "triangle"
+        return "bilinear" if self._stretch and isinstance(self._net, ISNet) else "lanczos"
 
     def fit(self, picture: Picture | None, request: BackgroundRequest) -> Pixels:
         return self._resize(_on_white(require_picture(picture)), self._input_px, self._input_px)
@@ -165,7 +176,7 @@ def _on_white(picture: Picture) -> Array:
 PIPELINE = Matting
 
 
-def build_net(config: dict[str, Any]) -> ISNet | U2Net | CutoutNet:
+def build_net(config: dict[str, Any]) -> Net:
     """The network of a `config.json`, with random weights.
 
     Raises:
@@ -173,14 +184,22 @@ def build_net(config: dict[str, Any]) -> ISNet | U2Net | CutoutNet:
     """
     net, widths = _NETS[config.get("architecture", "isnet")]
     input_px = int(config.get("input_px", net.input_px))
-    if net is CutoutNet and input_px % CutoutNet.STRIDE:
-        raise ValueError(f"input_px must be a multiple of {CutoutNet.STRIDE}")
-    return net(widths(**config.get("widths", {})))
+    if net in (BiRefNet, CutoutNet) and (input_px % net.STRIDE or input_px < net.STRIDE):
+        raise ValueError(f"input_px must be a multiple of {net.STRIDE}")
+    order = {key: config[key] for key in ("patch_order",) if key in config}
+    return net(widths(**config.get("widths", {})), **order)
+
+
+def untold(net: Net) -> dict[str, Any]:
+    """The keys of `config.json` that no weights tell, with the default that holds for each."""
+    values = {"input_px": net.input_px, "stretch": not isinstance(net, BiRefNet)}
+    return values | ({"patch_order": net.patch_order} if isinstance(net, BiRefNet) else {})
 
 
 _NETS: dict[str, tuple[Any, Any]] = {
     "isnet": (ISNet, ISNetWidths),
     "u2net": (U2Net, U2NetWidths),
+    "birefnet": (BiRefNet, BiRefNetWidths),
     "cutout": (CutoutNet, CutoutWidths),
 }
 """The class of each architecture, and that of its widths."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,11 +14,6 @@ from deployments.pipelines import matting, upscale_gan
 from deployments.pipelines.nets.rrdb import RRDBNet
 from deployments.pipelines.nets.srvgg import SRVGGNetCompact
 from deployments.pipelines.networks import differences
-
-if TYPE_CHECKING:
-    from deployments.pipelines.nets.cutout import CutoutNet
-    from deployments.pipelines.nets.isnet import ISNet
-    from deployments.pipelines.nets.u2net import U2Net
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -74,7 +69,7 @@ def _compared(kind: _Kind, shapes: Shapes) -> Recognised:
         scale=net.scale if upscales else None,
         tensors=len(net.state_dict()),
         differences=differences(net, shapes),
-        unknown={} if upscales else {"input_px": net.input_px, "stretch": True},
+        unknown={} if upscales else matting.untold(net),
     )
 
 
@@ -113,6 +108,18 @@ def _u2net(shapes: Shapes) -> Config:
     return {"architecture": "u2net", "widths": _widths(shapes)}
 
 
+def _birefnet(shapes: Shapes) -> Config:
+    stages = [f"bb.layers.{i}.blocks" for i in range(4)]
+    tables = [shapes[f"{stage}.0.attn.relative_position_bias_table"] for stage in stages]
+    widths = {
+        "channels": shapes["bb.patch_embed.proj.weight"][0],
+        "depths": [_count(shapes, rf"{re.escape(stage)}\.(\d+)\.") for stage in stages],
+        "heads": [heads for _, heads in tables],
+        "window": (math.isqrt(tables[0][0]) + 1) // 2,
+    }
+    return {"architecture": "birefnet", "widths": widths}
+
+
 def _widths(shapes: Shapes) -> Config:
     def widths(block: str, stages: list[str]) -> list[int]:
         return [shapes[f"{stage}.{block}.conv_s1.weight"][0] for stage in stages]
@@ -147,7 +154,7 @@ def _build_upscaler(config: Config) -> RRDBNet | SRVGGNetCompact:
     return net
 
 
-def _build_matting(config: Config) -> ISNet | U2Net | CutoutNet:
+def _build_matting(config: Config) -> matting.Net:
     with torch.device("meta"):
         return matting.build_net(config)
 
@@ -175,4 +182,5 @@ _KINDS = (
     _Kind("srvgg", "SRVGGNetCompact (Real-ESRGAN, compact)", _srvgg, _build_upscaler),
     _Kind("isnet", "IS-Net", _isnet, _build_matting),
     _Kind("u2net", "U2-Net", _u2net, _build_matting),
+    _Kind("birefnet", "BiRefNet", _birefnet, _build_matting),
 )

@@ -165,6 +165,7 @@ def test_the_networks_have_as_many_parameters_as_the_published_files() -> None:
     assert count(build_network("upscale-realesrgan-x4plus", "meta")) == 16_697_987
     assert count(build_network("upscale-realesrgan-general-x4v3", "meta")) == 1_213_296
     assert count(build_network("background-u2net", "meta")) == 44_009_869
+    assert count(build_network("background-birefnet", "meta")) == 220_176_498
 
 
 @pytest.mark.parametrize("name", DIFFUSION)

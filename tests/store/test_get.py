@@ -41,6 +41,10 @@ WIDTHS = {
 }
 ISNET = {"architecture": "isnet", "widths": WIDTHS}
 U2NET = {"architecture": "u2net", "widths": {k: v for k, v in WIDTHS.items() if k != "stem"}}
+BIREFNET = {
+    "architecture": "birefnet",
+    "widths": {"channels": 8, "depths": [1, 2, 3, 1], "heads": [1, 2, 2, 4], "window": 3},
+}
 MIT: dict[str, Any] = {"summary": "tiny", "licence": "MIT", "commercial": True}
 
 
@@ -350,6 +354,7 @@ def test_add_leaves_a_registry_that_it_does_not_understand(desk: Desk) -> None:
         SRVGG | {"scale": 3, "num_conv": 5},
         ISNET,
         U2NET,
+        BIREFNET,
     ],
 )
 def test_shapes_alone_tell_a_network(config: dict[str, Any]) -> None:
