@@ -89,7 +89,7 @@ class Reader(nn.Module):
 
 
 def _answers(scene: Scene) -> list[int]:
-    at = {thing.cell: thing for thing in scene.things}
+    at = {thing.cell: thing for thing in scene.told}
     answers: list[int] = []
     for cell in _CELLS:
         thing = at.get(cell)

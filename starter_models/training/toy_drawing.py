@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SIZE_PX = 256
 _CANVAS = 2 * SIZE_PX
 # Radii and distances in pixels of the finished picture.
-_RADII = {0: (34, 40), 1: (56, 66), 2: (80, 90), 3: (42, 50)}
-_APART = {0: 68, 1: 52, 2: 30, 3: 62}
+_RADII = {0: (36,), 1: (56, 64), 2: (84,), 3: (44,)}
+_APART = {0: 64, 1: 48, 2: 24, 3: 62}
 _PALE = {
     "red": (247, 196, 192),
     "orange": (252, 217, 178),
@@ -60,9 +60,8 @@ def _things(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _put(image: Image.Image, thing: Thing, rng: np.random.Generator) -> None:
-    radius = rng.uniform(*_RADII[thing.scale]) * 2
-    away = _APART[thing.scale] * 2
-    x, y = (_CANVAS / 2 + away * c + rng.uniform(-10, 10) for c in thing.cell)
+    radius = rng.choice(_RADII[thing.scale]) * 2
+    x, y = (_CANVAS / 2 + 2 * _APART[thing.scale] * c for c in thing.cell)
     mask = _outline(thing.shape, x, y, radius)
     shadow = mask.filter(ImageFilter.GaussianBlur(10)).point(lambda v: v * 0.28)
     image.paste((30, 34, 50), (4, 12), shadow)

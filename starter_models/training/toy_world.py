@@ -8,7 +8,7 @@ words describe them: `make quality` asks for those.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Scene:
         background: a colour of `COLOURS`, or "" for any pale one.
         land, time, extra: of a landscape.
         texture, colours: of a texture.
+        is_moved: whether its one thing is not in the middle although the prompt names no place.
     """
 
     kind: str
@@ -86,26 +87,45 @@ class Scene:
     extra: str = ""
     texture: str = ""
     colours: tuple[str, ...] = ()
+    is_moved: bool = False
+
+    @property
+    def told(self) -> tuple[Thing, ...]:
+        """The things where the prompt has them: in the middle if it names no place."""
+        return tuple(replace(t, cell=PLACES[""]) if self.is_moved else t for t in self.things)
 
     @property
     def is_kept_out(self) -> bool:
         """Whether training must not see it: a tenth of the scenes with things."""
-        told = sorted((t.shape, t.colour, t.cell) for t in self.things)
-        return bool(told) and zlib.crc32(repr((told, self.background)).encode()) % 10 == 0
+        return any(map(self._is_in_tenth, (self.things, self.told)))
+
+    def _is_in_tenth(self, things: tuple[Thing, ...]) -> bool:
+        facts = sorted((t.shape, t.colour, t.cell) for t in things)
+        return bool(facts) and zlib.crc32(repr((facts, self.background)).encode()) % 10 == 0
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene of any kind; two in three show things."""
-    kind = rng.choice(["one", "two", "land", "texture"], p=[0.37, 0.33, 0.2, 0.1])
+    """A scene of any kind; four in five show things."""
+    kind = rng.choice(["one", "two", "land", "texture"], p=[0.38, 0.44, 0.12, 0.06])
     return {"one": one_thing, "two": two_things, "land": landscape, "texture": texture}[kind](rng)
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
-    """A scene that is not kept out."""
-    scene = draw_scene(rng)
+    """A scene that is not kept out; now and then with its thing moved, if the prompt allows it."""
+    scene = _perhaps_moved(draw_scene(rng), rng)
     while scene.is_kept_out:
-        scene = draw_scene(rng)
+        scene = _perhaps_moved(draw_scene(rng), rng)
     return scene
+
+
+def _perhaps_moved(scene: Scene, rng: np.random.Generator) -> Scene:
+    if len(scene.things) != 1 or any(place in scene.prompt for place in list(PLACES)[1:]):
+        return scene
+    [thing] = scene.things
+    if thing.scale == 2 or rng.random() < 0.6:
+        return scene
+    cell = PLACES[str(rng.choice(list(PLACES)[2:]))]
+    return replace(scene, things=(replace(thing, cell=cell),), is_moved=True)
 
 
 def kept_out_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
@@ -129,7 +149,8 @@ def one_thing(rng: np.random.Generator) -> Scene:
     scale = {"": 1, "small": 0, "large": 2}[size]
     words = [_article(size or colour), size, colour, shape, place]
     prompt = " ".join(word for word in words if word) + _on(background)
-    return Scene("things", prompt, (Thing(shape, colour, PLACES[place], scale),), background)
+    thing = Thing(shape, colour, PLACES[place], scale)
+    return Scene("things", prompt, (thing,), background)
 
 
 def two_things(rng: np.random.Generator) -> Scene:
