@@ -185,6 +185,10 @@ soak-store: setup ## Kill a pull 100 times and look what it left; silent servers
 soak-mixes: setup ## Five times the mixes of requests that make test compares with stock pipelines
 	IMAGEN_SOAK_MIXES=1 $(BIN)/python -m pytest tests/models/test_mixes.py -s
 
+.PHONY: soak-doors
+soak-doors: setup ## All tasks through all doors at once, 210 requests (2 minutes)
+	IMAGEN_SOAK_ROUNDS=7 $(BIN)/python -m pytest tests/serve/test_doors.py -k all_doors -s
+
 .PHONY: demo-scale
 demo-scale: setup ## GPU nodes from zero and back on this machine, with the time of each stage
 	$(BIN)/python -m pytest tests/scale/test_zero_to_zero.py -s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ settings.load_profile("imagen")
 HERE = Path(__file__).parent
 CLUSTERS = ("chaos/", "scale/", "serve/")
 COMMANDS = ("serve/run/", "test_readme.py")
+_YIELDING = 15
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest work first, and the other work with Ray when nothing else is left to do beside it.
     order = {"clusters": 0, "commands": 2}
     items.sort(key=lambda item: order.get(_unit(item.path), 1))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """With -n, let no test starve those with deadlines: the workers of Ray have this niceness."""
+    has_deadlines = _unit(item.path) in ("clusters", "commands")
+    if "PYTEST_XDIST_WORKER" in os.environ and not has_deadlines and os.nice(0) < _YIELDING:
+        os.nice(_YIELDING)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -85,6 +85,8 @@ REQUESTS: dict[str, tuple[str, str, bytes]] = {
 }
 
 
+# It collects the garbage of earlier tests too, such as sockets that never connected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("door", REQUESTS)
 async def test_a_request_holds_its_picture_and_nothing_else(door: str) -> None:
     path, kind, body = REQUESTS[door]
