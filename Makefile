@@ -20,27 +20,28 @@ run: setup ## Serve on this machine and say when it is ready (Ctrl-C stops)
 	$(BIN)/imagen run configs/local.yaml
 
 # Three processes keep two cores busy; one has every test on a cluster (tests/conftest.py), which mostly
-# wait. The commands that serve come after them and alone, because their deadlines are those of a machine with nothing else to do.
+# wait. Clusters of several nodes and the commands that serve come after them and alone, because their deadlines are those of a
+# machine with nothing else to do.
 PYTEST := $(BIN)/python -m pytest
 # A neighbour that takes the cores breaks the deadline of a test now and then. What failed runs once more, alone; both runs are printed.
 AGAIN := $(PYTEST) --last-failed --last-failed-no-failures none --maxfail 3
-COMMANDS := tests/serve/run tests/test_readme.py
-NOT_COMMANDS := $(addprefix --ignore=,$(COMMANDS))
+ALONE := tests/scale tests/serve/run tests/test_readme.py
+NOT_ALONE := $(addprefix --ignore=,$(ALONE))
 
 .PHONY: test
 test: setup ## Every test but the slow proofs
-	$(PYTEST) -n 3 $(NOT_COMMANDS) -m "not slow and not chaos and not browser"
-	$(PYTEST) $(COMMANDS) -m "not slow"
+	$(PYTEST) -n 3 $(NOT_ALONE) -m "not slow and not chaos and not browser"
+	$(PYTEST) $(ALONE) -m "not slow"
 
 .PHONY: test-slow
 test-slow: setup ## The slow proofs: crash loops, lost processes and nodes, further servers
-	$(PYTEST) -n 3 $(NOT_COMMANDS) -m slow
-	$(PYTEST) $(COMMANDS) -m slow
+	$(PYTEST) -n 3 $(NOT_ALONE) -m slow
+	$(PYTEST) $(ALONE) -m slow
 
 .PHONY: test-all
 test-all: setup ## Both at once, which is quicker: one Ray serves them all. What fails runs once more, alone
-	$(PYTEST) -n 3 $(NOT_COMMANDS) -m "(slow or not chaos) and not browser" || $(AGAIN)
-	$(PYTEST) $(COMMANDS) || $(AGAIN)
+	$(PYTEST) -n 3 $(NOT_ALONE) -m "(slow or not chaos) and not browser" || $(AGAIN)
+	$(PYTEST) $(ALONE) || $(AGAIN)
 
 .PHONY: test-chaos
 test-chaos: setup ## kill -9 every process under 200 jobs, hang Redis: nothing accepted is lost (10 minutes)
