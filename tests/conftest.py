@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """With -n, let no test starve those with deadlines: the workers of Ray have this niceness."""
     has_deadlines = _unit(item.path) in ("clusters", "commands")
-    if "PYTEST_XDIST_WORKER" in os.environ and not has_deadlines and os.nice(0) < _YIELDING:
-        os.nice(_YIELDING)
+    if "PYTEST_XDIST_WORKER" in os.environ and not has_deadlines:
+        os.nice(max(_YIELDING - os.nice(0), 0))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
