@@ -206,6 +206,7 @@ def words(minutes: Minutes = 8, seed: int = 2, threads: int = 2, batch: int = 64
 
     ids = text_encoder.token_ids(tokens, kept["prompts"])
     clock = Clock(minutes, peak_lr=2.5e-3, every_s=20)
+    # A list, so that each of them gets its learning rate.
     while all([clock.running(optimiser) for optimiser in optimisers]):
         rows = torch.randint(len(ids), (batch,))
         loss = error(ids[rows], kept["latents"][rows])
@@ -273,8 +274,8 @@ def unet(
     latents, schedule = kept["latents"], build_scheduler()
     net = build_unet() if fresh else UNet2DConditionModel.from_pretrained(out / "unet").float()
     net.to(memory_format=torch.channels_last)
-    # The backward pass of the usual one is slow on a CPU. Compiled, half of the network would not
-    # learn: torch 2.13 gives its gradients as zeros.
+    # The backward pass of the usual one is slow on a CPU. Do not compile the network: torch 2.13
+    # then gives gradients of zero to many of its layers, which do not learn.
     net.set_attn_processor(AttnProcessor())
     average = Average(net, 0.999)
     optimiser = torch.optim.AdamW(net.parameters(), lr=peak_lr, weight_decay=1e-3)
