@@ -190,7 +190,7 @@ class DiffusionRequest(ImageRequest):
         default=30,
         ge=1,
         le=150,
-        description="Length of the denoising schedule.",
+        description="Denoising steps. More take longer, and may look better.",
         json_schema_extra={"unit": "steps"},
     )
     seed: Annotated[int | None, AfterValidator(_no_random_seed)] = Field(
@@ -198,8 +198,8 @@ class DiffusionRequest(ImageRequest):
         ge=_RANDOM_SEED,
         le=MOST_SEEDS - 1,
         examples=[7],
-        description="Same request and seed, same image. Unset or -1: chosen at random and "
-        "returned.",
+        description="Same request and seed, same image; beside other requests, pixels may differ "
+        "by one level of 255. Unset or -1: chosen at random and returned.",
     )
 
     @model_validator(mode="after")
@@ -220,14 +220,14 @@ class Img2ImgRequest(DiffusionRequest):
         default=0.5,
         gt=0.0,
         le=1.0,
-        description="How far the result may leave the picture. int(steps * strength) steps run.",
+        description="How far the result may leave the picture. At 0.5, half of the steps run.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
     detail: Literal["full", "working"] = Field(
         default="working",
         description="full: the model works on every pixel of a large picture, in overlapping "
-        "tiles. working: on a smaller one, which is then enlarged. A picture that fits the model "
-        "is the same with both.",
+        "tiles. working: it works on a smaller copy, which is then enlarged. A picture that fits "
+        "the model is the same with both.",
     )
     output_size: Literal["input", "working"] = Field(
         default="input",
@@ -237,7 +237,7 @@ class Img2ImgRequest(DiffusionRequest):
     mask: Annotated[Literal["picture", "alpha"] | None, BeforeValidator(_none_if_empty)] = Field(
         default=None,
         description="Which part is changed; the rest stays as it is. A picture of the same size, "
-        "sent as a file in this field: white is changed, black stays, grey is between. Or the word "
+        "sent as a file in this field: white is changed, black stays, grey is between. "
         "alpha: what is transparent in the picture itself is changed, and the result is opaque.",
     )
     mask_changes: Literal["white", "transparent"] = Field(
@@ -394,14 +394,14 @@ class EnhanceRequest(Img2ImgRequest):
     detail: Literal["full", "working"] = Field(
         default="full",
         description="full: the model works on every pixel of a large picture, in overlapping "
-        "tiles. working: on a smaller one, which is then enlarged. A picture that fits the model "
-        "is the same with both. Unset: full, if that can end in time, which a note tells.",
+        "tiles. working: it works on a smaller copy, which is then enlarged. A picture that fits "
+        "the model is the same with both. Unset: full, if it can end in time, which a note tells.",
     )
     strength: float = Field(
         default=0.25,
         gt=0.0,
         le=1.0,
-        description="How far the result may leave the picture. int(steps * strength) steps run.",
+        description="How far the result may leave the picture. At 0.5, half of the steps run.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
 
@@ -425,8 +425,8 @@ class BackgroundRequest(ImageRequest):
     output: Literal["rgba", "mask", "color"] = Field(
         default="rgba",
         examples=["color"],
-        description="rgba: the picture with a transparent background. mask: the alpha alone, as "
-        "a grey picture. color: the foreground on a plain colour, white by default.",
+        description="rgba: the picture with a transparent background. mask: a grey picture, white "
+        "where the foreground is. color: the foreground on a plain colour, white by default.",
     )
     color: Color = Field(
         default="#ffffff",
@@ -436,8 +436,8 @@ class BackgroundRequest(ImageRequest):
     background: Annotated[Background | None, BeforeValidator(_none_if_empty)] = Field(
         default=None,
         examples=[""],
-        description="What lies below the foreground: a colour, as in `color`, or a picture that "
-        "is sent as a file in this field and scaled to cover the result.",
+        description="What lies below the foreground in place of transparency: a picture that is "
+        "sent as a file in this field and scaled to cover the result, or a colour, as in `color`.",
     )
     edges: Literal["estimated", "original"] = Field(
         default="estimated",

@@ -128,7 +128,7 @@ function begin(made) {
   show();
   clearTimeout(looking);
   looking = setTimeout(watchService, 1_000);
-  if (matchMedia("(max-width: 800px)").matches) $("hero").scrollIntoView();
+  $("hero").scrollIntoView({ block: matchMedia("(max-width: 800px)").matches ? "start" : "nearest" });
 }
 
 // --- what runs ---
@@ -230,7 +230,7 @@ function showForm() {
     el("button", { ariaPressed: String(place === picked), title: name, ariaLabel: `Show ${name}`,
       onclick: () => pick(place) }, el("img", { src: urlOf(blob), alt: "" })),
     el("button", { className: "delete", textContent: "×", ariaLabel: `Leave out ${name}`,
-      onclick: () => { sources.splice(place, 1); picked = 0; show(); } }))));
+      onclick: () => { sources.splice(place, 1); pick(0); } }))));
   $("choose").classList.toggle("primary", !sources.length);
   const states = service?.models ?? {};
   fill($("tasks"), [[...chosen], states, tasks.length], () =>

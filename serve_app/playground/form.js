@@ -36,7 +36,7 @@ export function settings(task, values) {
     el("summary", { textContent: GROUPS[group] ?? words(group) }), inside.map(({ node }) => node)));
   const node = el("details", { className: "settings" },
     el("summary", { textContent: `${task.title} settings` }),
-    el("div", { className: "settings-body" }, reset, own.map((one) => one.node), groups));
+    el("div", { className: "settings-body" }, reset, el("small", { textContent: task.about }), own.map((one) => one.node), groups));
   refresh();
   return { node, refresh };
 }
@@ -52,8 +52,8 @@ function control(task, field, set) {
   const file = field.isFile && el("input", { ...(make ? { ariaLabel: `${title}, file` } : props),
     type: "file", accept: "image/*", onchange: () => set(file.files[0]) });
   const label = field.options ? el("legend", { textContent: title }) : el("label", { htmlFor: id, textContent: title });
-  if (kind === "choice" && Object.keys(field.choices).length && !file) help.classList.add("sr-only");
-  const node = el(field.options ? "fieldset" : "div", { className: `field ${kind}` }, label, parts, file, help);
+  const node = el(field.options ? "fieldset" : "div", { className: `field ${kind}` },
+    label, field.options && help, parts, file, !field.options && help);
   return { field, node, show: (value) => {
     const data = new DataTransfer();
     if (value instanceof File) data.items.add(value);

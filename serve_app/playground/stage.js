@@ -80,13 +80,16 @@ export function showGrid(items, taskOf, onOpen) {
 export function historyEntry(item, task, isShown, onOpen, onDelete) {
   const when = new Date(item.at).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
   const name = titleOf(item, task);
+  const changed = Object.entries(item.fields).map(([field, value]) => `${words(field)} ${value.name ?? value}`).join(", ");
+  const about = changed || item.name;
   const thumb = item.thumb ?? item.result;
   return el("li", { className: `${item.state} ${isShown ? "shown" : ""}` },
-    el("button", { title: `${item.name}, ${when}`, ariaLabel: `${name} of ${item.name || "no picture"}, ${when}`, onclick: onOpen,
+    el("button", { title: [item.name, changed, when].filter(Boolean).join(", "), onclick: onOpen,
+      ariaLabel: `${name} of ${item.name || "no picture"}, ${when}, ${changed}`,
       draggable: true, ondragstart: ({ dataTransfer }) => dataTransfer.setData(ITEM, item.id) },
       thumb ? el("img", { src: urlOf(thumb), alt: "", draggable: false })
         : el("i", { textContent: isRunning(item) ? "…" : "!" }),
-      el("span", { textContent: name })),
+      el("span", { textContent: name }), el("small", { textContent: about })),
     el("button", { className: "delete", textContent: "×", ariaLabel: `Delete ${name}, ${when}`, onclick: onDelete }));
 }
 
@@ -124,10 +127,10 @@ function showTimings(timings, total) {
   const stages = Object.entries(timings).filter(([, s]) => s >= 0.0005 * Math.max(total, 0.1));
   const texts = stages.map(([stage, s]) => `${words(stage)} ${seconds(s)}`);
   const bar = el("div", { className: "bar-of-times", role: "img", ariaLabel: texts.join(", ") },
-    stages.map(() => el("span")));
+    stages.map(([stage]) => el("span", { "data-stage": stage })));
   stages.forEach(([, s], place) => (bar.children[place].style.flexGrow = (1000 * s) / total));
   $("timings").replaceChildren(bar, el("ul", { className: "legend", ariaHidden: "true" },
-    texts.map((text) => el("li", {}, text))));
+    texts.map((text, place) => el("li", { "data-stage": stages[place][0] }, text))));
 }
 
 /** The entries of a menu below the picture: what each does, and its words. */

@@ -18,6 +18,8 @@ export function tasksOf(document, root) {
     found.push({
       id: post.operationId,
       title: words(post.operationId),
+      // Of several models, each stands in a line of its own.
+      about: post.description?.replace(/^- [\w.-]+: (?=.*$)/, "") ?? "",
       summary: (post.summary ?? "").split(/\.(?:\s|$)/)[0],
       url: new URL(path.slice(1), root).href,
       route: path,
@@ -39,8 +41,11 @@ const inOrder = (fields) => fields.toSorted((a, b) => isOften(b) - isOften(a));
 const isOften = ({ group, needs, isLong, hasSlider }) =>
   group === "task" && Object.keys(needs).length === 0 && (isLong || hasSlider);
 
-/** A help text with fields named as their labels are. */
-const help = (text) => text.replace(/`(\w+)`|\b[a-z]+(_[a-z]+)+\b/g, (name, quoted) => words(quoted ?? name));
+/** A help text with fields named as their labels are, without what stands beside each choice. */
+function help(text, choices) {
+  for (const [value, meaning] of Object.entries(choices)) text = text.replace(`${value}: ${meaning}.`, "");
+  return text.trim().replace(/`(\w+)`|\b[a-z]+(_[a-z]+)+\b/g, (name, quoted) => words(quoted ?? name));
+}
 
 /** A field of a form. Values are text, as a form sends them, or files; some fields take both. */
 function fieldOf(name, raw) {
@@ -51,6 +56,7 @@ function fieldOf(name, raw) {
   const isFile = [raw, ...(anyOf ?? [])].some(isBinary);
   const hint = raw[HINTS] ?? {};
   const value = hint.default ?? schema.default;
+  const choices = hint.choices ?? {};
   const isWhole = schema.type === "integer";
   const least = schema.minimum ?? schema.exclusiveMinimum;
   const span = schema.maximum - least;
@@ -61,8 +67,8 @@ function fieldOf(name, raw) {
     example: schema.examples?.[0],
     group: hint.group ?? "task",
     needs: hint.needs ?? {},
-    choices: hint.choices ?? {},
-    help: help(schema.description ?? ""),
+    choices,
+    help: help(schema.description ?? "", schema.enum ? choices : {}),
     type: schema.type,
     isFile,
     isOnlyFile: isFile && !text,

@@ -96,7 +96,11 @@ export class Viewer {
   }
 
   #divide() {
-    this.layer.style.setProperty("--split", `${this.split.value}%`);
+    const { value } = this.split;
+    this.layer.style.setProperty("--split", `${value}%`);
+    // A side that is nearly gone needs no name.
+    this.frame.classList.toggle("all-after", value < 5);
+    this.frame.classList.toggle("all-before", value > 95);
   }
 
   #wheel(event) {

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NEEDS: dict[str, dict[str, str | bool]] = {
+    "background": {"output": "rgba"},
     "color": {"output": "color"},
     "mask_changes": {"mask": PICTURE},
     "mask_feather_px": {"mask": True},
 }
-"""Fields that mean nothing without a value of others (True: any)."""
+"""Fields that mean nothing, or contradict, without a value of others (True: any)."""
 UNSENT = frozenset({"color"})
 """Those of them whose default a form must not send: a colour that is not used gets a note."""
 _ROLES = {"seed": "seed", "n": "count", "preview": "preview"}

@@ -67,7 +67,7 @@ def object_of(body: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise MalformedRequest(
             "The body must be a JSON object.",
-            value=type(found).__name__,
+            value=json.dumps(found)[:_SHOWN],
             remedy='Send {"name": value, …}.',
         )
     return cast("dict[str, Any]", found)
@@ -225,7 +225,7 @@ def text_of(name: str, value: object) -> str:
     raise InvalidParameter(
         f"{name} must be a text, a finite number, true or false.",
         value=json.dumps(value)[:_SHOWN],
-        remedy="Leave it out for its default.",
+        remedy="Send one of these; a field that is not required may be left out.",
     )
 
 

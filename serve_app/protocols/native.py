@@ -255,4 +255,6 @@ def _job_fields(read: Set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = JobOptions.model_json_schema()["properties"]
     if "seed" not in read:
         del fields["n"]
+    if "steps" not in read:
+        del fields["preview"]
     return fields

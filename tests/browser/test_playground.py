@@ -101,9 +101,12 @@ def test_two_clicks_lead_to_a_result_and_its_call_makes_it_again(
     assert page.locator(".bar-of-times span").count() >= 3
     # Before and after, by keyboard and by hand; then real pixels.
     page.wait_for_selector("#viewer.compares")
+    assert "ignored" not in page.inner_text("#notes"), "nobody asked for it"
     page.focus("#split")
     page.keyboard.press("End")
     expect(page.locator("#after")).to_have_css("clip-path", "inset(0px 0px 0px 100%)")
+    expect(page.locator(".after-tag")).not_to_be_visible()
+    expect(page.locator(".before-tag")).to_be_visible()
     box = page.locator("#viewer").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
     assert 10 < split_of(page) < 40
@@ -135,14 +138,28 @@ def test_a_cut_out_gets_a_white_background_and_is_saved_in_each_format(
     run(page)
     assert picture(page).mode == "RGBA"
     assert "conic-gradient" in page.evaluate("getComputedStyle(layer).backgroundImage")
+    below = page.locator("#field-background-background")
+    expect(below).to_be_visible()
     page.locator("label", has_text="plain colour, white").click()
     assert page.input_value("#field-background-color") == "#ffffff"
+    expect(below, "one colour is enough").not_to_be_visible()
     run(page)
     assert facts(page)["Output"] == "color"
     for kind in ("PNG", "WEBP", "JPEG"):
         saved = picture(page, kind)
         assert saved.format == kind
         assert min(saved.convert("RGB").getpixel((511, 0))) > 240
+
+
+def test_a_text_becomes_a_picture_and_the_history_says_which(address: str, visit: Visit) -> None:
+    page = visit(address)
+    choose(page, "Generate")
+    expect(page.locator("#settings")).to_contain_text("landscapes (mountains at dawn)")
+    page.get_by_label("Prompt", exact=True).fill("a red star")
+    run(page)
+    assert facts(page)["Prompt"] == "a red star"
+    assert picture(page).size == (256, 256)
+    expect(page.locator("#history small")).to_contain_text("a red star")
 
 
 def test_seeds_side_by_side_again_with_another_strength_and_on_to_another_task(
@@ -277,6 +294,9 @@ def test_a_newcomer_is_told_what_is_missing_and_finds_settings_menus_and_the_cal
     page.evaluate(GIVE, ["paste", list(png()), "second.png"])
     expect(page.locator("#tray li")).to_have_count(2)
     page.locator("#tray .delete").last.click()
+    page.locator("#tray .delete").click()
+    expect(page.locator("#samples"), "nothing is chosen").to_be_visible()
+    page.click("#samples button:nth-child(2)")
     choose(page, "Comic")
     tops = [
         page.get_by_text(words, exact=True).bounding_box()["y"] for words in ("Strength", "Cut")

@@ -95,6 +95,8 @@ def test_fields_say_whom_they_concern_what_they_are_and_what_their_values_mean()
     assert hints["color"]["needs"] == {"output": "color"}
     assert hints["color"]["default"] == "#ffffff"
     assert "default" not in background["color"], "a form that sends it by default is refused"
+    assert hints["background"]["needs"] == {"output": "rgba"}, "with another it is refused"
+    assert "preview" not in background, "the model has no steps"
     assert set(hints["output"]["choices"]) == set(background["output"]["enum"])
     upscale = fields_of("upscale")
     assert upscale["width"]["x-imagen"]["choices"] == {"0": "by height or scale"}
@@ -129,7 +131,9 @@ def test_without_jobs_the_reference_has_neither_their_fields_nor_their_headers()
 
 @pytest.mark.parametrize("spec", REGISTRY.values(), ids=lambda spec: spec.name)
 def test_with_jobs_the_reference_has_their_fields(spec: ModelSpec) -> None:
-    of_job = JobOptions.model_fields.keys() - ({"n"} if "seed" not in spec.parameters else set())
+    needs = {"n": "seed", "preview": "steps"}
+    unread = {name for name, other in needs.items() if other not in spec.parameters}
+    of_job = JobOptions.model_fields.keys() - unread
     picture = {"image"} if spec.task.needs_picture else set[str]()
     assert fields_of(spec.task).keys() == {"model", *picture, *spec.parameters, *of_job}
     assert all(field["description"] for field in fields_of(spec.task).values())
