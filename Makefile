@@ -195,7 +195,7 @@ demo-scale: setup ## GPU nodes from zero and back on this machine, with the time
 	$(BIN)/python -m pytest tests/scale/test_zero_to_zero.py -s
 
 .PHONY: soak-scale
-soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and lost heads (an hour)
+soak-scale: setup ## Five rounds of that, of rolling deploys, lost nodes and lost heads (40 minutes)
 	IMAGEN_SOAK_ROUNDS=5 $(BIN)/python -m pytest tests/scale tests/serve/run/test_run.py -s
 
 .PHONY: fuzz
