@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.growth.clock import Station
 from benchmarks.growth.replica import Replica
+from benchmarks.growth.router import Router
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Iterable
 
     from benchmarks.growth.clock import Clock
     from benchmarks.growth.profiles import Scaling, Service, Work
@@ -51,6 +54,8 @@ class Fleet:
         service: limits of a replica.
         scaling: how many nodes there are, and how they come and go.
         chance: random numbers.
+        ingresses: the thread of each.
+        call_s: from one of them to a replica, or back.
 
     Attributes:
         gpu_s: seconds that nodes were paid for, of those that are gone.
@@ -60,12 +65,19 @@ class Fleet:
     """
 
     def __init__(
-        self, clock: Clock, work: Work, service: Service, scaling: Scaling, chance: random.Random
+        self,
+        clock: Clock,
+        work: Work,
+        service: Service,
+        scaling: Scaling,
+        chance: random.Random,
+        ingresses: Iterable[Station],
+        call_s: float,
     ) -> None:
         self._clock, self._work, self._service = clock, work, service
         self._scaling, self._chance = scaling, chance
         self._nodes: list[Node] = []
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[tuple[Request, int]] = deque()
         self._ongoing: deque[int] = deque(maxlen=int(_LOOK_BACK_S / _TICK_S))
         self._wanted = scaling.first
         self._differs_since_s: float | None = None
@@ -73,6 +85,10 @@ class Fleet:
         self.lost = 0
         self.sizes: list[tuple[float, int]] = []
         self.ready: list[Replica] = []
+        self._routers = [
+            Router(clock, thread, service.known_s, call_s, chance, partial(self.take, pod=pod))
+            for pod, thread in enumerate(ingresses)
+        ]
         for _ in range(scaling.first):
             self._fill(self._add())
         if scaling.least < scaling.most or scaling.spot_life_s:
@@ -80,19 +96,16 @@ class Fleet:
 
     # --- requests ---
 
-    def take(self, request: Request) -> None:
-        """Give a request to a replica: the less busy one of two by chance, as Serve does. It waits
-        where there is none.
-        """
+    def take(self, request: Request, pod: int) -> None:
+        """Give a request of a pod's Ingress to a replica. It waits where there is none."""
         if request.ended:
             return
         if not self.ready:
-            self._waiting.append(request)
+            self._waiting.append((request, pod))
             left_s = request.deadline_s - self._clock.now_s
             self._clock.after(left_s, lambda: request.end("late"))
             return
-        pair = self.ready if len(self.ready) < 2 else self._chance.sample(self.ready, 2)
-        min(pair, key=lambda replica: replica.ongoing).take(request)
+        self._routers[pod].send(request, self.ready)
 
     # --- nodes ---
 
@@ -111,8 +124,10 @@ class Fleet:
             return
         node.replica = Replica(self._clock, self._work, self._service, node.gpu)
         self.ready.append(node.replica)
+        for router in self._routers:
+            router.met(node.replica)
         while self._waiting:
-            self.take(self._waiting.popleft())
+            self.take(*self._waiting.popleft())
 
     def _lose(self, node: Node) -> None:
         if node not in self._nodes:
@@ -120,7 +135,6 @@ class Fleet:
         self.lost += 1
         self._remove(node)
         if replica := node.replica:
-            # Serve asks a replica for its queue before it sends a request, so that none goes there.
             self._forget(replica)
             replica.lose()
 

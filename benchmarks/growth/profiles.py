@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from benchmarks.output import RESULTS
 
+KNOWN_S: Final = 10.0
+"""How long Serve's routers go by a length as they last heard of it, unless they are told."""
 H100: Final = RESULTS / "gpu-nvidia-h100-80gb-hbm3-2026-11-26.json"
 
 
@@ -65,6 +67,8 @@ class Service:
         timeout_s: of a request.
         pixel_threads: of a replica, for files.
         seats: pictures that a replica works on at a time.
+        known_s: how long an Ingress goes by a replica's queue as it last heard of it, or 0 to ask
+            each time: RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S.
     """
 
     ingress_pods: int = 2
@@ -73,6 +77,7 @@ class Service:
     timeout_s: float = 60.0
     pixel_threads: int = 4
     seats: int = 16
+    known_s: float = KNOWN_S
 
 
 @dataclass(frozen=True, slots=True)

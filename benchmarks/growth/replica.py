@@ -87,6 +87,7 @@ class Replica:
         self._by_row: dict[Row, _Held] = {}
         self._rows: list[Row] = []
         self._stepping = False
+        self.gone = False
 
     @property
     def ongoing(self) -> int:
@@ -95,6 +96,7 @@ class Replica:
 
     def lose(self) -> None:
         """The process is gone, and what it held."""
+        self.gone = True
         for held in list(self._held):
             self._end(held, "lost")
         self._rows.clear()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.growth.profiles import Scaling, Service, fixed
+from benchmarks.growth.profiles import KNOWN_S, Scaling, Service, fixed
 from benchmarks.growth.simulation import poisson, simulate
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ _REQUESTS: Final = 4000
 _WARM_UP_S: Final = 20.0
 _EXACT: Final = 0.02
 """Of the load that is looked for."""
-_STEP: Final = 0.25
-"""The next size of a fleet holds at most so much more."""
+_STEP: Final = 0.3
+"""The next size of a fleet holds at most so much more load."""
 _BUSY_PODS: Final = 0.5
 
 
-def service_for(rate: float, front: Front) -> Service:
+def service_for(rate: float, front: Front, known_s: float = KNOWN_S) -> Service:
     """A service with so many ingress pods that none is busier than half of its time."""
     slowest_s = max(front.proxy_s, front.ingress_s)
     pods = max(math.ceil(rate * slowest_s / _BUSY_PODS), 2)
-    return Service(ingress_pods=pods, proxy_s=front.proxy_s, ingress_s=front.ingress_s)
+    return Service(pods, front.proxy_s, front.ingress_s, known_s=known_s)
 
 
 # ------------------------------------------------------------------------- 1) how many GPUs
@@ -67,6 +67,7 @@ def held(
     *,
     requests: int = _REQUESTS,
     between: tuple[float, float] = (0.0, 1.0),
+    known_s: float = KNOWN_S,
 ) -> Held | None:
     """The highest rate at which the 95th percentile holds and nobody is refused; None if there is
     none.
@@ -78,13 +79,14 @@ def held(
         p95_s: the percentile.
         requests: to simulate at each rate, at least.
         between: loads, of what the GPUs can do.
+        known_s: see `Service`.
     """
     low, high = between
     best: Held | None = None
     while high - low > _EXACT:
         load = (low + high) / 2
         rate = load * gpus * work.capacity_per_s
-        if found := _held_at(work, front, gpus, rate, p95_s, requests):
+        if found := _held_at(work, front, gpus, rate, p95_s, requests, known_s):
             low, best = load, found
         else:
             high = load
@@ -116,10 +118,16 @@ def gpus_for(
 
 
 def _held_at(
-    work: Work, front: Front, gpus: int, rate: float, p95_s: float, requests: int
+    work: Work,
+    front: Front,
+    gpus: int,
+    rate: float,
+    p95_s: float,
+    requests: int,
+    known_s: float = KNOWN_S,
 ) -> Held | None:
     """What the GPUs do at this rate; None if that is too much for them."""
-    service = service_for(rate, front)
+    service = service_for(rate, front, known_s)
     seconds = _WARM_UP_S + max(requests / rate, 30)
     arrivals = poisson([(seconds, rate)], gpus)
     run = simulate(work, service, fixed(gpus), arrivals, warm_up_s=_WARM_UP_S, seed=gpus)
@@ -129,13 +137,12 @@ def _held_at(
     return Held(gpus, rate, load, run.percentile_s(50), run.percentile_s(95), service.ingress_pods)
 
 
-def growth(work: Work, front: Front, sizes: Iterable[int] = SIZES) -> list[Held]:
-    """`held` of each size, ascending: a larger fleet holds about as much load, or more."""
+def growth(work: Work, front: Front, known_s: float, sizes: Iterable[int] = SIZES) -> list[Held]:
+    """`held` of each size, ascending: the next fleet holds not much more load."""
     rows: list[Held] = []
     for gpus in sizes:
-        load = rows[-1].load - 3 * _EXACT if rows else 0.0
-        most = min(load + 3 * _EXACT + _STEP, 1.0) if rows else 1.0
-        if found := held(work, front, gpus, between=(load, most)):
+        between = (rows[-1].load / 2, min(rows[-1].load + _STEP, 1.0)) if rows else (0.0, 1.0)
+        if found := held(work, front, gpus, between=between, known_s=known_s):
             rows.append(found)
     return rows
 

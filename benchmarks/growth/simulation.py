@@ -97,10 +97,13 @@ def simulate(
         seed: of nodes, losses and the choice of replicas.
     """
     clock, chance = Clock(), random.Random(seed)
-    fleet = Fleet(clock, work, service, scaling, chance)
+    # What is neither CPU time of the front nor of the replica: calls between processes.
+    call_s = max(work.front_s - service.proxy_s - service.ingress_s, 0.0) / 2
+    pods = [(Station(clock), Station(clock)) for _ in range(service.ingress_pods)]
+    fleet = Fleet(clock, work, service, scaling, chance, [pod[1] for pod in pods], call_s)
     end_s = arrivals[-1]
     result = Result(end_s - warm_up_s)
-    front = _Front(clock, service, work.front_s, fleet)
+    front = _Front(clock, service, pods, fleet, call_s)
 
     def done(request: Request, outcome: str) -> None:
         if request.arrived_s < warm_up_s:
@@ -130,12 +133,16 @@ def simulate(
 class _Front:
     """Proxies and Ingress replicas. A request takes half of its time there, its answer the rest."""
 
-    def __init__(self, clock: Clock, service: Service, wait_s: float, fleet: Fleet) -> None:
-        self._clock, self._service, self._fleet = clock, service, fleet
-        # What is neither CPU time of the front nor of the replica: calls between processes.
-        self._wait_s = max(wait_s - service.proxy_s - service.ingress_s, 0.0)
-        pods = service.ingress_pods
-        self._pods = [(Station(clock), Station(clock)) for _ in range(pods)]
+    def __init__(
+        self,
+        clock: Clock,
+        service: Service,
+        pods: list[tuple[Station, Station]],
+        fleet: Fleet,
+        call_s: float,
+    ) -> None:
+        self._clock, self._service, self._pods = clock, service, pods
+        self._fleet, self._call_s = fleet, call_s
         self._next = 0
 
     @property
@@ -145,19 +152,23 @@ class _Front:
 
     def take(self, request: Request) -> None:
         """The load balancer gives each pod every n-th request."""
-        proxy, ingress = self._pods[self._next]
+        pod = self._next
+        proxy, ingress = self._pods[pod]
         self._next = (self._next + 1) % len(self._pods)
         half_proxy_s, half_ingress_s = self._service.proxy_s / 2, self._service.ingress_s / 2
         done = request.done
 
         def answer(request: Request, outcome: str) -> None:
-            ingress.run(half_ingress_s, lambda: proxy.run(half_proxy_s, lambda: last(outcome)))
+            def leave() -> None:
+                ingress.run(half_ingress_s, lambda: proxy.run(half_proxy_s, last))
 
-        def last(outcome: str) -> None:
-            self._clock.after(self._wait_s / 2, lambda: done(request, outcome))
+            def last() -> None:
+                done(request, outcome)
+
+            self._clock.after(self._call_s, leave)
 
         def forward() -> None:
-            self._clock.after(self._wait_s / 2, lambda: self._fleet.take(request))
+            self._fleet.take(request, pod)
 
         request.done = answer
         proxy.run(half_proxy_s, lambda: ingress.run(half_ingress_s, forward))

@@ -33,24 +33,20 @@ def comparison(rows: Iterable[Values]) -> str:
     return _table(names, lines)
 
 
-def growth(rows: Iterable[Values]) -> str:
-    """How many GPUs hold the percentile."""
+def growth(rows: Iterable[Values], asked: Iterable[Values]) -> str:
+    """How many GPUs hold the percentile, and how many where routers ask replicas each time."""
     names = ["H100", "requests/s", "of what they can do", "p50, s", "p95, s", "ingress pods"]
-    return _table(
-        names,
-        [
-            [
-                str(row["gpus"]),
-                f"{row['rate']:.3g}" if row["rate"] < 100 else f"{row['rate']:,.0f}",
-                f"{row['load']:.0%}",
-                f"{row['p50_s']:.2f}",
-                f"{row['p95_s']:.2f}",
-                str(row["pods"]),
-            ]
-            for row in rows
-        ],
-        text=0,
-    )
+    names += ["asked each time: requests/s", "of what they can do"]
+    lines: list[list[str]] = []
+    for row, other in zip(rows, asked, strict=True):
+        cells = [str(row["gpus"]), *_rate(row), f"{row['p50_s']:.2f}", f"{row['p95_s']:.2f}"]
+        lines.append([*cells, str(row["pods"]), *_rate(other)])
+    return _table(names, lines, text=0)
+
+
+def _rate(row: Values) -> list[str]:
+    rate = f"{row['rate']:.3g}" if row["rate"] < 100 else f"{row['rate']:,.0f}"
+    return [rate, f"{row['load']:.0%}"]
 
 
 def _outcomes(row: Values) -> list[str]:

@@ -51,6 +51,23 @@ def test_requests_at_once_are_worked_off_as_fast_as_groups_allow() -> None:
     assert 40 / run.last_s == pytest.approx(2 * work.capacity_per_s, rel=0.1)
 
 
+def test_a_burst_is_shared_less_evenly_where_replicas_are_heard_late() -> None:
+    work = refiner_on_h100()
+    busy = Service(ingress_pods=1, proxy_s=0.013, ingress_s=0.019)
+    burst = [0.0005 * i for i in range(40)]
+    ends_s = [simulate(work, busy, fixed(2), burst, seed=seed).last_s for seed in range(10)]
+    even_s = simulate(work, PLAIN, fixed(2), burst).last_s
+    assert 1.05 * even_s < np.mean(ends_s) < 1.6 * even_s
+
+
+def test_the_router_asks_a_replica_that_it_has_not_heard_for_long() -> None:
+    work = refiner_on_h100()
+    service = Service(ingress_pods=1, proxy_s=0.0, ingress_s=0.0)
+    run = simulate(work, service, fixed(2), [1.0, 30.0])
+    known_s, asked_s = run.latency_s
+    assert asked_s - known_s == pytest.approx(work.front_s)  # there and back once more
+
+
 def test_too_many_requests_are_refused_early_rather_than_answered_late() -> None:
     work = refiner_on_h100()
     run = simulate(work, PLAIN, fixed(1), poisson([(600, 3 * work.capacity_per_s)], 1))
@@ -134,7 +151,7 @@ def test_the_documentation_has_the_tables_of_the_results() -> None:
     newest = sorted(RESULTS.glob("growth-scenarios-*.json"))[-1]
     kept = json.loads(newest.read_text(encoding="utf-8"))
     assert tables.comparison(check["comparison"]) in text
-    assert tables.growth(kept["growth"]) in text
+    assert tables.growth(kept["growth"], kept["growth_asked"]) in text
     assert tables.mornings(kept["mornings"]) in text
     assert tables.spots(kept["spots"]) in text
     assert tables.limits(limits.front()) in text
