@@ -9,7 +9,7 @@ const python = JSON.stringify;
 
 /** A file's name as text that is safe to paste: what could end a line or start an option is gone. */
 export function safeName(name) {
-  const plain = (name || NAME).replace(/[\x00-\x1f\x7f/\\]+/g, "_").replace(/^[-.]+/, "");
+  const plain = (name || NAME).replace(/[\p{C}/\\]+/gu, "_").replace(/^[-.]+/, "");
   return plain.slice(-100) || NAME;
 }
 

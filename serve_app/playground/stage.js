@@ -59,7 +59,7 @@ export function showGrid(items, taskOf, onOpen) {
   $("grid").hidden = !items.length;
   fill($("grid"), items.map(({ id, state }) => [id, state]), () => items.map((item) => {
     const title = titleOf(item, taskOf(item));
-    const text = item.info?.seed ? `seed ${item.info.seed}` : stateOf(item);
+    const text = item.info?.seed ? `seed ${item.info.seed}` : stateOf(item) || item.name;
     return el("li", { className: item.state },
       el("button", { ariaLabel: `${title}, ${item.name} ${text}`, onclick: () => onOpen(item) },
         el("img", { alt: "" }), isRunning(item) && el("progress", { ariaLabel: "Progress" }),
