@@ -92,7 +92,8 @@ def lock_images(
 @kuberay_app.command("validate")
 def validate_manifests(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Built manifests; by default every overlay")
+        list[Path] | None,
+        typer.Argument(help="Overlays, or built manifests; by default every overlay"),
     ] = None,
     allow_placeholder: Annotated[
         bool, typer.Option("--allow-placeholder", help="Accept `unresolved` values")
@@ -143,7 +144,7 @@ def _manifests(files: Sequence[Path] | None, folder: Path) -> list[Manifests]:
     from kuberay.checks.manifests import build, read
 
     if files:
-        return [read(path) for path in files]
+        return [build(path) if path.is_dir() else read(path) for path in files]
     overlays = sorted(path.parent for path in folder.glob("overlays/*/kustomization.yaml"))
     if not overlays:
         raise ConfigError("The folder has no overlays.", value=folder, remedy="Name another one.")

@@ -98,6 +98,8 @@ def test_without_a_file_every_overlay_is_validated(built: object, tmp_path: Path
     done = CliRunner().invoke(app, ["kuberay", "validate", "--folder", str(folder)])
     assert done.exit_code == 0
     assert "dev: 14 objects, no mistakes" in done.output
+    one = CliRunner().invoke(app, ["kuberay", "validate", str(folder / "overlays/dev")])
+    assert one.output == done.output
     assert "Ray's autoscaler: one replica of each deployment: 1 ingress, 1 models" in done.output
 
 
