@@ -17,6 +17,8 @@ import numpy as np
 from cli.cost.inputs import HOURS
 from deployments.buckets import choose_bucket
 from deployments.errors import ConfigError
+from deployments.tiling import tiles_of
+from serve_app.intake import check_input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,8 @@ class Line:
     Attributes:
         model: that serves them.
         gpu_index: the GPU of the plan that holds it.
-        working_px: width and height that the model works at.
+        working_px: width and height that the model works at, of each tile.
+        tiles: of an image; 1 where the model works on all of it at once.
         seconds: of a GPU for one image.
         source: `measured`, or how it was estimated.
         by_hour: requests in each hour of the day.
@@ -50,6 +53,7 @@ class Line:
     gpu_index: int
     size_px: tuple[int, int]
     working_px: tuple[int, int]
+    tiles: int
     seconds: float
     source: str
     by_hour: tuple[float, ...]
@@ -142,6 +146,7 @@ def lines_of(traffic: Traffic, made: Plan, speeds: Speeds) -> list[Line]:
 
     Raises:
         ConfigError: a task has no model in the plan, or nothing is known of its model.
+        TooLarge: a model does not take pictures of the size.
     """
     by_task: dict[str, Placed] = {}
     for placed in made.placed:
@@ -158,7 +163,8 @@ def _line(requests: Requests, by_task: dict[str, Placed], speeds: Speeds, gpu: s
             remedy=f"It has {', '.join(by_task)}; name a model by --serve.",
         )
     spec = placed.demand.spec
-    working_px = _working_px(spec, requests.size, speeds)
+    check_input(*requests.size, spec)
+    working_px, tiles = _work(spec, requests.size, speeds)
     seconds, source = seconds_of(speeds, spec.name, working_px, gpu)
     return Line(
         task=str(requests.task),
@@ -166,19 +172,25 @@ def _line(requests: Requests, by_task: dict[str, Placed], speeds: Speeds, gpu: s
         gpu_index=placed.gpu_index,
         size_px=requests.size,
         working_px=working_px,
-        seconds=seconds,
+        tiles=tiles,
+        seconds=tiles * seconds,
         source=source,
         by_hour=requests.per_hour,
     )
 
 
-def _working_px(spec: ModelSpec, size_px: tuple[int, int], speeds: Speeds) -> tuple[int, int]:
-    """The bucket of a picture; the one size of a matting model; else the picture's own."""
+def _work(spec: ModelSpec, size_px: tuple[int, int], speeds: Speeds) -> tuple[tuple[int, int], int]:
+    """The size that the model works at, and in how many tiles: those of a request without
+    parameters; else the bucket of a picture; the one size of a matting model; the picture's own.
+    """
     if spec.buckets:
-        return choose_bucket(*size_px, spec.buckets)
+        grid = tiles_of(spec.task.request.model_validate(spec.defaults), *size_px, spec.buckets)
+        if grid is not None and grid.count <= spec.max_tiles:
+            return grid.tile, grid.count
+        return choose_bucket(*size_px, spec.buckets), 1
     if spec.scale > 1:
-        return size_px
-    return next((one.size_px for one in speeds.models if one.model == spec.name), size_px)
+        return size_px, 1
+    return next((one.size_px for one in speeds.models if one.model == spec.name), size_px), 1
 
 
 def hours_of(lines: Sequence[Line], traffic: Traffic) -> list[Hour]:
@@ -202,7 +214,8 @@ def hours_of(lines: Sequence[Line], traffic: Traffic) -> list[Hour]:
 def _day_of(lines: Sequence[Line], traffic: Traffic) -> tuple[list[int], list[float]]:
     """GPUs for the models of one of the plan's GPUs in each hour, and the hours billed for them.
 
-    A further GPU is billed for the hours that need it, its start, and the time it stays after them.
+    The first is billed while it is up, and at least as long as it works. A further GPU is billed
+    for the hours that need it, its start, and the time it stays after them.
     """
     requests = [sum(line.by_hour[hour] for line in lines) for hour in range(HOURS)]
     work_s = [sum(line.by_hour[hour] * line.seconds for line in lines) for hour in range(HOURS)]
@@ -212,8 +225,10 @@ def _day_of(lines: Sequence[Line], traffic: Traffic) -> tuple[list[int], list[fl
     further = [max(n - 1, 0) for n in gpus]
     left = [max(further[hour - 1] - further[hour], 0) for hour in range(HOURS)]
     stays_h = traffic.lasts_s / _S
-    parts = zip(up_shares(requests, traffic), further, left, strict=True)
-    return gpus, [share + n + gone * stays_h for share, n, gone in parts]
+    parts = zip(up_shares(requests, traffic), work_s, further, left, strict=True)
+    return gpus, [
+        max(share, min(work / _S, 1)) + n + gone * stays_h for share, work, n, gone in parts
+    ]
 
 
 def up_shares(per_hour: Sequence[float], traffic: Traffic) -> list[float]:

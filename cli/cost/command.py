@@ -140,7 +140,10 @@ class _Report:
         )
         for line in self._lines:
             about = "" if line.source == "measured" else "~"
-            cells = [line.task, _size(line.size_px), line.model, _size(line.working_px)]
+            works_at = _size(line.working_px)
+            if line.tiles > 1:
+                works_at = f"{line.tiles} tiles of {works_at}"
+            cells = [line.task, _size(line.size_px), line.model, works_at]
             seconds = f"{about}{line.seconds:.3g}"
             table.add_row(*cells, f"{line.images_a_day:g}", seconds, line.source)
         return table
@@ -257,6 +260,7 @@ def _line_values(line: Line) -> dict[str, Any]:
         "gpu_index": line.gpu_index,
         "size_px": line.size_px,
         "working_px": line.working_px,
+        "tiles": line.tiles,
         "seconds": line.seconds,
         "source": line.source,
         "per_hour": line.by_hour,

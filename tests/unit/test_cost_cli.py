@@ -162,6 +162,35 @@ def test_a_burst_pays_for_the_time_that_its_gpus_stay(tmp_path: Path) -> None:
         assert billed == pytest.approx(most * (1 + 0.5 + 240 / 3600), rel=0.02)
 
 
+def test_a_large_picture_is_enhanced_in_tiles_and_each_of_them_costs(tmp_path: Path) -> None:
+    def line_of(*size_px: int) -> dict[str, Any]:
+        asked = {"task": "enhance", "size": list(size_px), "per_hour": 10}
+        day = write(tmp_path / "day.yaml", {"name": "a day", "requests": [asked]})
+        return values_of(day)["lines"][0]
+
+    small, large, huge = line_of(1024, 1024), line_of(4096, 4096), line_of(50_000, 50_000)
+    assert (small["tiles"], large["tiles"]) == (1, 24)
+    work_px = large["tiles"] * math.prod(large["working_px"])
+    assert work_px > 4096 * 4096, "tiles overlap"
+    assert large["seconds"] == pytest.approx(small["seconds"] * work_px / 1024**2)
+    # More tiles than the model allows: it works at a smaller size.
+    assert (huge["tiles"], huge["seconds"]) == (1, small["seconds"])
+
+
+def test_a_picture_that_the_model_refuses_has_no_price(tmp_path: Path) -> None:
+    asked = {"task": "upscale", "size": [4096, 4096], "per_hour": 10}
+    done = run(write(tmp_path / "day.yaml", {"name": "a", "requests": [asked]}))
+    assert done.exit_code
+    assert "at most 262144 px" in " ".join(done.output.split())
+
+
+def test_a_gpu_that_works_is_billed_even_where_it_stays_for_nobody(tmp_path: Path) -> None:
+    gone = {"node_start_s": 0, "model_stays_s": 0, "node_stays_s": 0}
+    values = values_of(day_of(tmp_path, ("comic", 100), **gone))
+    [hour, *_] = values["hours"]
+    assert hour["gpu_hours"] == pytest.approx(hour["gpu_seconds"] / 3600)
+
+
 def test_an_hour_without_requests_costs_no_gpu(tmp_path: Path) -> None:
     quiet = day_of(tmp_path, ("comic", 0))
     values = values_of(quiet)
