@@ -39,6 +39,9 @@ def check(
     least: Annotated[int, typer.Option(min=1, max=8, help="Replicas, from so many")] = 1,
     most: Annotated[int, typer.Option(min=1, max=8, help="to so many")] = 4,
     seconds: Annotated[float, typer.Option(min=5, help="Of each open load")] = 50,
+    known: Annotated[
+        float, typer.Option(min=0, help="Seconds that routers go by a queue; 0: ask each time")
+    ] = KNOWN_S,
     name: Annotated[str, typer.Option(help="Of the result's file")] = "growth",
 ) -> None:
     """Hold the simulation against real replicas whose passes sleep, and write both down."""
@@ -50,8 +53,8 @@ def check(
     found: list[dict[str, Any]] = []
     calibration: tuple[Any, Any] | None = None
     for replicas in range(least, most + 1):
-        quiet[replicas], (idle, *loads) = measure(replicas, seconds, work)
-        calibration = calibration or calibrated(work, idle)
+        quiet[replicas], (idle, *loads) = measure(replicas, seconds, work, known)
+        calibration = calibration or calibrated(work, idle, known)
         same = groupby(loads, lambda load: load.name)
         rows += [compare(*calibration, list(reals)) for _, reals in same]
         found += [asdict(load) for load in (idle, *loads)]

@@ -52,8 +52,13 @@ _PROCESSES: Final = {
 Values = dict[str, Any]
 
 
-def system(replicas: int) -> System:
-    """The real application with so many replicas of one model, which sleep."""
+def system(replicas: int, known_s: float) -> System:
+    """The real application with so many replicas of one model, which sleep.
+
+    Args:
+        replicas: of the model.
+        known_s: see `Service`.
+    """
 
     def command(port: int, folder: Path) -> list[str]:
         made = yaml.safe_load(LOCAL_CONFIG.read_text(encoding="utf-8"))["applications"][0]
@@ -68,10 +73,11 @@ def system(replicas: int) -> System:
                 deployment["autoscaling_config"] = _ASLEEP
         return serve_run(OUR_BIN / "serve", [made], port, folder)
 
+    own = {"MALLOC_ARENA_MAX": "1", "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": str(known_s)}
     return System(
         f"{replicas} replicas",
         command,
-        environment=lambda folder: ray_environment(folder) | {"MALLOC_ARENA_MAX": "1"},
+        environment=lambda folder: ray_environment(folder) | own,
     )
 
 
@@ -116,13 +122,15 @@ class Measured:
     stages_s: dict[str, float]
 
 
-def measure(replicas: int, seconds: float, work: Work) -> tuple[dict[str, float], list[Measured]]:
+def measure(
+    replicas: int, seconds: float, work: Work, known_s: float
+) -> tuple[dict[str, float], list[Measured]]:
     """Start so many replicas, watch them without requests, and send them the loads in turn.
 
     Returns:
         The share of a core that each kind of process takes without requests; and the loads.
     """
-    with running(system(replicas)) as server:
+    with running(system(replicas, known_s)) as server:
         _wait_for(server.url, replicas)
 
         def send(name: str, plan: Plan) -> Measured:
@@ -187,7 +195,7 @@ def _cpu_s(process: psutil.Process) -> dict[str, float]:
     return found
 
 
-def calibrated(work: Work, idle: Measured) -> tuple[Work, Service]:
+def calibrated(work: Work, idle: Measured, known_s: float) -> tuple[Work, Service]:
     """The work and the service with what one request on an idle replica took beside the GPU.
 
     Files, calls between processes and the front are taken from that run alone.
@@ -196,7 +204,7 @@ def calibrated(work: Work, idle: Measured) -> tuple[Work, Service]:
     file_s = idle.stages_s["decode"] + idle.stages_s["encode"]
     front_s = max(idle.p50_s - gpu_s - file_s, 0.0)
     proxy_s, ingress_s = (idle.cpu_s[name] / idle.ok for name in ("proxy", "ingress"))
-    service = Service(ingress_pods=1, proxy_s=proxy_s, ingress_s=ingress_s, pixel_threads=2)
+    service = Service(1, proxy_s, ingress_s, pixel_threads=2, known_s=known_s)
     return replace(work, file_s=file_s, front_s=front_s), service
 
 

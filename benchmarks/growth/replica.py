@@ -68,6 +68,9 @@ class Replica:
         work: what an image takes.
         service: limits of a replica.
         gpu: that its passes and its autoencoder take in turn; shared with others on it.
+
+    Attributes:
+        gone: whether its process was lost.
     """
 
     def __init__(self, clock: Clock, work: Work, service: Service, gpu: Station) -> None:
