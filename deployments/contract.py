@@ -220,7 +220,8 @@ class Img2ImgRequest(DiffusionRequest):
         default=0.5,
         gt=0.0,
         le=1.0,
-        description="How far the result may leave the picture. At 0.5, half of the steps run.",
+        description="How far the result may leave the picture. At 0.5, half of the steps run, "
+        "rounded down.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
     detail: Literal["full", "working"] = Field(
@@ -401,7 +402,8 @@ class EnhanceRequest(Img2ImgRequest):
         default=0.25,
         gt=0.0,
         le=1.0,
-        description="How far the result may leave the picture. At 0.5, half of the steps run.",
+        description="How far the result may leave the picture. At 0.5, half of the steps run, "
+        "rounded down.",
         json_schema_extra={"unit": "fraction of the schedule"},
     )
 

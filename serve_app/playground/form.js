@@ -36,7 +36,8 @@ export function settings(task, values) {
     el("summary", { textContent: GROUPS[group] ?? words(group) }), inside.map(({ node }) => node)));
   const node = el("details", { className: "settings" },
     el("summary", { textContent: `${task.title} settings` }),
-    el("div", { className: "settings-body" }, reset, el("small", { textContent: task.about }), own.map((one) => one.node), groups));
+    el("div", { className: "settings-body" },
+      reset, el("small", { textContent: task.about }), own.map((one) => one.node), groups));
   refresh();
   return { node, refresh };
 }
