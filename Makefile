@@ -234,6 +234,10 @@ collections: setup ## Fetch the training pictures that Debian packages (on Debia
 	$(BIN)/python -m starter_models.training.collections
 	$(BIN)/python -m starter_models.training.conditions
 
+.PHONY: train-upscale
+train-upscale: setup ## Retrain upscale (MINUTES=20, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.upscaler --minutes $(or $(MINUTES),20)
+
 .PHONY: train-on-gpu
 train-on-gpu: setup ## Retrain background, enhance and upscale (minutes on a large GPU); needs collections
 	$(BIN)/python -m starter_models.training.train_all --out starter_models/build/trained --minutes $(or $(MINUTES),4.3)

@@ -39,6 +39,24 @@ def adjusted(picture: Tensor, strength: float = 1.0) -> Tensor:
     return picture ** torch.exp(normal(0.2))
 
 
+def recoloured(picture: Tensor) -> Tensor:
+    """Half the rows with their channels in another order, another quarter up to 3 times as vivid.
+
+    Photographs are mostly greyish. A small network that sees only them learns to draw the edges of
+    all channels alike, and spoils a yellow flower.
+    """
+    swapped = len(picture) // 2
+    vivid = picture[swapped : swapped + len(picture) // 4]
+    grey = vivid.mean(1, keepdim=True)
+    factor = 1 + 2 * torch.rand(len(vivid), 1, 1, 1, device=picture.device)
+    parts = (
+        picture[:swapped, torch.randperm(3).tolist()],
+        (grey + factor * (vivid - grey)).clamp(0, 1),
+        picture[swapped + len(vivid) :],
+    )
+    return torch.cat(parts)
+
+
 def blurred(picture: Tensor, *, odds: float, strongest: float) -> Tensor:
     """Gaussian blur of up to `strongest` pixels, for `odds` of the rows."""
     count = len(picture)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starter_models.training.bank import cut_outs, squares
-from starter_models.training.damage import adjusted
+from starter_models.training.damage import adjusted, recoloured
 from starter_models.training.scenes import Odds, Scenes
 
 if TYPE_CHECKING:
@@ -70,3 +70,27 @@ class CleanPatches:
             windows = windows.flip(3)
         changed = (torch.rand(count, 1, 1, 1, device=self.device) < 0.4).float()
         return torch.lerp(windows, adjusted(windows, 0.8), changed)
+
+
+class PatchBank:
+    """An endless source of patches that are composed once, and then turned and recoloured.
+
+    Composing a batch takes a CPU longer than the step of a small network that is trained on it.
+
+    Args:
+        patches: where they come from.
+        count, size: how many, `size x size` pixels each.
+    """
+
+    def __init__(self, patches: CleanPatches, count: int, size: int) -> None:
+        parts = [patches.batch(48, size) for _ in range(-(-count // 48))]
+        self.pixels = torch.cat([(part * 255).round().to(torch.uint8) for part in parts])
+
+    @torch.no_grad()
+    def batch(self, count: int) -> Tensor:
+        """`(count, 3, size, size)` in [0, 1]."""
+        index = torch.randint(len(self.pixels), (count,)).to(self.pixels.device)
+        picture = torch.rot90(self.pixels[index], int(torch.randint(4, (1,))), (2, 3))
+        if torch.rand(()).item() < 0.5:
+            picture = picture.flip(3)
+        return recoloured(picture.float() / 255)
