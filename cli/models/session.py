@@ -147,8 +147,8 @@ class Session:
                 return {"name": name, "status": "failed", "error": error_row(error)}
 
         with ThreadPoolExecutor(at_once, thread_name_prefix="model") as pool:
-            tasks = [pool.submit(one, name) for name in items]
             try:
+                tasks = [pool.submit(one, name) for name in items]
                 return [task.result() for task in tasks]
             except KeyboardInterrupt:
                 # At once, without waiting for downloads of other threads: the store never holds

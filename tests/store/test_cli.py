@@ -625,7 +625,7 @@ def test_an_interrupted_pull_ends_at_once_and_the_next_completes_it(operator: Op
         "from cli.main import app\n"
         "from cli.models import session\n"
         "plain = session.store_settings\n"
-        "limits = {'max_bytes_per_s': 50_000}\n"
+        "limits = {'max_bytes_per_s': 10_000}\n"
         "session.store_settings = lambda *a, **more: plain(*a, **more).model_copy(update=limits)\n"
         "app(sys.argv[1:])\n"
     )
