@@ -6,8 +6,9 @@ and the autoencoder with them. The schedule keeps a share of its noise until the
 second prediction could change nothing: a prediction x0 = a x - s v moves by s times the output.
 
 Damage is noise and JPEG, blur, or none at all: a clean picture is to stay as it is, a touch
-sharper. The text encoder is the shipped one, unchanged. This program
-needs `starter_models.training.collections` first, and is meant for a GPU.
+sharper. The text encoder is the shipped one, unchanged, and the rest starts from the shipped
+weights, too. This program needs `starter_models.training.collections` first, and
+`starter_models.training.conditions`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from starter_models.training.average import Average, all_finite
 from starter_models.training.bank import COLLECTIONS
 from starter_models.training.damage import compressed, gaussian, noisy
 from starter_models.training.loop import Clock, log, minutes_left, options, seed_everything
-from starter_models.training.patches import CleanPatches
+from starter_models.training.patches import CleanPatches, PatchBank
 
 BETAS = (2.5e-5, *(1.5e-6,) * 999)
 GAIN = 20.0
 """Size that the UNet's output comes to: trained as a factor behind it, folded in when saved."""
 FIRST, LAST = 251, 1
 """The timesteps of the defaults: 4 steps at strength 0.5."""
-PEAK_LR = 8e-4
+PEAK_LR = 5e-4
 
 
 class Enhancer(nn.Module):
@@ -47,8 +48,9 @@ class Enhancer(nn.Module):
         how = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **how)
         self.vae = AutoencoderTiny.from_pretrained(folder / "vae", **how)
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        with torch.no_grad():
+            for weights in self.unet.conv_out.parameters():
+                weights.div_(GAIN)
         self.register_buffer("embeds", conditions["embeds"].float())
         self.register_buffer("pooled", conditions["pooled"].float())
         kept = scheduler().alphas_cumprod
@@ -106,25 +108,25 @@ def main(
     start: Path = Path("starter_models/enhance"),
     conditions: Path = Path("starter_models/build/conditions.safetensors"),
     collections: Path = COLLECTIONS,
-    device: str = "cuda",
-    batch: int = 48,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    batch: int = 16,
     patch_px: int = 128,
     seed: int = 3,
 ) -> None:
     """Train for `minutes` from the model in `start`; save its changed parts in `out`."""
     seed_everything(seed, threads=2)
-    patches = CleanPatches(collections, device)
+    patches = PatchBank(CleanPatches(collections, device), 6144, patch_px)
     net = Enhancer(start, load_file(conditions)).to(device, memory_format=torch.channels_last)
     average = Average(net, decay=0.997)
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=PEAK_LR, weight_decay=1e-4, betas=(0.9, 0.98)
     )
-    clock = Clock(minutes_left(minutes, until), peak_lr=PEAK_LR, every_s=20)
+    clock = Clock(minutes_left(minutes, until), peak_lr=PEAK_LR, every_s=60)
     while clock.running(optimiser):
-        clean = patches.batch(batch, patch_px)
+        clean = patches.batch(batch)
         bad, target, kind = damaged(clean)
         losses = enhancing_loss(net, bad, target)
-        loss = losses.mean() + 0.3 * reconstruction_loss(net, clean)
+        loss = losses.mean() + 0.3 * reconstruction_loss(net, clean[: batch // 4])
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 0.5)
@@ -151,17 +153,18 @@ def damaged(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             soft = gaussian(clean[part], 0.6 + 1.4 * torch.rand(()).item())
             soft = noisy(soft, odds=0.3, strongest=3 / 255)
             bad[part] = compressed(soft, odds=0.4, lowest=75)
-    rows = (kind > 0).nonzero()[:, 0]
-    if len(rows):
-        # Least squares alone leaves a clean picture softer than it came.
-        target[rows] = clean[rows] + 0.15 * (clean[rows] - gaussian(clean[rows], 1.0))
+    # Least squares alone leaves a clean picture softer than it came.
+    for i, more in ((1, 0.15), (2, 0.4)):
+        rows = (kind == i).nonzero()[:, 0]
+        if len(rows):
+            target[rows] = clean[rows] + more * (clean[rows] - gaussian(clean[rows], 1.0))
     return (bad.clamp(0, 1) * 255).round() / 255, target, kind
 
 
 def enhancing_loss(net: Enhancer, bad: Tensor, target: Tensor) -> Tensor:
     """(B,): mostly the squared error of the last picture, and L1 of it and of its slopes."""
     count, device = len(bad), bad.device
-    usual = torch.rand(count, device=device) < 0.7
+    usual = torch.rand(count, device=device) < 0.8
     first = torch.where(usual, FIRST, torch.randint(150, 999, (count,), device=device))
     second = torch.where(usual, LAST, (first * torch.rand(count, device=device)).long().clamp(1))
     prompt = torch.randint(len(net.embeds), (count,), device=device)
