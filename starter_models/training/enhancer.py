@@ -126,7 +126,7 @@ def main(
         clean = patches.batch(batch)
         bad, target, kind = damaged(clean)
         losses = enhancing_loss(net, bad, target)
-        loss = losses.mean() + 0.3 * reconstruction_loss(net, clean[: batch // 4])
+        loss = losses.mean() + 0.3 * reconstruction_loss(net, clean[::4])
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 0.5)
