@@ -13,6 +13,7 @@ from deployments.origins import UNRESOLVED, SafePath, check_pinned, parse_hub, s
 from deployments.settings import Strict
 from deployments.tasks import Task
 
+PromptField: TypeAlias = Literal["prompt", "negative_prompt", "long_prompt", "prompt_weights"]
 NoisePrecision: TypeAlias = Literal["float32", "model"]
 
 
@@ -146,6 +147,9 @@ class ModelSpec(ArtefactSpec):
         noise: dtype that noise is drawn in. With float32 a seed gives the same picture, up to
             rounding, whatever the dtype; model draws in the model's dtype, as stock diffusers does.
         defaults: parameter values for fields that a request leaves out.
+        ignores: fields about the prompt, which change nothing with a model that draws one style.
+            They are not offered, and a request that has one gets a note. The model is given their
+            defaults.
         buckets: working sizes (width, height) in px, multiples of 64; of families img2img and
             text2img only. The first is that of a request which names no size.
         max_tiles: of one picture with detail=full; of family img2img only.
@@ -173,6 +177,7 @@ class ModelSpec(ArtefactSpec):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     noise: NoisePrecision = "float32"
     defaults: dict[str, Any] = Field(default={})
+    ignores: frozenset[PromptField] = frozenset()
     buckets: tuple[tuple[int, int], ...] = ()
     max_tiles: int = Field(default=128, ge=1)
     times: int | None = Field(default=None, ge=2, le=8)
@@ -187,7 +192,7 @@ class ModelSpec(ArtefactSpec):
     @property
     def parameters(self) -> frozenset[str]:
         """The request fields this model reads."""
-        return self.task.parameters(self.family)
+        return self.task.parameters(self.family) - self.ignores
 
     @property
     def family_name(self) -> str | None:
@@ -219,6 +224,9 @@ class ModelSpec(ArtefactSpec):
             raise ValueError(f"buckets belong to families {known}, which need at least one")
         if any(side % 64 or side <= 0 for bucket in self.buckets for side in bucket):
             raise ValueError("every bucket side must be a positive multiple of 64")
+        has_prompt = "prompt" in self.task.parameters(self.family) and self.task.needs_picture
+        if self.ignores and not has_prompt:
+            raise ValueError(f"family {self.family} has no prompt to ignore")
         if self.attention != "sdpa" and "steps" not in self.parameters:
             raise ValueError(f"family {self.family} has no attention to choose")
         if self.compile == "blocks" and "steps" not in self.parameters:
@@ -240,7 +248,7 @@ def check_defaults(spec: ModelSpec, defaults: dict[str, Any]) -> None:
         ValueError: an unknown field, a value out of range, or a contradiction.
     """
     # The output format is chosen before the model is asked.
-    foreign = set(defaults) - (spec.parameters - {"output_format"})
+    foreign = set(defaults) - (spec.task.parameters(spec.family) - {"output_format"})
     # The size of a result is known, and limited, before the model is asked too.
     # So are the pictures that come with it.
     if own := {"scale", "width", "height", "mask"} & set(defaults):

@@ -145,7 +145,7 @@ def _describe(spec: ModelSpec, registry: Registry, prefix: str, state: State) ->
         licence=spec.licence,
         commercial=spec.commercial,
         parameters=sorted(spec.parameters),
-        defaults=spec.defaults,
+        defaults={name: spec.defaults[name] for name in spec.defaults if name not in spec.ignores},
         buckets_px=list(spec.buckets),
         scale=spec.scale,
         num_gpus=spec.num_gpus,

@@ -180,8 +180,8 @@ def request_body(models: Sequence[ModelSpec], *, with_jobs: bool) -> dict[str, A
     schema = spec.task.request.model_json_schema()["properties"]
     read = frozenset[str]().union(*(model.parameters for model in models))
     fields = {name: dict(schema[name]) for name in schema if name in read}
-    for name, value in spec.defaults.items():
-        fields[name]["default"] = value
+    for name in fields.keys() & spec.defaults.keys():
+        fields[name]["default"] = spec.defaults[name]
     fields |= _model_field(models) | (_job_fields(read) if with_jobs else {})
     fields = {name: field | hints(name, field) for name, field in fields.items()}
     for name in (UNSENT & fields.keys()) | (read - spec.parameters):

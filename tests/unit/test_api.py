@@ -827,7 +827,9 @@ async def test_the_models_are_listed_with_route_licence_and_state() -> None:
         assert model["state"] == ("failed" if task == "aged" else "ready")
         assert set(model["parameters"]) == spec.parameters
     assert models["upscale"]["scale"] == 4
-    assert models["comic"]["defaults"] == REGISTRY[Task.COMIC].defaults
+    # Nobody chooses what the model ignores: it is no parameter, and has no default to show.
+    assert models["comic"]["defaults"] | {"prompt": "comic style"} == REGISTRY[Task.COMIC].defaults
+    assert "prompt" not in models["comic"]["parameters"] + list(models["comic"]["defaults"])
     assert REGISTRY[Task.COMIC].origins[0].source not in response.text
 
 

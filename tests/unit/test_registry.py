@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from deployments.catalogue import load_catalogue, load_registry
-from deployments.errors import ConfigError, LicenceRefused
+from deployments.contract import complete, parse, unused_notes
+from deployments.errors import ConfigError, InvalidParameter, LicenceRefused
 from deployments.registry import check_defaults
 from deployments.settings import ROOT
 from deployments.tasks import Task
@@ -96,6 +97,9 @@ def test_what_a_family_reads_is_what_its_tasks_take() -> None:
         ("upscale", {"defaults": {"width": 2000}}, "chooses for itself"),
         ("background", {"defaults": {"color": "#000000"}}, "color needs output=color"),
         ("background", {"defaults": {"colour": "#000000"}}, "colour"),
+        ("comic", {"ignores": ["steps"]}, "ignores.0: "),
+        ("upscale", {"ignores": ["prompt"]}, "family upscale_gan has no prompt to ignore"),
+        ("generate", {"ignores": ["prompt"]}, "family text2img has no prompt to ignore"),
     ],
 )
 def test_a_wrong_entry_is_refused_by_name(
@@ -217,6 +221,19 @@ def test_production_sizes_are_accepted(load: Callable[[Any], Any]) -> None:
     spec = load({"models": list(models.values())})[Task.UPSCALE]
     assert "noise_level" in spec.parameters
     assert spec.scale == 4
+
+
+def test_a_prompt_that_a_model_ignores_is_the_models_own() -> None:
+    spec = load_registry(STARTER)[Task.COMIC]
+    sent = parse(spec.task.request, {"prompt": "a dog", "steps": "8"})
+    done = complete(sent, spec.defaults, spec.parameters)
+    assert (done.prompt, done.steps) == ("comic style", 8)
+    assert [note.text for note in unused_notes(sent, spec.parameters)] == [
+        "The model behind comic does not read prompt."
+    ]
+    strict = sent.model_copy(update={"strict": True})
+    with pytest.raises(InvalidParameter, match="does not read prompt"):
+        complete(strict, spec.defaults, spec.parameters)
 
 
 def test_new_defaults_of_a_running_model_are_held_to_the_contract() -> None:
