@@ -207,17 +207,17 @@ def test_pictures_come_by_paste_camera_and_drop_and_a_result_brings_its_settings
     page.click("text=Take the picture")
     page.get_by_role("button", name="Show camera.jpg").wait_for()
     hostile = {
-        "task": "aged",
-        "parameters": {"strength": 0.35, "prompt": "<img src=x onerror=alert(1)>", "odd": {}}
+        "task": "generate",
+        "parameters": {"guidance_scale": 2.5, "prompt": "<img src=x onerror=alert(1)>", "odd": {}}
         | {"webhook": "https://example.com/", "priority": "high", "strict": True},
     }
     dropped = png(json.dumps(hostile))
     page.evaluate(GIVE, ["drop", list(dropped), "earlier.png"])
     page.get_by_label("Prompt", exact=True).wait_for()
     assert page.get_by_label("Prompt", exact=True).input_value().startswith("<img")
-    assert page.get_by_label("Strength", exact=True).input_value() == "0.35"
-    assert page.locator("#field-aged-strict").is_checked()
-    assert page.locator("#field-aged-webhook").input_value() == "", "of a job"
+    assert page.locator("#field-generate-guidance_scale").input_value() == "2.5"
+    assert page.locator("#field-generate-strict").is_checked()
+    assert page.locator("#field-generate-webhook").input_value() == "", "of a job"
     assert page.locator("#tray li").count() == 2
 
 
@@ -297,12 +297,12 @@ def test_a_newcomer_is_told_what_is_missing_and_finds_settings_menus_and_the_cal
     page.locator("#tray .delete").click()
     expect(page.locator("#samples"), "nothing is chosen").to_be_visible()
     page.click("#samples button:nth-child(2)")
-    choose(page, "Comic")
-    tops = [
-        page.get_by_text(words, exact=True).bounding_box()["y"] for words in ("Strength", "Cut")
-    ]
+    choose(page, "Generate")
+    tops = [page.get_by_text(words, exact=True).bounding_box()["y"] for words in ("Prompt", "Cut")]
     assert tops == sorted(tops), "what people change most comes first"
     assert "unless Long prompt says" in page.inner_text("#settings")
+    choose(page, "Comic")
+    assert "prompt" not in page.inner_text("#settings").lower(), "the starter model ignores it"
     steps = page.get_by_label("Steps", exact=True)
     steps.fill("6")
     page.get_by_label("Also run Background").check()
