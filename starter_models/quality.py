@@ -42,10 +42,12 @@ from starter_models.measures import (
 )
 from starter_models.running import from_image, to_image
 from starter_models.training.data import Picture, photo
-from starter_models.training.judged import JUDGED_PHOTOS, judged_scenes
+from starter_models.training.judged import JUDGED_PHOTOS, judged_scenes, outlined_photos
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     Values = tuple[float, ...]
 
@@ -142,16 +144,15 @@ def enhance_scores() -> Scores:
 def background_scores() -> Scores:
     """Kept-out cut-outs on kept-out photographs, whose alpha is known, and photographs alone."""
     x, truth = judged_scenes()
-    cuts = {"everything": everything, "centre ellipse": ellipse, "Otsu": otsu, "ours": cut_out}
     rows: dict[str, Values] = {}
-    for name, cut in cuts.items():
+    for name, cut in CUTS.items():
         overlaps, kept, errors = list[float](), list[float](), list[float]()
         for picture, alpha in zip(x, truth[:, 0].numpy(), strict=True):
             mask = cut(picture.permute(1, 2, 0).numpy())
             inside, right = mask > 0.5, alpha > 0.5
             errors.append(float(abs(mask - alpha).mean()))
             if right.any():
-                overlaps.append(float((inside & right).sum() / (inside | right).sum()))
+                overlaps.append(overlap(inside, right))
             else:
                 kept.append(float(inside.mean()))
         means = (np.mean(overlaps), np.min(overlaps), np.mean(kept), np.max(kept), np.mean(errors))
@@ -162,6 +163,22 @@ def background_scores() -> Scores:
         ("IoU", "worst IoU", "kept of empty", "most kept", "mean alpha error"),
         rows,
         lambda v: v[0] >= 0.9 and v[2] <= 0.02,
+    )
+
+
+def subject_scores() -> Scores:
+    """Kept-out photographs whose subject is outlined by hand."""
+    photos = outlined_photos()
+    rows = {
+        label(name): tuple(overlap(cut(picture) > 0.5, right) for cut in CUTS.values())
+        for name, (picture, right) in photos.items()
+    }
+    rows["mean"] = tuple(float(v) for v in np.mean(list(rows.values()), axis=0))
+    return Scores(
+        f"background: subjects of {len(photos)} photographs, IoU of ours at least 0.75",
+        tuple(CUTS),
+        rows,
+        lambda v: v[-1] >= 0.75,
     )
 
 
@@ -258,6 +275,7 @@ MEASURES: dict[str, Callable[[], Scores]] = {
     "upscale": upscale_scores,
     "enhance": enhance_scores,
     "background": background_scores,
+    "background of photographs": subject_scores,
     "comic": comic_scores,
     "aged": aged_scores,
     "generate": generate_scores,
@@ -270,8 +288,21 @@ def per_photo(measure: Callable[[str], Values]) -> dict[str, Values]:
     return rows | {"mean": tuple(float(v) for v in np.mean(list(rows.values()), axis=0))}
 
 
+def overlap(inside: NDArray[np.bool_], right: NDArray[np.bool_]) -> float:
+    """Intersection over union."""
+    return float((inside & right).sum() / (inside | right).sum())
+
+
 def cut_out(picture: Picture) -> Picture:
     return running.run(Task.BACKGROUND, picture)[..., 3]
+
+
+CUTS: dict[str, Callable[[Picture], Picture]] = {
+    "everything": everything,
+    "centre ellipse": ellipse,
+    "Otsu": otsu,
+    "ours": cut_out,
+}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Scenes of kept-out cut-outs on kept-out photographs, whose right mask is known, and photographs
-without a subject, whose right mask is black.
+"""Scenes of kept-out cut-outs on kept-out photographs, whose right mask is known; photographs
+without a subject, whose right mask is black; and photographs whose subject is outlined by hand.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
+
+from starter_models.training.data import Picture, photo
 
 JUDGING = Path("starter_models/judging")
 EMPTY = ("nature-Dune", "BytheWater", "Path")
@@ -21,6 +25,23 @@ JUDGED_PHOTOS = (
     )),
 )  # fmt: skip
 """Names for `starter_models.training.data.photo`."""
+
+
+def outlined_photos(folder: Path = JUDGING) -> dict[str, tuple[Picture, NDArray[np.bool_]]]:
+    """Photographs that have a subject, by name, and which pixels `(H, W)` are the subject's.
+
+    `outlines.json` has polygons for each, as x, y, x, y in pixels; a pixel within two is a hole.
+    """
+    found: dict[str, tuple[Picture, NDArray[np.bool_]]] = {}
+    for name, outlines in json.loads((folder / "outlines.json").read_text()).items():
+        picture = photo(name)
+        mask = Image.new("1", (picture.shape[1], picture.shape[0]))
+        for outline in outlines:
+            part = Image.new("1", mask.size)
+            ImageDraw.Draw(part).polygon(outline, fill=1)
+            mask = ImageChops.logical_xor(mask, part)
+        found[name] = (picture, np.asarray(mask))
+    return found
 
 
 def judged_scenes(folder: Path = JUDGING, size: int = 512) -> tuple[Tensor, Tensor]:
