@@ -4,17 +4,21 @@
 writes into `starter_models/build/collections`, from which training reads:
 
     stamps/    cut-outs of real things, with alpha (tuxpaint-stamps-default)
-    drawings/  cut-outs that are drawn, with alpha (tuxpaint-stamps-default, openclipart-png)
+    drawings/  cut-outs that are drawn or rendered, with alpha (tuxpaint-stamps-default,
+               openclipart-png, sweethome3d-furniture)
     scenes/    photographs and art without a subject, to lay cut-outs on
+    textures/  planks, grass, stone and the like, to lay cut-outs on (supertuxkart-data)
     photos/    photographs in large, for restoration and upscaling
     names.json the package and file that each came from
 
-and those kept-out pictures that are missing into `starter_models/judging`. All four packages are
-GPL-2 or later, or public domain; nothing but the kept-out pictures, scaled down, is committed.
+and those kept-out pictures that are missing into `starter_models/judging`. Those come from packages
+that are GPL-2 or later, or public domain; nothing else of any package is committed. Licences of the
+rest: `starter_models/README.md`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import tempfile
@@ -25,12 +29,13 @@ import typer
 from PIL import Image
 from scipy import ndimage
 
+from starter_models.training import game_pictures
 from starter_models.training.data import TRAINING, photo_bytes
 from starter_models.training.kept_out import kept_out, refuse_kept_out
 
 STAMPS, CLIP_ART = "tuxpaint-stamps-default", "openclipart-png"
 MATE, PLASMA = "mate-backgrounds", "plasma-workspace-wallpapers"
-PACKAGES = (STAMPS, CLIP_ART, MATE, PLASMA)
+PACKAGES = (STAMPS, CLIP_ART, MATE, PLASMA, *game_pictures.PACKAGES)
 _ROOTS = {
     STAMPS: "usr/share/tuxpaint/stamps",
     CLIP_ART: "usr/share/openclipart/png",
@@ -44,7 +49,7 @@ _CLIP_ART = (
     "animals", "food", "people", "plants", "recreation", "tools", "transportation", "office",
     "electronics", "containers", "education", "science",
 )  # fmt: skip
-_CLIP_ART_COUNT = 260
+_CLIP_ART_COUNT = 700
 SCENES = (
     *(f"{MATE}:nature/{n}.jpg" for n in ("Blinds", "GreenMeadow", "Storm", "Wood", "RainDrops")),
     f"{MATE}:abstract/Elephants.jpg",
@@ -70,7 +75,7 @@ PHOTOS = (
     )),
     *(n for n in TRAINING if n not in ("skimage:page.png", "skimage:moon.png")),
 )  # fmt: skip
-STAMP_PX, SCENE_PX, PHOTO_PX, JUDGING_PX = 448, 1024, 1600, 512
+STAMP_PX, SCENE_PX, TEXTURE_PX, PHOTO_PX, JUDGING_PX = 448, 1024, 640, 1600, 512
 
 
 def main(
@@ -84,9 +89,16 @@ def main(
         names: dict[str, str] = {}
         _write_stamps(root, out, names)
         _write_clip_art(root, out, names)
+        for name, picture in game_pictures.furniture(root):
+            if max(picture.size) >= 96 and _is_cut_out(picture):
+                _save_cut_out(picture, out / "drawings", name, names)
+        for name, picture in game_pictures.photographs(root):
+            _save_photo(picture, name, out / "scenes", SCENE_PX, names)
+        for name, picture in game_pictures.textures(root):
+            _save_photo(picture, name, out / "textures", TEXTURE_PX, names)
         for kind, chosen, size in (("scenes", SCENES, SCENE_PX), ("photos", PHOTOS, PHOTO_PX)):
             for name in chosen:
-                _save_photo(root, name, out / kind, size, names)
+                _save_photo(_photo(root, name), name, out / kind, size, names)
         refuse_kept_out(list(names.values()))
         out.joinpath("names.json").write_text(json.dumps(names, indent=1) + "\n")
         _write_judging(root, judging)
@@ -118,10 +130,11 @@ def _write_clip_art(root: Path, out: Path, names: dict[str, str]) -> None:
     order = np.random.default_rng(0).permutation(len(paths))
     taken = 0
     for path in (paths[i] for i in order):
-        if path.is_symlink() or taken == _CLIP_ART_COUNT:
+        # A few files are posters of hundreds of megapixels, which Pillow refuses to open.
+        if path.is_symlink() or path.stat().st_size > 1_000_000 or taken == _CLIP_ART_COUNT:
             continue
-        picture = Image.open(path).convert("RGBA")
-        if 160 <= max(picture.size) <= 1200 and _is_cut_out(picture):
+        picture = Image.open(path)
+        if 160 <= max(picture.size) <= 1200 and _is_cut_out(picture := picture.convert("RGBA")):
             name = f"{CLIP_ART}:{path.relative_to(folder).as_posix()}"
             _save_cut_out(picture, out / "drawings", name, names)
             taken += 1
@@ -155,24 +168,24 @@ def _save_cut_out(
     return path
 
 
-def _save_photo(root: Path, name: str, folder: Path, size: int, names: dict[str, str]) -> None:
+def _save_photo(
+    picture: Image.Image, name: str, folder: Path, size: int, names: dict[str, str]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    picture = Image.open(_photo_path(root, name)).convert("RGB")
+    picture = picture.convert("RGB")
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     path = folder / (_label(name) + ".jpg")
     picture.save(path, quality=95 if folder.name == "photos" else 90, subsampling=0)
     names[f"{folder.name}/{path.name}"] = name
 
 
-def _photo_path(root: Path, name: str) -> Path:
+def _photo(root: Path, name: str) -> Image.Image:
     package, file = name.split(":")
-    if package in _ROOTS:
-        path = root / _ROOTS[package] / file
-        pictures = sorted(path.glob("contents/images/*.*"), key=lambda p: -p.stat().st_size)
-        return pictures[0] if path.is_dir() else path
-    path = Path(tempfile.gettempdir()) / f"imagen-{_label(name)}"
-    path.write_bytes(photo_bytes(name))
-    return path
+    if package not in _ROOTS:
+        return Image.open(io.BytesIO(photo_bytes(name)))
+    path = root / _ROOTS[package] / file
+    pictures = sorted(path.glob("contents/images/*.*"), key=lambda p: -p.stat().st_size)
+    return Image.open(pictures[0] if path.is_dir() else path)
 
 
 def _write_judging(root: Path, out: Path) -> None:
@@ -190,7 +203,7 @@ def _write_judging(root: Path, out: Path) -> None:
             picture = Image.open(root / _ROOTS[STAMPS] / file).convert("RGBA")
             _save_cut_out(picture, out / "stamps", name, {}, quality=85)
         elif package in _ROOTS:
-            _save_photo(root, name, out / "photos", JUDGING_PX, {})
+            _save_photo(_photo(root, name), name, out / "photos", JUDGING_PX, {})
 
 
 def _label(name: str) -> str:

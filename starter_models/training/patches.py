@@ -15,7 +15,17 @@ from starter_models.training.scenes import Odds, Scenes
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SCENES = Odds(empty=0, textured=0.05, drawn=0.3, plain=0.05, shadow=0.3)
+_SCENES = Odds(
+    empty=0,
+    textured=0.05,
+    drawn=0.3,
+    plain=0.05,
+    shadow=0.3,
+    floor=0.2,
+    receding=0,
+    clouds=0,
+    blades=0,
+)
 
 
 class CleanPatches:
@@ -32,7 +42,7 @@ class CleanPatches:
             cut_outs(collections, "stamps", device),
             cut_outs(collections, "drawings", device),
             self.photos,
-            _SCENES,
+            odds=_SCENES,
         )
         self.device = device
 

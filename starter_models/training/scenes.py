@@ -1,8 +1,10 @@
 """Scenes with a known foreground, composed on the device by the batch.
 
-Real cut-outs, drawings and textured shapes lie on photographs, art and gradients, in matching
-light, with soft shadows, before a background that is often out of focus. Then the whole picture is
-blurred, made noisy and compressed as a camera would. Every colour is in [0, 1].
+Real cut-outs, drawings and textured shapes lie on photographs, art, textures and gradients, in
+matching light, with soft shadows, before a background that is often out of focus. Floors that
+recede, clouds and blades of grass are there because a network takes them for subjects unless it
+saw many. Then the whole picture is blurred, made noisy and compressed as a camera would. Every
+colour is in [0, 1].
 """
 
 from __future__ import annotations
@@ -25,19 +27,32 @@ class Odds:
     Attributes:
         empty: no foreground at all: the right mask is black.
         more: each further object, after the first.
+        close, tiny: the first object reaches beyond the frame, or is a small part of it.
         drawn, textured: the object is a drawing, or a shape cut from a photograph.
         shadow: the object casts one.
-        plain, floor: the background is a gradient, or two textures that meet in a horizon.
+        plain, wall: the background is a gradient, or a texture.
+        floor: the background is one above and another below a horizon.
+        receding: that floor is a texture seen in perspective.
+        planked: such a floor is laid with planks.
+        clouds: patches with ragged edges lie on the background.
+        blades: blades of grass stand before the background.
         distant: something out of focus stands behind, which is not foreground.
     """
 
-    empty: float = 0.16
+    empty: float = 0.22
     more: float = 0.22
-    drawn: float = 0.22
+    close: float = 0.25
+    tiny: float = 0.12
+    drawn: float = 0.25
     textured: float = 0.14
     shadow: float = 0.5
-    plain: float = 0.15
-    floor: float = 0.2
+    plain: float = 0.12
+    wall: float = 0.2
+    floor: float = 0.42
+    receding: float = 0.7
+    planked: float = 0.4
+    clouds: float = 0.15
+    blades: float = 0.12
     distant: float = 0.12
 
 
@@ -47,19 +62,27 @@ class Scenes:
     Args:
         stamps, drawings: what is cut out.
         backgrounds: `(N, 3, S, S)` uint8.
+        textures: of the same shape, for walls and floors; None for the backgrounds again.
         odds: how often what.
     """
 
     def __init__(
-        self, stamps: CutOuts, drawings: CutOuts, backgrounds: Tensor, odds: Odds | None = None
+        self,
+        stamps: CutOuts,
+        drawings: CutOuts,
+        backgrounds: Tensor,
+        *,
+        textures: Tensor | None = None,
+        odds: Odds | None = None,
     ) -> None:
-        self.stamps, self.drawings, self.backgrounds = stamps, drawings, backgrounds
-        self.halves = torch.cat(
-            [
-                F.avg_pool2d(part.float(), 2).round().to(torch.uint8)
-                for part in backgrounds.split(16)
-            ]
-        )
+        self.stamps, self.drawings = stamps, drawings
+        if textures is not None:
+            backgrounds = torch.cat([backgrounds, textures])
+        self.textures = 0 if textures is None else len(textures)
+        self.backgrounds = [backgrounds]
+        for _ in range(3):
+            halves = [F.avg_pool2d(part.float(), 2) for part in self.backgrounds[-1].split(16)]
+            self.backgrounds.append(torch.cat([half.round().to(torch.uint8) for half in halves]))
         self.odds = odds or Odds()
         self.device = backgrounds.device
 
@@ -84,17 +107,21 @@ class Scenes:
 
     def background(self, count: int, size: int) -> Tensor:
         """Backgrounds alone."""
-        picture = self._crop(count, size)
-        other = self._crop(count, size)
+        picture = adjusted(self._crop(count, size, walls=self.odds.wall))
         y, x = self._grid(size)
-        height, slope = self._uniform(count, 0.35, 0.8), self._uniform(count, -0.15, 0.15)
-        soft = self._uniform(count, 0.004, 0.05)
+        height, slope = self._uniform(count, 0.15, 0.8), self._uniform(count, -0.15, 0.15)
+        soft = self._uniform(count, 0.003, 0.015)
         below = torch.sigmoid((y - height - slope * (x - 0.5)) / soft)
         floor = below * self._chance(count, self.odds.floor)
-        picture = adjusted(picture) * (1 - floor) + adjusted(other) * floor
+        flat = 1 - self._chance(count, self.odds.receding)
+        other = self._crop(count, size) * flat + self._receding(height, size) * (1 - flat)
+        picture = picture * (1 - floor) + adjusted(other) * floor
         plain = self._chance(count, self.odds.plain)
         picture = picture * (1 - plain) + self._gradient(count, size) * plain
-        return blurred(picture, odds=0.6, strongest=size / 28)
+        picture = self._clouded(picture, self._chance(count, self.odds.clouds))
+        picture = blurred(picture, odds=0.6, strongest=size / 28)
+        grown = self._chance(count, self.odds.blades)
+        return self._with_blades(picture, grown)
 
     def objects(self, count: int, size: int, *, small: bool) -> tuple[Tensor, Tensor]:
         """One object each: colours `(count, 3, size, size)`, covers `(count, 1, size, size)`."""
@@ -115,14 +142,15 @@ class Scenes:
         self, bank: CutOuts, count: int, size: int, *, small: bool
     ) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(bank), (count,), device=self.device)
-        largest = self._uniform(count, 0.0, 1.0).flatten()
-        side = (0.15 + 0.3 * largest if small else 0.25 + 0.75 * largest.sqrt()) * size
-        close = torch.rand(count, device=self.device) < (0 if small else 0.2)
-        side = side * torch.where(close, 1.5, 1.0)
+        largest, kind = self._uniform(count, 0, 1).flatten(), torch.rand(count, device=self.device)
+        close, tiny = kind < (0 if small else self.odds.close), kind > 1 - self.odds.tiny
+        side = 0.15 + 0.3 * largest if small else 0.25 + 0.75 * largest.sqrt()
+        side = torch.where(close, 1 + 1.2 * largest, torch.where(tiny, 0.06 + 0.2 * largest, side))
         # A stamp enlarged far would be told by its softness.
-        side = torch.minimum(side, bank.longest[index] * 1.7).clamp(min=0.12 * size)
+        softest = torch.where(close, 3.0, 1.7) * bank.longest[index]
+        side = torch.minimum(side * size, softest).clamp(min=0.06 * size)
         factor = side / bank.longest[index]
-        theta = self._affine(count, factor, small=small)
+        theta = self._affine(factor, small=small, close=close, tiny=tiny)
         level = (-factor.log2()).floor().clamp(0, len(bank.levels) - 1).long()
         out = self._zeros(count, size, 4)
         for i, stack in enumerate(bank.levels):
@@ -141,15 +169,18 @@ class Scenes:
         tight = self._chance(count, 0.5)
         return colour.clamp(0, 1), cover * (1 - tight) + torch.minimum(inner, cover) * tight
 
-    def _affine(self, count: int, factor: Tensor, *, small: bool) -> Tensor:
+    def _affine(self, factor: Tensor, *, small: bool, close: Tensor, tiny: Tensor) -> Tensor:
         """`(count, 2, 3)`: from places of the scene to places of the cut-out, both -1 to 1."""
+        count = len(factor)
         turn = torch.randn(count, device=self.device) * 0.18
         any_turn = torch.rand(count, device=self.device) < 0.12
         turn = torch.where(any_turn, torch.rand_like(turn) * math.tau, turn)
         flip = (torch.rand(count, device=self.device) < 0.5).float() * 2 - 1
-        aspect = torch.exp(torch.randn(count, device=self.device) * 0.12)
+        # A model's input is square, whatever the picture was.
+        aspect = torch.exp(torch.randn(count, device=self.device) * 0.22)
         shear = torch.randn(count, device=self.device) * 0.08
         reach = 0.75 if small else 0.35
+        reach = torch.where(tiny, 0.9, torch.where(close, 0.6, reach))[:, None]
         shift = torch.randn(count, 2, device=self.device).clamp(-2.2, 2.2) * reach / 2
         cos, sin = turn.cos() / factor, turn.sin() / factor
         matrix = torch.stack(
@@ -177,8 +208,17 @@ class Scenes:
         sharp = self._uniform(count, 0.4, 1.5) / size
         return torch.sigmoid((radius * ripple - distance) / sharp)
 
-    def _crop(self, count: int, size: int) -> Tensor:
-        index = torch.randint(len(self.backgrounds), (count,), device=self.device)
+    def _chosen(self, count: int, walls: float) -> Tensor:
+        """Places of backgrounds, a share of `walls` of them textures."""
+        others = len(self.backgrounds[0]) - self.textures
+        index = torch.randint(others, (count,), device=self.device)
+        if self.textures:
+            wall = others + torch.randint(self.textures, (count,), device=self.device)
+            index = torch.where(torch.rand(count, device=self.device) < walls, wall, index)
+        return index
+
+    def _crop(self, count: int, size: int, *, walls: float = 0.3) -> Tensor:
+        index = self._chosen(count, walls)
         scale = self._uniform(count, 0.35, 1).flatten()
         flip = (torch.rand(count, device=self.device) < 0.5).float() * 2 - 1
         turn = torch.randn(count, device=self.device) * 0.05
@@ -190,15 +230,87 @@ class Scenes:
         grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
         out = self._zeros(count, size, 3)
         # Far shrunk, the full size would be jagged, which cut-outs are not.
-        far = scale * self.backgrounds.shape[-1] / size > 1.5
-        for chosen, stack in ((~far, self.backgrounds), (far, self.halves)):
+        far = scale * self.backgrounds[0].shape[-1] / size > 1.5
+        for chosen, level in ((~far, 0), (far, 1)):
             rows = chosen.nonzero()[:, 0]
             if len(rows):
-                source = stack[index[rows]].float() / 255
-                out[rows] = F.grid_sample(
-                    source, grid[rows], padding_mode="reflection", align_corners=False
-                )
+                out[rows] = self._sampled(level, index[rows], grid[rows])
         return out
+
+    def _receding(self, height: Tensor, size: int) -> Tensor:
+        """Floors seen in perspective, from the horizon at `height` of the picture downwards."""
+        count = len(height)
+        index = self._chosen(count, walls=0.8)
+        y, x = self._grid(size)
+        # 1 at the bottom of the picture, and 12 times as far away at and above the horizon.
+        depth = (1 - height) / (y - height).clamp(min=1e-6).maximum((1 - height) / 12)
+        near = torch.exp(self._uniform(count, math.log(0.15), math.log(0.8)))
+        across = (x - self._uniform(count, 0.2, 0.8)) * 2 * near * depth
+        along = near * depth * self._uniform(count, 0.7, 3)
+        turn = self._uniform(count, 0, math.tau)
+        u = (across * turn.cos() - along * turn.sin()).expand(count, 1, size, size)
+        v = (across * turn.sin() + along * turn.cos()).expand(count, 1, size, size)
+        grid = torch.cat([u, v], 1).permute(0, 2, 3, 1)
+        texels = near * depth * self.backgrounds[0].shape[-1] / size
+        level = texels.log2().clamp(0, len(self.backgrounds) - 1)
+        out = self._zeros(count, size, 3)
+        for i in range(len(self.backgrounds)):
+            weight = (1 - (level - i).abs()).clamp(min=0)
+            out += self._sampled(i, index, grid) * weight
+        return self._planked(out, u, 2 * near * depth / size)
+
+    def _planked(self, picture: Tensor, across: Tensor, pixel: Tensor) -> Tensor:
+        """Some floors laid with planks of unlike brightness, with gaps between them.
+
+        Args:
+            picture: `(count, 3, size, size)`.
+            across: `(count, 1, size, size)`, the place on the floor at right angles to the planks.
+            pixel: of the same shape, how much of that a pixel spans.
+        """
+        count = len(picture)
+        planks = torch.exp(self._uniform(count, math.log(2), math.log(25)))
+        place, width = across * planks + self._uniform(count, 0, 100), pixel * planks
+        number = place.floor()
+        shade = 1 + self._uniform(count, 0, 0.6) * (torch.sin(number * 78.233) * 43758.5).frac()
+        gap = self._uniform(count, 0.02, 0.35)
+        edge = (place - number - 0.5).abs() - (1 - gap) / 2
+        # Where planks are narrower than pixels, their mean is what is seen.
+        open_ = torch.where(width < 1, (edge / width.clamp(min=1e-3) + 0.5).clamp(0, 1), gap)
+        seen = (1.5 - width).clamp(0, 1)
+        dark = torch.rand(count, 3, 1, 1, device=self.device) * self._uniform(count, 0, 0.5)
+        planked = picture * (1 + (shade - 1) * seen)
+        planked = planked * (1 - open_) + dark * open_
+        chosen = self._chance(count, self.odds.planked)
+        return (picture * (1 - chosen) + planked * chosen).clamp(0, 1)
+
+    def _sampled(self, level: int, index: Tensor, grid: Tensor) -> Tensor:
+        source = self.backgrounds[level][index].float() / 255
+        return F.grid_sample(source, grid, padding_mode="reflection", align_corners=False)
+
+    def _with_blades(self, picture: Tensor, chosen: Tensor) -> Tensor:
+        """Bent blades of grass, of like colour and slope, that rise from below the picture."""
+        rows = (chosen.flatten() > 0).nonzero()[:, 0]
+        count, size = len(rows), picture.shape[-1]
+        if not count:
+            return picture
+        y, x = self._grid(size)
+        out = picture[rows]
+        tint = torch.tensor([1.0, 0.85, 0.5], device=self.device).view(1, 3, 1, 1)
+        tint = tint * torch.exp(torch.randn(count, 3, 1, 1, device=self.device) * 0.25)
+        tallest, widest = self._uniform(count, 0.3, 1.1), self._uniform(count, 1.5, 7) / size
+        lean = torch.randn(count, 1, 1, 1, device=self.device) * 0.3
+        for _ in range(int(torch.randint(6, 50, ()))):
+            tall = tallest * self._uniform(count, 0.4, 1)
+            up = (1 - y) / tall
+            slope = lean + torch.randn(count, 1, 1, 1, device=self.device) * 0.2
+            bend = torch.randn(count, 1, 1, 1, device=self.device) * 0.15
+            middle = self._uniform(count, -0.2, 1.2) + tall * (slope * up + bend * up**2)
+            half = 0.5 * widest * (1 - 0.85 * up)
+            cover = ((half - (x - middle).abs()) * size + 0.5).clamp(0, 1) * (up < 1)
+            colour = (tint * self._uniform(count, 0.3, 1)).clamp(0, 1)
+            out = out * (1 - cover) + colour * cover
+        picture[rows] = out
+        return picture
 
     def _gradient(self, count: int, size: int) -> Tensor:
         """Studio backdrops: a colour that changes along a line or outwards, lightly cloudy."""
@@ -213,6 +325,19 @@ class Scenes:
         cloud = torch.randn(count, 1, 5, 5, device=self.device) * self._uniform(count, 0, 0.06)
         cloud = F.interpolate(cloud, size=size, mode="bicubic", align_corners=False)
         return (base + tint + ramp * self._uniform(count, -0.7, 0.7) + cloud).clamp(0, 1)
+
+    def _clouded(self, picture: Tensor, chosen: Tensor) -> Tensor:
+        """Clouds of one pale colour: fractal noise above a threshold."""
+        count, _, size, _ = picture.shape
+        noise = self._zeros(count, size)
+        for places in (4, 8, 16, 32, 64):
+            octave = torch.randn(count, 1, places, places, device=self.device) / places**0.8
+            noise += F.interpolate(octave, size=size, mode="bicubic", align_corners=False)
+        noise = noise / noise.std((1, 2, 3), keepdim=True)
+        soft = self._uniform(count, 0.05, 0.8)
+        cover = torch.sigmoid((noise - self._uniform(count, -0.2, 1.5)) / soft)
+        colour = 1 - torch.rand(count, 3, 1, 1, device=self.device) * self._uniform(count, 0, 0.4)
+        return torch.lerp(picture, (colour + 0.05 * noise).clamp(0, 1), cover * chosen)
 
     def _add_distant(self, picture: Tensor, chosen: Tensor) -> Tensor:
         rows = (chosen.flatten() > 0).nonzero()[:, 0]

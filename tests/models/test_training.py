@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
+from starter_models.training import game_pictures
 from starter_models.training.bank import CutOuts, cut_outs
 from starter_models.training.damage import jpeg
-from starter_models.training.judged import JUDGING, judged_scenes
+from starter_models.training.judged import JUDGED_PHOTOS, JUDGING, judged_scenes, outlined_photos
 from starter_models.training.kept_out import kept_out
-from starter_models.training.matting import folded, save
+from starter_models.training.matting import ScenePool, save
 from starter_models.training.scenes import Odds, Scenes
 
 SMALL = CutoutWidths(channels=(8, 8, 8, 8, 16), blocks=(1, 1, 1, 1), attention=1)
@@ -42,30 +43,15 @@ def test_every_kept_out_cut_out_is_judged() -> None:
     assert alpha[len(held) :].max() == 0
 
 
-def test_folding_the_batch_norms_changes_no_answer() -> None:
-    torch.manual_seed(0)
-    net = CutoutNet(SMALL, norm=True)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 1.5)
-    x = torch.rand(1, 3, 64, 96) - 0.5
-    with torch.no_grad():
-        expected, (answer,) = net.eval()(x)[0], folded(net)(x, sides=1)
-    assert answer.shape == (1, 1, 64, 96)
-    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-4)
-
-
 def test_what_training_saves_loads_strictly(tmp_path: Path) -> None:
-    save(CutoutNet(norm=True), tmp_path)
+    save(CutoutNet(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     net = CutoutNet(CutoutWidths(**config["widths"]))
     net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
 
 
 def test_a_run_that_broke_does_not_replace_what_it_saved(tmp_path: Path) -> None:
-    net = CutoutNet(norm=True)
+    net = CutoutNet()
     torch.nn.init.constant_(net.answer.bias, float("nan"))
     save(net, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -84,18 +70,97 @@ def test_compression_on_the_device_is_that_of_jpeg(quality: int) -> None:
     assert error < 0.2 * damage
 
 
-def test_a_scene_shows_its_cut_out_where_its_mask_says() -> None:
-    torch.manual_seed(0)
+def red_and_green() -> tuple[CutOuts, torch.Tensor]:
+    """A red square as a cut-out, and green as a background."""
     levels = tuple(
         torch.tensor([255, 0, 0, 255], dtype=torch.uint8).view(1, 4, 1, 1).repeat(1, 1, size, size)
         for size in (64, 32, 16)
     )
-    red = CutOuts(levels, torch.tensor([64.0]))
     green = torch.tensor([0, 255, 0], dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, 64, 64)
-    odds = Odds(empty=0, more=0, textured=0, shadow=0, plain=0, distant=0)
-    picture, alpha = Scenes(red, red, green, odds).batch(6, 64, damaged=False)
+    return CutOuts(levels, torch.tensor([64.0])), green
+
+
+def test_a_scene_shows_its_cut_out_where_its_mask_says() -> None:
+    torch.manual_seed(0)
+    red, green = red_and_green()
+    odds = Odds(
+        empty=0, more=0, tiny=0, textured=0, shadow=0, plain=0, distant=0, clouds=0, blades=0
+    )
+    picture, alpha = Scenes(red, red, green, odds=odds).batch(6, 64, damaged=False)
     redder = picture[:, :1] > picture[:, 1:2]
     assert (alpha.amax((1, 2, 3)) > 0.9).all()
     assert (redder == (alpha > 0.5)).float().mean() > 0.97
-    empty = Scenes(red, red, green, Odds(empty=1)).batch(2, 64)[1]
+    empty = Scenes(red, red, green, odds=Odds(empty=1)).batch(2, 64)[1]
     assert empty.max() == 0
+
+
+def test_floors_clouds_and_blades_are_background() -> None:
+    torch.manual_seed(0)
+    red, green = red_and_green()
+    odds = Odds(empty=1, plain=0, distant=0, floor=1, receding=1, clouds=1, blades=1)
+    scenes = Scenes(red, red, green, textures=255 - green, odds=odds)
+    picture, alpha = scenes.batch(4, 64, damaged=False)
+    assert alpha.max() == 0
+    assert picture.isfinite().all()
+    assert 0 <= picture.min() < picture.max() <= 1
+    # Neither the green of the background nor the violet of the floor alone.
+    assert picture.std((2, 3)).min() > 0.01
+
+
+def test_a_pool_of_scenes_renews_itself_as_often_as_asked() -> None:
+    torch.manual_seed(0)
+    red, green = red_and_green()
+    pool = ScenePool(Scenes(red, red, green), 48, 32, uses=2)
+    before = pool.stored.clone()
+    picture, alpha = pool.batch(47, 16)
+    assert picture.shape == (47, 3, 16, 16)
+    assert alpha.shape == (47, 1, 16, 16)
+    assert (pool.stored == before).all()
+    pool.batch(1, 32)
+    changed = (pool.stored != before).flatten(1).any(1)
+    assert changed.sum() == 24
+
+
+def test_subjects_are_outlined_where_they_are() -> None:
+    photos = outlined_photos()
+    assert set(photos) <= set(JUDGED_PHOTOS)
+    cat = photos["skimage:chelsea.png"][1]
+    assert cat.shape == (300, 451)
+    assert cat[150, 200]
+    assert not cat[50, 10]
+    flower = photos["judging:nature-YellowFlower.jpg"][1]
+    assert flower[280, 450]
+    assert not flower[130, 366], "the gap between two petals"
+
+
+def test_pictures_are_found_inside_the_files_of_games(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn(size: tuple[int, int]) -> Image.Image:
+        spots = Image.fromarray(rng.integers(20, 200, (16, 16, 3), dtype=np.uint8)).resize(size)
+        grain = rng.integers(0, 50, (*reversed(size), 3), dtype=np.uint8)
+        return Image.fromarray(np.asarray(spots) + grain)
+
+    rcc = tmp_path / "usr/share/gcompris-qt/rcc"
+    rcc.mkdir(parents=True)
+    data = b"qres\0\0"
+    for size in ((400, 300), (300, 400)):
+        buffer = io.BytesIO()
+        drawn(size).save(buffer, "WEBP")
+        data += b"\0RIFFxx" + buffer.getvalue()
+    (rcc / "explore_monuments.rcc").write_bytes(data)
+    (rcc / "clickgame.rcc").write_bytes(b"")
+    (found,) = game_pictures.photographs(tmp_path)
+    assert found[1].size == (400, 300), "and no picture in portrait format"
+
+    tracks = tmp_path / "usr/share/games/supertuxkart/data/tracks"
+    tracks.mkdir(parents=True)
+    stone = drawn((512, 512))
+    for name in ("stone.png", "same.png", "stone_normal.png"):
+        stone.save(tracks / name)
+    parts = Image.new("RGB", (512, 512))
+    parts.paste(stone.crop((0, 0, 400, 400)))
+    parts.save(tracks / "parts.png")
+    assert [name for name, _ in game_pictures.textures(tmp_path)] == [
+        "supertuxkart-data:tracks/same.png"
+    ]

@@ -36,28 +36,26 @@ class CutoutWidths:
 
 
 class Unit(nn.Module):
-    """3x3 convolution, batch norm while training, ReLU."""
+    """3x3 convolution, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, *, norm: bool, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1)
-        self.norm = nn.BatchNorm2d(outputs) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
+        return F.relu(self.conv(x))
 
 
 class Residual(nn.Module):
     """Two 3x3 convolutions whose output is added to their input."""
 
-    def __init__(self, channels: int, *, norm: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = Unit(channels, channels, norm=norm)
+        self.first = Unit(channels, channels)
         self.conv = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.conv(self.first(x))))
+        return F.relu(x + self.conv(self.first(x)))
 
 
 class Attention(nn.Module):
@@ -92,31 +90,29 @@ class CutoutNet(nn.Module):
 
     Args:
         widths: sizes.
-        norm: with the batch norms that training needs; shipped weights have them folded into the
-            convolutions, which is faster.
     """
 
     STRIDE = 32
     input_px = 320
     """Height and width it was trained for."""
 
-    def __init__(self, widths: CutoutWidths | None = None, *, norm: bool = False) -> None:
+    def __init__(self, widths: CutoutWidths | None = None) -> None:
         super().__init__()
         w = widths or CutoutWidths()
         c = list(w.channels)
-        self.stem = Unit(3, c[0], norm=norm, stride=2)
+        self.stem = Unit(3, c[0], stride=2)
         self.down = nn.ModuleList(
             nn.Sequential(
-                Unit(c[i], c[i + 1], norm=norm, stride=2),
-                *(Residual(c[i + 1], norm=norm) for _ in range(w.blocks[i])),
+                Unit(c[i], c[i + 1], stride=2),
+                *(Residual(c[i + 1]) for _ in range(w.blocks[i])),
             )
             for i in range(4)
         )
         self.context = nn.Sequential(*(Attention(c[4]) for _ in range(w.attention)))
         self.lift = nn.ModuleList(nn.Conv2d(c[i + 1], c[i], 1) for i in (3, 2, 1, 0))
-        self.up = nn.ModuleList(Residual(c[i], norm=norm) for i in (3, 2, 1))
+        self.up = nn.ModuleList(Residual(c[i]) for i in (3, 2, 1))
         self.coarse = nn.Conv2d(c[2], 1, 1)
-        self.edge = Unit(c[0] + 12, c[0], norm=norm)
+        self.edge = Unit(c[0] + 12, c[0])
         self.answer = nn.Conv2d(c[0], 4, 3, 1, 1)
 
     @staticmethod
