@@ -234,11 +234,14 @@ collections: setup ## Fetch the training pictures that Debian packages (on Debia
 	$(BIN)/python -m starter_models.training.collections
 	$(BIN)/python -m starter_models.training.conditions
 
-.PHONY: train-upscale train-enhance
+.PHONY: train-upscale train-enhance train-background
 train-upscale: setup ## Retrain upscale (MINUTES=20, on two cores); needs collections
 	$(BIN)/python -m starter_models.training.upscaler --minutes $(or $(MINUTES),20)
 train-enhance: setup ## Go on training enhance (MINUTES=60, on two cores); needs collections
 	$(BIN)/python -m starter_models.training.enhancer --minutes $(or $(MINUTES),60)
+
+train-background: setup ## Go on training background (MINUTES=90, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.matting --minutes $(or $(MINUTES),90)
 
 .PHONY: train-on-gpu
 train-on-gpu: setup ## Retrain background, enhance and upscale (minutes on a large GPU); needs collections

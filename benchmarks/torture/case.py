@@ -40,7 +40,8 @@ class Case:
         name: of it.
         file: the picture.
         patches: of the result; empty where only the answer counts.
-        note: a code that the result must carry; empty for any.
+        note: a code that the result must carry, or several with | of which one will do; empty for
+            any.
         refused: whether the right answer is a refusal with the status 400 or 422.
         task, fields: what is asked for.
         form: how the form is written.

@@ -306,14 +306,14 @@ def _habits() -> list[Case]:
         Case(
             "a prompt of 200 words",
             png,
-            note="prompt_cut",
+            note="prompt_cut|parameter_unused",
             task=Task.COMIC,
             fields={"prompt": "cat " * 200},
         ),
         Case(
             "a negative prompt without guidance",
             png,
-            note="negative_prompt_unused",
+            note="negative_prompt_unused|parameter_unused",
             task=Task.COMIC,
             fields={"negative_prompt": "blur", "guidance_scale": "1"},
         ),

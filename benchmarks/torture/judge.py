@@ -112,7 +112,7 @@ def _verdict(case: Case, answer: httpx.Response) -> Verdict:
     if answer.status_code != HTTPStatus.OK:
         return Verdict(case, f"{answer.status_code}: {answer.text[:120]}", None)
     codes = [one.partition(":")[0] for one in answer.headers.get_list("x-imagen-note")]
-    is_told = case.note in codes if case.note else None
+    is_told = any(code in codes for code in case.note.split("|")) if case.note else None
     kind = answer.headers.get("content-type", "")
     if case.media_type and kind != case.media_type:
         return Verdict(case, f"{kind} instead of {case.media_type}", is_told)

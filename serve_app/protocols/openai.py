@@ -289,8 +289,8 @@ def _order(request: Request, body: Body, event: Literal["image_generation", "ima
     _check_format(wishes, request.app.state.jobs)
     spec = _model_for(wishes.model, _served(request), needs_picture=body.image is not None)
     task = spec.task
-    # OpenAI's clients must send a prompt, also where a picture is cut out.
-    unread = _UNREAD if "prompt" in task.request.model_fields else (*_UNREAD, "prompt")
+    # OpenAI's clients must send a prompt, also where the model reads none.
+    unread = _UNREAD if "prompt" in spec.parameters else (*_UNREAD, "prompt")
     notes = unread_headers(request)
     notes += [
         note(Code.PARAMETER_UNUSED, f"{name} was ignored: the model does not read it.")

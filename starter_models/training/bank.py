@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from starter_models.training.kept_out import refuse_kept_out
 
 COLLECTIONS = Path("starter_models/build/collections")
-LEVELS = 3
+LEVELS = 5
 
 
 @dataclass(frozen=True)
 class CutOuts:
-    """Cut-outs, at full, half and quarter size, so that a small copy is not jagged.
+    """Cut-outs, at full size and halved again and again, so that a small copy is not jagged.
 
     Attributes:
         levels: `(N, 4, S, S)` uint8, S halved from one to the next, centred, colour times alpha.

@@ -11,9 +11,8 @@ writes into `starter_models/build/collections`, from which training reads:
     photos/    photographs in large, for restoration and upscaling
     names.json the package and file that each came from
 
-and those kept-out pictures that are missing into `starter_models/judging`. Those come from packages
-that are GPL-2 or later, or public domain; nothing else of any package is committed. Licences of the
-rest: `starter_models/README.md`.
+and those kept-out pictures that are missing into `starter_models/judging`; nothing else of any
+package is committed. `starter_models/README.md` has the licences.
 """
 
 from __future__ import annotations

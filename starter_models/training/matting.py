@@ -58,7 +58,7 @@ def main(
     net.to(device, memory_format=torch.channels_last)
     average = Average(net)
     optimiser = torch.optim.AdamW(_grouped(net), lr=PEAK_LR, betas=(0.9, 0.98))
-    clock = Clock(minutes_left(minutes, until), peak_lr=PEAK_LR, every_s=300)
+    clock = Clock(minutes_left(minutes, until), peak_lr=PEAK_LR, every_s=60)
     total = torch.zeros((), device=device)
     while clock.running(optimiser):
         # Small pictures first: most of what has to be learned shows in them.

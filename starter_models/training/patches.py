@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _SCENES = Odds(
     empty=0,
+    close=0,
+    tiny=0,
     textured=0.05,
     drawn=0.3,
     plain=0.05,

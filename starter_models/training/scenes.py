@@ -113,8 +113,10 @@ class Scenes:
         soft = self._uniform(count, 0.003, 0.015)
         below = torch.sigmoid((y - height - slope * (x - 0.5)) / soft)
         floor = below * self._chance(count, self.odds.floor)
-        flat = 1 - self._chance(count, self.odds.receding)
-        other = self._crop(count, size) * flat + self._receding(height, size) * (1 - flat)
+        other = self._crop(count, size)
+        if self.odds.receding:
+            far = self._chance(count, self.odds.receding)
+            other = torch.lerp(other, self._receding(height, size), far)
         picture = picture * (1 - floor) + adjusted(other) * floor
         plain = self._chance(count, self.odds.plain)
         picture = picture * (1 - plain) + self._gradient(count, size) * plain
@@ -143,7 +145,8 @@ class Scenes:
     ) -> tuple[Tensor, Tensor]:
         index = torch.randint(len(bank), (count,), device=self.device)
         largest, kind = self._uniform(count, 0, 1).flatten(), torch.rand(count, device=self.device)
-        close, tiny = kind < (0 if small else self.odds.close), kind > 1 - self.odds.tiny
+        close = kind < (0 if small else self.odds.close)
+        tiny = kind > (1 if small else 1 - self.odds.tiny)
         side = 0.15 + 0.3 * largest if small else 0.25 + 0.75 * largest.sqrt()
         side = torch.where(close, 1 + 1.2 * largest, torch.where(tiny, 0.06 + 0.2 * largest, side))
         # A stamp enlarged far would be told by its softness.

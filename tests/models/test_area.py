@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stock import as_row
 
@@ -69,6 +69,7 @@ def in_pieces(source: torch.Tensor, size: tuple[int, int], cuts: list[list[int]]
     return result
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_pieces_give_the_same_pixels_as_the_whole(data: st.DataObject) -> None:
     sides = [data.draw(st.integers(2, 60)) for _ in range(2)]

@@ -34,7 +34,13 @@ GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 def text_to_image() -> Any:
     """An entry for the task generate, like those of a registry."""
     comic = load_catalogue(Path("configs/models/starter.yaml")).find("comic-starter")
-    changes = {"name": "painter", "task": Task.GENERATE, "family": "text2img", "defaults": {}}
+    changes: dict[str, Any] = {
+        "name": "painter",
+        "task": Task.GENERATE,
+        "family": "text2img",
+        "defaults": {},
+    }
+    changes["ignores"] = frozenset()
     values = comic.model_dump(exclude_defaults=True) | changes
     return type(comic).model_validate(values)
 
@@ -95,6 +101,17 @@ async def test_a_picture_is_edited_by_a_model_or_a_task(
     assert job.request.task == "comic"
     assert job.output_format == "webp"
     assert job.request.strength == 0.4  # type: ignore[attr-defined]
+
+
+async def test_the_prompt_of_a_strict_edit_is_no_mistake(
+    client: openai.AsyncOpenAI, backends: FakeBackends
+) -> None:
+    """The client demands a prompt, also for a model that reads none."""
+    file, strict = ("photo.png", PICTURE, "image/png"), {"strict": True}
+    await client.images.edit(model="comic", image=file, prompt="ink", extra_body=strict)
+    assert [one.text for one in backends.jobs[0].notes] == [
+        "prompt was ignored: the model does not read it."
+    ]
 
 
 async def test_an_edit_may_be_json(app: FastAPI, backends: FakeBackends) -> None:
