@@ -25,7 +25,7 @@ BLOCKS = re.findall(
 )
 SERVE_RUN = ".venv/bin/serve run configs/local.yaml\n"
 APART = {"make setup\n", "make test\n", "make run\n", SERVE_RUN}
-SIZES = {"upscaled.png": (1804, 1200), "sea.png": (256, 256)}
+SIZES = {"upscaled.png": (1804, 1200), "sea.png": (256, 256), "field.png": (256, 256)}
 """Of results that are not as large as the photo."""
 READY = "http://127.0.0.1:8000/readyz"
 
