@@ -10,7 +10,7 @@ import yaml
 
 from deployments.catalogue import load_registry
 from deployments.errors import ConfigError
-from deployments.settings import ClientSettings, Settings, parse_settings, resolve
+from deployments.settings import ClientSettings, Settings, file_fault, parse_settings, resolve
 from deployments.store.lockfile import load_lock, locked_digest
 from deployments.tasks import Task
 
@@ -173,7 +173,13 @@ def _settings(application: dict[str, Any]) -> Settings:
 def _reading(config: Path) -> Generator[Any]:
     try:
         yield yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"The Serve config cannot be read: {file_fault(error)}.",
+            value=config,
+            remedy="Name a Serve YAML file.",
+        ) from error
     except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
         raise ConfigError(
-            "The Serve config cannot be read.", value=config, remedy="Name a Serve YAML file."
+            "The file is no Serve config.", value=config, remedy="Name a Serve YAML file."
         ) from error

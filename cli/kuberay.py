@@ -132,7 +132,8 @@ def _resources(text: str) -> dict[str, str]:
     node = {name: amount for name, _, amount in (part.partition("=") for part in text.split(","))}
     try:
         for name in {"cpu", "memory", *node}:
-            parse_quantity(node.get(name, f"no {name}"))
+            if parse_quantity(node.get(name, f"no {name}")) < 0:
+                raise ValueError(f"{name} is below zero")
     except ValueError as error:
         raise ConfigError(
             f"--node is wrong: {error}.", value=text, remedy="Write it like cpu=4,memory=12Gi."

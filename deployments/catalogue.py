@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from deployments.errors import ConfigError, InvalidParameter, LicenceRefused, Problem
 from deployments.registry import ArtefactSpec, ModelSpec
-from deployments.settings import Strict, parse_settings, resolve
+from deployments.settings import Strict, file_fault, parse_settings, resolve
 from deployments.tasks import Task
 
 Serve: TypeAlias = Mapping[str, Sequence[str] | None]
@@ -282,8 +282,9 @@ def _load(path: Path) -> Catalogue:
     try:
         values = yaml.safe_load(resolve(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"The model registry cannot be read: {reason}.", value=path) from error
+        raise ConfigError(
+            f"The model registry cannot be read: {file_fault(error)}.", value=path
+        ) from error
     return parse_settings(Catalogue, values, f"The model registry {path}")
 
 

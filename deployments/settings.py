@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -498,6 +499,16 @@ class Tuning(Strict):
 def resolve(path: Path) -> Path:
     """An absolute path. Relative ones start at the project's root."""
     return path if path.is_absolute() else ROOT / path
+
+
+def file_fault(error: Exception) -> str:
+    """What keeps a YAML file from being read, in one line: of its text, with the place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def parse_settings(kind: type[S], values: Any, where: str) -> S:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_
 
 from cli.paths import user_path
 from deployments.errors import ConfigError
-from deployments.settings import Strict, parse_settings, resolve
+from deployments.settings import Strict, file_fault, parse_settings, resolve
 from deployments.tasks import Task
 
 if TYPE_CHECKING:
@@ -227,9 +227,8 @@ def load(kind: type[F], path: Path) -> F:
     try:
         values: Any = yaml.safe_load(resolve(user_path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(
-            f"The file cannot be read: {reason.splitlines()[0]}.",
+            f"The file cannot be read: {file_fault(error)}.",
             value=path.name,
             remedy=f"Name a YAML file such as {TRAFFIC} or {PRICES}.",
         ) from error

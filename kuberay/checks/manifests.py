@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from deployments.errors import ConfigError
+from deployments.settings import file_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -222,13 +223,13 @@ def read(path: Path) -> Manifests:
     """The manifests of a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or a document of it is no object.
     """
     try:
         return Manifests(str(path), _parse(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            "The manifests cannot be read.", value=f"{path}: {str(error).splitlines()[0]}"
+            "The manifests cannot be read.", value=f"{path}: {file_fault(error)}"
         ) from error
 
 
@@ -252,4 +253,8 @@ def build(folder: Path) -> Manifests:
 
 
 def _parse(text: str) -> list[Document]:
-    return [one for one in yaml.load_all(text, _LOADER) if one]
+    documents = [one for one in yaml.load_all(text, _LOADER) if one]
+    for number, one in enumerate(documents, 1):
+        if not isinstance(one, dict):
+            raise ValueError(f"document {number} is a {type(one).__name__}, not an object")
+    return documents

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from deployments.errors import ConfigError
-from deployments.settings import Strict, parse_settings, resolve
+from deployments.settings import Strict, file_fault, parse_settings, resolve
 from deployments.tasks import Task
 from kuberay.quantity import MIB, as_bytes, parse_quantity
 
@@ -370,7 +370,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "A source of the manifests cannot be read.",
-            value=f"{path}: {str(error).splitlines()[0]}",
+            value=f"{path}: {file_fault(error)}",
             remedy="Restore it, or correct its YAML.",
         ) from error
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field, ValidationError
 
-from deployments.settings import KeyLimits, Strict
+from deployments.settings import KeyLimits, Strict, file_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +106,7 @@ def parse_keys(data: bytes) -> tuple[Key, ...]:
         place = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
         raise ValueError(f"{place}: {error.errors()[0]['msg']}") from None
     except yaml.YAMLError as error:
-        raise ValueError("it is not YAML") from error
+        raise ValueError(f"it is not YAML: {file_fault(error)}") from error
     if len({key.id for key in keys}) < len(keys):
         raise ValueError("an id comes twice")
     return keys

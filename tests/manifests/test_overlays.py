@@ -103,11 +103,27 @@ def test_without_a_file_every_overlay_is_validated(built: object, tmp_path: Path
     assert "Ray's autoscaler: one replica of each deployment: 1 ingress, 1 models" in done.output
 
 
-@pytest.mark.parametrize("node", ["cpu=4", "cpu=4,memory=12GB", "4"])
+@pytest.mark.parametrize("node", ["cpu=4", "cpu=4,memory=12GB", "4", "cpu=-4,memory=12Gi"])
 def test_a_node_that_is_not_readable_is_refused(node: str) -> None:
     done = CliRunner().invoke(app, ["kuberay", "validate", "--node", node])
     assert done.exit_code == 2
     assert "Write it like cpu=4,memory=12Gi" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- a\n- b\n", "document 1 is a list, not an object"),
+        ("a: [1\nb: 2\n", "line 2, column 2: "),
+    ],
+)
+def test_a_file_without_manifests_is_refused_with_its_fault(
+    text: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "built.yaml").write_text(text)
+    done = CliRunner().invoke(app, ["kuberay", "validate", str(tmp_path / "built.yaml")])
+    assert done.exit_code == 2
+    assert reason in " ".join(done.output.split())
 
 
 def test_a_rehearsal_needs_images_and_nothing_else_to_be_filled_in(overlay: Overlay) -> None:
