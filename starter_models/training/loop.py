@@ -46,13 +46,15 @@ class Clock:
         return (time.monotonic() - self.start_s) / self.total_s
 
     def running(self, optimiser: torch.optim.Optimizer) -> bool:
-        """Set this step's learning rate; False once the time is up."""
+        """Set this step's learning rate, a group's `share` of it if it names one; False once the
+        time is up.
+        """
         done = self.progress
         if done >= 1:
             return False
         self.step += 1
         for group in optimiser.param_groups:
-            group["lr"] = self.peak_lr * self._factor(done)
+            group["lr"] = self.peak_lr * self._factor(done) * group.get("share", 1.0)
         return True
 
     @staticmethod

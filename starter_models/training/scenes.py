@@ -41,7 +41,7 @@ class Odds:
 
     empty: float = 0.22
     more: float = 0.22
-    close: float = 0.25
+    close: float = 0.35
     tiny: float = 0.12
     drawn: float = 0.25
     textured: float = 0.14

@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths
-from starter_models.training import game_pictures
+from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths, Encoder
+from starter_models.training import backbone, game_pictures
 from starter_models.training.bank import CutOuts, cut_outs
 from starter_models.training.damage import jpeg
 from starter_models.training.judged import JUDGED_PHOTOS, JUDGING, judged_scenes, outlined_photos
 from starter_models.training.kept_out import kept_out
 from starter_models.training.matting import ScenePool, save
 from starter_models.training.scenes import Odds, Scenes
-
-SMALL = CutoutWidths(channels=(8, 8, 8, 8, 16), blocks=(1, 1, 1, 1), attention=1)
 
 
 def test_training_refuses_a_picture_that_is_kept_out(tmp_path: Path) -> None:
@@ -55,6 +53,58 @@ def test_a_run_that_broke_does_not_replace_what_it_saved(tmp_path: Path) -> None
     torch.nn.init.constant_(net.answer.bias, float("nan"))
     save(net, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def published_encoder() -> dict[str, torch.Tensor]:
+    """Random weights by the published names of EfficientNet-Lite0, batch norms included."""
+    state = dict[str, torch.Tensor]()
+    blocks = [block for stage in Encoder().stages for block in stage]
+    for number, block in enumerate([None, *blocks]):
+        start = f"_blocks.{number - 1}." if block else ""
+        kinds = (
+            (("expand", "_expand_conv", "_bn0"), ("depthwise", "_depthwise_conv", "_bn1"),
+             ("project", "_project_conv", "_bn2"))
+            if block else (("stem", "_conv_stem", "_bn0"),)
+        )  # fmt: skip
+        for ours, convolution, norm in kinds:
+            layer = getattr(block or Encoder(), ours)
+            if layer is None:
+                continue
+            state[f"{start}{convolution}.weight"] = torch.randn_like(layer.weight)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                state[f"{start}{norm}.{name}"] = torch.rand(len(layer.weight)) + 0.1
+    return state
+
+
+def test_a_published_encoder_computes_the_same_without_batch_norms() -> None:
+    torch.manual_seed(0)
+    published, encoder = published_encoder(), Encoder()
+    encoder.load_state_dict(backbone.folded(published), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+
+    def normed(x: torch.Tensor, layer: torch.nn.Conv2d, convolution: str, norm: str):
+        y = torch.nn.functional.conv2d(
+            x,
+            published[f"{convolution}.weight"],
+            None,
+            layer.stride,
+            layer.padding,
+            1,
+            layer.groups,
+        )
+        n = [published[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")]
+        return torch.nn.functional.batch_norm(y, *n, eps=1e-3)
+
+    stem = torch.nn.functional.relu6(normed(x, encoder.stem, "_conv_stem", "_bn0"))
+    block = encoder.stages[0][0]
+    first = torch.nn.functional.relu6(
+        normed(stem, block.depthwise, "_blocks.0._depthwise_conv", "_blocks.0._bn1")
+    )
+    first = normed(first, block.project, "_blocks.0._project_conv", "_blocks.0._bn2")
+    features = encoder(x)
+    assert torch.allclose(features[0], first, rtol=1e-4, atol=1e-4)
+    assert [f.shape[2] for f in features] == [32, 16, 8, 4, 2]
+    assert tuple(f.shape[1] for f in features) == Encoder.CHANNELS == (16, 24, 40, 112, 320)
 
 
 @pytest.mark.parametrize("quality", [20, 60, 90])

@@ -1,16 +1,19 @@
-"""The starter cut-out network: a small residual U-Net with global attention at its deepest level.
+"""The starter cut-out network: a U-Net on EfficientNet-Lite, with global attention at its deepest
+level.
 
-Residual blocks after He et al., 2015; skip connections after Ronneberger et al., 2015; attention
-over all places of the deepest level after Vaswani et al., 2017, its places marked by a depthwise
-convolution (Chu et al., 2021), so that any input size will do. The last layers see the picture's
-own pixels beside the features, which places the edge more finely than the features alone could;
-they work at half its size, on four pixels a place (Shi et al., 2016), for speed.
+Encoder after Tan and Le, 2019 (EfficientNet; Lite is the variant without squeeze-and-excitation
+and with ReLU6), so that published ImageNet weights can start it; skip connections after Ronneberger
+et al., 2015, into residual blocks after He et al., 2015; attention over all places of the deepest
+level after Vaswani et al., 2017, its places marked by a depthwise convolution (Chu et al., 2021),
+so that any input size will do. The last layers see the picture's own pixels beside the features,
+which places the edge more finely than the features alone could; they work at half its size, on four
+pixels a place (Shi et al., 2016), for speed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +28,41 @@ class CutoutWidths:
     """Sizes of the network.
 
     Attributes:
-        channels: at 1/2, 1/4, 1/8, 1/16 and 1/32 of the input's size.
-        blocks: residual blocks of the encoder at 1/4, 1/8, 1/16 and 1/32.
+        channels: of the decoder at 1/2, 1/4, 1/8, 1/16 and 1/32 of the input's size.
         attention: attention layers at 1/32.
     """
 
-    channels: Sequence[int] = (16, 24, 48, 112, 208)
-    blocks: Sequence[int] = (1, 2, 3, 2)
+    channels: Sequence[int] = (16, 32, 64, 96, 192)
     attention: int = 2
+
+
+class Stage(NamedTuple):
+    """A run of the encoder's blocks, the first of which has the stride."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+
+
+LITE0 = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
 
 
 class Unit(nn.Module):
     """3x3 convolution, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1)
+        self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x))
@@ -56,6 +78,55 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv(self.first(x)))
+
+
+class Bottleneck(nn.Module):
+    """Inverted residual (Sandler et al., 2018): widen, depthwise convolution, narrow.
+
+    Batch norms are folded into the convolutions.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.expand = nn.Conv2d(inputs, hidden, 1) if expansion > 1 else None
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden)
+        self.project = nn.Conv2d(hidden, outputs, 1)
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu6(self.expand(x), inplace=True) if self.expand is not None else x
+        hidden = self.project(F.relu6(self.depthwise(hidden), inplace=True))
+        return x + hidden if self.adds else hidden
+
+
+class Encoder(nn.Module):
+    """EfficientNet-Lite0 without its classifier."""
+
+    STEM = 32
+    ENDS = (0, 1, 2, 4, 6)
+    """The last stage at 1/2, 1/4, 1/8, 1/16 and 1/32 of the input's size."""
+    CHANNELS = tuple(LITE0[stage].channels for stage in ENDS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, self.STEM, 3, 2, 1)
+        self.stages = nn.ModuleList()
+        inputs = self.STEM
+        for blocks, kernel, stride, expansion, channels in LITE0:
+            first = Bottleneck(inputs, channels, kernel, stride, expansion)
+            rest = (Bottleneck(channels, channels, kernel, 1, expansion) for _ in range(blocks - 1))
+            self.stages.append(nn.Sequential(first, *rest))
+            inputs = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features at 1/2, 1/4, 1/8, 1/16 and 1/32 of `x`'s size."""
+        x, found = F.relu6(self.stem(x)), list[Tensor]()
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number in self.ENDS:
+                found.append(x)
+        return found
 
 
 class Attention(nn.Module):
@@ -100,13 +171,9 @@ class CutoutNet(nn.Module):
         super().__init__()
         w = widths or CutoutWidths()
         c = list(w.channels)
-        self.stem = Unit(3, c[0], stride=2)
-        self.down = nn.ModuleList(
-            nn.Sequential(
-                Unit(c[i], c[i + 1], stride=2),
-                *(Residual(c[i + 1]) for _ in range(w.blocks[i])),
-            )
-            for i in range(4)
+        self.encoder = Encoder()
+        self.skip = nn.ModuleList(
+            nn.Conv2d(found, wanted, 1) for found, wanted in zip(Encoder.CHANNELS, c, strict=True)
         )
         self.context = nn.Sequential(*(Attention(c[4]) for _ in range(w.attention)))
         self.lift = nn.ModuleList(nn.Conv2d(c[i + 1], c[i], 1) for i in (3, 2, 1, 0))
@@ -118,21 +185,19 @@ class CutoutNet(nn.Module):
     @staticmethod
     def normalised(pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255, `(B, 3, H, W)`, as the network takes them."""
-        return pixels / 255 - 0.5
+        return (pixels - 127) / 128
 
     def forward(self, x: Tensor, sides: int = 2) -> list[Tensor]:
         """Logits of the side outputs, finest first.
 
         Args:
-            x: `(B, 3, H, W)` float, RGB minus 0.5; sides are multiples of STRIDE.
+            x: `(B, 3, H, W)` float, RGB from -1 to 1; sides are multiples of STRIDE.
             sides: 1, or 2 for the coarse answer that training needs too.
 
         Returns:
             `(B, 1, H, W)`, and for two sides `(B, 1, H / 8, W / 8)`.
         """
-        skips = [self.stem(x)]
-        for stage in self.down:
-            skips.append(stage(skips[-1]))
+        skips = [skip(found) for skip, found in zip(self.skip, self.encoder(x), strict=True)]
         hidden, coarse = self.context(skips[4]), list[Tensor]()
         for level, up in enumerate(self.up):
             # Narrow before the enlargement: the same result at a quarter of the work.
