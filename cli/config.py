@@ -172,13 +172,15 @@ def _settings(application: dict[str, Any]) -> Settings:
 @contextmanager
 def _reading(config: Path) -> Generator[Any]:
     try:
-        yield yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(resolve(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
         raise ConfigError(
             f"The Serve config cannot be read: {file_fault(error)}.",
             value=config,
             remedy="Name a Serve YAML file.",
         ) from error
+    try:
+        yield values
     except Exception as error:  # a hand-written file is wrong in many ways, and all mean the same
         raise ConfigError(
             "The file is no Serve config.", value=config, remedy="Name a Serve YAML file."

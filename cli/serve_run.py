@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli
 
+from deployments.settings import file_fault
+
 
 def main() -> None:
     """Serve a config file, and write the dashboard's address to a file.
@@ -31,7 +33,8 @@ def check(config: Path) -> None:
     try:
         ServeDeploySchema.model_validate(yaml.safe_load(config.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reasons = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error)}]
+        wrong = isinstance(error, ValidationError)
+        reasons = error.errors() if wrong else [{"msg": file_fault(error)}]
         sys.exit(
             f"{config} is no Serve config: "
             + "; ".join(

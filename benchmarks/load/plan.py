@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
 
 from deployments.errors import ConfigError
-from deployments.settings import Strict, resolve
+from deployments.settings import Strict, file_fault, resolve
 from deployments.tasks import Task
 
 Scalar = bool | int | float | str
@@ -244,9 +244,8 @@ def load_plan(path: Path) -> Plan:
         place = path if path.exists() else resolve(path)
         values = yaml.safe_load(place.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no date
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"The plan cannot be read: {reason}.",
+            f"The plan cannot be read: {file_fault(error)}.",
             value=path,
             remedy="Name a YAML file, such as benchmarks/plans/smoke.yaml.",
         ) from error

@@ -132,7 +132,7 @@ class Manifests:
         """The Serve config; empty if it is missing or no mapping in YAML."""
         try:
             config: Any = yaml.load(self.service["spec"]["serveConfigV2"], _LOADER)  # noqa: S506
-        except (KeyError, yaml.YAMLError):
+        except (KeyError, ValueError, yaml.YAMLError):
             return {}
         return config if isinstance(config, dict) else {}
 
@@ -253,8 +253,8 @@ def build(folder: Path) -> Manifests:
 
 
 def _parse(text: str) -> list[Document]:
-    documents = [one for one in yaml.load_all(text, _LOADER) if one]
+    documents = list(yaml.load_all(text, _LOADER))
     for number, one in enumerate(documents, 1):
-        if not isinstance(one, dict):
+        if one and not isinstance(one, dict):
             raise ValueError(f"document {number} is a {type(one).__name__}, not an object")
-    return documents
+    return [one for one in documents if one]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field, ValidationError
 
-from deployments.settings import KeyLimits, Strict, file_fault
+from deployments.settings import KeyLimits, Strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,12 +101,17 @@ def parse_keys(data: bytes) -> tuple[Key, ...]:
         ValueError: it is no such file.
     """
     try:
-        keys = Keys.model_validate(yaml.load(data, _LOADER)).keys  # noqa: S506 - a safe loader
+        values = yaml.load(data, _LOADER)  # noqa: S506 - a safe loader
+    except Exception as error:  # a tag that does not fit its value raises anything
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        where = f": line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        # The parser's own words may quote what stands there.
+        raise ValueError(f"it is not YAML{where}") from None
+    try:
+        keys = Keys.model_validate(values).keys
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
         raise ValueError(f"{place}: {error.errors()[0]['msg']}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"it is not YAML: {file_fault(error)}") from error
     if len({key.id for key in keys}) < len(keys):
         raise ValueError("an id comes twice")
     return keys

@@ -48,7 +48,7 @@ def main(
 
     `rate` is the peak learning rate, and `encoder_share` the share of it for the encoder. Some
     minutes at 0.2 teach it to tell things from their surroundings; longer, and it learns the
-    cut-outs by heart: photographs come out worse, while the loss still falls.
+    cut-outs by heart: kept-out ones come out worse, while the loss still falls.
     """
     seed_everything(seed, threads=2)
     scenes = Scenes(
@@ -132,16 +132,16 @@ class ScenePool:
 
 
 def begin_from(start: Path) -> CutoutNet:
-    """The network with the weights in `start`, or, where there are none, with the encoder that
-    was published. What finds edges and textures in it is kept as it was published, and so are the
+    """The network with the weights in `start`, or, for `none`, with the encoder that was
+    published alone. What finds edges and textures in it is kept as it was published, and so are the
     kernels of its depthwise convolutions, on which a CPU would spend half of the time.
     """
     net = CutoutNet(WIDTHS)
-    file = start / "model.safetensors"
-    if file.exists():
-        net.load_state_dict({k: v.float() for k, v in load_file(file).items()})
-    else:
+    if start == Path("none"):
         load_imagenet(net.encoder)
+    else:
+        weights = load_file(start / "model.safetensors")
+        net.load_state_dict({k: v.float() for k, v in weights.items()})
     net.encoder.stem.requires_grad_(False)
     net.encoder.stages[:KEPT_STAGES].requires_grad_(False)
     for block in net.encoder.modules():

@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import os
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -251,6 +252,15 @@ async def test_a_broken_file_keeps_the_keys_from_before(
     file.write_bytes(good)
     revoke_key(file, token.split("_")[1])
     assert (await comic(app, token)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "text", ["keys: !hidden x", "keys: !!int hidden", "keys: !!bool hidden", "hidden: [\nhidden"]
+)
+def test_what_stands_in_a_broken_file_is_not_repeated(text: str) -> None:
+    with pytest.raises(ValueError, match="it is not YAML") as caught:
+        keys_module.parse_keys(text.encode())
+    assert "hidden" not in "".join(traceback.format_exception(caught.value.with_traceback(None)))
 
 
 async def test_without_a_file_nobody_gets_in_and_the_log_says_why(
