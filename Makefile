@@ -214,15 +214,11 @@ quality: setup ## Measure the starter models on photos kept out of training
 contact-sheet: setup ## Redraw docs/contact-sheet.jpg from the starter models
 	$(BIN)/python -m starter_models.quality --contact-sheet docs/contact-sheet.jpg
 
-.PHONY: train-vae
-train-vae: setup ## Retrain the shared autoencoder (20 minutes on one core)
-	$(BIN)/python -m starter_models.training.autoencoder
-
 .PHONY: train-comic train-aged
-train-comic: setup ## Retrain comic; needs train-vae
-	$(BIN)/python -m starter_models.training.diffusion comic --seed 4
-train-aged: setup ## Retrain aged; needs train-vae
-	$(BIN)/python -m starter_models.training.diffusion aged --seed 5
+train-comic: setup ## Go on training comic (MINUTES=30, on one core); needs collections
+	$(BIN)/python -m starter_models.training.diffusion comic --seed 4 --minutes $(or $(MINUTES),30)
+train-aged: setup ## Go on training aged (MINUTES=30, on one core); needs collections
+	$(BIN)/python -m starter_models.training.diffusion aged --seed 5 --minutes $(or $(MINUTES),30)
 
 .PHONY: train-generate
 train-generate: setup ## Go on training the UNet of text to image (MINUTES=60, on two cores)
@@ -240,8 +236,8 @@ train-upscale: setup ## Retrain upscale (MINUTES=20, on two cores); needs collec
 train-enhance: setup ## Go on training enhance (MINUTES=60, on two cores); needs collections
 	$(BIN)/python -m starter_models.training.enhancer --minutes $(or $(MINUTES),60)
 
-train-background: setup ## Go on training background (MINUTES=90, on two cores); needs collections
-	$(BIN)/python -m starter_models.training.matting --minutes $(or $(MINUTES),90)
+train-background: setup ## Go on training background (MINUTES=20, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.matting --minutes $(or $(MINUTES),20)
 
 .PHONY: train-on-gpu
 train-on-gpu: setup ## Retrain background, enhance and upscale (minutes on a large GPU); needs collections

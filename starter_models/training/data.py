@@ -59,17 +59,6 @@ def photo(name: str) -> Picture:
     return np.asarray(image, np.float32) / 255
 
 
-def training_photos() -> list[Picture]:
-    """Every training photo at full and at half size (half size holds finer texture)."""
-    pictures: list[Picture] = []
-    for name in TRAINING:
-        full = photo(name)
-        image = Image.fromarray((full * 255).astype(np.uint8))
-        half = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-        pictures += [full, np.asarray(half, np.float32) / 255]
-    return [p for p in pictures if min(p.shape[:2]) >= 160]
-
-
 def dead_leaves(rng: np.random.Generator, size: int = 256, leaves: int = 600) -> Picture:
     """Occluding shapes with power-law sizes (Lee, Mumford, Huang 2001): the edges, corners and
     scale statistics of photographs, in colours no photo set of ours covers.
@@ -124,41 +113,6 @@ def _shading(rng: np.random.Generator, size: int) -> Picture:
 def _blur(picture: Picture, radius: float) -> Picture:
     image = Image.fromarray((np.clip(picture, 0, 1) * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
-
-
-class Patches:
-    """An endless source of training patches.
-
-    Args:
-        seed: of every random choice.
-        photo_share: share of patches cut from photos; the rest are dead leaves.
-        leaves: number of dead-leaves pictures generated up front.
-    """
-
-    def __init__(self, seed: int, *, photo_share: float = 0.6, leaves: int = 150) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.photos = training_photos()
-        self.leaves = [dead_leaves(self.rng) for _ in range(leaves)]
-        self.photo_share = photo_share
-        areas = np.sqrt([p.shape[0] * p.shape[1] for p in self.photos])
-        self._odds = areas / areas.sum()
-
-    def one(self, size: int) -> Picture:
-        """A patch `size x size x 3`, flipped, turned and recoloured at random."""
-        rng = self.rng
-        if rng.random() < self.photo_share:
-            picture = self.photos[rng.choice(len(self.photos), p=self._odds)]
-        else:
-            picture = self.leaves[rng.integers(len(self.leaves))]
-        y = rng.integers(picture.shape[0] - size + 1)
-        x = rng.integers(picture.shape[1] - size + 1)
-        patch = np.rot90(picture[y : y + size, x : x + size], rng.integers(4))
-        patch = patch[:, ::-1] if rng.random() < 0.5 else patch
-        return np.ascontiguousarray(recolour(patch, rng) if rng.random() < 0.5 else patch)
-
-    def batch(self, count: int, size: int) -> Picture:
-        """`count` patches as `(count, 3, size, size)`, float32 in [0, 1]."""
-        return stack([self.one(size) for _ in range(count)])
 
 
 def stack(pictures: Sequence[Picture]) -> Picture:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from starter_models.training import toy_world
-from starter_models.training.diffusion import text_config
 from starter_models.training.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +28,21 @@ MAX_TOKENS = 77
 DRAFT_TOKENS = 24
 _EXTRAS = tuple(extra for extras in toy_world.EXTRAS.values() for extra in extras)
 _CELLS = 8
+
+
+def text_config(vocabulary: int, dim: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=dim,
+        intermediate_size=2 * dim,
+        projection_dim=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -13,13 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths, Encoder
-from starter_models.training import backbone, game_pictures
+from starter_models.measures import flat_share, off_tint
+from starter_models.training import backbone, diffusion, game_pictures, styles
 from starter_models.training.bank import CutOuts, cut_outs
 from starter_models.training.damage import jpeg
+from starter_models.training.diffusion import Trainee
 from starter_models.training.judged import JUDGED_PHOTOS, JUDGING, judged_scenes, outlined_photos
 from starter_models.training.kept_out import kept_out
 from starter_models.training.matting import ScenePool, save
 from starter_models.training.scenes import Odds, Scenes
+
+STARTER = Path("starter_models")
 
 
 def test_training_refuses_a_picture_that_is_kept_out(tmp_path: Path) -> None:
@@ -53,6 +57,13 @@ def test_a_run_that_broke_does_not_replace_what_it_saved(tmp_path: Path) -> None
     torch.nn.init.constant_(net.answer.bias, float("nan"))
     save(net, tmp_path)
     assert not list(tmp_path.iterdir())
+
+    trainee = Trainee("comic", STARTER / "comic")
+    diffusion.save(trainee, tmp_path / "comic")
+    saved = (tmp_path / "comic/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    torch.nn.init.constant_(trainee.unet.conv_out.weight, float("nan"))
+    diffusion.save(trainee, tmp_path / "comic")
+    assert (tmp_path / "comic/unet/diffusion_pytorch_model.safetensors").read_bytes() == saved
 
 
 def published_encoder() -> dict[str, torch.Tensor]:
@@ -105,6 +116,33 @@ def test_a_published_encoder_computes_the_same_without_batch_norms() -> None:
     assert torch.allclose(features[0], first, rtol=1e-4, atol=1e-4)
     assert [f.shape[2] for f in features] == [32, 16, 8, 4, 2]
     assert tuple(f.shape[1] for f in features) == Encoder.CHANNELS == (16, 24, 40, 112, 320)
+
+
+def test_a_comic_is_flat_with_whole_ink_lines() -> None:
+    rng = np.random.default_rng(0)
+    picture = np.full((96, 96, 3), 0.7, np.float32)
+    picture[:, 48:] = 0.2
+    picture = np.clip(picture + rng.normal(0, 0.03, picture.shape), 0, 1).astype(np.float32)
+    drawn = styles.comic(picture)
+    assert flat_share(drawn) > 0.8 > 0.2 > flat_share(picture)
+    ink = drawn.max(2) < 0.1
+    assert ink[:, 46:52].any(1).all(), "along all of the edge"
+    assert not ink[:, :40].any()
+    assert not ink[:, 60:].any()
+
+
+def test_an_aged_print_has_tones_and_grain_of_one_colour() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    picture = rng.random((64, 64, 3)).astype(np.float32)
+    printed = styles.aged(picture)
+    assert off_tint(printed) < 0.2 * off_tint(picture)
+    trainee = Trainee("aged", STARTER / "aged")
+    z0 = trainee.vae.encoder(torch.from_numpy(printed).permute(2, 0, 1)[None] * 2 - 1)
+    grain = trainee._grain(z0, torch.randn_like(z0))[0]
+    tones = torch.from_numpy(styles.PAPER - styles.BLACK).view(3, 1, 1)
+    assert torch.allclose(grain / tones, (grain / tones)[:1].expand_as(grain), atol=1e-5)
+    assert 2 < 127.5 * grain.std() < 10
 
 
 @pytest.mark.parametrize("quality", [20, 60, 90])
