@@ -9,7 +9,26 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-def build_tokenizer(words: str, vocabulary: int) -> CLIPTokenizer:
+_WORDS = """
+a an the of in on at by for with without and or no not to from as is are this that photo photograph
+picture image portrait painting drawing sketch print film camera lens studio light natural soft hard
+warm cold bright dark golden hour shadow highlight contrast colour color colours vivid muted pastel
+black white grey sepia tone faded vintage old aged ancient antique retro grain grainy scratched worn
+paper comic cartoon manga anime style book strip panel flat ink outline outlines line lines bold
+cell shading poster illustration watercolour high low quality sharp detailed detail crisp clean
+clear fine texture resolution blurry blur noisy noise jpeg artifacts oversharpened overexposed
+person people man woman child face eyes hair skin smile hands young elderly wrinkles beard glasses
+cat dog bird horse fish flower tree leaf grass forest mountain river lake sea beach sky cloud sun
+moon star city street house building window door car bicycle motorcycle train boat bridge road
+food coffee cup table chair room kitchen garden market temple tower castle snow rain fog summer
+winter spring autumn morning night day evening red orange yellow green blue purple pink brown
+beautiful pretty small large big tiny wide close up front side back top view scene background
+foreground landscape nature animal animals object objects product simple complex modern classic
+bad anatomy deformed extra ugly wrong text watermark logo signature soft blurry smooth
+"""
+
+
+def build_tokenizer(words: str = _WORDS, vocabulary: int = 900) -> CLIPTokenizer:
     """CLIP's tokenizer class and file format, with about `vocabulary` tokens instead of 49,408.
 
     Args:
