@@ -35,6 +35,7 @@ def main(
     start: Path = Path("starter_models/background"),
     rate: float = PEAK_LR,
     encoder_share: float = 0.0,
+    small: float = 0.5,
     collections: Path = COLLECTIONS,
     judging: Path = Path("starter_models/judging"),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
@@ -44,7 +45,8 @@ def main(
     seed: int = 2,
 ) -> None:
     """Train for `minutes` from the weights in `start`; save `model.safetensors` and `config.json`
-    in `out`, on the way too. Of `pool` scenes, each is trained on `uses` times on average.
+    in `out`, on the way too. Of `pool` scenes, each is trained on `uses` times on average, for a
+    share of `small` of the time at 224 pixels: most of what has to be learned shows in them.
 
     `rate` is the peak learning rate, and `encoder_share` the share of it for the encoder. Some
     minutes at 0.2 teach it to tell things from their surroundings; longer, and it learns the
@@ -68,8 +70,7 @@ def main(
     clock = Clock(minutes_left(minutes, until), peak_lr=rate, every_s=60)
     total = torch.zeros((), device=device)
     while clock.running(optimiser):
-        # Small pictures first: most of what has to be learned shows in them.
-        x, alpha = scenes.batch(batch, 224 if clock.progress < 0.5 else INPUT_PX)
+        x, alpha = scenes.batch(batch, 224 if clock.progress < small else INPUT_PX)
         x = net.normalised(x * 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             fine, coarse = net(x)

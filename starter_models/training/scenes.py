@@ -29,8 +29,10 @@ class Odds:
         more: each further object, after the first.
         close, tiny: the first object reaches beyond the frame, or is a small part of it.
         drawn, textured: the object is a drawing, or a shape cut from a photograph.
+        painted, hairy: that shape is of smooth colours instead; has hairs.
         shadow: the object casts one.
         plain, wall: the background is a gradient, or a texture.
+        even: that gradient is one colour instead, which may be a strong one.
         floor: the background is one above and another below a horizon.
         receding: that floor is a texture seen in perspective.
         planked: such a floor is laid with planks.
@@ -44,9 +46,12 @@ class Odds:
     close: float = 0.35
     tiny: float = 0.12
     drawn: float = 0.25
-    textured: float = 0.14
+    textured: float = 0.25
+    painted: float = 0.5
+    hairy: float = 0.5
     shadow: float = 0.5
-    plain: float = 0.12
+    plain: float = 0.25
+    even: float = 0.6
     wall: float = 0.2
     floor: float = 0.42
     receding: float = 0.7
@@ -119,7 +124,9 @@ class Scenes:
             other = torch.lerp(other, self._receding(height, size), far)
         picture = picture * (1 - floor) + adjusted(other) * floor
         plain = self._chance(count, self.odds.plain)
-        picture = picture * (1 - plain) + self._gradient(count, size) * plain
+        even = self._chance(count, self.odds.even)
+        backdrop = torch.lerp(self._gradient(count, size), self._strong_colour(count), even)
+        picture = picture * (1 - plain) + backdrop * plain
         picture = self._clouded(picture, self._chance(count, self.odds.clouds))
         picture = blurred(picture, odds=0.6, strongest=size / 28)
         grown = self._chance(count, self.odds.blades)
@@ -136,7 +143,9 @@ class Scenes:
                 colour[rows], cover[rows] = self._placed(bank, len(rows), size, small=small)
         rows = (kind > 1 - self.odds.textured).nonzero()[:, 0]
         if len(rows):
-            colour[rows] = adjusted(self._crop(len(rows), size))
+            painted = self._chance(len(rows), self.odds.painted)
+            cut = adjusted(self._crop(len(rows), size))
+            colour[rows] = torch.lerp(cut, self._paint(len(rows), size), painted)
             cover[rows] = self._shape(len(rows), size)
         return colour, cover
 
@@ -209,7 +218,22 @@ class Scenes:
             ripple = ripple + size_of * torch.cos(wave * angle + self._uniform(count, 0, math.tau))
         distance = (u.abs() ** power + v.abs() ** power) ** (1 / power)
         sharp = self._uniform(count, 0.4, 1.5) / size
-        return torch.sigmoid((radius * ripple - distance) / sharp)
+        solid = torch.sigmoid((radius * ripple - distance) / sharp)
+        hairs = self._hairs(x - cx, y - cy, radius) * self._chance(count, self.odds.hairy)
+        return torch.maximum(solid, hairs)
+
+    def _hairs(self, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+        """Up to 24 thin straight hairs that stand out of something of that radius."""
+        count, size = len(radius), y.shape[2]
+        width = self._uniform(count, 0.4, 1.2) / size
+        found = torch.zeros_like(x + y)
+        for _ in range(24):
+            turn, reach = self._uniform(count, 0, math.tau), self._uniform(count, 0.8, 1.8)
+            along = x * turn.cos() + y * turn.sin()
+            aside = (y * turn.cos() - x * turn.sin()) / width
+            on = (-aside.square()).exp() * ((along > 0) & (along < radius * reach))
+            found = torch.maximum(found, on)
+        return found * self._uniform(count, 0.3, 1)
 
     def _chosen(self, count: int, walls: float) -> Tensor:
         """Places of backgrounds, a share of `walls` of them textures."""
@@ -328,6 +352,20 @@ class Scenes:
         cloud = torch.randn(count, 1, 5, 5, device=self.device) * self._uniform(count, 0, 0.06)
         cloud = F.interpolate(cloud, size=size, mode="bicubic", align_corners=False)
         return (base + tint + ramp * self._uniform(count, -0.7, 0.7) + cloud).clamp(0, 1)
+
+    def _strong_colour(self, count: int) -> Tensor:
+        """`(count, 3, 1, 1)`: white, black, or any, half of whose channels are at an end."""
+        strong = (torch.rand(count, 3, 1, 1, device=self.device) * 2 - 0.5).clamp(0, 1)
+        kind = self._uniform(count, 0, 1)
+        return torch.where(kind < 0.3, 1.0, torch.where(kind < 0.4, 0.0, strong))
+
+    def _paint(self, count: int, size: int) -> Tensor:
+        """Smooth colours that change two to eight times across the picture, or hardly at all."""
+        field = self._zeros(count, size, 3)
+        for places in (3, 6, 10):
+            octave = torch.randn(count, 3, places, places, device=self.device) / places**0.5
+            field += F.interpolate(octave, size=size, mode="bicubic", align_corners=False)
+        return (self._strong_colour(count) + field * self._uniform(count, 0, 0.5)).clamp(0, 1)
 
     def _clouded(self, picture: Tensor, chosen: Tensor) -> Tensor:
         """Clouds of one pale colour: fractal noise above a threshold."""
