@@ -20,6 +20,7 @@ from starter_models.training.backbone import load_imagenet
 from starter_models.training.bank import COLLECTIONS, cut_outs, squares
 from starter_models.training.judged import judged_scenes
 from starter_models.training.loop import Clock, log, minutes_left, options, seed_everything
+from starter_models.training.patches import CleanPatches
 from starter_models.training.scenes import Scenes
 
 INPUT_PX = 320
@@ -36,6 +37,7 @@ def main(
     rate: float = PEAK_LR,
     encoder_share: float = 0.0,
     small: float = 0.5,
+    teacher: str = "",
     collections: Path = COLLECTIONS,
     judging: Path = Path("starter_models/judging"),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
@@ -51,6 +53,9 @@ def main(
     `rate` is the peak learning rate, and `encoder_share` the share of it for the encoder. Some
     minutes at 0.2 teach it to tell things from their surroundings; longer, and it learns the
     cut-outs by heart: kept-out ones come out worse, while the loss still falls.
+
+    New kinds of scenes make a network forget photographs. `teacher` names the folder of one whose
+    answers on photographs stay right (Li and Hoiem, 2017, Learning without Forgetting).
     """
     seed_everything(seed, threads=2)
     scenes = Scenes(
@@ -59,7 +64,8 @@ def main(
         squares(collections, "scenes", device),
         textures=squares(collections, "textures", device),
     )
-    scenes = ScenePool(scenes, pool, INPUT_PX, uses=uses)
+    known = Known(begin_from(Path(teacher)), collections, device) if teacher else None
+    scenes = ScenePool(scenes, pool, INPUT_PX, uses=uses, known=known)
     test = [t.to(device) for t in judged_scenes(judging, INPUT_PX)]
     net = begin_from(start)
     if not encoder_share:
@@ -88,6 +94,20 @@ def main(
     save(average.module, out)
 
 
+class Known:
+    """Crops of photographs, with what an earlier network makes of them."""
+
+    def __init__(self, net: CutoutNet, collections: Path, device: str) -> None:
+        self.net = net.to(device)
+        self.photos = CleanPatches(collections, device)
+
+    @torch.no_grad()
+    def batch(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """Pictures `(count, 3, size, size)` and their alphas `(count, 1, size, size)`."""
+        picture = self.photos.photographs(count, size)
+        return picture, self.net(self.net.normalised(picture * 255))[0].sigmoid()
+
+
 class ScenePool:
     """Scenes that are each trained on a few times before a new one takes their place.
 
@@ -97,13 +117,16 @@ class ScenePool:
         scenes: where they come from.
         count, size: how many are kept, `size x size` pixels each.
         uses: how often a scene is drawn on average.
+        known: where a quarter of them come from instead.
     """
 
     PART = 24
     """Scenes composed at a time."""
 
-    def __init__(self, scenes: Scenes, count: int, size: int, *, uses: float) -> None:
-        self.scenes, self.size, self.uses = scenes, size, uses
+    def __init__(
+        self, scenes: Scenes, count: int, size: int, *, uses: float, known: Known | None = None
+    ) -> None:
+        self.scenes, self.size, self.uses, self.known = scenes, size, uses, known
         self.stored = torch.cat([self._composed() for _ in range(-(-count // self.PART))])
         self._due, self._oldest = 0.0, 0
 
@@ -127,8 +150,11 @@ class ScenePool:
         return found[:, :3], found[:, 3:]
 
     def _composed(self) -> Tensor:
-        picture, alpha = self.scenes.batch(self.PART, self.size)
-        both = torch.cat([picture.nan_to_num(0.5), alpha], 1).clamp(0, 1)
+        known = self.PART // 4 if self.known else 0
+        parts = [self.scenes.batch(self.PART - known, self.size)]
+        if self.known:
+            parts.append(self.known.batch(known, self.size))
+        both = torch.cat([torch.cat(part, 1) for part in parts]).nan_to_num(0.5).clamp(0, 1)
         return (both * 255).round().to(torch.uint8)
 
 

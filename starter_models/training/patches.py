@@ -52,10 +52,14 @@ class CleanPatches:
     def batch(self, count: int, size: int) -> Tensor:
         """`(count, 3, size, size)` in [0, 1]."""
         composed = count // 4
-        parts = [self._scenes(composed, size)]
-        rest = count - composed
-        shares = (rest - 2 * (rest // 3), rest // 3, rest // 3)
-        parts += [self._photos(n, size, k + 2) for k, n in enumerate(shares) if n]
+        return torch.cat([self._scenes(composed, size), self.photographs(count - composed, size)])
+
+    @torch.no_grad()
+    def photographs(self, count: int, size: int) -> Tensor:
+        """`(count, 3, size, size)`, without composed scenes."""
+        largest = min(self.photos.shape[-1] // size, 4)
+        shares = (count - 2 * (count // 3), count // 3, count // 3)
+        parts = [self._photos(n, size, min(k + 2, largest)) for k, n in enumerate(shares) if n]
         return torch.cat(parts)
 
     def _scenes(self, count: int, size: int) -> Tensor:
