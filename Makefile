@@ -237,7 +237,7 @@ train-enhance: setup ## Go on training enhance (MINUTES=60, on two cores); needs
 	$(BIN)/python -m starter_models.training.enhancer --minutes $(or $(MINUTES),60)
 
 train-background: setup ## Go on training background (MINUTES=20, on two cores); needs collections
-	$(BIN)/python -m starter_models.training.matting --minutes $(or $(MINUTES),20)
+	$(BIN)/python -m starter_models.training.matting --teacher starter_models/background --minutes $(or $(MINUTES),20)
 
 .PHONY: train-on-gpu
 train-on-gpu: setup ## Retrain background, enhance and upscale (minutes on a large GPU); needs collections
