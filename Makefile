@@ -58,7 +58,7 @@ setup-browser: setup ## Install the chromium that the tests of the playground us
 	  else echo "Install chromium: on Debian, apt-get install chromium" >&2; exit 1; fi; }
 
 test-browser: setup-browser ## The playground in a real Chromium, with the starter models (two minutes)
-	$(BIN)/python -m pytest tests/browser
+	$(PYTEST) tests/browser || $(AGAIN)
 
 screenshots: setup-browser ## Take the pictures of the playground for README and docs anew
 	$(BIN)/python -m benchmarks.screenshots
