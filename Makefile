@@ -215,10 +215,10 @@ contact-sheet: setup ## Redraw docs/contact-sheet.jpg from the starter models
 	$(BIN)/python -m starter_models.quality --contact-sheet docs/contact-sheet.jpg
 
 .PHONY: train-comic train-aged
-train-comic: setup ## Go on training comic (MINUTES=30, on one core); needs collections
-	$(BIN)/python -m starter_models.training.diffusion comic --seed 4 --minutes $(or $(MINUTES),30)
-train-aged: setup ## Go on training aged (MINUTES=30, on one core); needs collections
-	$(BIN)/python -m starter_models.training.diffusion aged --seed 5 --minutes $(or $(MINUTES),30)
+train-comic: setup ## Go on training comic (MINUTES=40, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.diffusion comic --seed 4 --minutes $(or $(MINUTES),40)
+train-aged: setup ## Go on training aged (MINUTES=40, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.diffusion aged --seed 5 --minutes $(or $(MINUTES),40)
 
 .PHONY: train-generate
 train-generate: setup ## Go on training the UNet of text to image (MINUTES=60, on two cores)

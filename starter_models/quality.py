@@ -193,15 +193,15 @@ def comic_scores() -> Scores:
         ours = running.run(Task.COMIC, picture)
         similar = [similarity(picture, p) for p in (plain, ours)]
         flat = [flat_share(p, blur) for blur in (0, 1.5) for p in (picture, plain, ours)]
-        return (*similar, *flat)
+        return (*similar, *flat, float(flat[2] > flat[0]))
 
     return Scores(
-        "comic: SSIM of luminance at least 0.60; share of flat pixels must rise "
+        "comic: SSIM of luminance at least 0.60; share of flat pixels must rise on every photo "
         "(beside it, after a blur of 1.5 px: areas flat but for noise)",
         ("SSIM post.", "SSIM ours", "flat input", "flat post.", "flat ours", "blurred input",
-         "blurred post.", "blurred ours"),
+         "blurred post.", "blurred ours", "rises"),
         per_photo(measure),
-        lambda v: v[1] >= 0.6 and v[4] > v[2],
+        lambda v: v[1] >= 0.6 and v[8] == 1,
     )  # fmt: skip
 
 

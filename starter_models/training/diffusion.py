@@ -1,15 +1,10 @@
 """Train comic and aged, the latent-diffusion img2img models of the Stable Diffusion type.
 
-The models learn img2img itself rather than generation from noise. Deterministic DDIM (Song et al.
-2021) started at t0 on a noised *input* picture visits, while the network keeps predicting the
-target x0, the points
-
-    x_t = a_t x0 + s_t (eps + (a_t0 / s_t0) (z_in - x0)),        0 < t <= t0,
-
-so exactly those points are trained on: a picture pair (z_in, x0), a random start t0, a random t.
-The network predicts v = a_t eps - s_t x0 (Salimans and Ho 2022), whose zero is "leave the picture
-as it is". An empty prompt means exactly that, so guidance scales the style. What the loss looks at
-is where DDIM would end from there, with the noise of the schedule's first step still in it.
+The models learn img2img itself rather than generation from noise: the whole way of a request, end
+to end. It encodes the picture, adds noise up to the first of its steps, and takes the steps of
+deterministic DDIM (Song et al. 2021). The network predicts v = a eps - s x0 (Salimans and Ho 2022),
+whose zero is "leave the picture as it is". An empty prompt means exactly that, so guidance scales
+the style. The last picture still has the noise of the schedule's first step in it.
 
 This program goes on from the committed weights and needs `starter_models.training.collections`.
 """
@@ -17,8 +12,10 @@ This program goes on from the committed weights and needs `starter_models.traini
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import typer
@@ -45,8 +42,16 @@ large part, draws a strip along the frame of larger pictures.
 """
 
 
+class Finished(NamedTuple):
+    """The picture in [-1, 1], the latents that each pass predicted, and the noise of the last."""
+
+    pixels: Tensor
+    latents: list[Tensor]
+    noise: Tensor
+
+
 class Trainee:
-    """One model being trained: text encoder, UNet, schedule, frozen autoencoder.
+    """One model being trained: its UNet, and its decoder unless the recipe has grain.
 
     Args:
         name: its recipe.
@@ -58,9 +63,11 @@ class Trainee:
         self.vae = AutoencoderTiny.from_pretrained(folder / "vae").float().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
+        self.text_encoder.requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
         _scale(self.unet.conv_out, 1 / self.recipe.gain)
         self.unet.to(memory_format=torch.channels_last)
+        self.vae.decoder.requires_grad_(not self.recipe.grain)
         self.scheduler = DDIMScheduler(
             trained_betas=list(self.recipe.betas),
             prediction_type="v_prediction",
@@ -71,14 +78,16 @@ class Trainee:
         self.signal = self.scheduler.alphas_cumprod.sqrt()
         self.noise = (1 - self.scheduler.alphas_cumprod).sqrt()
 
+    @property
+    def trained(self) -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([self.unet, self.vae.decoder])
+
     def averaged(self, average: Average) -> Trainee:
         """A copy with the mean of the weights."""
         other = copy.copy(self)
-        other.unet, other.text_encoder = average.module
+        other.vae = copy.deepcopy(self.vae)
+        other.unet, other.vae.decoder = average.module
         return other
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [*self.unet.parameters(), *self.text_encoder.parameters()]
 
     def states(self, prompts: list[str]) -> Tensor:
         """The text encoder's, as the stock pipeline computes them."""
@@ -88,40 +97,55 @@ class Trainee:
         return self.text_encoder(ids)[0]
 
     def loss(self, source: Tensor, target: Tensor, prompts: list[str]) -> Tensor:
-        """Error of the finished picture, in latents and in pixels.
+        """Error of the finished picture and of its slopes, and of the latents on the way.
 
         Args:
             source, target: `(B, 3, S, S)` in [-1, 1].
             prompts: one per row.
         """
-        with torch.no_grad():
-            z_in, z0 = self._latents(source), self._latents(target)
-            noise, end = torch.randn_like(z0), z0
-            if self.recipe.grain:
-                styled = torch.tensor([[[[float(bool(p))]]] for p in prompts])
-                target = target + styled * self._grain(z0, noise)
-                end = self._latents(target)
-        rows = len(prompts)
-        t0 = torch.randint(*self.recipe.start, (rows,))
-        # The square root favours the first steps, where most of the work is done.
-        t = (torch.rand(rows).sqrt() * t0).long().clamp(min=1)
-        # Whatever the number of steps, the last one decides what becomes of the noise.
-        t = torch.where(torch.rand(rows) < 0.2, 1, t)
-        a, s = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
-        drift = (self.signal[t0] / self.noise[t0]).view(-1, 1, 1, 1)
-        x = a * z0 + s * (noise + drift * (z_in - z0))
-        v = self.recipe.gain * self.unet(x, t, self.states(prompts)).sample
-        finished = self.signal[0] * (a * x - s * v) + self.noise[0] * (s * x + a * v)
-        pixels = self.vae.decoder(finished / self.vae.config.scaling_factor)
-        return (
-            F.mse_loss(finished, end)
-            + 3 * F.mse_loss(pixels, target)
-            + 0.3 * F.l1_loss(pixels, target)
-        )
+        times, z0 = self._times(), self._latents(target)
+        noise = torch.randn_like(z0)
+        made = self.finished(source, prompts, times, noise)
+        if self.recipe.grain:
+            styled = torch.tensor([[[[float(bool(p))]]] for p in prompts])
+            target = target + styled * self._grain(z0, made.noise)
+        off = sum(F.mse_loss(latents, z0) for latents in made.latents) / len(times)
+        error = made.pixels - target
+        slopes = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
+        return 0.3 * off + 3 * error.square().mean() + 0.3 * error.abs().mean() + 0.5 * slopes
 
+    def finished(
+        self, source: Tensor, prompts: list[str], times: list[int], noise: Tensor
+    ) -> Finished:
+        """What a request makes of `source` at those timesteps, from that noise."""
+        states, latents = self.states(prompts), list[Tensor]()
+        x = self.signal[times[0]] * self._latents(source) + self.noise[times[0]] * noise
+        for t, after in itertools.pairwise([*times, 0]):
+            a, s = self.signal[t], self.noise[t]
+            v = self.recipe.gain * self.unet(x, t, states).sample
+            clean, noise = a * x - s * v, s * x + a * v
+            x = self.signal[after] * clean + self.noise[after] * noise
+            latents.append(clean)
+        pixels = self.vae.decoder(x / self.vae.config.scaling_factor)
+        return Finished(pixels, latents, noise.detach())
+
+    def _times(self) -> list[int]:
+        """Mostly those of the default request, else up to four of 2 to 8 steps."""
+        if torch.rand(()) < 0.6:
+            return self.times(self.recipe.steps, self.recipe.passes)
+        steps = int(torch.randint(2, 9, ()))
+        return self.times(steps, int(torch.randint(1, min(steps, 4) + 1, ())))
+
+    @staticmethod
+    def times(steps: int, passes: int) -> list[int]:
+        """The last `passes` timesteps of a request of `steps`."""
+        return [step * (1000 // steps) + 1 for step in reversed(range(passes))]
+
+    @torch.no_grad()
     def _latents(self, picture: Tensor) -> Tensor:
         return self.vae.encoder(picture) * self.vae.config.scaling_factor
 
+    @torch.no_grad()
     def _grain(self, z0: Tensor, noise: Tensor) -> Tensor:
         """What the first step's noise adds to a picture, without its colours and its blotches."""
         scale = self.vae.config.scaling_factor
@@ -158,15 +182,16 @@ def main(
     minutes: float = 30,
     until: float = 0.0,
     seed: int = 3,
-    threads: int = 1,
-    peak_lr: float = 6e-4,
+    threads: int = 2,
+    peak_lr: float = 4e-4,
 ) -> None:
     """Go on training `comic` or `aged` from `start / name`; save its folder as `out / name`."""
     seed_everything(seed, threads)
     trainee = Trainee(name, start / name)
     pairs = Pairs(trainee.recipe, collections, seed)
-    average = Average(torch.nn.ModuleList([trainee.unet, trainee.text_encoder]))
-    optimiser = torch.optim.AdamW(trainee.parameters(), lr=peak_lr, weight_decay=1e-4)
+    average = Average(trainee.trained)
+    parameters = [p for p in trainee.trained.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=1e-4)
     clock = Clock(minutes_left(minutes, until), peak_lr=peak_lr)
     total = torch.zeros(())
     while clock.running(optimiser):
@@ -174,9 +199,9 @@ def main(
         loss = trainee.loss(*pairs.rows(rows, patch_px))
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        average.update(torch.nn.ModuleList([trainee.unet, trainee.text_encoder]))
+        average.update(trainee.trained)
         total = total.lerp(loss.detach(), 0.02)
         if clock.should_report():
             finished = trainee.averaged(average)
@@ -202,8 +227,8 @@ def evaluate(trainee: Trainee) -> dict[str, float]:
         result = pipeline(
             prompt=trainee.recipe.prompts[-1],
             image=torch.from_numpy(stack([source])),
-            strength=0.5,
-            num_inference_steps=4,
+            strength=trainee.recipe.passes / trainee.recipe.steps,
+            num_inference_steps=trainee.recipe.steps,
             guidance_scale=1.0,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
@@ -217,7 +242,7 @@ def evaluate(trainee: Trainee) -> dict[str, float]:
 
 def save(trainee: Trainee, folder: Path) -> None:
     """Save fp16 safetensors, as the production folders have them."""
-    if not (all_finite(trainee.unet) and all_finite(trainee.text_encoder)):
+    if not all_finite(trainee.trained):
         return
     halved = copy.deepcopy(trainee).pipeline().to(dtype=torch.float16)
     # Whole before it takes the place of the last one: training goes on from it.

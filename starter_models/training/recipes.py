@@ -27,17 +27,18 @@ class Recipe:
     Attributes:
         prompts: phrasings that ask for the style; the empty prompt is always trained too.
         betas: the noise schedule, 1000 values.
-        start: range of t0 trained on, of 1000.
+        steps, passes: a default request's: its strength leaves `passes` of `steps` denoising steps.
         gain: the size v comes to. Trained as a factor behind the network and folded into its last
             layer when saved, because those weights would take thousands of steps to grow to it.
         target: picture to styled picture.
         grain: how much of the noise that stays in the finished picture is kept, as fine grain in
-            the tones of the print.
+            the tones of the print. 0 trains the decoder to draw none.
     """
 
     prompts: tuple[str, ...]
     betas: tuple[float, ...]
-    start: tuple[int, int]
+    steps: int
+    passes: int
     gain: float
     target: Callable[[Picture], Picture]
     grain: float = 0.0
@@ -51,7 +52,8 @@ RECIPES = {
     "comic": Recipe(
         prompts=("comic style", "comic book drawing", "a cartoon, flat colours, ink outlines"),
         betas=_linear(4e-6, 8e-5),
-        start=(250, 800),
+        steps=4,
+        passes=3,
         gain=8,
         target=styles.comic,
     ),
@@ -59,7 +61,8 @@ RECIPES = {
     "aged": Recipe(
         prompts=("old photograph", "aged sepia print, film grain", "a faded vintage photo"),
         betas=(0.006, *_linear(2e-5, 3e-4)[1:]),
-        start=(250, 800),
+        steps=5,
+        passes=4,
         gain=4,
         target=styles.aged,
         grain=1.5,

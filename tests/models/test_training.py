@@ -131,6 +131,30 @@ def test_a_comic_is_flat_with_whole_ink_lines() -> None:
     assert not ink[:, 60:].any()
 
 
+@pytest.mark.parametrize(("steps", "passes"), [(4, 3), (4, 4), (8, 1), (3, 2)])
+def test_img2img_is_trained_on_the_timesteps_of_a_request(steps: int, passes: int) -> None:
+    trainee = Trainee("comic", STARTER / "comic")
+    trainee.scheduler.set_timesteps(steps)
+    assert trainee.times(steps, passes) == trainee.scheduler.timesteps[-passes:].tolist()
+
+
+def test_the_loss_of_img2img_is_of_what_a_request_makes() -> None:
+    trainee = Trainee("comic", STARTER / "comic")
+    pipeline, pixels = trainee.pipeline(), torch.rand(1, 3, 64, 64)
+    made = pipeline(
+        prompt="comic style",
+        image=pixels,
+        strength=0.75,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    noise = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(3))
+    finished = trainee.finished(pixels * 2 - 1, ["comic style"], [501, 251, 1], noise).pixels
+    assert torch.allclose(finished.clamp(-1, 1) / 2 + 0.5, made, atol=1e-4)
+
+
 def test_an_aged_print_has_tones_and_grain_of_one_colour() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
