@@ -211,8 +211,8 @@ quality: setup ## Measure the starter models on photos kept out of training
 	$(BIN)/python -m starter_models.quality
 
 .PHONY: contact-sheet
-contact-sheet: setup ## Redraw docs/contact-sheet.jpg from the starter models
-	$(BIN)/python -m starter_models.quality --contact-sheet docs/contact-sheet.jpg
+contact-sheet: setup ## Redraw docs/contact-sheet.jpg and starter_models/cards/failures.jpg
+	$(BIN)/python -m starter_models.contact_sheet
 
 .PHONY: train-comic train-aged
 train-comic: setup ## Go on training comic (MINUTES=40, on two cores); needs collections
@@ -230,9 +230,11 @@ collections: setup ## Fetch the training pictures that Debian packages (on Debia
 	$(BIN)/python -m starter_models.training.collections
 	$(BIN)/python -m starter_models.training.conditions
 
-.PHONY: train-upscale train-enhance train-background
+.PHONY: train-upscale train-perceptual train-enhance train-background
 train-upscale: setup ## Retrain upscale (MINUTES=20, on two cores); needs collections
 	$(BIN)/python -m starter_models.training.upscaler --minutes $(or $(MINUTES),20)
+train-perceptual: setup ## Go on training upscale-perceptual (MINUTES=30, on two cores); needs collections
+	$(BIN)/python -m starter_models.training.perceptual --minutes $(or $(MINUTES),30)
 train-enhance: setup ## Go on training enhance (MINUTES=60, on two cores); needs collections
 	$(BIN)/python -m starter_models.training.enhancer --minutes $(or $(MINUTES),60)
 

@@ -31,20 +31,25 @@ if TYPE_CHECKING:
     from starter_models.training.data import Picture
 
 REGISTRY = Path("configs/models/starter.yaml")
+PERCEPTUAL = "upscale-perceptual"
+"""The upscaler that is not the default."""
 
 
-def run(task: Task, picture: Picture | None, request: ImageRequest | None = None) -> Picture:
+def run(
+    task: Task, picture: Picture | None, request: ImageRequest | None = None, model: str = ""
+) -> Picture:
     """What the service makes of a picture with seed 0.
 
     Args:
         task: whose starter model runs.
         picture: `H x W x 3` in [0, 1]; None if the task needs none.
         request: None for the model's defaults.
+        model: its name, if the task has several; "" for the default.
 
     Returns:
         `H x W x 3`, or `H x W x 4` if the result has an alpha channel.
     """
-    spec, pipeline = _loaded(task)
+    spec, pipeline = _loaded(task, model)
     request = complete(request or task.request(), spec.defaults, spec.parameters)
     source = None if picture is None else images.Picture(np.asarray(to_image(picture)), None)
     row = Row(RowInput(request, pipeline.fit(source, request), seed=0, deadline_s=math.inf))
@@ -67,7 +72,7 @@ def from_image(image: Image.Image) -> Picture:
 
 
 @lru_cache
-def _loaded(task: Task) -> tuple[ModelSpec, AnyPipeline]:
-    spec = load_registry(REGISTRY)[task]
+def _loaded(task: Task, model: str) -> tuple[ModelSpec, AnyPipeline]:
+    spec = load_registry(REGISTRY, serve={task: (model,)} if model else None)[task]
     folder = local_folder(spec.origins[0].source)
     return spec, build(spec, folder, Settings(device="cpu", torch_threads=2))

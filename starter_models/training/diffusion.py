@@ -179,7 +179,7 @@ def main(
     out: Path = Path("starter_models"),
     start: Path = Path("starter_models"),
     collections: Path = COLLECTIONS,
-    minutes: float = 30,
+    minutes: float = 40,
     until: float = 0.0,
     seed: int = 3,
     threads: int = 2,

@@ -62,10 +62,7 @@ def main(
     """Train for `minutes` from the weights in `start` ("" for fresh ones); save in `out`."""
     seed_everything(seed, threads=2)
     patches = PatchBank(CleanPatches(collections, device), 6144, patch_px)
-    net = build()
-    if start:
-        weights = load_file(Path(start) / "model.safetensors")
-        net.load_state_dict({k: v.float() for k, v in weights.items()})
+    net = load(Path(start)) if start else build()
     net.to(device, memory_format=torch.channels_last)
     average = Average(net, decay=0.999)
     optimiser = torch.optim.Adam(net.parameters(), lr=PEAK_LR, betas=(0.9, 0.99))
@@ -99,6 +96,15 @@ def shrunk(large: Tensor) -> Tensor:
     return compressed(small, odds=0.33, lowest=40, highest=98)
 
 
+def load(folder: Path) -> SRVGGNetCompact:
+    """The network that `save` wrote, in float32."""
+    config = json.loads((folder / "config.json").read_text())
+    net = SRVGGNetCompact(config["num_feat"], config["num_conv"], config["scale"])
+    weights = load_file(folder / "model.safetensors")
+    net.load_state_dict({k: v.float() for k, v in weights.items()})
+    return net
+
+
 def save(net: SRVGGNetCompact, out: Path) -> None:
     """Write the folder that `deployments.pipelines.upscale_gan` loads."""
     if not all_finite(net):
@@ -106,7 +112,8 @@ def save(net: SRVGGNetCompact, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v.half().cpu().contiguous() for k, v in net.state_dict().items()}
     save_file(state, out / "model.safetensors")
-    config = {"architecture": "srvgg", "num_feat": NUM_FEAT, "num_conv": NUM_CONV, "scale": SCALE}
+    num_conv = sum(isinstance(m, nn.Conv2d) for m in net.body) - 2
+    config = {"architecture": "srvgg", "num_feat": NUM_FEAT, "num_conv": num_conv, "scale": SCALE}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -21,7 +21,6 @@ from serve_app.ingress import Ingress
 from tests.serve.conftest import (
     address,
     cluster,
-    further_registry,
     grpc_port,
     local_config,
     models_root,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = [
     "address",
     "cluster",
-    "further_registry",
     "grpc_port",
     "local_config",
     "models_root",

@@ -231,6 +231,7 @@ def with_models(application: Config, tasks: Collection[Task], folder: Path) -> C
     registry = ROOT / "configs/models/starter.yaml"
     values = yaml.safe_load(registry.read_text(encoding="utf-8"))
     values["models"] = [one for one in values["models"] if one["task"] in tasks]
+    values["serving"] = {task: name for task, name in values["serving"].items() if task in tasks}
     ours = folder / registry.name
     ours.write_text(yaml.safe_dump(values), encoding="utf-8")
     shutil.copy(registry.with_suffix(".lock.json"), ours.with_suffix(".lock.json"))

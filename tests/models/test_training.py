@@ -12,15 +12,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from deployments.catalogue import load_registry
 from deployments.pipelines.nets.cutout import CutoutNet, CutoutWidths, Encoder
+from deployments.tasks import Task
 from starter_models.measures import flat_share, off_tint
-from starter_models.training import backbone, diffusion, game_pictures, styles
+from starter_models.training import (
+    backbone,
+    diffusion,
+    game_pictures,
+    perceptual,
+    styles,
+    upscaler,
+)
 from starter_models.training.bank import CutOuts, cut_outs
 from starter_models.training.damage import jpeg
 from starter_models.training.diffusion import Trainee
 from starter_models.training.judged import JUDGED_PHOTOS, JUDGING, judged_scenes, outlined_photos
 from starter_models.training.kept_out import kept_out
 from starter_models.training.matting import ScenePool, save
+from starter_models.training.recipes import RECIPES
 from starter_models.training.scenes import Odds, Scenes
 
 STARTER = Path("starter_models")
@@ -138,6 +148,13 @@ def test_img2img_is_trained_on_the_timesteps_of_a_request(steps: int, passes: in
     assert trainee.times(steps, passes) == trainee.scheduler.timesteps[-passes:].tolist()
 
 
+@pytest.mark.parametrize("task", [Task.COMIC, Task.AGED])
+def test_img2img_is_trained_most_on_the_default_request(task: Task) -> None:
+    recipe, usual = RECIPES[task], load_registry(Path("configs/models/starter.yaml"))[task].defaults
+    assert recipe.steps == usual["steps"]
+    assert recipe.passes == int(usual["steps"] * usual["strength"])
+
+
 def test_the_loss_of_img2img_is_of_what_a_request_makes() -> None:
     trainee = Trainee("comic", STARTER / "comic")
     pipeline, pixels = trainee.pipeline(), torch.rand(1, 3, 64, 64)
@@ -153,6 +170,16 @@ def test_the_loss_of_img2img_is_of_what_a_request_makes() -> None:
     noise = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(3))
     finished = trainee.finished(pixels * 2 - 1, ["comic style"], [501, 251, 1], noise).pixels
     assert torch.allclose(finished.clamp(-1, 1) / 2 + 0.5, made, atol=1e-4)
+
+
+def test_a_deeper_upscaler_starts_as_the_one_it_came_from(tmp_path: Path) -> None:
+    shallow, deep = upscaler.load(STARTER / "upscale"), perceptual.deepened(STARTER / "upscale")
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 3, 24, 20)
+    assert len(deep.body) > len(shallow.body)
+    assert torch.allclose(deep(pixels), shallow(pixels), atol=1e-5)
+    upscaler.save(deep, tmp_path)
+    assert torch.allclose(upscaler.load(tmp_path)(pixels), deep(pixels), atol=1e-3)
 
 
 def test_an_aged_print_has_tones_and_grain_of_one_colour() -> None:

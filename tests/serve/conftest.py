@@ -17,9 +17,7 @@ from ray.serve.schema import ServeDeploySchema, TracingConfig
 from benchmarks.server import free_port
 from cli.config import SERVICER, SIZE_VARIABLE
 from deployments.catalogue import load_registry
-from deployments.settings import ROOT, Settings, StoreSettings
-from deployments.store.lockfile import Lock, save_lock
-from deployments.store.resolve import resolve
+from deployments.settings import ROOT, Settings
 from deployments.tasks import Task
 from serve_app.ingress import Ingress
 from tests.serve.scripted import BrokenModel, ScriptedModel
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
 
 UPLOAD_PAUSE_S = 4
 """Shorter than the default, so that tests wait less for it."""
-STARTER = Path("configs/models/starter.yaml")
-FURTHER = "upscale-small-tiles"
+FURTHER = "upscale-perceptual"
 """A second model of a task, beside its default."""
 MOST_GRPC_BYTES = 2**20
 """Of a message over gRPC; less than `max_body_bytes`."""
@@ -107,28 +104,15 @@ def cluster(
 
 
 @pytest.fixture(scope="package")
-def further_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry of one more upscaler: the starter's, under another name and with smaller tiles."""
-    spec = load_registry(STARTER)[Task.UPSCALE]
-    further = spec.model_copy(update={"name": FURTHER, "tile_px": 128})
-    path = tmp_path_factory.mktemp("registry") / "further.yaml"
-    values = {"models": [further.model_dump(mode="json")]}
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    save_lock(path, Lock(models={FURTHER: resolve(further, StoreSettings(), None)}))
-    return path
-
-
-@pytest.fixture(scope="package")
-def address(cluster: str, local_config: dict[str, Any], further_registry: Path) -> str:
+def address(cluster: str, local_config: dict[str, Any]) -> str:
     """The URL of the whole application, as configs/local.yaml has it.
 
-    But it serves a second upscaler, its six models share a GPU, and a body may stand still for a
-    shorter time.
+    But it serves a second upscaler, the default models share a GPU, and a body may stand still for
+    a shorter time.
     """
     application = local_config["applications"][0]
     args = application["args"]
     clients_of(application)["uploads"] = {"pause_s": UPLOAD_PAUSE_S}
-    args["models"] = [*args["models"], str(further_registry)]
     args["serve"] = {"upscale": f"upscale-starter,{FURTHER}"}
     for deployment in application["deployments"]:
         if deployment["name"] != "Ingress":

@@ -86,7 +86,7 @@ def test_two_models_of_one_task_run_at_once_and_a_request_picks_one(address: str
     served = [answer.headers["x-imagen-model"].partition("@")[0] for answer in answers]
     assert served == names
     pictures = [np.asarray(opened(answer)).astype(int) for answer in answers[:2]]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 2, "the same weights in smaller tiles"
+    assert np.abs(pictures[0] - pictures[1]).max() > 2
     written = images.read_metadata(answers[1].content)
     assert str(written["model"]).startswith(f"{FURTHER}@")
 
