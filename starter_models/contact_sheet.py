@@ -33,13 +33,18 @@ DRAWN = (
     "a red star to the left of a blue ring",
     "a yellow heart on a purple background",
     "the sea with a boat at sunset",
-    "mountains at dawn",
-    "a white diamond on a black background",
+    "red and white checks",
+    "a blue square on a white background",
     "a desert at dawn",
     "a green circle above an orange square",
     "pink dots on blue",
 )
-FAILED = ("mountains at noon", "a red star, a blue ring and a green circle", "a small star")
+FAILED = {
+    "mountains at noon": "two suns",
+    "a red star, a blue ring and a green circle": "wrong colours",
+    "a small star": "nothing",
+}
+"""What came of a prompt."""
 
 
 def main() -> None:
@@ -61,11 +66,11 @@ def failures() -> list[Cell]:
     textured = running.run(Task.UPSCALE, grass, model=running.PERCEPTUAL)
     return [
         ("a pagoda", roof),
-        ("background: its roof fades", on_grey(running.run(Task.BACKGROUND, roof))),
+        ("background: its roof and base fade", on_grey(running.run(Task.BACKGROUND, roof))),
         ("a ladybird", ladybird),
-        ("background: flowers for a ladybird", on_grey(running.run(Task.BACKGROUND, ladybird))),
+        ("background: flowers and leaves, too", on_grey(running.run(Task.BACKGROUND, ladybird))),
         (f"{running.PERCEPTUAL}: fringes of grass", textured),
-        *((f"generate: {prompt}", drawn(prompt)) for prompt in FAILED),
+        *((f"{prompt}: {made}", drawn(prompt)) for prompt, made in FAILED.items()),
     ]
 
 
@@ -94,12 +99,12 @@ def sheet_cells(picture: Picture) -> dict[str, Picture]:
         "background": on_grey(running.run(Task.BACKGROUND, picture)),
         "comic": running.run(Task.COMIC, picture),
         "aged": running.run(Task.AGED, picture),
-        "upscale: bicubic": from_image(to_image(small).resize(size, Image.Resampling.BICUBIC)),
-        "upscale": running.run(Task.UPSCALE, small),
-        f"upscale: {running.PERCEPTUAL}": running.run(
-            Task.UPSCALE, small, model=running.PERCEPTUAL
+        "bicubic": from_image(to_image(small).resize(size, Image.Resampling.BICUBIC)),
+        "upscale-starter": running.run(Task.UPSCALE, small),
+        running.PERCEPTUAL: running.run(Task.UPSCALE, small, model=running.PERCEPTUAL),
+        "enhance: noise and JPEG, after": halves(
+            middle(bad, *PICTURE_PX), middle(better, *PICTURE_PX)
         ),
-        "enhance: before, after": halves(middle(bad, *PICTURE_PX), middle(better, *PICTURE_PX)),
     }
 
 
